@@ -1,0 +1,11 @@
+"""The one exception that reaches a user as a single message instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend: a field, a file or a command.
+
+    The message names the field or file, what was found, what was expected and what to do. Commands
+    print it without a traceback and leave with exit code 2.
+    """

@@ -1,0 +1,23 @@
+"""The model: everything that training and an export share.
+
+The folder is flat, imports nothing of the project and needs torch, transformers, einops, pillow and
+numpy only: it is copied whole into every export, so training and inference run the same code.
+
+    processing_casa   messages -> ids, insertion points, labels        image_processing_casa
+    windows           insertion points + lengths -> windows, positions, interleaving (pure integers)
+    packed            PackedInputs, a pack as the model reads it
+    attention         one varlen attention call, three backends
+    vision            Qwen2.5-VL's tower from uint8 images
+    fusion            the interface of a fusion mechanism; registry in mechanisms
+    casa, insertion   one mechanism (family) a file
+    decoder           Hugging Face decoder layers as weight containers, our own loop over them
+    streaming         what generation remembers beside the KV cache
+    modeling_casa     CasaForConditionalGeneration: the parts put together, generation
+
+Adding a mechanism takes one file with a `FusionMechanism` subclass, its name in `mechanisms.py` and
+one YAML in `conf/fusion/`.
+
+Shapes: B batch, T text tokens, N image tokens, S stream tokens (T, or T + N where images are
+inserted), W windows, H heads, D head width, C model width. Samples of a batch or pack are
+concatenated along the token axis; there is no padding inside the model.
+"""

@@ -1,0 +1,298 @@
+"""Attention over packed segments: flash-attn, torch's varlen kernel and SDPA behind one call.
+
+A *segment* is a set of queries that attend to a set of keys and to nothing else; within a causal
+segment the mask is aligned bottom-right, so the last query sees every key. Samples, windows and
+vision windows are all segments. No backend is quadratic in the packed length.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .windows import Range
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa")
+# Padding in an SDPA batch may cost at most this factor in attention scores.
+PADDING_LIMIT = 1.5
+
+
+@dataclass
+class _Group:
+    """Segments of similar lengths, padded into one SDPA batch of b rows."""
+
+    query: Tensor  # (b, q) rows of the query tensor
+    key: Tensor  # (b, k) rows of the key tensor
+    mask: Tensor | None  # (b, 1, q, k) bool, True where attended; None: no mask needed
+    causal: bool  # SDPA's own causal flag
+
+
+class Segments:
+    """Which queries attend to which keys.
+
+    Built on the host from ranges, so no attention call ever waits for the device.
+
+    :param queries: for each segment, the ranges of query rows it is made of, in order.
+    :param keys: for each segment, the ranges of key rows; a segment without queries or without keys
+        is left out.
+    :param causal: query i of q sees the keys j <= i + k - q of its k keys.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[Sequence[Range]],
+        keys: Sequence[Sequence[Range]],
+        causal: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        pairs = [
+            (q, k)
+            for q, k in zip(map(_rows, queries), map(_rows, keys), strict=True)
+            if len(q) and len(k)
+        ]
+        self.causal = causal
+        self.device = torch.device(device)
+        self._queries = [q for q, _ in pairs]
+        self._keys = [k for _, k in pairs]
+        self.query_lengths = [len(q) for q in self._queries]
+        self.key_lengths = [len(k) for k in self._keys]
+
+    def __len__(self) -> int:
+        """The number of segments."""
+        return len(self._queries)
+
+    @property
+    def total_queries(self) -> int:
+        return sum(self.query_lengths)
+
+    @functools.cached_property
+    def query_index(self) -> Tensor:
+        """(Q,) int64: the query rows in segment order."""
+        return self._tensor(_join(self._queries))
+
+    @functools.cached_property
+    def key_index(self) -> Tensor:
+        """(K,) int64: the key rows in segment order."""
+        return self._tensor(_join(self._keys))
+
+    @functools.cached_property
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """Cumulative query and key lengths, two (segments + 1,) int32 tensors."""
+        bounds = [
+            self._tensor(np.cumsum([0, *lengths]).astype(np.int32))
+            for lengths in (self.query_lengths, self.key_lengths)
+        ]
+        return bounds[0], bounds[1]
+
+    def covers(self, rows: int) -> bool:
+        """Whether the queries are exactly the rows 0..rows-1 in order, so no gather is needed."""
+        return _is_identity(_join(self._queries), rows)
+
+    @functools.cached_property
+    def identity_keys(self) -> int:
+        """The number of key rows if the keys are 0..K-1 in order, otherwise -1."""
+        joined = _join(self._keys)
+        return len(joined) if _is_identity(joined, len(joined)) else -1
+
+    @functools.cached_property
+    def groups(self) -> tuple[list[_Group], Tensor]:
+        """SDPA batches, and for every query its row in their flattened, concatenated outputs."""
+        shapes = list(zip(self.key_lengths, self.query_lengths, strict=True))
+        groups: list[list[int]] = []
+        members: list[int] = []
+        cost = longest_k = longest_q = 0
+        for i in sorted(range(len(shapes)), key=shapes.__getitem__):
+            k, q = shapes[i]
+            next_k, next_q = max(longest_k, k), max(longest_q, q)
+            padded = (len(members) + 1) * next_k * next_q
+            if members and padded > PADDING_LIMIT * (cost + k * q):
+                groups.append(members)
+                members, cost, next_k, next_q = [], 0, k, q
+            members.append(i)
+            cost += k * q
+            longest_k, longest_q = next_k, next_q
+        if members:
+            groups.append(members)
+
+        starts = np.cumsum([0, *self.query_lengths])
+        positions = np.zeros(self.total_queries, np.int64)
+        built: list[_Group] = []
+        row = 0
+        for members in groups:
+            q_len = np.array([self.query_lengths[i] for i in members])
+            k_len = np.array([self.key_lengths[i] for i in members])
+            q_max, k_max = int(q_len.max()), int(k_len.max())
+            query = np.zeros((len(members), q_max), np.int64)
+            key = np.zeros((len(members), k_max), np.int64)
+            for b, i in enumerate(members):
+                query[b, : q_len[b]] = self._queries[i]
+                key[b, : k_len[b]] = self._keys[i]
+                positions[starts[i] : starts[i + 1]] = row + b * q_max + np.arange(q_len[b])
+            row += query.size
+            padded = bool((q_len < q_max).any() or (k_len < k_max).any())
+            square = self.causal and not padded and q_max == k_max
+            mask = None
+            if padded or (self.causal and not square and q_max > 1):
+                column = np.arange(k_max)[None, None, :]
+                mask = column < k_len[:, None, None]
+                if self.causal:
+                    # Padding queries would see no key at all (NaN): let them see as the last one.
+                    line = np.minimum(np.arange(q_max)[None, :, None], q_len[:, None, None] - 1)
+                    mask = mask & (column <= line + (k_len - q_len)[:, None, None])
+                else:
+                    mask = np.broadcast_to(mask, (len(members), q_max, k_max))
+                mask = mask[:, None]
+            built.append(
+                _Group(
+                    self._tensor(query),
+                    self._tensor(key),
+                    None if mask is None else self._tensor(mask),
+                    causal=square and q_max > 1,
+                )
+            )
+        return built, self._tensor(positions)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention backend that will run: `requested`, or the fastest available for "auto".
+
+    :raises ValueError: an unknown backend, or one that cannot run here.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"attention backend {requested!r} is unknown; choose one of {BACKENDS}")
+    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    available = {
+        "flash_attn": half and flash_attn_varlen_func is not None,
+        "torch_varlen": half and varlen_attn is not None,
+        "sdpa": True,
+    }
+    if requested == "auto":
+        return next(name for name, usable in available.items() if usable)
+    if not available[requested]:
+        raise ValueError(
+            f"attention backend {requested!r} cannot run with {dtype} on {device.type}: it needs a "
+            "CUDA device, bfloat16 or float16, and "
+            + ("the flash-attn package" if requested == "flash_attn" else "torch >= 2.10")
+            + ". Use 'auto' or 'sdpa'."
+        )
+    return requested
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str = "auto"
+) -> Tensor:
+    """Softmax attention of every segment's queries over its keys, scaled by D ** -0.5.
+
+    :param q: (Tq, H, D); `segments` names its rows.
+    :param k: (Tk, Hkv, D) with H a multiple of Hkv.
+    :param v: (Tk, Hkv, D).
+    :return: (Q, H, D), the segments' queries one after another (`segments.query_index`).
+    """
+    if len(segments) == 0:
+        return q[:0]
+    chosen = choose_backend(backend, q.device, q.dtype)
+    if chosen == "sdpa":
+        return _sdpa(q, k, v, segments)
+    if not segments.covers(q.shape[0]):
+        q = q.index_select(0, segments.query_index)
+    if segments.identity_keys != k.shape[0]:
+        k, v = (x.index_select(0, segments.key_index) for x in (k, v))
+    cu_q, cu_k = segments.cu_seqlens
+    # A query length of 1 makes some kernels reshape GQA groups into the query axis, which fails for
+    # segments of other lengths; any upper bound is allowed.
+    max_q, max_k = max(2, *segments.query_lengths), max(segments.key_lengths)
+    if chosen == "flash_attn":
+        out: Tensor = flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, max_q, max_k, causal=segments.causal
+        )
+        return out
+    window = (-1, 0) if segments.causal else (-1, -1)
+    return _torch_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, window)
+
+
+@functools.cache
+def _torch_varlen() -> Callable[..., Tensor]:
+    """torch's varlen_attn under one signature: 2.10 and 2.11 know neither window_size nor gqa
+    flag.
+    """
+    parameters = inspect.signature(varlen_attn).parameters
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        window: tuple[int, int],
+    ) -> Tensor:
+        extra: dict[str, Any] = {}
+        if "enable_gqa" in parameters:
+            extra["enable_gqa"] = q.shape[1] != k.shape[1]
+        if "window_size" in parameters:
+            extra["window_size"] = window
+        else:
+            extra["is_causal"] = window == (-1, 0)
+        result: Any = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **extra)
+        return torch.as_tensor(result)
+
+    return call
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    groups, positions = segments.groups
+    repeat = q.shape[1] // k.shape[1]
+    outputs = []
+    for group in groups:
+        gq, gk, gv = (
+            _gather(x, rows) for x, rows in ((q, group.query), (k, group.key), (v, group.key))
+        )
+        if repeat > 1:
+            gk, gv = (x.repeat_interleave(repeat, dim=1) for x in (gk, gv))
+        out = F.scaled_dot_product_attention(
+            gq, gk, gv, attn_mask=group.mask, is_causal=group.causal
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.index_select(0, positions)
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """(Tx, H, D), (b, n) -> (b, H, n, D)."""
+    b, n = rows.shape
+    return x.index_select(0, rows.flatten()).view(b, n, *x.shape[1:]).transpose(1, 2)
+
+
+def _rows(ranges: Sequence[Range]) -> np.ndarray:
+    return _join([np.arange(start, stop) for start, stop in ranges])
+
+
+def _join(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+def _is_identity(rows: np.ndarray, total: int) -> bool:
+    return len(rows) == total and bool((rows == np.arange(total)).all())

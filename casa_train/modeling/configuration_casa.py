@@ -1,0 +1,64 @@
+"""CasaConfig: backbone, vision tower and fusion switches of one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+ROPE_IN_ONE_DICT = int(transformers.__version__.split(".")[0]) >= 5
+
+
+class CasaConfig(PretrainedConfig):
+    """Configuration of `CasaForConditionalGeneration`.
+
+    :param text_config: a backbone configuration (or its dict with `model_type`).
+    :param vision_config: a `Qwen2_5_VLVisionConfig` (or its dict).
+    :param fusion: `{"mechanism": name, option: value, ...}`; see the mechanism's class.
+    """
+
+    model_type = "casa_vlm"
+    sub_configs = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
+
+    def __init__(
+        self,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        fusion: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        elif isinstance(text_config, dict):
+            text_config = _text_config(text_config)
+        if vision_config is None:
+            vision_config = Qwen2_5_VLVisionConfig()
+        elif isinstance(vision_config, dict):
+            vision_config = Qwen2_5_VLVisionConfig(**vision_config)
+        self.text_config = text_config
+        self.vision_config = vision_config
+        self.fusion = dict(fusion or {"mechanism": "casa"})
+        # The library reads tying and special tokens at the top level.
+        for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library's, with RoPE written in the words of both transformers generations."""
+        out: dict[str, Any] = super().to_dict()
+        text = out["text_config"]
+        if isinstance(text, dict) and text.get("rope_parameters"):
+            rope = dict(text["rope_parameters"])
+            text["rope_theta"] = rope.pop("rope_theta")
+            text["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        return out
+
+
+def _text_config(values: dict[str, Any]) -> PretrainedConfig:
+    values = dict(values)
+    if values.get("rope_parameters"):
+        for name in ("rope_theta", "rope_scaling") if ROPE_IN_ONE_DICT else ("rope_parameters",):
+            values.pop(name, None)
+    return AutoConfig.for_model(values.pop("model_type"), **values)

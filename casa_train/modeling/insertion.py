@@ -1,0 +1,43 @@
+"""Token insertion: image tokens join the stream, as in LLaVA and Qwen2.5-VL (casa.md section 3).
+
+SA_ins(x_T) = MHA(x_T | x_1..x_K, y_1..y_N, x_K+1..x_T). Every later token attends to them, they
+pass through every feed-forward network and stay in the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .fusion import FusionMechanism, FusionPlan
+from .streaming import FlatCache, StreamingState
+from .windows import Chunk, image_positions, interleave, text_positions
+
+
+class Insertion(FusionMechanism):
+    """Adds no parameters: the backbone's own layers process the image tokens."""
+
+    name = "insertion"
+    inserts = True
+
+    def plan(
+        self,
+        chunks: Sequence[Chunk],
+        state: StreamingState | None,
+        cache: FlatCache | None,
+        device: torch.device,
+    ) -> FusionPlan:
+        order, lengths = interleave(chunks)
+        texts = sum(chunk.text for chunk in chunks)
+        positions = np.concatenate(
+            [text_positions(chunks, advance=True), image_positions(chunks, advance=True)]
+        )[order]
+        return FusionPlan(
+            stream_positions=torch.from_numpy(positions).to(device),
+            stream_lengths=lengths,
+            self_attention=self._self_attention(lengths, cache, device),
+            stream_index=torch.from_numpy(order).to(device),
+            text_index=torch.from_numpy(np.argsort(order, kind="stable")[:texts]).to(device),
+        )

@@ -1,0 +1,109 @@
+"""What a generation stream remembers beside the KV cache.
+
+The state lives on the cache object (`cache.casa`): whoever keeps the cache keeps the stream. It
+holds which cache slots are padding, how far each sample is, and for cross-attention mechanisms the
+keys and values of the current window. Earlier images leave nothing behind, so memory does not grow
+with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .windows import Range
+
+
+@dataclass
+class StreamingState:
+    """State of a batch of streams after some chunks.
+
+    :param columns: columns of `input_ids` (padding included) that entered so far.
+    :param text: text tokens of each sample so far; `images`: image tokens of each sample.
+    :param slots: for each sample the ranges of KV-cache slots that hold its tokens.
+    :param cache_length: slots of the KV cache in use, padding included.
+    :param window_lengths: for each sample the number of keys kept of its open window.
+    :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
+    :param history: (B, columns) every id that entered, so that a later turn can continue.
+    """
+
+    batch: int
+    columns: int = 0
+    text: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    slots: list[list[Range]] = field(default_factory=list)
+    cache_length: int = 0
+    window_lengths: list[int] = field(default_factory=list)
+    window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    history: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.text = self.text or [0] * self.batch
+        self.images = self.images or [0] * self.batch
+        self.slots = self.slots or [[] for _ in range(self.batch)]
+        self.window_lengths = self.window_lengths or [0] * self.batch
+
+
+class FlatCache:
+    """A Hugging Face cache as the decoder sees it: keys and values without a batch axis.
+
+    New tokens of sample b stand right-aligned in the chunk's columns, as left padding puts them.
+
+    :param cache: a `transformers` cache with (B, Hkv, slots, D) keys and values.
+    :param lengths: new stream tokens of each sample.
+    """
+
+    def __init__(self, cache: Any, state: StreamingState, lengths: list[int]) -> None:
+        self.cache = cache
+        self.state = state
+        self.width = max(lengths)
+        self.batch = len(lengths)
+        self.slots = [
+            [*ranges, (state.cache_length + self.width - n, state.cache_length + self.width)]
+            for ranges, n in zip(state.slots, lengths, strict=True)
+        ]
+        rows = [
+            b * self.width + np.arange(self.width - n, self.width) for b, n in enumerate(lengths)
+        ]
+        self._dense = all(n == self.width for n in lengths)
+        self._rows = torch.from_numpy(np.concatenate(rows))
+
+    def key_ranges(self) -> list[list[Range]]:
+        """For each sample the rows of its keys in what `update` returns."""
+        total = self.state.cache_length + self.width
+        return [
+            [(b * total + start, b * total + stop) for start, stop in ranges]
+            for b, ranges in enumerate(self.slots)
+        ]
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Stores (S, Hkv, D) keys and values; returns all stored ones, (B * slots, Hkv, D)."""
+        padded = (self._pad(x).unflatten(0, (self.batch, self.width)) for x in (k, v))
+        keys, values = self.cache.update(*(x.transpose(1, 2) for x in padded), layer_idx)
+        return keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+
+    def commit(self) -> None:
+        """Takes the new slots into the state, once every layer has stored its keys."""
+        self.state.slots = [_merge(ranges) for ranges in self.slots]
+        self.state.cache_length += self.width
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self._dense:
+            return x
+        padded = x.new_zeros(self.batch * self.width, *x.shape[1:])
+        return padded.index_copy(0, self._rows.to(x.device), x)
+
+
+def _merge(ranges: list[Range]) -> list[Range]:
+    """Joins ranges that touch, so that a long stream keeps a short list."""
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        elif start < stop:
+            merged.append((start, stop))
+    return merged

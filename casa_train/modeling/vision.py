@@ -1,0 +1,326 @@
+"""Qwen2.5-VL's vision tower from uint8 images, with transformers' parameter names.
+
+Its own forward, because the library's runs one attention call a window and waits for the device
+between them. Patches are in 2x2-cell order; cells are regrouped into windows of 4x4 cells (112 px)
+for all blocks but `fullatt_block_indexes`, as in `Qwen2_5_VisionTransformerPretrainedModel`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import Segments, varlen_attention
+
+# CLIP's statistics, which Qwen2.5-VL's image processor uses.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+ROPE_THETA = 10000.0
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class PatchProjection(nn.Module):
+    """A Conv3d's parameter, applied as one linear.
+
+    Both temporal slices of a still image are equal, so their weights are summed first.
+    """
+
+    def __init__(self, channels: int, width: int, temporal: int, patch: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, temporal, patch, patch))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels * patch * patch) -> (patches, width)."""
+        return F.linear(patches, self.weight.sum(2).flatten(1))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.proj = PatchProjection(
+            config.in_channels, config.hidden_size, config.temporal_patch_size, config.patch_size
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        out: Tensor = self.proj(patches)
+        return out
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments, backend: str
+    ) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "p (three h d) -> three p h d", three=3, h=self.heads)
+        q, k = _rotate(q, table), _rotate(k, table)
+        read = varlen_attention(q, k, v, segments, backend)
+        out: Tensor = self.proj(read.flatten(1))
+        return out
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, hidden)
+        self.up_proj = nn.Linear(width, hidden)
+        self.down_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments, backend: str
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), table, segments, backend)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class PatchMerger(nn.Module):
+    """Joins the 2x2 patches of a cell into one image token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.cell = config.spatial_merge_size**2
+        width = config.hidden_size * self.cell
+        self.ln_q = RMSNorm(config.hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = rearrange(self.ln_q(x), "(n cell) c -> n (cell c)", cell=self.cell)
+        out: Tensor = self.mlp(normed)
+        return out
+
+
+@dataclass(frozen=True)
+class _ImageLayout:
+    """Index tables of one image size; `order` lists its cells window by window."""
+
+    order: np.ndarray  # (n,) cell indices, row-major cells
+    windows: tuple[int, ...]  # cells of each window
+    rows: np.ndarray  # (patches,) patch row, in windowed order
+    columns: np.ndarray  # (patches,) patch column, in windowed order
+
+
+class VisionTower(nn.Module):
+    """uint8 images -> image tokens.
+
+    :param config: a `Qwen2_5_VLVisionConfig`.
+
+    `train_last_blocks` (set by `set_trainable`) counts the blocks that train; everything before
+    them runs without autograd and keeps no activations.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise ValueError(
+                f"vision_config.hidden_act is {config.hidden_act!r}; Qwen2.5-VL's tower uses 'silu'"
+            )
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.merger = PatchMerger(config)
+        self.frozen_blocks = 0
+        self.frozen_patches = False
+
+    @property
+    def token_side(self) -> int:
+        """Side of the square of pixels that becomes one image token."""
+        return int(self.config.patch_size * self.config.spatial_merge_size)
+
+    def set_trainable(self, last_blocks: int) -> None:
+        """Freezes all but the last blocks and the merger.
+
+        :param last_blocks: blocks that train; 0 freezes the merger too, -1 trains everything.
+        :raises ValueError: more blocks than the tower has.
+        """
+        depth = len(self.blocks)
+        if not -1 <= last_blocks <= depth:
+            raise ValueError(
+                f"model.vision.train_last_blocks is {last_blocks}; the tower has {depth} blocks, "
+                "so "
+                f"expected 0..{depth}, or -1 to train everything"
+            )
+        self.frozen_patches = last_blocks >= 0
+        self.frozen_blocks = 0 if last_blocks < 0 else depth - last_blocks
+        self.requires_grad_(last_blocks != 0)
+        for module in (self.patch_embed, *self.blocks[: self.frozen_blocks]):
+            module.requires_grad_(not self.frozen_patches)
+
+    def token_counts(self, images: Sequence[Tensor]) -> list[int]:
+        """Image tokens of each (3, H, W) image.
+
+        :raises ValueError: a side that is not a multiple of 28 (patch times merge).
+        """
+        side = self.token_side
+        for i, image in enumerate(images):
+            if (
+                image.ndim != 3
+                or image.shape[0] != 3
+                or image.shape[1] % side
+                or image.shape[2] % side
+            ):
+                raise ValueError(
+                    f"image {i} has shape {tuple(image.shape)}; expected (3, H, W) with H and W "
+                    f"multiples of {side}: pass images through the processor first"
+                )
+        return [(image.shape[1] // side) * (image.shape[2] // side) for image in images]
+
+    def forward(self, images: Sequence[Tensor], backend: str = "auto") -> Tensor:
+        """Image tokens of all images, one after another.
+
+        :param images: (3, H, W) each, any dtype with values 0..255, sides multiples of 28.
+        :param backend: attention backend.
+        :return: (N, out_hidden_size), row-major within each image.
+        """
+        weight = self.patch_embed.proj.weight
+        device, dtype = weight.device, weight.dtype
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        layouts = [self._layout(*size) for size in sizes]
+        cells = [len(layout.order) for layout in layouts]
+        starts = np.cumsum([0, *cells])
+        order = np.concatenate(
+            [s + layout.order for s, layout in zip(starts, layouts, strict=False)]
+        )
+        cell_patches = self.config.spatial_merge_size**2
+        table = self._rope_table(layouts, device, dtype)
+        full = _segments([n * cell_patches for n in cells], device)
+        windowed = _segments([n * cell_patches for x in layouts for n in x.windows], device)
+        index = torch.from_numpy(order).to(device)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_patches):
+            x = self.patch_embed(self._patches(images, device, dtype))
+            x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[index].flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            segments = full if i in self.config.fullatt_block_indexes else windowed
+            frozen = self.frozen_patches and i < self.frozen_blocks
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                x = block(x, table, segments, backend)
+            if frozen and x.requires_grad:
+                raise AssertionError(
+                    f"frozen vision block {i} keeps activations for a backward pass"
+                )
+        tokens = self.merger(x)
+        return torch.empty_like(tokens).index_copy(0, index, tokens)
+
+    def _patches(
+        self, images: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Normalised patches in 2x2-cell order, (patches, 3 * patch * patch)."""
+        mean, std = (
+            torch.tensor(s, device=device).mul(255.0)[:, None, None]
+            for s in (IMAGE_MEAN, IMAGE_STD)
+        )
+        merge, patch = self.config.spatial_merge_size, self.config.patch_size
+        pieces = []
+        for image in images:
+            pixels = (image.to(device, non_blocking=True).float() - mean) / std
+            pieces.append(
+                rearrange(
+                    pixels,
+                    "c (h mh p) (w mw q) -> (h w mh mw) (c p q)",
+                    mh=merge,
+                    mw=merge,
+                    p=patch,
+                    q=patch,
+                )
+            )
+        return torch.cat(pieces).to(dtype)
+
+    def _layout(self, height: int, width: int) -> _ImageLayout:
+        config = self.config
+        side = config.window_size // config.spatial_merge_size // config.patch_size
+        return _image_layout(
+            height // self.token_side, width // self.token_side, side, config.spatial_merge_size
+        )
+
+    def _rope_table(
+        self, layouts: Sequence[_ImageLayout], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of patch rows and columns, float32: two (patches, 1, D)."""
+        width = self.config.hidden_size // self.config.num_heads // 2
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        frequencies = 1.0 / (ROPE_THETA**exponent)
+        rows, columns = (
+            torch.from_numpy(np.concatenate(parts)).to(device)
+            for parts in ([x.rows for x in layouts], [x.columns for x in layouts])
+        )
+        angles = torch.cat([p[:, None].float() * frequencies for p in (rows, columns)], dim=-1)
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        return angles.cos(), angles.sin()
+
+
+@functools.lru_cache(maxsize=4096)
+def _image_layout(rows: int, columns: int, window: int, merge: int) -> _ImageLayout:
+    """Cells of an image of rows x columns cells, in row-major windows of window x window cells."""
+    grid = np.arange(rows * columns).reshape(rows, columns)
+    pieces = [
+        grid[top : top + window, left : left + window].ravel()
+        for top in range(0, rows, window)
+        for left in range(0, columns, window)
+    ]
+    order = np.concatenate(pieces)
+    corner_rows, corner_columns = (order // columns) * merge, (order % columns) * merge
+    inner = np.arange(merge)
+    patch_rows = corner_rows[:, None, None] + inner[:, None] + 0 * inner[None, :]
+    patch_columns = corner_columns[:, None, None] + 0 * inner[:, None] + inner[None, :]
+    return _ImageLayout(
+        order, tuple(len(piece) for piece in pieces), patch_rows.ravel(), patch_columns.ravel()
+    )
+
+
+def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
+    """Consecutive runs of patches, each attending to itself."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    ranges = [[pair] for pair in zip(starts, starts[1:], strict=False)]
+    return Segments(ranges, ranges, causal=False, device=device)
+
+
+def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Half-rotation RoPE in float32 over (patches, heads, D)."""
+    cos, sin = table
+    y = x.float()
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

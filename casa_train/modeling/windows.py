@@ -1,0 +1,159 @@
+"""Insertion points and lengths -> windows, positions and interleaving. Pure integer work.
+
+A *window* is one image, or several consecutive images with no text between them, plus the text
+after it up to the next image (CASA, arXiv 2512.19535, section 3). Text before the first image of a
+sample belongs to no window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Range = tuple[int, int]  # start, stop
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one sample that enter the model now: a whole sample, or the next piece of one.
+
+    :param text: number of text tokens.
+    :param points: for each image, the index of the text token it stands before (0..text), sorted.
+    :param images: number of image tokens of each image.
+    :param past_text: text tokens of this sample that entered earlier.
+    :param past_images: image tokens of this sample that entered earlier.
+    :raises ValueError: points out of range or unsorted, or not one for each image.
+    """
+
+    text: int
+    points: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
+    past_text: int = 0
+    past_images: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.points) != len(self.images):
+            raise ValueError(
+                f"{len(self.points)} insertion points {list(self.points)} but {len(self.images)} "
+                "images: a sample needs exactly one insertion point for each image"
+            )
+        if list(self.points) != sorted(self.points):
+            raise ValueError(
+                f"insertion points {list(self.points)} are not sorted: list images in the order in "
+                "which they stand in the text"
+            )
+        if self.points and not 0 <= self.points[0] <= self.points[-1] <= self.text:
+            raise ValueError(
+                f"insertion points {list(self.points)} lie outside 0..{self.text}, the "
+                f"text tokens of the sample"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window in packed coordinates: token ranges over all samples of the batch.
+
+    `continues` marks leading text of a chunk: it belongs to the window left open by earlier chunks,
+    or to none if there is no such window. It has no image of its own.
+    """
+
+    sample: int
+    text: Range
+    image: Range
+    continues: bool = False
+
+
+def split_windows(chunks: Sequence[Chunk]) -> list[Window]:
+    """Cuts the packed text of all samples at their insertion points.
+
+    Every text token and every image token lies in exactly one returned window, in order.
+    """
+    windows: list[Window] = []
+    text_start = image_start = 0
+    for sample, chunk in enumerate(chunks):
+        cuts = sorted(set(chunk.points))
+        first = cuts[0] if cuts else chunk.text
+        if first > 0:
+            leading = (text_start, text_start + first)
+            windows.append(Window(sample, leading, (image_start, image_start), continues=True))
+        image = image_start
+        for cut, following in zip(cuts, [*cuts[1:], chunk.text], strict=False):
+            tokens = sum(n for p, n in zip(chunk.points, chunk.images, strict=True) if p == cut)
+            text = (text_start + cut, text_start + following)
+            windows.append(Window(sample, text, (image, image + tokens)))
+            image += tokens
+        text_start += chunk.text
+        image_start += sum(chunk.images)
+    return windows
+
+
+def has_pair(chunks: Sequence[Chunk]) -> bool:
+    """Whether any window holds both an image token and a text token."""
+    return any(
+        w.image[0] < w.image[1] and w.text[0] < w.text[1]
+        for w in split_windows(chunks)
+        if not w.continues
+    )
+
+
+def text_positions(chunks: Sequence[Chunk], advance: bool = False) -> np.ndarray:
+    """Position of every text token, (T,) int64.
+
+    :param advance: False counts text tokens only; True also counts the image tokens before it, as
+        token insertion does.
+    """
+    pieces = []
+    for chunk in chunks:
+        position = chunk.past_text + np.arange(chunk.text)
+        if advance:
+            position = position + chunk.past_images
+            for point, tokens in zip(chunk.points, chunk.images, strict=True):
+                position[point:] += tokens
+        pieces.append(position)
+    return _concatenate(pieces)
+
+
+def image_positions(chunks: Sequence[Chunk], advance: bool = False) -> np.ndarray:
+    """Position of every image token, (N,) int64.
+
+    :param advance: False freezes all tokens of an image at K, the number of text tokens before it;
+        True counts on through text and image tokens, as token insertion does.
+    """
+    pieces = []
+    for chunk in chunks:
+        before = chunk.past_images
+        for point, tokens in zip(chunk.points, chunk.images, strict=True):
+            k = chunk.past_text + point
+            position = k + before + np.arange(tokens) if advance else np.full(tokens, k)
+            pieces.append(position)
+            before += tokens
+    return _concatenate(pieces)
+
+
+def interleave(chunks: Sequence[Chunk]) -> tuple[np.ndarray, list[int]]:
+    """The order in which inserted image tokens and text tokens follow one another.
+
+    :return: (S,) int64 indices into [all text tokens; all image tokens], and the stream tokens of
+        each sample; S = T + N.
+    """
+    total_text = sum(chunk.text for chunk in chunks)
+    pieces: list[np.ndarray] = []
+    lengths: list[int] = []
+    text_start, image_start = 0, total_text
+    for chunk in chunks:
+        done = 0
+        for point, tokens in zip(chunk.points, chunk.images, strict=True):
+            pieces.append(text_start + np.arange(done, point))
+            pieces.append(image_start + np.arange(tokens))
+            done = point
+            image_start += tokens
+        pieces.append(text_start + np.arange(done, chunk.text))
+        text_start += chunk.text
+        lengths.append(chunk.text + sum(chunk.images))
+    return _concatenate(pieces), lengths
+
+
+def _concatenate(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, np.int64)

@@ -1,0 +1,158 @@
+"""Pack descriptor -> PackedBatch: read, decode, resize, tokenize. Runs in loader workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from casa_train.data.plan import Pack
+from casa_train.data.sample import Sample
+from casa_train.data.schemas import BadRow
+from casa_train.data.shards import Split
+from casa_train.modeling.image_processing_casa import ImageError
+from casa_train.modeling.packed import PackedInputs
+from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.modeling.windows import Chunk, has_pair
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that left a hole in its pack."""
+
+    source: str
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class PackedBatch:
+    """One micro-step's data.
+
+    :param inputs: what the model reads; `inputs.logits_index` are the rows that predict answers.
+    :param targets: (A,) the token each of those rows must predict.
+    :param sample_ids: "source/key" of every sample, in order.
+    :param fills: used share of the text and of the image budget.
+    """
+
+    index: int
+    inputs: PackedInputs
+    targets: Tensor
+    sample_ids: list[str]
+    sources: list[str]
+    text_tokens: int
+    image_tokens: int
+    fills: tuple[float, float]
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass
+class EncodedSample:
+    """One sample as it stands in a pack, images loaded."""
+
+    ids: list[int]
+    answer: list[bool]
+    points: list[int]
+    images: list[Tensor]
+
+    @property
+    def image_tokens(self) -> list[int]:
+        return [image.shape[1] * image.shape[2] // 784 for image in self.images]
+
+
+def encode_sample(sample: Sample, processor: CasaProcessor) -> EncodedSample:
+    """A training sample through the processor that inference uses.
+
+    :raises ImageError: an image that cannot be used.
+    """
+    encoded = processor.encode(sample.messages(list(sample.images)))
+    images = [processor.image_processor.load(image) for image in encoded.images]
+    return EncodedSample(encoded.ids, encoded.answer, encoded.points, images)
+
+
+def dummy_sample(token: int) -> EncodedSample:
+    """One black image token and one text token that nothing is learned from.
+
+    Where a pack holds no pair of image and text, this keeps every rank's graph the same.
+    """
+    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
+
+
+class Materializer(torch.utils.data.Dataset[PackedBatch]):
+    """Turns packs into tensors; `loader[pack]` may run in any process.
+
+    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Split],
+        processor: CasaProcessor,
+        text_budget: int,
+        image_budget: int,
+    ) -> None:
+        self.splits = splits
+        self.processor = processor
+        self.text_budget = text_budget
+        self.image_budget = image_budget
+
+    def __getitem__(self, pack: Pack) -> PackedBatch:
+        samples: list[EncodedSample] = []
+        names: list[tuple[str, str]] = []
+        failures: list[Failure] = []
+        planned_text = planned_images = 0
+        for name, row in pack.items:
+            split = self.splits[name]
+            key, source = split.key(row), split.source(row)
+            try:
+                encoded = encode_sample(split.read(row), self.processor)
+            except (BadRow, ImageError) as error:
+                failures.append(Failure(source, key, error.reason, str(error)))
+                continue
+            samples.append(encoded)
+            names.append((source, key))
+            planned_text += len(encoded.ids)
+            planned_images += sum(encoded.image_tokens)
+        if planned_text > pack.text_tokens or planned_images > pack.image_tokens:
+            raise ValueError(
+                f"pack {pack.index} holds {planned_text} text and {planned_images} image tokens, "
+                f"but the index promised {pack.text_tokens} and {pack.image_tokens}: the data was "
+                "prepared with another tokenizer; run the recipe again with --tokenizer"
+            )
+        chunks = [Chunk(len(s.ids), tuple(s.points), tuple(s.image_tokens)) for s in samples]
+        if not has_pair(chunks):
+            dummy = dummy_sample(self.processor.tokenizer.eos_token_id or 0)
+            samples.append(dummy)
+            chunks.append(Chunk(1, (0,), (1,)))
+        rows: list[int] = []
+        targets: list[int] = []
+        start = 0
+        for sample in samples:
+            for position in range(1, len(sample.ids)):
+                if sample.answer[position]:
+                    rows.append(start + position - 1)
+                    targets.append(sample.ids[position])
+            start += len(sample.ids)
+        inputs = PackedInputs(
+            input_ids=torch.tensor([i for s in samples for i in s.ids], dtype=torch.long),
+            chunks=chunks,
+            images=[image for s in samples for image in s.images],
+            logits_index=torch.tensor(rows, dtype=torch.long),
+        )
+        text_tokens = sum(c.text for c in chunks)
+        image_tokens = sum(sum(c.images) for c in chunks)
+        return PackedBatch(
+            index=pack.index,
+            inputs=inputs,
+            targets=torch.tensor(targets, dtype=torch.long),
+            sample_ids=[f"{source}/{key}" for source, key in names],
+            sources=[source for source, _ in names],
+            text_tokens=text_tokens,
+            image_tokens=image_tokens,
+            fills=(text_tokens / self.text_budget, image_tokens / self.image_budget),
+            failures=failures,
+        )

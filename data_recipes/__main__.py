@@ -1,0 +1,52 @@
+"""`python -m data_recipes NAME --out DIR ...`: prepares one dataset for training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from casa_train.errors import UserError
+from data_recipes import synthetic
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A subcommand: how its options are declared and what runs it."""
+
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+RECIPES = {
+    "synthetic": Recipe(
+        "Renders small pictures with questions: no download, answers known by construction.",
+        synthetic.add_arguments,
+        synthetic.run,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one recipe; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_recipes", description=__doc__)
+    commands = parser.add_subparsers(dest="recipe", required=True, metavar="NAME")
+    for name, recipe in RECIPES.items():
+        command = commands.add_parser(name, help=recipe.description, description=recipe.description)
+        recipe.add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        RECIPES[arguments.recipe].run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

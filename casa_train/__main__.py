@@ -1,0 +1,47 @@
+"""Hydra entry: python -m casa_train +experiment=helium_casa"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from casa_train.config import CONF_DIR, to_config
+from casa_train.errors import UserError
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
+def main(raw: DictConfig) -> None:
+    """Trains one run; under `-m` Hydra calls it once a job."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        with open_dict(raw):
+            raw.run_dir = HydraConfig.get().runtime.output_dir
+    config = to_config(raw)
+    from casa_train.train import train  # heavy imports only once the configuration holds
+
+    train(config)
+
+
+def run() -> int:
+    """Prints what the user can mend as one message; leaves with 2."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

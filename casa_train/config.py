@@ -1,0 +1,351 @@
+"""The whole configuration as dataclasses, a docstring under every field; composes conf/.
+
+YAML from `conf/` is merged once onto `Config`, so a misspelt key or a wrong type fails by name
+before anything loads. Every field is read somewhere; `check` refuses values that contradict each
+other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from casa_train.errors import UserError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass
+class BackboneConfig:
+    """The text decoder."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
+    qwen2). The vocabulary size follows from the tokenizer unless it is given."""
+    trainable: bool = True
+    """Whether embeddings, decoder layers and head train; fusion layers always do."""
+
+
+@dataclass
+class VisionConfig:
+    """The Qwen2.5-VL vision tower."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of `Qwen2_5_VLVisionConfig`."""
+    train_last_blocks: int = 4
+    """How many of the last blocks train, the merger with them; 0 none, -1 everything."""
+
+
+@dataclass
+class ModelConfig:
+    """What is assembled."""
+
+    tokenizer: str = "???"
+    """Directory or hub id of a fast tokenizer."""
+    template: dict[str, str] = field(default_factory=dict)
+    """Literal text around turns and images: the fields of `ChatTemplate`."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+
+@dataclass
+class SourceConfig:
+    """One prepared split."""
+
+    path: str = "???"
+    """Directory with `index.parquet`, `meta.json` and shards."""
+    weight: float | None = None
+    """Relative rate. Either every source has one or none has; then rates follow the sizes."""
+    repeats: int = 1
+    """Passes over this source that count as one epoch (over-sampling)."""
+
+
+@dataclass
+class DataConfig:
+    """Sources and budgets."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Training sources by name; an experiment can override or delete one entry."""
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    """Held-out splits by name; evaluation reads them, training never does."""
+    text_tokens: int = 2048
+    """Text budget of a packed sequence."""
+    image_tokens: int = 20480
+    """Image-token budget of a packed sequence."""
+    max_pixels: int = 952 * 952
+    """Upper bound on the pixels of an image; larger ones are shrunk, aspect kept."""
+    packs_per_step: int = 128
+    """Packed sequences of one optimiser step over all ranks; accumulation is this over the world
+    size, which must divide it."""
+    open_packs: int = 24
+    """Packs that best-fit keeps open."""
+    workers: int = 2
+    """Loader processes of each rank; 0 materialises in the training process."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the samples (of at least 1,000) could not be used."""
+
+
+@dataclass
+class GroupConfig:
+    """One parameter group."""
+
+    patterns: list[str] = field(default_factory=list)
+    """Regular expressions searched in parameter names."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never applied to norms and biases."""
+    required: bool = True
+    """Whether a group that matches no trainable parameter is an error."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, constant, linear decay."""
+
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Groups by name; every trainable parameter matches exactly one."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_steps: int = 0
+    """Steps of linear decay to zero at the end of the run."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread and in which precision it runs."""
+
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage: 1, 2 or 3."""
+    precision: str = "bf16"
+    """bf16 (fp32 masters and accumulation) or fp32."""
+    threads: int = 0
+    """CPU threads of each rank's torch; 0 leaves torch's choice. Results depend on it."""
+
+
+@dataclass
+class TrainerConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimiser steps of the run."""
+    log_every: int = 10
+    """Steps between two console lines; metrics.jsonl has every step."""
+    audit: bool = True
+    """Check after the first step with a non-zero rate that what should move moved and nothing
+    else.
+    """
+
+
+@dataclass
+class CheckpointConfig:
+    """Resumable checkpoints."""
+
+    every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept, newest first."""
+    keep_every: int = 0
+    """Keep every n-th step's checkpoint for good; 0 keeps none."""
+    resume: str = "auto"
+    """auto continues from the newest valid checkpoint; never starts over in an empty directory."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Fields (dotted names) that may differ from the run's own configuration on resume."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Generation on the validation splits."""
+
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_samples: int = 1000
+    """Questions at most."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    name: str = "run"
+    """Names the run; its directory is runs/NAME."""
+    run_dir: str = "runs/${name}"
+    """Where everything of the run is written."""
+    seed: int = 0
+    """Seeds weights and data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    fusion: dict[str, Any] = field(default_factory=dict)
+    """The fusion mechanism and its options: `mechanism` plus what its class documents."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# Fields that do not change what the run computes: they may differ on resume.
+FREE_FIELDS = (
+    "name",
+    "run_dir",
+    "data.workers",
+    "data.max_bad_share",
+    "trainer.log_every",
+    "trainer.audit",
+    "checkpoint",
+    "evaluation",
+    "data.validation",
+)
+
+
+def to_config(raw: DictConfig) -> Config:
+    """Merges a composed configuration onto the dataclasses and checks it.
+
+    :raises UserError: naming the field, what was found and what was expected.
+    """
+    schema = OmegaConf.structured(Config)
+    try:
+        merged = OmegaConf.merge(schema, raw)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, raw)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run can have.
+
+    :raises UserError: naming the field.
+    """
+    data, parallel, optim = config.data, config.parallel, config.optim
+    rules = [
+        (bool(data.sources), "data.sources", data.sources, "at least one source"),
+        (data.text_tokens >= 2, "data.text_tokens", data.text_tokens, "at least 2"),
+        (data.image_tokens >= 2, "data.image_tokens", data.image_tokens, "at least 2"),
+        (data.max_pixels >= 784, "data.max_pixels", data.max_pixels, "at least 784 (28x28)"),
+        (data.packs_per_step >= 1, "data.packs_per_step", data.packs_per_step, "at least 1"),
+        (data.open_packs >= 1, "data.open_packs", data.open_packs, "at least 1"),
+        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
+        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share 0..1"),
+        (parallel.zero_stage in (1, 2, 3), "parallel.zero_stage", parallel.zero_stage, "1, 2 or 3"),
+        (
+            parallel.precision in ("bf16", "fp32"),
+            "parallel.precision",
+            parallel.precision,
+            "bf16 or fp32",
+        ),
+        (parallel.threads >= 0, "parallel.threads", parallel.threads, "0 or more"),
+        (config.trainer.steps >= 1, "trainer.steps", config.trainer.steps, "at least 1"),
+        (
+            config.trainer.log_every >= 1,
+            "trainer.log_every",
+            config.trainer.log_every,
+            "at least 1",
+        ),
+        (config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "at least 1"),
+        (
+            config.checkpoint.keep_last >= 1,
+            "checkpoint.keep_last",
+            config.checkpoint.keep_last,
+            "at least 1",
+        ),
+        (
+            config.checkpoint.resume in ("auto", "never"),
+            "checkpoint.resume",
+            config.checkpoint.resume,
+            "auto or never",
+        ),
+        (len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"),
+        (bool(optim.groups), "optim.groups", optim.groups, "at least one group"),
+        (
+            optim.warmup_steps + optim.decay_steps <= config.trainer.steps,
+            "optim.warmup_steps + optim.decay_steps",
+            optim.warmup_steps + optim.decay_steps,
+            f"at most trainer.steps = {config.trainer.steps}",
+        ),
+        (
+            "mechanism" in config.fusion,
+            "fusion",
+            config.fusion,
+            "a fusion group, such as fusion=casa",
+        ),
+    ]
+    for holds, name, found, expected in rules:
+        if not holds:
+            raise UserError(f"{name} is {found!r}; expected {expected}.")
+    for name, source in {**data.sources, **data.validation}.items():
+        if source.repeats < 1 or (source.weight is not None and source.weight <= 0):
+            raise UserError(
+                f"data source {name!r} has weight {source.weight} and repeats {source.repeats}; "
+                "expected a positive weight and at least one repeat."
+            )
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted field names to plain values; every dict is opened."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = value
+
+    walk("", json.loads(json.dumps(asdict(config))))
+    return flat
+
+
+def run_fields(config: Config) -> dict[str, Any]:
+    """The fields that determine what a run computes."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if not any(name == free or name.startswith(free + ".") for free in FREE_FIELDS)
+    }
+
+
+def fingerprint(config: Config) -> str:
+    """sha256 over `run_fields`."""
+    return hashlib.sha256(json.dumps(run_fields(config), sort_keys=True).encode()).hexdigest()
+
+
+def _explain(error: OmegaConfBaseException, raw: DictConfig) -> str:
+    key = getattr(error, "full_key", None) or "?"
+    first = str(error).strip().splitlines()[0]
+    if "not in" in first and ("Key" in first or "key" in first):
+        parent, _, leaf = str(key).rpartition(".")
+        known = _known_keys(parent)
+        hint = f" Known keys of {parent or 'the configuration'}: {known}." if known else ""
+        return f"unknown configuration key {key!r}: {leaf!r} is not a field.{hint}"
+    if "MissingMandatoryValue" in type(error).__name__:
+        return (
+            f"{key} has no value; give it on the command line ({key}=VALUE) or in the experiment."
+        )
+    found = OmegaConf.select(raw, str(key)) if key != "?" else None
+    return f"{key} is {found!r}: {first}."
+
+
+def _known_keys(parent: str) -> list[str]:
+    node: Any = OmegaConf.structured(Config)
+    try:
+        node = OmegaConf.select(node, parent) if parent else node
+        return sorted(node.keys())
+    except (OmegaConfBaseException, AttributeError):
+        return []

@@ -1,0 +1,182 @@
+"""The only file that imports deepspeed: processes, the sharded model, its optimiser and its
+state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from casa_train.errors import UserError
+
+# DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
+from deepspeed.utils.zero_to_fp32 import (  # noqa: E402
+    get_fp32_state_dict_from_zero_checkpoint,
+)
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+if not torch.cuda.is_available():
+    # A C++ extension for CPU all-reduce, compiled at first use: gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def init_processes() -> tuple[int, int, torch.device]:
+    """Joins the process group that torchrun, SLURM or nobody (one process) set up.
+
+    :return: rank, world size and this rank's device.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(
+            f"environment variables {missing} are not set, but RANK is: start several processes "
+            "with torchrun (launch/torchrun.sh), which sets them"
+        )
+    local = int(env.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_processes() -> None:
+    """Leaves the process group; without it some exits abort. A new job in this process may join
+    anew.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Whole fp32 parameters from what `Engine.save` wrote at any world size; needs no processes.
+
+    :param directory: the checkpoint directory, as it was passed to `save`.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line a shard
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(directory), tag="engine"
+        )
+    return state
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO 1, 2 or 3.
+
+    :param accumulation: micro-steps of an optimiser step on this rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        zero_stage: int,
+        precision: str,
+        accumulation: int,
+        clip: float,
+    ) -> None:
+        self.zero_stage = zero_stage
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip,
+            "zero_optimization": {"stage": zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 40,
+        }
+        if precision == "bf16":
+            config["bf16"] = {"enabled": True}
+            # bf16 accumulation costs seven times the rounding error over 32 micro-steps.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def forward(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of `loss`, averaged over ranks and not divided by the
+        accumulation.
+        """
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Counts a micro-step; at the accumulation boundary clips and updates."""
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """The global norm before clipping, of the last update."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole accumulated gradient; collective, valid after the last backward of a step."""
+        gradient: Tensor | None = safe_get_full_grad(parameter)
+        return gradient
+
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """The whole fp32 value; collective. A frozen parameter has no master: its own value."""
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:
+            with deepspeed.zero.GatheredParameters(
+                [parameter], enabled=hasattr(parameter, "ds_id")
+            ):
+                full = parameter.detach().clone()
+        value: Tensor = full
+        return value
+
+    def save(self, directory: Path) -> None:
+        """Every rank writes its part of model and optimiser state into `directory`."""
+        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Loads what `save` wrote at the same world size."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
+        if path is None:
+            raise UserError(f"{directory} holds no engine state; the checkpoint is incomplete.")
+
+    def close(self) -> None:
+        self._engine.destroy()

@@ -1,0 +1,110 @@
+"""python -m casa_train.evaluate RUN [--export DIR]: exact match of an export on the validation
+sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel, AutoProcessor
+
+from casa_train.checkpoint.export import MARKER
+from casa_train.data.shards import Split
+from casa_train.errors import UserError
+from casa_train.evaluation.exact_match import evaluate, first_questions, generate_answers
+from casa_train.export import load_run_config
+from casa_train.files import sha256, write_atomic
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
+    """Evaluates an export on the run's validation splits; writes and returns `evaluation.json`.
+
+    The export is loaded as a user would: plain transformers and its own remote code.
+
+    :raises UserError: no export, or no validation questions with images.
+    """
+    config = load_run_config(run)
+    if not (export / MARKER).is_file():
+        raise UserError(
+            f"{export} is not an export; write one with 'python -m casa_train.export {run} --out "
+            f"{export}'."
+        )
+    if not config.data.validation:
+        raise UserError(
+            f"{run}: data.validation names no held-out split, so nothing can be evaluated."
+        )
+    splits = [Split(Path(s.path)) for s in config.data.validation.values()]
+    held_out = itertools.chain.from_iterable(splits)
+    questions = first_questions(held_out, config.evaluation.max_samples)
+    if not questions:
+        raise UserError(f"{run}: the validation splits hold no question about an image.")
+    training = itertools.chain.from_iterable(
+        Split(Path(s.path)) for s in config.data.sources.values()
+    )
+    model = AutoModel.from_pretrained(str(export), trust_remote_code=True, torch_dtype="auto")
+    processor = AutoProcessor.from_pretrained(str(export), trust_remote_code=True)
+    began = time.perf_counter()
+    result = evaluate(
+        questions,
+        training,
+        functools.partial(
+            generate_answers,
+            model,
+            processor,
+            batch_size=config.evaluation.batch_size,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        ),
+    )
+    result = {
+        "export": str(export),
+        "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
+        "seconds": time.perf_counter() - began,
+        **result,
+    }
+    write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text, overall last."""
+    rows = [("family", "exact match", "blind", "guess", "questions")]
+    for name, scores in [*result["families"].items(), ("overall", result)]:
+        values = (f"{scores[k]:.3f}" for k in ("exact_match", "blind", "guess"))
+        rows.append((name, *values, str(scores["questions"])))  # type: ignore[arg-type]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run directory, such as runs/demo")
+    parser.add_argument("--export", type=Path, help="the export (default: RUN/export)")
+    arguments = parser.parse_args(argv)
+    try:
+        result = evaluate_run(arguments.run, arguments.export or arguments.run / "export")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

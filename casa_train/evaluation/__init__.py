@@ -1,0 +1,1 @@
+"""Generated answers against references: with the images, without seeing them, and by guessing."""

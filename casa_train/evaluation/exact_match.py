@@ -1,0 +1,180 @@
+"""Exact match on held-out questions, with the images and blind, beside the best image-free guess.
+
+*Blind* asks each question with the images of another sample of the same family: what a model scores
+then it did not read from the picture. The *image-free guess* answers every question text with the
+answer that is most frequent for it in training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from casa_train.data.sample import ImageSlot, Sample
+
+# A question in the words of the processor: a user's content with the images filled in.
+Content = list[dict[str, Any]]
+Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first turn of a held-out sample."""
+
+    id: str
+    source: str
+    parts: tuple[str | ImageSlot, ...]
+    reference: str
+    images: tuple[bytes, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(part for part in self.parts if isinstance(part, str))
+
+    def messages(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
+        """As the processor takes it, showing `images` in the question's slots, in order."""
+        shown = iter(images)
+        content: Content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image", "image": next(shown)}
+            for part in self.parts
+        ]
+        return [{"role": "user", "content": content}]
+
+
+def first_questions(samples: Iterable[Sample], limit: int) -> list[Question]:
+    """The first turn of each sample that shows an image there, at most `limit`.
+
+    Only images of that turn are kept; later turns may show more.
+    """
+    questions: list[Question] = []
+    for sample in samples:
+        if len(questions) >= limit:
+            break
+        turn = sample.turns[0]
+        images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
+        if images:
+            questions.append(Question(sample.key, sample.source, turn.user, turn.assistant, images))
+    return questions
+
+
+def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[bytes, ...]]:
+    """For each question the images of another one of its family with as many images.
+
+    A question that is alone of its kind gets the next question's of any kind, cut or repeated to
+    fit.
+    """
+    kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for i, question in enumerate(questions):
+        kinds[question.source, len(question.images)].append(i)
+    generator = random.Random(seed)
+    swapped: list[tuple[bytes, ...]] = [()] * len(questions)
+    for members in kinds.values():
+        order = list(members)
+        generator.shuffle(order)
+        for i, other in zip(order, [*order[1:], order[0]], strict=True):
+            images = questions[other].images
+            if other == i:
+                stand_in = questions[(i + 1) % len(questions)].images
+                images = (stand_in * len(images))[: len(images)]
+            swapped[i] = images
+    return swapped
+
+
+def best_guesses(training: Iterable[Sample], questions: Sequence[Question]) -> list[str]:
+    """The most frequent training answer of each question text, or of its family where it is new."""
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_family: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in training:
+        turn = sample.turns[0]
+        text = " ".join(part for part in turn.user if isinstance(part, str))
+        by_text[text][turn.assistant] += 1
+        by_family[sample.source][turn.assistant] += 1
+    guesses = []
+    for question in questions:
+        counts = by_text.get(question.text) or by_family.get(question.source)
+        guesses.append(counts.most_common(1)[0][0] if counts else "")
+    return guesses
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, processor: Any, conversations: Sequence[Any], batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, batched with left padding through the export's own interface."""
+    model.eval()
+    processor.tokenizer.padding_side = "left"
+    answers: list[str] = []
+    for start in range(0, len(conversations), batch_size):
+        batch = processor.tokenize_messages(conversations[start : start + batch_size])
+        batch = batch.to(model.device)
+        out = model.generate_from_image(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, batch["input_ids"].shape[1] :]
+        answers += processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def matches(answer: str, reference: str) -> bool:
+    """Exact match, without regard to case, outer space and a trailing full stop."""
+    return _plain(answer) == _plain(reference)
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").strip().casefold()
+
+
+def evaluate(
+    questions: Sequence[Question],
+    training: Iterable[Sample],
+    answer: Callable[[list[Any]], list[str]],
+) -> dict[str, Any]:
+    """Scores overall and by family, and every answer.
+
+    :param answer: conversations -> answers; `generate_answers` with a model.
+    :return: `exact_match`, `blind`, `guess`, `questions`; the same by family under `families`; and
+        `answers`, one record a question.
+    """
+    seen = answer([q.messages(q.images) for q in questions])
+    swapped = swapped_images(questions)
+    blind = answer([q.messages(images) for q, images in zip(questions, swapped, strict=True)])
+    guesses = best_guesses(training, questions)
+    records = [
+        {
+            "id": q.id,
+            "source": q.source,
+            "question": q.text,
+            "reference": q.reference,
+            "answer": seen[i],
+            "blind_answer": blind[i],
+            "correct": matches(seen[i], q.reference),
+            "blind_correct": matches(blind[i], q.reference),
+            "guess_correct": matches(guesses[i], q.reference),
+        }
+        for i, q in enumerate(questions)
+    ]
+    families = sorted({q.source for q in questions})
+    return {
+        **_scores(records),
+        "families": {
+            family: _scores([r for r in records if r["source"] == family]) for family in families
+        },
+        "answers": records,
+    }
+
+
+def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def share(field: str) -> float:
+        return sum(bool(r[field]) for r in records) / max(1, len(records))
+
+    return {
+        "exact_match": share("correct"),
+        "blind": share("blind_correct"),
+        "guess": share("guess_correct"),
+        "questions": len(records),
+    }

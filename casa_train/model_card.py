@@ -1,0 +1,108 @@
+"""The README.md of an export: base models, data, configuration, licences, citation, use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from casa_train import __version__
+from casa_train.config import Config
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- casa
+- vision-language
+---
+
+# {name}
+
+A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
+images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}
+
+| part | parameters |
+|---|---|
+| text backbone ({backbone}, {layers} layers, width {width}) | {backbone_size:,} |
+| vision tower ({depth} blocks, width {vision_width}) | {vision_size:,} |
+| fusion ({mechanism}) | {fusion_size:,} |
+
+Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.
+
+## Use
+
+```python
+import torch
+from transformers import AutoModel, AutoProcessor
+
+path = "PATH/TO/THIS/DIRECTORY"
+model = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype=torch.float32).eval()
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+messages = [{{"role": "user", "content": [
+    {{"type": "image", "image": "picture.png"}},
+    {{"type": "text", "text": "What is in the picture?"}},
+]}}]
+batch = processor.tokenize_messages(messages).to(model.device)
+out = model.generate_from_image(**batch, max_new_tokens=32)
+print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+## Base models and licences
+
+All weights were initialised at random: no weights, and so no licences, were inherited. The tower's
+architecture is Qwen2.5-VL's and the backbone's is {backbone}'s, as implemented in transformers
+(Apache-2.0). The code in this directory is MIT-licensed.
+
+## Data
+
+{sources}
+
+The licences of these datasets apply to what is made with them.
+
+## Configuration
+
+```yaml
+{yaml}```
+
+## Citation
+
+The method: *CASA: Cross-Attention via Self-Attention*,
+arXiv 2512.19535.
+"""
+
+
+def model_card(config: Config, step: int, model: Any) -> str:
+    """The card's text.
+
+    :param model: the model that is exported; sizes are counted on it.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    fusion = sum(p.numel() for n, p in model.named_parameters() if ".fusion." in n)
+    backbone = sum(p.numel() for p in model.model.parameters()) - fusion
+    inserts = model.mechanism.inserts
+    sources = [
+        f"- `{name}` ({source.path})" + (f", {source.repeats} passes" if source.repeats > 1 else "")
+        for name, source in config.data.sources.items()
+    ]
+    return CARD.format(
+        name=config.name,
+        version=__version__,
+        backbone=text.model_type,
+        mechanism=config.fusion["mechanism"],
+        tokens="Image tokens join the text stream and the KV cache."
+        if inserts
+        else "Only text enters the KV cache.",
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        depth=vision.depth,
+        vision_width=vision.hidden_size,
+        backbone_size=backbone,
+        vision_size=sum(p.numel() for p in model.visual.parameters()),
+        fusion_size=fusion,
+        step=step,
+        steps=config.trainer.steps,
+        packs=config.data.packs_per_step,
+        sources="\n".join(sources),
+        yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+    )

@@ -1,0 +1,95 @@
+"""python -m casa_train.report RUN: one self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from casa_train.config import Config
+from casa_train.data.shards import Split
+from casa_train.errors import UserError
+from casa_train.evaluate import EVALUATION_FILE
+from casa_train.evaluation.exact_match import first_questions
+from casa_train.export import load_run_config
+from casa_train.metrics.report import RunData, write_report
+from casa_train.metrics.sinks import read_metrics
+from casa_train.train import CONFIG_FILE, METRICS_FILE
+
+REPORT_FILE = "report.html"
+
+
+def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Writes RUN/report.html; returns its path and the evaluation, if there is one.
+
+    :raises UserError: not a run directory, or one without metrics.
+    """
+    config = load_run_config(run)
+    metrics = run / METRICS_FILE
+    if not metrics.is_file():
+        raise UserError(f"{metrics} is missing: the run has not finished a step yet.")
+    evaluation: dict[str, Any] | None = None
+    if (run / EVALUATION_FILE).is_file():
+        evaluation = json.loads((run / EVALUATION_FILE).read_text())
+    data = RunData(
+        name=config.name,
+        metrics=read_metrics(metrics),
+        config_yaml=(run / CONFIG_FILE).read_text(),
+        environment=json.loads((run / "environment.json").read_text()),
+        evaluation=evaluation,
+        pictures=_pictures(config, evaluation),
+        quarantine=_quarantine(run),
+    )
+    path = run / REPORT_FILE
+    write_report(data, path)
+    return path, evaluation
+
+
+def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, list[bytes]]:
+    """The images of the evaluated questions, by id; none where the data has gone."""
+    if evaluation is None:
+        return {}
+    pictures: dict[str, list[bytes]] = {}
+    wanted = {answer["id"] for answer in evaluation["answers"]}
+    for source in config.data.validation.values():
+        try:
+            questions = first_questions(Split(Path(source.path)), config.evaluation.max_samples)
+        except UserError:
+            continue
+        pictures.update({q.id: list(q.images) for q in questions if q.id in wanted})
+    return pictures
+
+
+def _quarantine(run: Path) -> list[dict[str, Any]]:
+    lines = [
+        line
+        for path in sorted(run.glob("quarantine_*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return [json.loads(line) for line in dict.fromkeys(lines)]  # a resume may meet them again
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.report", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run directory, such as runs/demo")
+    arguments = parser.parse_args(argv)
+    try:
+        path, evaluation = report(arguments.run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    parts = [f"report {path}"]
+    if evaluation is not None:
+        scores = f"exact match {evaluation['exact_match']:.2f}, blind {evaluation['blind']:.2f}"
+        guess = f"image-free guess {evaluation['guess']:.2f}"
+        parts = [scores, guess, f"export {evaluation['export']}", *parts]
+    print(f"{arguments.run.name}: {', '.join(parts)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The loop: fetch, forward, backward, step, report. Nothing about files or flags."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from casa_train.audit import FINAL_STEP, Audit
+from casa_train.errors import UserError
+from casa_train.loss import answer_loss, sum_over_ranks
+from casa_train.metrics.sinks import Record, Sink
+
+
+class Batch(Protocol):
+    """A micro-step's data; see `data.materialize.PackedBatch`."""
+
+    inputs: Any
+    targets: Tensor
+    sample_ids: list[str]
+    text_tokens: int
+    image_tokens: int
+    fills: tuple[float, float]
+    failures: list[Any]
+
+
+class Loader(Protocol):
+    """Gives the micro-batches of a step and knows its consumed position."""
+
+    def next_step(self) -> Sequence[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class TrainingEngine(Protocol):
+    """A sharded model with its optimiser."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def forward(self, **inputs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None: ...
+
+    def gradient_norm(self) -> float: ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+@dataclass
+class Progress:
+    """Counters that a checkpoint carries."""
+
+    step: int = 0
+    answer_tokens: int = 0
+    text_tokens: int = 0
+    image_tokens: int = 0
+    samples: int = 0
+    bad_samples: int = 0
+
+
+@dataclass
+class Trainer:
+    """Runs optimiser steps until `steps`.
+
+    :param set_rates: applies the schedule of a step; returns the rate of each group.
+    :param save: commits a checkpoint of the engine with this JSON state.
+    :param quarantine: called with the failed samples of this rank.
+    :param gather: the value of every rank, in rank order.
+    """
+
+    engine: TrainingEngine
+    loader: Loader
+    device: torch.device
+    world: int
+    steps: int
+    save_every: int
+    max_bad_share: float
+    set_rates: Callable[[int], dict[str, float]]
+    save: Callable[[int, Callable[[Path], None], dict[str, Any]], Any]
+    quarantine: Callable[[Sequence[Any]], None]
+    gather: Callable[[Any], Sequence[Any]]
+    sinks: Sequence[Sink]
+    audit: Audit | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self) -> None:
+        """Trains to the last step; saves on the way and at the end."""
+        while self.progress.step < self.steps:
+            record = self.train_step(self.progress.step + 1)
+            for sink in self.sinks:
+                sink.write(record)
+            step = self.progress.step
+            if step % self.save_every == 0 or step == self.steps:
+                state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
+                self.save(step, self.engine.save, state)
+                self._say(f"saved checkpoint of step {step}")
+
+    def train_step(self, step: int) -> Record:
+        """One optimiser step over all ranks and micro-steps; returns its record."""
+        began = time.perf_counter()
+        batches = self.loader.next_step()
+        data_seconds = time.perf_counter() - began
+        counts = self._count(batches)
+        rates = self.set_rates(step)
+        answers = max(1.0, counts["answer_tokens"])
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        audit = self.audit if self._audit_due(step, rates) else None
+        for i, batch in enumerate(batches):
+            inputs = _to_device(batch.inputs, self.device)
+            logits = self.engine.forward(packed=inputs).logits
+            loss = answer_loss(logits, batch.targets.to(self.device))
+            losses += loss.detach()
+            self.engine.backward(loss * (self.world / answers))
+            if audit is not None and i == len(batches) - 1:
+                audit.before_update(step)
+            self.engine.step()
+        if audit is not None:
+            self._say(audit.after_update(step))
+        (loss_sum,) = sum_over_ranks([float(losses)], self.device)
+        if not math.isfinite(loss_sum):
+            raise UserError(
+                f"the loss of step {step} is {loss_sum}: lower the learning rates (optim.groups), "
+                "or "
+                f"look at the samples {[i for b in batches for i in b.sample_ids][:8]}"
+            )
+        self.progress.step = step
+        seconds = time.perf_counter() - began
+        micro_steps = self.world * len(batches)
+        return {
+            "step": step,
+            "loss": loss_sum / answers,
+            "gradient_norm": self.engine.gradient_norm(),
+            "rates": rates,
+            "answer_tokens": int(counts["answer_tokens"]),
+            "text_tokens": int(counts["text_tokens"]),
+            "image_tokens": int(counts["image_tokens"]),
+            "samples": int(counts["samples"]),
+            "samples_digest": self._digest(batches),
+            "bad_samples": self.progress.bad_samples,
+            "fill_text": counts["fill_text"] / micro_steps,
+            "fill_image": counts["fill_image"] / micro_steps,
+            "seconds": seconds,
+            "data_seconds": data_seconds,
+            "text_tokens_per_second": counts["text_tokens"] / seconds,
+            "image_tokens_per_second": counts["image_tokens"] / seconds,
+        }
+
+    def _audit_due(self, step: int, rates: dict[str, float]) -> bool:
+        """The first step with a non-zero rate, and `FINAL_STEP` if something started at zero."""
+        if self.audit is None or not all(rates.values()):
+            return False
+        return not self.audit.done or (step == FINAL_STEP and self.audit.waiting > 0)
+
+    def _count(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Counts of the step over all ranks; also checks the share of bad samples."""
+        local = {
+            "answer_tokens": float(sum(len(b.targets) for b in batches)),
+            "text_tokens": float(sum(b.text_tokens for b in batches)),
+            "image_tokens": float(sum(b.image_tokens for b in batches)),
+            "samples": float(sum(len(b.sample_ids) for b in batches)),
+            "bad_samples": float(sum(len(b.failures) for b in batches)),
+            "fill_text": sum(b.fills[0] for b in batches),
+            "fill_image": sum(b.fills[1] for b in batches),
+        }
+        total = dict(zip(local, sum_over_ranks(list(local.values()), self.device), strict=True))
+        progress = self.progress
+        for name in ("answer_tokens", "text_tokens", "image_tokens", "samples", "bad_samples"):
+            setattr(progress, name, getattr(progress, name) + int(total[name]))
+        self.quarantine([failure for b in batches for failure in b.failures])
+        seen = progress.samples + progress.bad_samples
+        if seen >= 1000 and progress.bad_samples > self.max_bad_share * seen:
+            raise UserError(
+                f"{progress.bad_samples} of {seen} samples could not be used, more than "
+                f"data.max_bad_share = {self.max_bad_share}. See the quarantine files in the run "
+                "directory, mend the data, or raise the limit."
+            )
+        return total
+
+    def _digest(self, batches: Sequence[Batch]) -> str:
+        """Identifies the samples of the step, in global order."""
+        ids = self.gather([batch.sample_ids for batch in batches])
+        in_order = [ids[r][m] for m in range(len(batches)) for r in range(self.world)]
+        return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()[:16]
+
+    def _say(self, line: str) -> None:
+        for sink in self.sinks:
+            sink.say(line)
+
+
+def _to_device(inputs: Any, device: torch.device) -> Any:
+    """Moves a pack's tensors; images stay uint8 and are normalised on the device."""
+    inputs.input_ids = inputs.input_ids.to(device, non_blocking=True)
+    inputs.logits_index = inputs.logits_index.to(device, non_blocking=True)
+    inputs.images = [image.to(device, non_blocking=True) for image in inputs.images]
+    return inputs

@@ -1,0 +1,139 @@
+"""Parameter groups, the schedule, the loss and the audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from casa_train.audit import Audit
+from casa_train.config import GroupConfig
+from casa_train.errors import UserError
+from casa_train.loss import answer_loss
+from casa_train.optim import build_groups, describe, rate_factor, set_rates
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.fusion = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+
+def groups(**patterns: str) -> dict[str, GroupConfig]:
+    return {n: GroupConfig([p], lr=1e-3, weight_decay=0.1) for n, p in patterns.items()}
+
+
+def test_each_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
+    built = build_groups(Toy().named_parameters(), groups(new="fusion", old="body|norm"))
+    names = {(g["name"], g["weight_decay"]): g["names"] for g in built}
+    assert names == {
+        ("new", 0.1): ["fusion.weight"],
+        ("new", 0.0): ["fusion.bias"],
+        ("old", 0.1): ["body.weight"],
+        ("old", 0.0): ["body.bias", "norm.weight", "norm.bias"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ({"a": "fusion", "b": "body"}, "'norm.weight' matches no group"),
+        ({"a": "fusion|body|norm", "b": "body"}, r"matches groups \['a', 'b'\]"),
+        ({"a": "fusion|body|norm", "b": "misspelt"}, "match no trainable parameter"),
+    ],
+)
+def test_wrong_patterns_are_refused(patterns: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_groups(Toy().named_parameters(), groups(**patterns))
+
+
+def test_description_counts_everything() -> None:
+    toy = Toy()
+    built = build_groups(toy.named_parameters(), groups(all="."))
+    lines = describe(toy.named_parameters(), built)
+    assert "30 parameters in    6 tensors, rate 0.001" in lines[0]
+    assert "12 parameters in    2 tensors" in lines[1]
+
+
+def test_schedule() -> None:
+    factors = [rate_factor(step, 10, warmup=2, decay=4) for step in range(1, 11)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [rate_factor(s, 3, 0, 0) for s in (1, 2, 3)] == [1, 1, 1]
+    param_groups = [{"name": "a", "base_lr": 2.0, "lr": 0.0}]
+    assert set_rates(param_groups, 0.25) == {"a": 0.5}
+
+
+def test_loss_sums_over_answers_and_keeps_a_graph_without_any() -> None:
+    logits = torch.randn(4, 7, requires_grad=True)
+    targets = torch.tensor([1, 2, 3, 0])
+    rows = torch.log_softmax(logits.detach().double(), -1)
+    expected = -rows[torch.arange(4), targets].sum()
+    assert answer_loss(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    empty = answer_loss(logits[:0], targets[:0])
+    empty.backward()
+    assert empty.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+class PlainEngine:
+    """One process without sharding."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def full_gradient(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        return parameter.grad
+
+    def full_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter
+
+
+def one_step(toy: Toy, used: list[nn.Module], moved: list[nn.Module], zero: str = "-") -> str:
+    audit = Audit(PlainEngine(toy), lambda name: zero in name)
+    x = torch.randn(2, 3)
+    for module in used:
+        x = module(x)
+    x.square().sum().backward()
+    audit.before_update(1)
+    with torch.no_grad():
+        for module in moved:
+            for parameter in module.parameters():
+                parameter += 1
+    return audit.after_update(1)
+
+
+def test_audit_passes_an_honest_step() -> None:
+    toy = Toy()
+    parts = [toy.body, toy.fusion, toy.norm]
+    line = one_step(toy, [toy.body, toy.norm, toy.fusion], parts)
+    assert "6 trainable tensors got a gradient and moved, 2 frozen ones did not" in line
+
+
+def test_audit_names_what_is_wrong() -> None:
+    toy = Toy()
+    with pytest.raises(UserError, match="trainable fusion.weight got no gradient"):
+        one_step(toy, [toy.body, toy.norm], [])
+    toy = Toy()
+    with pytest.raises(UserError, match="trainable body.weight did not move"):
+        one_step(toy, [toy.body, toy.norm, toy.fusion], [toy.fusion, toy.norm])
+    toy = Toy()
+    parts = [toy.body, toy.fusion, toy.norm, toy.frozen]
+    with pytest.raises(UserError, match="frozen frozen.weight moved"):
+        one_step(toy, [toy.body, toy.norm, toy.fusion], parts)
+
+
+def test_audit_lets_declared_zeros_pass_once(tmp_path: Path) -> None:
+    toy = Toy()
+    nn.init.zeros_(toy.fusion.weight)
+    used = [toy.body, toy.norm, toy.fusion]
+    moved = [toy.body, toy.norm, toy.fusion]
+    with pytest.raises(UserError, match="body.weight got an all-zero gradient"):
+        one_step(toy, used, moved)
+    toy = Toy()
+    nn.init.zeros_(toy.fusion.weight)
+    used, moved = [toy.body, toy.norm, toy.fusion], [toy.fusion]
+    assert "start at zero gradient by design" in one_step(toy, used, moved, zero="o")

@@ -1,0 +1,344 @@
+"""The page of a run: complete, self-contained, escaped, and drawn from as little as one step."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from casa_train.errors import UserError
+from casa_train.metrics import report
+from casa_train.metrics.report import RunData, choose_answers, draw_plots, write_report
+from casa_train.metrics.sinks import read_metrics
+
+VOID = {"meta", "img", "br"}
+HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
+
+
+class Page(HTMLParser):
+    """Collects elements and checks that tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def _record(step: int, **changes: Any) -> dict[str, Any]:
+    seconds = 30.0 if step == 1 else 1.0 + 0.1 * math.sin(step)
+    return {
+        "step": step,
+        "loss": 0.5 + 5 * math.exp(-step / 10),
+        "gradient_norm": 0.4 + 1 / step,
+        "rates": {"fusion": 1e-4 * min(1, step / 5), "backbone": 1e-4 * min(1, step / 5)},
+        "answer_tokens": 100,
+        "text_tokens": 1000,
+        "image_tokens": 5000,
+        "samples": 12,
+        "samples_digest": "0123456789abcdef",
+        "bad_samples": 0,
+        "fill_text": 0.98,
+        "fill_image": 0.7,
+        "seconds": seconds,
+        "data_seconds": 0.1,
+        "text_tokens_per_second": 1000 / seconds,
+        "image_tokens_per_second": 5000 / seconds,
+        **changes,
+    }
+
+
+def _answers(sources: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Answers by source: so many right, so many wrong."""
+    return [
+        {
+            "id": f"{source}-{i}",
+            "source": source,
+            "question": f"What is {i}?",
+            "reference": "red",
+            "answer": "red" if i < right else "blue",
+            "blind_answer": "green",
+            "correct": i < right,
+        }
+        for source, (right, wrong) in sources.items()
+        for i in range(right + wrong)
+    ]
+
+
+def _evaluation(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = {"exact_match": 0.875, "blind": 0.25, "guess": 0.3125, "questions": 1200}
+    families = {name: dict(scores) for name in dict.fromkeys(a["source"] for a in answers)}
+    return {"export": "step_40", **scores, "families": families, "answers": answers}
+
+
+def _picture(size: tuple[int, int], kind: str = "PNG", mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind)
+    return file.getvalue()
+
+
+def _run(**changes: Any) -> RunData:
+    fields: dict[str, Any] = {
+        "name": "fake",
+        "metrics": [_record(step) for step in range(1, 41)],
+        "config_yaml": "name: fake\nseed: 7\n",
+        "environment": {"packages": {"torch": "9.9"}, "gpu": None, "command": ["train", "a b"]},
+        "evaluation": None,
+        "pictures": {},
+        "quarantine": [],
+        **changes,
+    }
+    return RunData(**fields)
+
+
+def _page(run: RunData, tmp_path: Path) -> tuple[str, Page]:
+    path = tmp_path / "new" / "report.html"
+    write_report(run, path)
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_a_full_page_shows_everything(tmp_path: Path) -> None:
+    answers = _answers({"colour": (9, 3), "shape": (8, 0)})
+    pictures = {
+        answer["id"]: [_picture((300, 150)), _picture((56, 112), "JPEG")] for answer in answers
+    }
+    bad = [
+        {"source": "web", "key": key, "reason": "too_long", "detail": "9 tokens, 8 at most"}
+        for key in ("a", "b", "a")
+    ]
+    run = _run(evaluation=_evaluation(answers), pictures=pictures, quarantine=bad)
+    html, page = _page(run, tmp_path)
+
+    assert [svg["aria-label"] for svg in page.all("svg")] == [
+        "Loss by step",
+        "Gradient norm by step",
+        "Learning rates by step",
+        "Throughput by step",
+        "Seconds by step",
+        "Pack fill by step",
+    ]
+    for shown in ("87.5 %", "25.0 %", "31.2 %", "1,200", "step_40", "colour", "shape"):
+        assert shown in page.text
+    assert "fusion, backbone" in page.text  # one curve for one rate
+    assert "1 step above, up to 30 s" in page.text  # the first step does not set the scale
+    assert "too_long" in page.text and "9 tokens, 8 at most" in page.text
+    assert "seed: 7" in page.text and "packages.torch" in page.text and "train 'a b'" in page.text
+    shown_answers = choose_answers(answers)
+    assert len(page.all("img")) == 2 * len(shown_answers) == 40
+    assert page.all("img")[0]["alt"] == f"image 1 of 2 of sample {shown_answers[0]['id']}"
+    assert page.text.count("wrong") == 3 + 1  # and once in the explanation
+    assert 'style="width: 87.5%"' in html
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg)
+        assert "<style" not in svg  # it would apply to the whole page
+
+    again, _ = _page(run, tmp_path)
+    assert again == html
+
+
+def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
+    answers = _answers({"colour": (2, 2)})
+    pictures = {answer["id"]: [_picture((9, 9))] for answer in answers}
+    html, page = _page(_run(evaluation=_evaluation(answers), pictures=pictures), tmp_path)
+
+    assert "http:" not in html and "https:" not in html and "@import" not in html
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base"}
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value is not None and value.startswith(("#", "data:image/jpeg;base64,"))
+    urls = re.findall(r"url\(([^)]*)\)", html)
+    assert urls and all(url.startswith("#") for url in urls)
+    (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+    # Six drawings share one name space.
+    ids = Counter(attributes["id"] for _, attributes in page.elements if "id" in attributes)
+    assert max(ids.values()) == 1
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', html))
+    assert used and used <= set(ids)
+
+
+def test_untrusted_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    answers = _answers({HOSTILE: (1, 0)})
+    for name in ("id", "question", "reference", "answer", "blind_answer"):
+        answers[0][name] = f"{name} {HOSTILE}"
+    run = _run(
+        name=HOSTILE,
+        metrics=[{"step": 1, "rates": {HOSTILE: 1e-4, "$x_1$": 1e-5}}],
+        config_yaml=HOSTILE,
+        environment={HOSTILE: {"deep": HOSTILE}, "command": [HOSTILE]},
+        evaluation={**_evaluation(answers), "export": HOSTILE},
+        pictures={answers[0]["id"]: [_picture((9, 9)), b"no picture"]},
+        quarantine=[dict.fromkeys(("source", "key", "reason", "detail"), HOSTILE)],
+    )
+    html, page = _page(run, tmp_path)
+    assert "<script" not in html.lower()
+    assert "<img src=http" not in html
+    assert "&lt;script&gt;" in html and "<script>alert('x')</script>" in page.text
+    assert "$x_1$" in page.text  # not read as a formula
+    assert len(page.all("img")) == 1 and page.text.count("(unreadable image)") == 1
+
+
+def test_texts_that_no_file_can_hold_or_that_are_endless_are_shown_in_part(tmp_path: Path) -> None:
+    answers = _answers({"web": (1, 0)})
+    answers[0].update(question="a\ud800b", reference="long " * 10_000, answer="  ")
+    run = _run(metrics=[{"step": 1, "loss": 2.0}], evaluation=_evaluation(answers))
+    _, page = _page(run, tmp_path)
+    assert "a?b" in page.text
+    assert page.text.count("long ") <= report.LONGEST_TEXT and "…" in page.text
+    assert "(empty)" in page.text and "(no image)" in page.text
+
+
+def test_one_step_is_enough(tmp_path: Path) -> None:
+    run = _run(metrics=[_record(1)], config_yaml="", environment={})
+    html, page = _page(run, tmp_path)
+    assert len(page.all("svg")) == 6
+    assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
+    assert "has not been evaluated" in page.text and page.text.count("Not recorded.") == 2
+    for absent in ("Validation samples", "Bad samples", "moving average"):
+        assert absent not in page.text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [1, 60])
+def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: Path) -> None:
+    broken = [
+        _record(s, loss=math.nan, gradient_norm=math.inf, rates={"a": 0.0}, data_seconds=None)
+        for s in range(1, count + 1)
+    ]
+    for record in broken:
+        del record["fill_text"], record["fill_image"]
+    evaluation = _evaluation(_answers({"colour": (1, 1)}))
+    evaluation["families"]["colour"].update(exact_match=math.nan, guess=None)
+    html, page = _page(_run(metrics=broken, evaluation=evaluation), tmp_path)
+    assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    assert labels == ["Learning rates by step", "Throughput by step", "Seconds by step"]
+    assert report.MISSING in page.text
+
+
+def test_no_metrics_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'fake' has no metrics.*metrics\.jsonl"):
+        write_report(_run(metrics=[]), tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(_run(metrics=[{"step": 1}]), tmp_path / "file" / "report.html")
+
+
+def test_records_from_a_file_are_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (1, 2, 3, 2)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "lo', encoding="utf-8")
+    _, page = _page(_run(metrics=read_metrics(path)), tmp_path)
+    assert "steps3" in page.text.replace("\n", "")
+
+
+def test_the_choice_covers_every_source_right_and_wrong() -> None:
+    answers = _answers({"a": (500, 5), "b": (300, 40), "c": (2, 0), "d": (0, 9)})
+    chosen = choose_answers(answers)
+    assert len(chosen) == report.SAMPLES
+    counts = Counter((answer["source"], answer["correct"]) for answer in chosen)
+    assert counts["a", True] == counts["b", True] == 4
+    assert counts["a", False] >= 3 and counts["b", False] >= 3
+    assert counts["c", True] == 2 and counts["d", False] >= 7
+    assert choose_answers(list(reversed(answers))) == chosen
+    assert choose_answers(answers[:3]) and choose_answers([]) == []
+
+
+def test_thumbnails_are_small_and_on_white() -> None:
+    def load(data: bytes) -> Image.Image:
+        uri = report._thumbnail(data)
+        assert uri is not None
+        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+    assert load(_picture((1000, 500))).size == (224, 112)
+    assert load(_picture((1600, 2400), "JPEG")).size == (149, 224)
+    assert load(_picture((30, 40), "WEBP")).size == (30, 40)  # never enlarged
+    assert load(_picture((8, 8), mode="RGBA")).getpixel((4, 4)) == (255, 255, 255)
+    assert load(_picture((8, 8), mode="L")).mode == "RGB"
+    whole = _picture((400, 400))
+    assert report._thumbnail(b"") is None and report._thumbnail(whole[: len(whole) // 2]) is None
+
+
+def test_long_runs_stay_small_and_keep_their_spikes() -> None:
+    count = 50_000
+    steps, values = np.arange(1.0, count + 1), np.ones(count)
+    values[12_345], values[40_000:41_000] = 99.0, np.nan
+    thin_steps, thin = report._thin(steps, values)
+    assert len(thin) <= report.CURVE_POINTS
+    assert thin_steps[np.nanargmax(thin)] == 12_346.0
+    assert np.isnan(thin).any()
+    smooth_steps, smooth = report._smooth(steps, values)
+    assert len(smooth) <= report.CURVE_POINTS and np.nanmax(smooth) == 1.0
+    assert smooth_steps[0] == 1.0 and smooth_steps[-1] == count
+
+
+def test_smoothing_follows_a_steep_start() -> None:
+    values = np.linspace(10.0, 0.0, 101)
+    _, smooth = report._smooth(np.arange(101.0), values)
+    assert smooth[0] == 10.0
+    np.testing.assert_allclose(smooth[:90], values[:90])
+
+
+def test_groups_far_apart_get_a_logarithmic_scale() -> None:
+    def note(**rates: float) -> str:
+        (plot,) = draw_plots([{"step": step, "rates": rates} for step in (1, 2, 3)])
+        return plot.note
+
+    assert "logarithmic" in note(fusion=1e-3, backbone=1e-5)
+    assert "logarithmic" not in note(fusion=1e-4, backbone=5e-5)
+    assert "logarithmic" not in note(frozen=0.0)
+    assert note(_private=1e-4)  # matplotlib keeps such names out of legends
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.5, "0.5"), (999, "999"), (1234, "1.2k"), (2.5e6, "2.5M")]
+)
+def test_large_numbers_are_short(value: float, text: str) -> None:
+    assert report._large(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1e-4, "1e-4"), (0.00015, "1.5e-4"), (2, "2e0")]
+)
+def test_rates_are_written_as_powers(value: float, text: str) -> None:
+    assert report._power(value) == text

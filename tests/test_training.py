@@ -1,0 +1,164 @@
+"""Whole runs of the real command: resume after SIGKILL, several processes, ZeRO stages, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casa_train.metrics.sinks import read_metrics
+from tests.commands import ROOT, TINY, environment, on_data, run, train_command
+
+pytestmark = pytest.mark.slow
+
+# What must not depend on when a run was killed; seconds and throughput may.
+EXACT = (
+    "loss",
+    "gradient_norm",
+    "rates",
+    "answer_tokens",
+    "text_tokens",
+    "image_tokens",
+    "samples",
+    "samples_digest",
+    "bad_samples",
+    "fill_text",
+    "fill_image",
+)
+
+
+def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        "+experiment=demo",
+        *TINY,
+        *on_data(data),
+        f"run_dir={run_dir}",
+        "trainer.steps=12",
+        "checkpoint.every=4",
+        "optim.warmup_steps=2",
+        "optim.decay_steps=4",
+        *more,
+    ]
+
+
+def exact(run_dir: Path) -> list[dict[str, Any]]:
+    return [
+        {"step": record["step"], **{name: record[name] for name in EXACT}}
+        for record in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps that nothing happens to."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(train_command(overrides(data_dir, run_dir)))
+    return run_dir
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Returns once metrics.jsonl holds `step`."""
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+def test_a_run_leaves_its_records(undisturbed: Path) -> None:
+    records = exact(undisturbed)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[0]["rates"]["fusion"] == pytest.approx(records[1]["rates"]["fusion"] / 2)
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step_12", "step_8"]
+    environment_record = json.loads((undisturbed / "environment.json").read_text())
+    assert environment_record["packages"]["deepspeed"]
+    assert "git_commit" in environment_record
+    assert (undisturbed / "config.yaml").read_text().startswith("name: demo")
+
+
+def test_sigkill_and_the_same_command_again_is_bit_exact(
+    data_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = train_command(overrides(data_dir, tmp_path / "killed"))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_step(tmp_path / "killed", 6, process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines())
+    assert reached < 12, "the kill came too late to prove anything"
+    again = run(command)
+    assert "resuming from" in again.stdout
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) > 12, "no step was repeated: the run did not go on from a checkpoint"
+    assert exact(tmp_path / "killed") == exact(undisturbed)
+
+
+def test_two_processes_equal_accumulation(
+    data_dir: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run(train_command(overrides(data_dir, tmp_path / "two"), processes=2))
+    alone, together = exact(undisturbed), exact(tmp_path / "two")
+    for one, two in zip(alone, together, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        for name in ("rates", "answer_tokens", "text_tokens", "samples", "samples_digest"):
+            assert two[name] == one[name]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_other_zero_stages_train_the_same(
+    data_dir: Path, undisturbed: Path, tmp_path: Path, stage: int
+) -> None:
+    more = [f"parallel.zero_stage={stage}", "trainer.steps=6", "optim.decay_steps=0"]
+    run(train_command(overrides(data_dir, tmp_path / "stage", *more), processes=2))
+    # Decay begins after step 8, so the first six steps are those of the longer run.
+    for one, other in zip(exact(undisturbed)[:6], exact(tmp_path / "stage"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+
+
+def test_frozen_backbone_and_prefix_in_bf16(data_dir: Path, tmp_path: Path) -> None:
+    more = [
+        "model.backbone.trainable=false",
+        "model.vision.train_last_blocks=1",
+        "fusion=cross_attention",
+        "fusion.init=zero_output",
+        "parallel.precision=bf16",
+        "trainer.steps=10",
+    ]
+    done = run(train_command(overrides(data_dir, tmp_path / "frozen", *more)))
+    assert "start at zero gradient by design" in done.stdout
+    assert "audit of step 10" in done.stdout  # looked again once everything could move
+    assert "1 frozen blocks" in done.stdout
+
+
+def test_sweep_gives_each_job_its_directory(data_dir: Path, tmp_path: Path) -> None:
+    done = run(
+        train_command(
+            [
+                "-m",
+                *[o for o in overrides(data_dir, tmp_path) if not o.startswith("run_dir=")],
+                f"hydra.sweep.dir={tmp_path}",
+                "hydra.sweep.subdir=${name},fusion=${fusion.mechanism}",
+                "fusion=casa,cross_attention,insertion",
+                "trainer.steps=4",
+                "optim.decay_steps=0",
+            ]
+        )
+    )
+    names = [f"demo,fusion={m}" for m in ("casa", "cross_attention", "insertion")]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == names
+    for name in names:
+        assert [r["step"] for r in exact(tmp_path / name)] == [1, 2, 3, 4]
+    assert "0 new parameters" in done.stdout  # insertion adds none

@@ -12,35 +12,47 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.config import CONF_DIR, to_config
+from casa_train.config import CONF_DIR, explain, to_config
 from casa_train.errors import UserError
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
 def main(raw: DictConfig) -> None:
-    """Trains one run; under `-m` Hydra calls it once a job."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        with open_dict(raw):
-            raw.run_dir = HydraConfig.get().runtime.output_dir
-    config = to_config(raw)
-    from casa_train.train import train  # heavy imports only once the configuration holds
+    """Trains one run; under `-m` Hydra calls it once a job. A failed job does not stop the next."""
+    try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            with open_dict(raw):
+                raw.run_dir = HydraConfig.get().runtime.output_dir
+        config = to_config(raw)
+        from casa_train.train import train  # heavy imports only once the configuration holds
 
-    train(config)
+        train(config)
+    except UserError as error:  # Hydra would print the whole command line in front of it
+        report(str(error))
+
+
+_messages: list[str] = []
+
+
+def report(message: str) -> None:
+    """Prints, once over all ranks, what the user can mend."""
+    _messages.append(message)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
 
 
 def run() -> int:
-    """Prints what the user can mend as one message; leaves with 2."""
+    """The command; leaves with 2 after anything that the user can mend."""
+    _messages.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (HydraException, OmegaConfBaseException) as error:
+        report(explain(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    return 2 if _messages else 0
 
 
 if __name__ == "__main__":

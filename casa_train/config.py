@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,7 +54,9 @@ class ModelConfig:
     template: dict[str, str] = field(default_factory=dict)
     """Literal text around turns and images: the fields of `ChatTemplate`."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The text decoder."""
     vision: VisionConfig = field(default_factory=VisionConfig)
+    """The vision tower."""
 
 
 @dataclass
@@ -188,15 +193,26 @@ class Config:
     seed: int = 0
     """Seeds weights and data order."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What is assembled."""
     fusion: dict[str, Any] = field(default_factory=dict)
     """The fusion mechanism and its options: `mechanism` plus what its class documents."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Sources and budgets."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Ranks and precision."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Resumable checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Generation on held-out questions."""
 
+
+# conf/train.yaml starts from this schema: every field can be overridden by name, and a typo or a
+# wrong type fails while composing.
+ConfigStore.instance().store(name="schema", node=Config)
 
 # Fields that do not change what the run computes: they may differ on resume.
 FREE_FIELDS = (
@@ -219,10 +235,12 @@ def to_config(raw: DictConfig) -> Config:
     """
     schema = OmegaConf.structured(Config)
     try:
-        merged = OmegaConf.merge(schema, raw)
+        # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
+        plain = OmegaConf.create(OmegaConf.to_container(raw, resolve=True))
+        merged = OmegaConf.merge(schema, plain)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, raw)) from error
+        raise UserError(explain(error)) from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -326,26 +344,40 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(run_fields(config), sort_keys=True).encode()).hexdigest()
 
 
-def _explain(error: OmegaConfBaseException, raw: DictConfig) -> str:
-    key = getattr(error, "full_key", None) or "?"
-    first = str(error).strip().splitlines()[0]
-    if "not in" in first and ("Key" in first or "key" in first):
-        parent, _, leaf = str(key).rpartition(".")
-        known = _known_keys(parent)
-        hint = f" Known keys of {parent or 'the configuration'}: {known}." if known else ""
-        return f"unknown configuration key {key!r}: {leaf!r} is not a field.{hint}"
-    if "MissingMandatoryValue" in type(error).__name__:
-        return (
-            f"{key} has no value; give it on the command line ({key}=VALUE) or in the experiment."
-        )
-    found = OmegaConf.select(raw, str(key)) if key != "?" else None
-    return f"{key} is {found!r}: {first}."
+def explain(error: Exception) -> str:
+    """One message for what Hydra or OmegaConf found wrong, without search paths and types."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = []
+    for line in lines:
+        if line.startswith("Config search path"):
+            break
+        if not line.startswith(("full_key:", "object_type=", "reference_type=", "To append")):
+            kept.append(line)
+    message = " ".join(kept)
+    key = next(
+        (x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")), ""
+    )
+    cause = error.__cause__ if isinstance(error, HydraException) else None
+    unknown = "not in struct" in message or "not in '" in message or "Could not override" in message
+    if cause is not None and str(cause).splitlines():
+        message += f" ({str(cause).splitlines()[0].strip()})"
+    if key and key not in message:
+        message = f"{key}: {message}"
+    if unknown:
+        found = re.search(r"override '([^'=]+)|^([\w.]+):", message)
+        name = next((g for g in found.groups() if g), key) if found else key
+        parent = name.lstrip("+~").rpartition(".")[0]
+        known = known_fields(parent)
+        if known:
+            message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
+    return message
 
 
-def _known_keys(parent: str) -> list[str]:
+def known_fields(parent: str) -> list[str]:
+    """Names of the fields under a dotted name, none where it names no section."""
     node: Any = OmegaConf.structured(Config)
-    try:
-        node = OmegaConf.select(node, parent) if parent else node
-        return sorted(node.keys())
-    except (OmegaConfBaseException, AttributeError):
-        return []
+    for name in parent.split(".") if parent else []:
+        if not isinstance(node, DictConfig) or name not in node:
+            return []
+        node = node._get_node(name)
+    return sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []

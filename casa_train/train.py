@@ -248,8 +248,8 @@ def build_model_config(config: Config, processor: CasaProcessor) -> CasaConfig:
         text_config = AutoConfig.for_model(model_type, **text)
     except ValueError as error:
         raise UserError(
-            f"model.backbone.config.model_type is {model_type!r}: "
-            f"{str(error).splitlines()[0][:200]}"
+            f"model.backbone.config.model_type is {model_type!r}, unknown to transformers; "
+            "choose llama, helium or qwen2."
         ) from error
     return CasaConfig(
         text_config=text_config,
@@ -391,7 +391,9 @@ def environment() -> dict[str, Any]:
     try:
         root = Path(__file__).resolve().parent.parent
         git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
+        )
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
         commit = head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "") or None
     except OSError:

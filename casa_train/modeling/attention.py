@@ -157,7 +157,7 @@ class Segments:
                     line = np.minimum(np.arange(q_max)[None, :, None], q_len[:, None, None] - 1)
                     mask = mask & (column <= line + (k_len - q_len)[:, None, None])
                 else:
-                    mask = np.broadcast_to(mask, (len(members), q_max, k_max))
+                    mask = np.broadcast_to(mask, (len(members), q_max, k_max)).copy()
                 mask = mask[:, None]
             built.append(
                 _Group(

@@ -97,6 +97,12 @@ class Casa(FusionMechanism):
         open_window: list[list[Range]] = [
             [(start, start + n)] if n else [] for start, n in zip(kept_starts, kept, strict=False)
         ]
+        # An image at the very start joins the window that the last chunk left without text.
+        joining = {
+            sample
+            for sample, chunk in enumerate(chunks)
+            if state is not None and 0 in chunk.points and state.window_text[sample] == 0
+        }
         queries: list[list[Range]] = []
         keys: list[list[Range]] = []
         for window in split_windows(chunks):
@@ -105,8 +111,12 @@ class Casa(FusionMechanism):
             if window.continues and not open_window[window.sample]:
                 continue  # text before the first image
             # The image stands first: with bottom-right causality every text token sees all of it.
-            key = open_window[window.sample] if window.continues else [image]
-            key = [*key, text] if self.text_in_window else key
+            key = [] if window.continues else [image]
+            if window.continues or window.sample in joining:
+                key = [*open_window[window.sample], *key]
+                joining.discard(window.sample)
+            if self.text_in_window:
+                key.append(text)
             queries.append([window.text])
             keys.append(key)
             open_window[window.sample] = key

@@ -60,6 +60,14 @@ class CasaPreTrainedModel(PreTrainedModel):
     ]
 
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """The first weights of what is not loaded, alike in both transformers generations."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
     """A text decoder that sees images through a fusion mechanism.
 
@@ -210,6 +218,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         cache: FlatCache | None,
     ) -> Tensor:
         """(T, C) final hidden states of the packed text tokens."""
+        counts = self.visual.token_counts(images)
+        promised = [n for chunk in chunks for n in chunk.images]
+        if len(ids) != sum(chunk.text for chunk in chunks) or counts != promised:
+            raise ValueError(
+                f"the chunks promise {sum(c.text for c in chunks)} text tokens and images of "
+                f"{promised} tokens; given are {len(ids)} text tokens and images of {counts} tokens"
+            )
         text = self.model.embed_tokens(ids)
         backend = self.attention_backend
         if images:
@@ -243,6 +258,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
             cache.commit()
             state.text = [a + chunk.text for a, chunk in zip(state.text, chunks, strict=True)]
             state.images = [a + sum(c.images) for a, c in zip(state.images, chunks, strict=True)]
+            state.window_text = [
+                c.text - c.points[-1] if c.points else n + c.text
+                for n, c in zip(state.window_text, chunks, strict=True)
+            ]
             if plan.keep:
                 state.window_lengths = [sum(b - a for a, b in ranges) for ranges in plan.keep]
         return hidden

@@ -27,6 +27,7 @@ class StreamingState:
     :param slots: for each sample the ranges of KV-cache slots that hold its tokens.
     :param cache_length: slots of the KV cache in use, padding included.
     :param window_lengths: for each sample the number of keys kept of its open window.
+    :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     """
@@ -38,6 +39,7 @@ class StreamingState:
     slots: list[list[Range]] = field(default_factory=list)
     cache_length: int = 0
     window_lengths: list[int] = field(default_factory=list)
+    window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
 
@@ -46,6 +48,7 @@ class StreamingState:
         self.images = self.images or [0] * self.batch
         self.slots = self.slots or [[] for _ in range(self.batch)]
         self.window_lengths = self.window_lengths or [0] * self.batch
+        self.window_text = self.window_text or [0] * self.batch
 
 
 class FlatCache:

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all their own set-up on a machine with Python >= 3.10 and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+DATA := demo_data
+TASKS := colour,shape,count
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-fast check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## create .venv with the pinned versions of constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+demo: setup  ## data, training, export, evaluation and report of a tiny model on the CPU, in minutes
+	$(BIN)/python -m data_recipes synthetic --out $(DATA) --samples 60000 --validation 600 --seed 0 --tasks $(TASKS)
+	$(BIN)/python -m casa_train +experiment=demo
+	$(BIN)/python -m casa_train.export $(RUN) --out $(RUN)/export
+	$(BIN)/python -m casa_train.evaluate $(RUN)
+	@$(BIN)/python -m casa_train.report $(RUN)
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+test-fast: setup  ## the tests for daily work, under five minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: setup  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the demo's data and run, and caches
+	rm -rf $(DATA) $(RUN) .pytest_cache .hypothesis .ruff_cache .mypy_cache

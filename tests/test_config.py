@@ -1,0 +1,139 @@
+"""The configuration: composition, and what each mistake prints."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from casa_train.__main__ import run
+from casa_train.config import CONF_DIR, Config, fingerprint, flatten, run_fields, to_config
+from casa_train.errors import UserError
+from tests.commands import ROOT, TINY, on_data
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return to_config(compose("train", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONF_DIR / "experiment").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_experiment_composes(path: Path) -> None:
+    assert composed(f"+experiment={path.stem}").name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "fusion").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_mechanism_composes(path: Path) -> None:
+    assert composed(f"fusion={path.stem}").fusion["mechanism"] == path.stem
+
+
+def test_every_field_is_documented_and_read() -> None:
+    source = (ROOT / "casa_train" / "config.py").read_text()
+    code = "".join(
+        p.read_text() for p in (ROOT / "casa_train").rglob("*.py") if p.name != "config.py"
+    )
+
+    def walk(cls: Any) -> None:
+        lines = source.split(f"class {cls.__name__}:")[1].split("\n@dataclass")[0].splitlines()
+        for f in fields(cls):
+            at = next(i for i, line in enumerate(lines) if line.startswith(f"    {f.name}:"))
+            assert lines[at + 1].startswith('    """'), f"{cls.__name__}.{f.name} has no docstring"
+            assert f".{f.name}" in code, f"{cls.__name__}.{f.name} is never read"
+            nested = f.default_factory() if callable(f.default_factory) else None
+            if is_dataclass(nested):
+                walk(type(nested))
+
+    walk(Config)
+
+
+def test_fingerprint_ignores_only_what_does_not_change_the_run() -> None:
+    base = composed("+experiment=demo")
+    assert fingerprint(composed("+experiment=demo", "data.workers=0", "name=x")) == fingerprint(
+        base
+    )
+    assert fingerprint(composed("+experiment=demo", "seed=7")) != fingerprint(base)
+    assert "seed" in run_fields(base) and "data.workers" in flatten(base)
+
+
+def message_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *overrides: str
+) -> str:
+    """Runs the command in this process; returns its only message."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["casa_train", *overrides])
+    assert run() == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert "Traceback" not in error and len(lines) <= 6, error
+    assert lines[0].startswith("error: "), error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.stepz=5"], ["stepz"]),
+        (["+trainer.stepz=5"], ["trainer.stepz", "Known keys of trainer", "steps"]),
+        (["trainer.steps=many"], ["trainer.steps", "'many'"]),
+        (["fusion=casaa"], ["casaa", "cross_attention"]),
+        (["fusion.mechanism=casaa"], ["'casaa' is unknown", "insertion"]),
+        (["+fusion.colour=red"], ["does not read ['colour']", "image_positions"]),
+        (["fusion.init=zeros"], ["fusion.init", "'zeros'", "zero_output"]),
+        (["model.backbone.config.model_type=gpt2"], ["'gpt2' is not supported", "llama"]),
+        (["model.backbone.config.model_type=llamaa"], ["llamaa"]),
+        (["model.backbone.config.vocab_size=10"], ["vocab_size is 10", "tokenizer has"]),
+        (["model.vision.train_last_blocks=99"], ["train_last_blocks is 99", "2 blocks"]),
+        (["model.template.bos=<|nothing|>"], ["model.template", "<|nothing|>"]),
+        (["model.tokenizer=/nowhere"], ["/nowhere", "neither a directory nor a hub id"]),
+        (["data.sources.synthetic.path=/nowhere"], ["/nowhere", "does not exist", "data_recipes"]),
+        (["data.text_tokens=4"], ["data.text_tokens is 4", "smallest samples need"]),
+        (["data.sources.synthetic.weight=-1"], ["weight -1", "positive"]),
+        (["~data.sources.synthetic"], ["data.sources", "at least one source"]),
+        (["parallel.zero_stage=5"], ["parallel.zero_stage is 5", "1, 2 or 3"]),
+        (["optim.warmup_steps=9999"], ["optim.warmup_steps", "trainer.steps"]),
+        (["optim.groups.vision.patterns=[nothing]"], ["visual", "matches no group"]),
+        (["+optim.groups.extra.patterns=[nothing]"], ["optim.groups.extra", "match no trainable"]),
+        (["+experiment=nothing"], ["experiment/nothing"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_named(
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    words: list[str],
+) -> None:
+    experiment = [] if overrides[0].startswith("+experiment") else ["+experiment=demo"]
+    base = [*experiment, *TINY, *on_data(data_dir), f"run_dir={tmp_path / 'run'}"]
+    base += ["trainer.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0"]
+    error = message_of(capsys, monkeypatch, *base, *overrides)
+    for word in words:
+        assert word in error, error
+    assert not (tmp_path / "run").exists(), "the run directory was touched before the check"
+
+
+def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    from casa_train.train import prepare_run_directory
+
+    config = composed("+experiment=demo", f"run_dir={tmp_path / 'run'}")
+    prepare_run_directory(tmp_path / "run", config)
+    prepare_run_directory(tmp_path / "run", config)
+    config.seed = 5
+    with pytest.raises(UserError, match="seed: 0 there, 5 now"):
+        prepare_run_directory(tmp_path / "run", config)
+    config.checkpoint.resume_allow = ["seed"]
+    prepare_run_directory(tmp_path / "run", config)
+    config.seed = 6
+    config.checkpoint.resume_allow = []
+    config.checkpoint.resume = "never"
+    prepare_run_directory(tmp_path / "run", config)
+    assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()

@@ -1,0 +1,219 @@
+"""An export in the hands of someone who has transformers and not this project."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from casa_train.checkpoint.export import MARKER
+from casa_train.evaluate import evaluate_run
+from casa_train.report import report
+from tests.commands import TINY, environment, on_data, run, train_command
+
+pytestmark = pytest.mark.slow
+
+# Runs where only torch, transformers, einops, pillow, numpy and what they need can be imported.
+STRANGER = """
+import importlib.abc, importlib.metadata as metadata, re, sys
+
+def closure(*names):
+    found, pending = set(), list(names)
+    while pending:
+        name = re.sub(r"[-_.]+", "-", pending.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        pending += [re.match(r"[A-Za-z0-9_.-]+", n)[0] for n in needs if "extra ==" not in n]
+    return found
+
+allowed = closure("torch", "transformers", "einops", "pillow", "numpy")
+foreign = {
+    module
+    for module, owners in metadata.packages_distributions().items()
+    if not any(re.sub(r"[-_.]+", "-", owner).lower() in allowed for owner in owners)
+} | {"casa_train", "data_recipes"}
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in foreign:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Refuse())
+for module in ("casa_train", "deepspeed", "hydra", "webdataset"):
+    try:
+        __import__(module)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{module} can be imported: the test proves nothing")
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, DynamicCache
+
+path, inserts = sys.argv[1], sys.argv[2] == "insertion"
+model = AutoModel.from_pretrained(
+    path, trust_remote_code=True, torch_dtype=torch.float32, attn_implementation="sdpa"
+).eval()
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, image_size=84)
+assert processor.image_processor.max_pixels == 84 * 84
+assert processor._image_processor is processor.image_processor
+assert isinstance(processor.asst_start_tokens, list) and isinstance(processor.asst_end_tokens, list)
+assert processor.pre_image_tokens == [] and processor.post_image_tokens == []
+end = model.generation_config.eos_token_id
+assert end == processor.asst_end_tokens[0]
+
+picture = Image.new("RGB", (100, 60), "red")
+def ask(text, *images):
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+# One conversation, then the same in a left-padded batch: the answers must not change.
+one = processor.tokenize_messages(ask("What colour is the circle?", picture)).to("cpu")
+assert set(one) == {"input_ids", "attention_mask", "image_embeds_insertion_points", "pixel_values"}
+assert one["pixel_values"][0].dtype == torch.uint8 and one["pixel_values"][0].shape[0] == 3
+greedy = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+cache = DynamicCache()
+alone = model.generate_from_image(**one, past_key_values=cache, **greedy)
+text = one["input_ids"].shape[1]
+assert alone.shape == (1, text + 6) and torch.equal(alone[:, :text], one["input_ids"])
+image_tokens = one["pixel_values"][0].shape[1] * one["pixel_values"][0].shape[2] // 784
+held = text + 5 + (image_tokens if inserts else 0)  # the last new token is not in the cache yet
+assert cache.get_seq_length() == held, (cache.get_seq_length(), held)
+processor.tokenizer.padding_side = "left"
+longer = ask("How many red and green and blue shapes are there in this picture?", picture, picture)
+both = processor.tokenize_messages([ask("What colour is the circle?", picture), longer])
+assert (both["attention_mask"][0] == 0).any() and both["attention_mask"][0, -1] == 1
+batched = model.generate_from_image(**both, **greedy)
+assert torch.equal(batched[0, -6:], alone[0, -6:])
+print(processor.tokenizer.decode(alone[0, text:], skip_special_tokens=True))
+
+# An empty slot: the caller passes the pixels itself.
+unfilled = ask("What colour is the circle?", None)
+empty = processor.tokenize_messages(unfilled, suppress_bos_token=False)
+assert empty["pixel_values"] == []
+pixels = processor.image_processor.process_images(picture)
+frames = processor.image_processor.process_images(pixels[None].repeat(2, 1, 1, 1), img_size=56)
+assert frames.ndim == 4 and frames.shape[0] == 2
+assert torch.equal(pixels, one["pixel_values"][0])
+empty["pixel_values"] = [pixels]
+again = model.generate_from_image(**empty, **greedy)
+assert torch.equal(again, alone)
+
+# A stream goes on: only the new text enters the cache.
+before = cache.get_seq_length()
+more = processor.tokenize_messages(ask("And now?", picture), suppress_bos_token=True)
+out = model.generate_from_image(**more, past_key_values=cache, reset_streaming=False, **greedy)
+assert torch.equal(out[:, : more["input_ids"].shape[1]], more["input_ids"])
+grown = 1 + more["input_ids"].shape[1] + 5 + (image_tokens if inserts else 0)
+assert cache.get_seq_length() - before == grown
+model.start_ca_streaming_states()
+model.reset_ca_streaming_states()
+model.reset_casa_streaming_states()
+
+# Older clients: extra keywords, and a mask over the new tokens only.
+cache = DynamicCache()
+old = {"reinit_casa_handler": True, "__is_first_gen_call__": True}
+logits = model(**one, past_key_values=cache, **old).logits
+token = logits[:, -1:].argmax(-1)
+step = model(input_ids=token, past_key_values=cache, attention_mask=torch.ones(1, 1)).logits
+full = model(
+    input_ids=torch.cat([one["input_ids"], token], 1),
+    pixel_values=one["pixel_values"],
+    image_embeds_insertion_points=one["image_embeds_insertion_points"],
+).logits
+assert (step[:, -1] - full[:, -1]).abs().max() < 1e-4
+assert type(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)) is type(model)
+saved = sys.argv[3]
+model.save_pretrained(saved)
+print("STRANGER DONE")
+"""
+
+
+@pytest.fixture(scope="module", params=["casa", "cross_attention", "insertion"])
+def exported(
+    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A run of a few steps with each mechanism, exported by the real command."""
+    run_dir = tmp_path_factory.mktemp("export") / request.param
+    steps = ["trainer.steps=3", "optim.warmup_steps=0", "optim.decay_steps=0"]
+    where = [f"run_dir={run_dir}", f"fusion={request.param}"]
+    run(train_command(["+experiment=demo", *TINY, *on_data(data_dir), *where, *steps]))
+    command = [sys.executable, "-m", "casa_train.export", str(run_dir)]
+    done = run([*command, "--out", str(run_dir / "export")])
+    assert "export gate: 3 conversations, logits equal" in done.stdout
+    return run_dir, request.param
+
+
+def test_a_stranger_can_use_it(exported: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir, mechanism = exported
+    shutil.copytree(run_dir / "export", tmp_path / "downloaded")
+    (tmp_path / "script.py").write_text(STRANGER)
+    done = subprocess.run(
+        [sys.executable, "script.py", "downloaded", mechanism, "saved"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "STRANGER DONE" in done.stdout
+
+
+def test_the_export_is_complete_and_described(exported: tuple[Path, str]) -> None:
+    run_dir, mechanism = exported
+    export = run_dir / "export"
+    card = (export / "README.md").read_text()
+    for words in ("2512.19535", mechanism, "MIT", "synthetic", "hidden_size: 32", "Licences"):
+        assert words.lower() in card.lower()
+    provenance = json.loads((export / MARKER).read_text())
+    assert provenance["step"] == 3
+    config = json.loads((export / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == 10000.0
+    assert config["text_config"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert "AutoModelForImageTextToText" in config["auto_map"]
+    tokenizer = json.loads((export / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not list(run_dir.glob("*_unfinished"))
+
+
+def test_evaluation_and_report(exported: tuple[Path, str]) -> None:
+    run_dir, _ = exported
+    result = evaluate_run(run_dir, run_dir / "export")
+    assert result["questions"] == len(result["answers"]) == 24
+    assert sum(f["questions"] for f in result["families"].values()) == 24
+    page, evaluation = report(run_dir)
+    assert evaluation is not None and evaluation["exact_match"] == result["exact_match"]
+    html = page.read_text()
+    assert "<svg" in html and "data:image" in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere", "--out", "x"], "is not a run directory"),
+        (["{run}", "--out", "{run}/with.dot"], "must not contain a dot"),
+        (["{run}", "--out", "{run}/checkpoints"], "is not an export of this program"),
+        (["{run}", "--step", "99", "--out", "{run}/other"], "no checkpoint of step 99"),
+    ],
+)
+def test_bad_export_commands(
+    exported: tuple[Path, str], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from casa_train.export import main
+
+    run_dir, mechanism = exported
+    if mechanism != "casa":
+        pytest.skip("one run is enough")
+    assert main([a.format(run=run_dir) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error

@@ -210,9 +210,11 @@ class Config:
     """Generation on held-out questions."""
 
 
-# conf/train.yaml starts from this schema: every field can be overridden by name, and a typo or a
-# wrong type fails while composing.
-ConfigStore.instance().store(name="schema", node=Config)
+# conf/train.yaml starts from these defaults, so that every field can be overridden by name. They are
+# plain values: Hydra cannot add an entry to a dict of dataclasses; `to_config` checks the types.
+ConfigStore.instance().store(
+    name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
+)
 
 # Fields that do not change what the run computes: they may differ on resume.
 FREE_FIELDS = (
@@ -307,7 +309,7 @@ def check(config: Config) -> None:
     for holds, name, found, expected in rules:
         if not holds:
             raise UserError(f"{name} is {found!r}; expected {expected}.")
-    for name, source in {**data.sources, **data.validation}.items():
+    for name, source in [*data.sources.items(), *data.validation.items()]:
         if source.repeats < 1 or (source.weight is not None and source.weight <= 0):
             raise UserError(
                 f"data source {name!r} has weight {source.weight} and repeats {source.repeats}; "
@@ -347,29 +349,26 @@ def fingerprint(config: Config) -> str:
 def explain(error: Exception) -> str:
     """One message for what Hydra or OmegaConf found wrong, without search paths and types."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = []
-    for line in lines:
-        if line.startswith("Config search path"):
-            break
-        if not line.startswith(("full_key:", "object_type=", "reference_type=", "To append")):
-            kept.append(line)
-    message = " ".join(kept)
-    key = next(
-        (x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")), ""
-    )
-    cause = error.__cause__ if isinstance(error, HydraException) else None
-    unknown = "not in struct" in message or "not in '" in message or "Could not override" in message
-    if cause is not None and str(cause).splitlines():
-        message += f" ({str(cause).splitlines()[0].strip()})"
-    if key and key not in message:
-        message = f"{key}: {message}"
-    if unknown:
-        found = re.search(r"override '([^'=]+)|^([\w.]+):", message)
-        name = next((g for g in found.groups() if g), key) if found else key
-        parent = name.lstrip("+~").rpartition(".")[0]
+    if "Config search path:" in lines:
+        lines = lines[: lines.index("Config search path:")]
+    keys = [x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")]
+    noise = ("full_key:", "object_type=", "reference_type=", "To append")
+    message = " ".join(line for line in lines if not line.startswith(noise)).rstrip(".")
+    cause = str(error.__cause__ or "").splitlines() if isinstance(error, HydraException) else []
+    if cause:
+        message += f" ({cause[0].strip().rstrip('.')})"
+    if keys and keys[0] not in message:
+        message = f"{keys[0]}: {message}"
+    message += "."
+    if re.search(r"not in '|not in struct|Could not override", message):
+        overridden = re.search(r"override '\+?([^'=]+)", message)
+        name = overridden.group(1) if overridden else (keys or [""])[0]
+        parent = name.rpartition(".")[0]
         known = known_fields(parent)
         if known:
             message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
+        else:
+            message += f" To add a new entry write +{name}=VALUE."
     return message
 
 

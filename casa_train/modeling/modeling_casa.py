@@ -59,7 +59,6 @@ class CasaPreTrainedModel(PreTrainedModel):
         "VisionBlock",
     ]
 
-
     def _init_weights(self, module: nn.Module) -> None:
         """The first weights of what is not loaded, alike in both transformers generations."""
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -48,8 +48,8 @@ def target_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[
         shrink = math.sqrt(height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / SIDE))
         columns = max(1, math.floor(width / shrink / SIDE))
-        # A very long image keeps one row (or column); the other side gives way.
-        rows, columns = min(rows, budget // columns), min(columns, budget // rows)
+        # A very long image keeps one row (or column); only then can the other side be too long.
+        rows, columns = min(rows, budget), min(columns, budget)
     return rows * SIDE, columns * SIDE
 
 

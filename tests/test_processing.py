@@ -1,0 +1,202 @@
+"""The processor and the image code: sizes, modes, refusals, templates, batches."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from casa_train.data.tokens import load_tokenizer
+from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError, target_size
+from casa_train.modeling.processing_casa import CasaProcessor
+
+TEMPLATE = {
+    "bos": "<|bos|>",
+    "user_start": "<|user|>",
+    "user_end": "<|end|>",
+    "assistant_start": "<|assistant|>",
+    "assistant_end": "<|end|>",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(data_dir: Path) -> str:
+    return str(data_dir / "tokenizer")
+
+
+def processor(path: str, **template: str) -> CasaProcessor:
+    return CasaProcessor(load_tokenizer(path), 7056, {**TEMPLATE, **template})
+
+
+def ask(*parts: object) -> dict[str, object]:
+    content = [
+        {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
+        for p in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+# ------------------------------------------------------------------------------------- images
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([784, 7056, 952 * 952]))
+def test_sizes_are_on_the_grid_and_within_the_budget(width: int, height: int, budget: int) -> None:
+    if max(width, height) > 200 * min(width, height):
+        with pytest.raises(ImageError, match="aspect ratio over 200"):
+            target_size(width, height, budget)
+        return
+    h, w = target_size(width, height, budget)
+    assert h % 28 == w % 28 == 0 and h >= 28 and w >= 28
+    assert h * w <= budget
+    # The aspect is kept as far as whole image tokens allow.
+    if min(h, w) > 28 * 4:
+        assert abs(w / h * height / width - 1) < 0.3
+
+
+def test_known_sizes() -> None:
+    assert target_size(952, 952) == (952, 952)
+    assert target_size(896, 896) == (896, 896)
+    assert target_size(4000, 4000) == (952, 952)
+    assert target_size(100, 60) == (56, 112)
+    assert target_size(5, 5) == (28, 28)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def test_transparency_stands_on_white_and_grey_keeps_its_range() -> None:
+    load = CasaImageProcessor().load
+    clear = Image.new("RGBA", (28, 28), (255, 0, 0, 0))
+    assert (load(encoded(clear)) == 255).all()
+    palette = Image.new("P", (28, 28), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    assert load(encoded(palette))[:, 0, 0].tolist() == [10, 20, 30]
+    deep = Image.fromarray(np.full((28, 28), 40000, np.uint16))
+    assert load(encoded(deep))[:, 0, 0].tolist() == [40000 >> 8] * 3
+    cmyk = Image.new("CMYK", (28, 28), (0, 255, 255, 0))
+    red = load(encoded(cmyk, "JPEG", quality=95))[:, 0, 0].tolist()
+    assert red[0] > 180 and max(red[1:]) < 80
+    frames = [Image.new("RGB", (28, 28), c) for c in ("red", "blue")]
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load(gif)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_every_source_of_an_image_gives_the_same_bits(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    (tmp_path / "x.png").write_bytes(encoded(image))
+    images = CasaImageProcessor()
+    expected = images.load(image)
+    assert expected.dtype == torch.uint8 and expected.shape == (3, 56, 84)
+    as_tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for source in (tmp_path / "x.png", str(tmp_path / "x.png"), encoded(image), as_tensor):
+        assert torch.equal(images.load(source), expected)
+    frames = images.process_images(as_tensor[None].repeat(3, 1, 1, 1))
+    assert frames.shape == (3, 3, 56, 84) and torch.equal(frames[1], expected)
+    assert images.process_images(image, img_size=28).shape == (3, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"", "unreadable_image"),
+        (b"not an image", "unreadable_image"),
+        (encoded(Image.new("RGB", (90, 90), "red"))[:80], "unreadable_image"),
+        (encoded(Image.new("RGB", (1, 1000))), "extreme_aspect"),
+        ("/nowhere.png", "unreadable_image"),
+        (42, "unreadable_image"),
+    ],
+)
+def test_unusable_images_have_a_reason(bad: object, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        CasaImageProcessor().load(bad)
+    assert caught.value.reason == reason
+
+
+def test_too_small_a_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_pixels is 100"):
+        CasaImageProcessor(100)
+
+
+# ------------------------------------------------------------------------------------- template
+
+
+def test_images_leave_points_and_answers_are_marked(tokenizer_path: str) -> None:
+    p = processor(tokenizer_path, image_start="<|user|>", image_end="<|end|>")
+    answer = {"role": "assistant", "content": "red"}
+    e = p.encode([ask("a", b"IMAGE", "b"), answer])
+    assert [e.ids[i] for i in range(len(e.ids)) if e.answer[i]] == [
+        *p.tokenizer.encode("red", add_special_tokens=False),
+        *p.asst_end_tokens,
+    ]
+    # The insertion point lies between the tokens around the image.
+    (point,) = e.points
+    assert e.ids[point - 1] == p.pre_image_tokens[0] and e.ids[point] == p.post_image_tokens[0]
+    assert e.images == [b"IMAGE"]
+
+
+def test_consecutive_images_share_a_point_without_delimiters(tokenizer_path: str) -> None:
+    e = processor(tokenizer_path).encode([ask(b"1", b"2", "what?")])
+    assert e.points == [2, 2]  # after bos and the user's start
+
+
+def test_planned_length_is_the_encoded_length(tokenizer_path: str) -> None:
+    p = processor(tokenizer_path, image_start="<|user|>", system="hello <|end|>")
+    count = lambda text: len(p.tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+    turns = [("What is it?", "a red cat"), ("And now?", "blue")]
+    messages = []
+    for user, assistant in turns:
+        messages += [ask(b"x", user), {"role": "assistant", "content": assistant}]
+    planned = p.text_tokens([count(u) for u, _ in turns], [count(a) for _, a in turns], images=2)
+    assert planned == len(p.encode(messages).ids)
+
+
+def test_padding_side_moves_the_points(tokenizer_path: str) -> None:
+    p = processor(tokenizer_path)
+    picture = Image.new("RGB", (28, 28))
+    batch = [[ask(picture, "a")], [ask("some more words than a", picture)]]
+    p.tokenizer.padding_side = "left"
+    left = p.tokenize_messages(batch)
+    p.tokenizer.padding_side = "right"
+    right = p.tokenize_messages(batch)
+    shift = int((left["attention_mask"][0] == 0).sum())
+    assert shift > 0
+    points = right["image_embeds_insertion_points"]
+    assert left["image_embeds_insertion_points"] == [[points[0][0] + shift], points[1]]
+    assert (right["attention_mask"].sum(1) == left["attention_mask"].sum(1)).all()
+
+
+def test_a_dtype_moves_pixels_only(tokenizer_path: str) -> None:
+    batch = processor(tokenizer_path).tokenize_messages([ask(Image.new("RGB", (28, 28)), "a")])
+    moved = batch.to("cpu", torch.bfloat16)
+    assert moved["pixel_values"][0].dtype == torch.bfloat16
+    assert moved["input_ids"].dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        ([{"role": "user", "content": 3}], "content of type int"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "holds the part"),
+        ([{"role": "assistant", "content": [{"type": "image"}]}], "holds the part"),
+    ],
+)
+def test_bad_messages_are_named(tokenizer_path: str, messages: list[object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        processor(tokenizer_path).encode(messages)  # type: ignore[arg-type]
+
+
+def test_missing_special_tokens_are_named(tokenizer_path: str) -> None:
+    with pytest.raises(ValueError, match=r"'user_start' uses the special token '<\|im_start\|>'"):
+        processor(tokenizer_path, user_start="<|im_start|>user\n")

@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their own set-up on a machine with Python >= 3.10 and a C compiler.
+# `make demo` and `make test` do all their own set-up on a machine with Python >= 3.11 and a C compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,6 +17,8 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## create .venv with the pinned versions of constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "the pinned versions need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt

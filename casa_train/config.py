@@ -210,8 +210,9 @@ class Config:
     """Generation on held-out questions."""
 
 
-# conf/train.yaml starts from these defaults, so that every field can be overridden by name. They are
-# plain values: Hydra cannot add an entry to a dict of dataclasses; `to_config` checks the types.
+# conf/train.yaml starts from these defaults, so that every field can be overridden by name. They
+# are plain values, because Hydra cannot add an entry to a dict of dataclasses. `to_config` checks
+# the types.
 ConfigStore.instance().store(
     name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
 )

@@ -469,42 +469,37 @@ def image_tokens(images: list[Tensor], columns: list[int]) -> int:
 
 @every_variant
 def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
-    """Each turn opens with the last id of the one before, which belongs to the older window."""
+    """The last id of a turn enters with the next one, in the older window."""
     model = shared_model(variant)
     told = torch.zeros(2, 0, dtype=torch.long)
     masks, points, images = [], [[], []], [[], []]
-    last = told
-    slots = 0
+    slots = waiting = 0
     model.start_ca_streaming_states()
     for ids, mask, columns, pixels in stream_turns(seed=5):
-        brought, remaining = last.shape[1], list(pixels)
+        remaining = list(pixels)
         for row in range(2):
-            # The last id is both the end of `told` and the start of this turn's ids.
             points[row] += [told.shape[1] + column for column in columns[row]]
             images[row] += [remaining.pop(0) for _ in columns[row]]
-        turn_ids = torch.cat([last, ids], 1)
-        turn_mask = torch.cat([torch.ones_like(last), mask], 1)
-        turn_points = [[brought + column for column in row] for row in columns]
         out = model.generate_from_image(
-            turn_ids,
+            ids,
             pixels,
-            turn_points,
-            turn_mask,
+            columns,
+            mask,
             reset_streaming=False,
             max_new_tokens=4,
             do_sample=False,
         )
-        assert torch.equal(out[:, : turn_ids.shape[1]], turn_ids)
+        assert torch.equal(out[:, : ids.shape[1]], ids)
         # A batch takes as many cache slots as its longest stream; the last of four ids stays out.
-        entered = turn_mask.sum(1).tolist()
+        entered = (mask.sum(1) + waiting).tolist()
         if variant == "insertion":
             entered = [n + image_tokens(images[row], columns[row]) for row, n in enumerate(entered)]
         slots += max(entered) + 3
         assert model.streaming_cache.get_seq_length() == slots
         masks += [mask, torch.ones(2, 4, dtype=torch.long)]
         prompt = told.shape[1] + ids.shape[1]
-        told = torch.cat([told, out[:, brought:]], 1)
-        last = told[:, -1:]
+        told = torch.cat([told, out], 1)
+        waiting = 1
         transcript = {
             "attention_mask": torch.cat(masks, 1),
             "image_embeds_insertion_points": points,

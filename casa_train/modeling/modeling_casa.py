@@ -387,7 +387,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         :param pixel_values: images of the new ids.
         :param image_embeds_insertion_points: for each sample, columns of the new ids.
         :param reset_streaming: False continues the stream of `past_key_values` (or of the last
-            call).
+            call). The last id of a call enters the cache with the next one, in the older window.
         :param pre_image_tokens: with images but no insertion points for them, these ids are
             appended to every row, then the image stands, then `post_image_tokens`.
         :return: (B, T + new) the given ids and the new ones, as `generate` returns.
@@ -411,21 +411,25 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         ids, mask, offset = input_ids, attention_mask, 0
         if mask is None:
             mask = torch.ones_like(ids)
-        if state is not None and state.history is not None:
-            # `generate` wants every id of the stream; the last one it made is not in the cache yet.
-            history = state.history.to(ids.device)
-            offset = history.shape[1]
-            ids = torch.cat([history, ids], 1)
-            mask = torch.cat([torch.ones_like(history), mask[:, -input_ids.shape[1] :]], 1)
+        points = image_embeds_insertion_points
+        if state is not None and state.history is not None and state.pending is not None:
+            # `generate` wants every id of the stream; points count from the first id that is new.
+            earlier = torch.cat([state.history, state.pending], 1).to(ids.device)
+            offset = earlier.shape[1]
+            ids = torch.cat([earlier, ids], 1)
+            mask = torch.cat([torch.ones_like(earlier), mask[:, -input_ids.shape[1] :]], 1)
+            shift = state.pending.shape[1]
+            points = None if points is None else [[p + shift for p in _ints(row)] for row in points]
         out = self.generate(
             input_ids=ids,
             attention_mask=mask,
             pixel_values=images or None,
-            image_embeds_insertion_points=image_embeds_insertion_points,
+            image_embeds_insertion_points=points,
             past_key_values=past_key_values,
             **generate_kwargs,
         )
         generated: Tensor = out if isinstance(out, Tensor) else out.sequences
+        past_key_values.casa.pending = generated[:, past_key_values.casa.columns :]
         return generated[:, offset:]
 
     def start_ca_streaming_states(self) -> None:

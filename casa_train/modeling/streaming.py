@@ -30,6 +30,7 @@ class StreamingState:
     :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
+    :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class StreamingState:
     window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
+    pending: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.text = self.text or [0] * self.batch

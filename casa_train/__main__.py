@@ -52,6 +52,9 @@ def run() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        if engine := sys.modules.get("casa_train.engine"):  # only if a job got that far
+            engine.leave_processes()
     return 2 if _messages else 0
 
 

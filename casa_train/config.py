@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,25 @@ class Config:
 ConfigStore.instance().store(
     name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
 )
+
+
+def job_directory(name: str, overrides: Sequence[str]) -> str:
+    """One directory name for a job of a sweep: the run's name and its overrides.
+
+    The experiment and the name itself are left out; what no file system likes is replaced.
+    """
+    parts = [name]
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key not in ("experiment", "name"):
+            parts.append(re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", override))
+    joined = ",".join(parts)
+    if len(joined) > 200:  # file names end at 255 bytes
+        joined = joined[:180] + "," + hashlib.sha256(joined.encode()).hexdigest()[:16]
+    return joined
+
+
+OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
 
 # Fields that do not change what the run computes: they may differ on resume.
 FREE_FIELDS = (

@@ -67,12 +67,12 @@ def init_processes() -> tuple[int, int, torch.device]:
 
 
 def leave_processes() -> None:
-    """Leaves the process group; without it some exits abort. A new job in this process may join
-    anew.
+    """Leaves the process group; without it some exits abort.
+
+    Once a process, at its end: DeepSpeed keeps groups that a new process group would not know.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from casa_train.data.mixture import SourceSize
 from casa_train.data.plan import Planner
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
-from casa_train.engine import Engine, init_processes, leave_processes
+from casa_train.engine import Engine, init_processes
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink
@@ -159,7 +159,6 @@ def train(config: Config) -> None:
     finally:
         for sink in sinks:
             sink.close()
-        leave_processes()
 
 
 def agree(work: Callable[[], None], rank: int) -> None:

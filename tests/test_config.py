@@ -140,3 +140,17 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> 
     config.checkpoint.resume = "never"
     prepare_run_directory(tmp_path / "run", config)
     assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()
+
+
+def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:
+    from casa_train.config import job_directory
+
+    assert job_directory("demo", ["+experiment=demo", "fusion=casa", "trainer.steps=5"]) == (
+        "demo,fusion=casa,trainer.steps=5"
+    )
+    assert job_directory("demo", ["data.sources.a.path=/x/y", "name=z"]) == (
+        "demo,data.sources.a.path=_x_y"
+    )
+    long = [[f"model.backbone.config.field_{i}={j}" for i in range(20)] for j in range(2)]
+    first, second = (job_directory("demo", overrides) for overrides in long)
+    assert first != second and len(first) <= 200

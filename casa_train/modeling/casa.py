@@ -79,13 +79,13 @@ class Casa(FusionMechanism):
                 parameter.zero_()
 
     def zero_at_start(self, name: str) -> bool:
-        # A zero output projection lets no gradient through to what stands before it: the rest of the
-        # layer and everything that made the image tokens.
+        # A zero output projection lets no gradient through to what stands before it: the rest of
+        # the layer and everything that made the image tokens.
         if self.fusion["init"] != "zero_output":
             return False
-        return name.startswith(("visual", "adapter")) or (
-            ".fusion." in name and "o_proj" not in name
-        )
+        if ".fusion." in name:
+            return "o_proj" not in name
+        return name.startswith(("visual", "adapter"))
 
     def plan(
         self,

@@ -37,6 +37,7 @@ from casa_train.engine import Engine, init_processes
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink
+from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -300,6 +301,8 @@ def banner(
     """What the run is, in a few lines."""
     vision, backbone = model.config.vision_config, model.config.text_config
     accumulation = config.data.packs_per_step // world
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    backend = choose_backend("auto", device, dtype)
     parts: dict[str, nn.Module] = {"backbone": model.model, "vision": model.visual}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     fusion = sum(p.numel() for n, p in model.named_parameters() if ".fusion." in n)
@@ -310,8 +313,7 @@ def banner(
         f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, {sizes['vision']:,} "
         f"parameters, {model.visual.frozen_blocks} frozen blocks",
         f"fusion {config.fusion['mechanism']}: {fusion:,} new parameters",
-        f"attention backend: {model.attention_backend if device.type == 'cpu' else 'auto'} on "
-        f"{device.type}",
+        f"attention backend: {backend} on {device.type}",
         f"{world} ranks x {accumulation} micro-steps, ZeRO-{config.parallel.zero_stage}, "
         f"{config.parallel.precision}, {torch.get_num_threads()} threads; a pack holds "
         f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",

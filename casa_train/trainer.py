@@ -105,6 +105,12 @@ class Trainer:
                 state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
                 self.save(step, self.engine.save, state)
                 self._say(f"saved checkpoint of step {step}")
+        bad, good = self.progress.bad_samples, self.progress.samples
+        if bad:
+            self._say(
+                f"{bad} of {bad + good} samples could not be used; the quarantine files in the run "
+                "directory name them"
+            )
 
     def train_step(self, step: int) -> Record:
         """One optimiser step over all ranks and micro-steps; returns its record."""

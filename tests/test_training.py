@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from casa_train.data.shards import Split
 from casa_train.metrics.sinks import read_metrics
 from tests.commands import ROOT, TINY, environment, on_data, run, train_command
 
@@ -141,6 +143,26 @@ def test_frozen_backbone_and_prefix_in_bf16(data_dir: Path, tmp_path: Path) -> N
     assert "start at zero gradient by design" in done.stdout
     assert "audit of step 10" in done.stdout  # looked again once everything could move
     assert "1 frozen blocks" in done.stdout
+
+
+def test_corrupt_images_are_skipped_counted_and_reported(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    split = Split(tmp_path / "data" / "train")
+    rows = [r for r in split.index.to_pylist() if r["image_offsets"]][::10]
+    for row in rows:
+        shard = split.directory / split.meta["shards"][row["shard"]]["name"]
+        with shard.open("r+b") as file:
+            file.seek(row["image_offsets"][0] + 30)
+            file.write(b"\0" * (row["image_sizes"][0] - 30))
+    done = run(train_command(overrides(tmp_path / "data", tmp_path / "run", "data.workers=1")))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = (tmp_path / "run" / "quarantine_0.jsonl").read_text().splitlines()
+    failures = [json.loads(line) for line in lines]
+    assert len(records) == 12
+    assert records[-1]["bad_samples"] == len(failures) > 0
+    assert {f["key"] for f in failures} <= {row["key"] for row in rows}
+    assert {f["reason"] for f in failures} == {"unreadable_image"}
+    assert f"{len(failures)} of" in done.stdout and "quarantine files" in done.stdout
 
 
 def test_sweep_gives_each_job_its_directory(data_dir: Path, tmp_path: Path) -> None:

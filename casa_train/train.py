@@ -51,7 +51,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "deepspeed",
-    "datasets",
+    "flash-attn",
     "webdataset",
     "hydra-core",
     "numpy",
@@ -403,12 +403,19 @@ def environment() -> dict[str, Any]:
         "casa_train": __version__,
         "git_commit": commit,
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "host": platform.node(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "command": sys.argv,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class Quarantine:

@@ -28,16 +28,17 @@ def main(raw: DictConfig) -> None:
 
         train(config)
     except UserError as error:  # Hydra would print the whole command line in front of it
-        report(str(error))
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        report(f"job {raw.run_dir}: {error}" if sweep else str(error))
 
 
 _messages: list[str] = []
 
 
 def report(message: str) -> None:
-    """Prints, once over all ranks, what the user can mend."""
+    """Prints what the user can mend; every rank has the same message, so the first one speaks."""
     _messages.append(message)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
         print(f"error: {message}", file=sys.stderr)
 
 

@@ -1,18 +1,17 @@
-"""After the first real step: did everything that should train get a gradient and move, and nothing
-else?
-"""
+"""Does everything that should train get a gradient and move, and does nothing else move?"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from casa_train.errors import UserError
 
-FINAL_STEP = 10  # from here on no gradient may be all zero
+FINAL_STEPS = 10  # so many steps after the first look nothing may wait for a gradient any more
 
 
 class AuditedEngine(Protocol):
@@ -27,44 +26,65 @@ class AuditedEngine(Protocol):
 
 
 class Audit:
-    """Watches one optimiser step; every tensor is compared byte by byte through a digest.
+    """Looks at one step in which everything can move, and once more if something had to wait.
 
-    :param zero_at_start: whether a parameter's gradient may be all zero on the first step.
+    Values are compared byte by byte through digests. A tensor waits if the mechanism declares its
+    first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
+
+    :param groups: parameter name -> name of its optimiser group.
+    :param zero_at_start: whether a parameter's first gradient may be all zero, by design.
     """
 
-    def __init__(self, engine: AuditedEngine, zero_at_start: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        engine: AuditedEngine,
+        groups: Mapping[str, str],
+        zero_at_start: Callable[[str], bool],
+    ) -> None:
         self.engine = engine
+        self.groups = groups
         self.zero_at_start = zero_at_start
+        self.first_step: int | None = None
+        self.waiting: set[str] = set()
         self._before: dict[str, str] = {}
-        self._without_gradient: set[str] = set()
-        self.done = False
 
-    @property
-    def waiting(self) -> int:
-        """Tensors that had an all-zero gradient, by design, when last looked at."""
-        return len(self._without_gradient)
+    def due(self, step: int, rates: Mapping[str, float], pairs: float) -> bool:
+        """Whether this step should be looked at.
 
-    def before_update(self, step: int) -> None:
+        :param rates: rate of each group in this step.
+        :param pairs: samples of the step, over all ranks, with images and answers.
+        """
+        if not any(rates.values()) or not pairs:
+            return False
+        if self.first_step is None:
+            return True
+        return bool(self.waiting) and step == self.first_step + FINAL_STEPS
+
+    def before_update(self, step: int, rates: Mapping[str, float]) -> None:
         """Call after the step's last backward and before its update.
 
         :raises UserError: a trainable tensor without gradient, or a frozen one with gradient.
         """
+        final = self.first_step is not None
+        if self.first_step is None:
+            self.first_step = step
+            self._before = {name: self._digest(p) for name, p in self._parameters()}
+        self.waiting = set()
         problems = []
-        self._without_gradient = set()
         for name, parameter in self._parameters():
             if not parameter.requires_grad:
                 if parameter.grad is not None:
                     problems.append(f"frozen {name} received a gradient")
                 continue
             gradient = self.engine.full_gradient(parameter)
-            if gradient is not None and bool(gradient.any()):
-                continue
-            self._without_gradient.add(name)
-            if step >= FINAL_STEP or not self.zero_at_start(name):
-                state = "no gradient" if gradient is None else "an all-zero gradient"
-                problems.append(f"trainable {name} got {state}")
+            if gradient is None or not bool(gradient.any()):
+                if final or not self.zero_at_start(name):
+                    state = "no gradient" if gradient is None else "an all-zero gradient"
+                    problems.append(f"trainable {name} got {state}")
+                self.waiting.add(name)
+            elif not self._can_move(parameter, rates[self.groups[name]]):
+                self.waiting.add(name)
         self._report(step, problems)
-        self._before = {n: self._digest(p) for n, p in self._parameters()}
 
     def after_update(self, step: int) -> str:
         """Call after the update; returns the verdict as one line.
@@ -77,23 +97,31 @@ class Audit:
             moved = self._digest(parameter) != self._before[name]
             if parameter.requires_grad:
                 trained += 1
-                if not moved and name not in self._without_gradient:
+                if moved:
+                    self.waiting.discard(name)
+                elif name not in self.waiting:
                     problems.append(f"trainable {name} did not move")
             else:
                 frozen += 1
                 if moved:
                     problems.append(f"frozen {name} moved")
         self._report(step, problems)
-        self._before = {}
-        self.done = True
-        later = f" ({self.waiting} start at zero gradient by design)" if self.waiting else ""
-        return (
-            f"audit of step {step}: {trained} trainable tensors got a gradient and moved{later}, "
-            f"{frozen} frozen ones did not"
+        done = trained - len(self.waiting)
+        line = (
+            f"audit of step {step}: {done} of {trained} trainable tensors got a gradient and "
+            f"moved, {frozen} frozen ones did not"
         )
+        if self.waiting:
+            line += f"; {len(self.waiting)} wait (zero gradient by design, or too small a rate)"
+        return line
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.engine.module.named_parameters()
+
+    def _can_move(self, parameter: nn.Parameter, rate: float) -> bool:
+        """Whether a step of about `rate`, Adam's first, changes some element in fp32."""
+        smallest = float(self.engine.full_parameter(parameter).detach().abs().min())
+        return rate > float(np.spacing(np.float32(smallest)))
 
     def _digest(self, parameter: nn.Parameter) -> str:
         value = self.engine.full_parameter(parameter).detach().float().cpu().contiguous()
@@ -103,8 +131,8 @@ class Audit:
         if problems:
             shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
             raise UserError(
-                f"audit of step {step} failed for {len(problems)} tensors: {shown}. What trains "
-                "is set "
-                "by model.backbone.trainable, model.vision.train_last_blocks and fusion; "
+                f"audit of step {step} failed for {len(problems)} tensors: {shown}. Expected every "
+                "trainable tensor to get a gradient and to move, and no frozen one. What trains is "
+                "set by model.backbone.trainable, model.vision.train_last_blocks and fusion; "
                 "trainer.audit=false turns this check off."
             )

@@ -314,11 +314,40 @@ def check(config: Config) -> None:
         ),
         (len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"),
         (bool(optim.groups), "optim.groups", optim.groups, "at least one group"),
+        (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "numbers from 0 to 1"),
+        (optim.eps > 0, "optim.eps", optim.eps, "a positive number"),
+        (optim.clip >= 0, "optim.clip", optim.clip, "0 (off) or more"),
+        (optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more"),
+        (optim.decay_steps >= 0, "optim.decay_steps", optim.decay_steps, "0 or more"),
         (
-            optim.warmup_steps + optim.decay_steps <= config.trainer.steps,
-            "optim.warmup_steps + optim.decay_steps",
-            optim.warmup_steps + optim.decay_steps,
-            f"at most trainer.steps = {config.trainer.steps}",
+            config.checkpoint.keep_every >= 0,
+            "checkpoint.keep_every",
+            config.checkpoint.keep_every,
+            "0 or more",
+        ),
+        (
+            not (parallel.zero_stage == 1 and parallel.precision == "bf16"),
+            "parallel.zero_stage with parallel.precision=bf16",
+            parallel.zero_stage,
+            "2 or 3: DeepSpeed's stage-1 bf16 optimiser writes checkpoints that cannot be exported",
+        ),
+        (
+            config.evaluation.batch_size >= 1,
+            "evaluation.batch_size",
+            config.evaluation.batch_size,
+            "at least 1",
+        ),
+        (
+            config.evaluation.max_samples >= 1,
+            "evaluation.max_samples",
+            config.evaluation.max_samples,
+            "at least 1",
+        ),
+        (
+            config.evaluation.max_new_tokens >= 1,
+            "evaluation.max_new_tokens",
+            config.evaluation.max_new_tokens,
+            "at least 1",
         ),
         (
             "mechanism" in config.fusion,
@@ -329,7 +358,30 @@ def check(config: Config) -> None:
     ]
     for holds, name, found, expected in rules:
         if not holds:
-            raise UserError(f"{name} is {found!r}; expected {expected}.")
+            raise UserError(
+                f"{name} is {found!r}; expected {expected}. Set it on the command line or in the "
+                "experiment."
+            )
+    for name, group in optim.groups.items():
+        if group.lr < 0 or group.weight_decay < 0:
+            raise UserError(
+                f"optim.groups.{name} has rate {group.lr} and decay {group.weight_decay}; expected "
+                "0 or more. Set them on the command line or in the experiment."
+            )
+        for pattern in group.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"optim.groups.{name}.patterns holds {pattern!r}; expected a regular "
+                    f"expression ({error}). Mend it."
+                ) from error
+    for allowed in config.checkpoint.resume_allow:
+        if allowed != "data" and allowed not in flatten(config):
+            raise UserError(
+                f"checkpoint.resume_allow names {allowed!r}; expected 'data' or a field of this "
+                "configuration, such as 'trainer.steps'."
+            )
     for name, source in [*data.sources.items(), *data.validation.items()]:
         if source.repeats < 1 or (source.weight is not None and source.weight <= 0):
             raise UserError(

@@ -29,6 +29,8 @@ from deepspeed.utils.zero_to_fp32 import (  # noqa: E402
 )
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
 if not torch.cuda.is_available():
     # A C++ extension for CPU all-reduce, compiled at first use: gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from transformers import AutoModel, AutoProcessor
 from casa_train.checkpoint.export import MARKER
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
-from casa_train.evaluation.exact_match import evaluate, first_questions, generate_answers
+from casa_train.evaluation.exact_match import (
+    evaluate,
+    first_questions,
+    generate_answers,
+    readable,
+)
 from casa_train.export import load_run_config
 from casa_train.files import sha256, write_atomic
 
@@ -43,14 +49,14 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
         raise UserError(
             f"{run}: data.validation names no held-out split, so nothing can be evaluated."
         )
-    splits = [Split(Path(s.path)) for s in config.data.validation.values()]
-    held_out = itertools.chain.from_iterable(splits)
-    questions = first_questions(held_out, config.evaluation.max_samples)
+    splits = {name: Split(Path(s.path)) for name, s in config.data.validation.items()}
+    skipped: Counter[str] = Counter()
+    questions = first_questions(splits, config.evaluation.max_samples, skipped)
     if not questions:
         raise UserError(f"{run}: the validation splits hold no question about an image.")
-    training = itertools.chain.from_iterable(
-        Split(Path(s.path)) for s in config.data.sources.values()
-    )
+    sources = [Split(Path(s.path)) for s in config.data.sources.values()]
+    unread: Counter[str] = Counter()  # training samples only serve the image-free guess
+    training = itertools.chain.from_iterable(readable(split, unread) for split in sources)
     model = AutoModel.from_pretrained(str(export), trust_remote_code=True, torch_dtype="auto")
     processor = AutoProcessor.from_pretrained(str(export), trust_remote_code=True)
     began = time.perf_counter()
@@ -69,6 +75,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
         "export": str(export),
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
+        "skipped": dict(skipped),
         **result,
     }
     write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")
@@ -103,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
+    if result["skipped"]:
+        print(f"skipped samples that could not be read: {result['skipped']}")
     return 0
 
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 from casa_train import modeling
+from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
@@ -23,7 +24,7 @@ from casa_train.data.tokens import portable_tokenizer_config
 from casa_train.engine import read_weights
 from casa_train.errors import UserError
 from casa_train.model_card import model_card
-from casa_train.train import CHECKPOINTS, CONFIG_FILE, build_model, build_processor
+from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -36,7 +36,8 @@ def build_groups(
             found = f"groups {matching}" if matching else "no group"
             raise UserError(
                 f"optim.groups: parameter {parameter_name!r} matches {found}; every trainable "
-                f"parameter must match exactly one of {list(groups)}. Mend the patterns."
+                f"parameter must match exactly one of {list(groups)}. Mend the patterns of these "
+                "groups, or add a group."
             )
         members[matching[0]].append((parameter_name, parameter))
     built: list[dict[str, Any]] = []
@@ -73,6 +74,30 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     """AdamW over the groups; the names stay out of it, since they would enter every checkpoint."""
     plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
     return torch.optim.AdamW(plain, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def apply_settings(
+    param_groups: list[dict[str, Any]], groups: list[dict[str, Any]], config: OptimConfig
+) -> None:
+    """Puts the configuration's settings back onto groups that a checkpoint was loaded into."""
+    for target, source in zip(param_groups, groups, strict=True):
+        target.update(
+            base_lr=source["base_lr"],
+            weight_decay=source["weight_decay"],
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+        )
+
+
+def fit_schedule(steps: int, warmup: int, decay: int) -> tuple[int, int]:
+    """Warm-up and decay as asked, or shrunk in proportion where they exceed the run.
+
+    A short trial of a long recipe then keeps the schedule's shape.
+    """
+    if warmup + decay <= steps:
+        return warmup, decay
+    shrunk = warmup * steps // (warmup + decay)
+    return shrunk, steps - shrunk
 
 
 def rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:

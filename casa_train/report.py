@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from casa_train.errors import UserError
 from casa_train.evaluate import EVALUATION_FILE
 from casa_train.evaluation.exact_match import first_questions
 from casa_train.export import load_run_config
-from casa_train.metrics.report import RunData, write_report
+from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.sinks import read_metrics
-from casa_train.train import CONFIG_FILE, METRICS_FILE
+from casa_train.run_directory import CONFIG_FILE, METRICS_FILE
 
 REPORT_FILE = "report.html"
 
@@ -52,15 +53,15 @@ def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, li
     """The images of the evaluated questions, by id; none where the data has gone."""
     if evaluation is None:
         return {}
-    pictures: dict[str, list[bytes]] = {}
-    wanted = {answer["id"] for answer in evaluation["answers"]}
-    for source in config.data.validation.values():
+    splits = {}
+    for name, source in config.data.validation.items():
         try:
-            questions = first_questions(Split(Path(source.path)), config.evaluation.max_samples)
+            splits[name] = Split(Path(source.path))
         except UserError:
-            continue
-        pictures.update({q.id: list(q.images) for q in questions if q.id in wanted})
-    return pictures
+            continue  # the data may have gone since
+    wanted = {answer["id"] for answer in choose_answers(evaluation["answers"])}
+    questions = first_questions(splits, config.evaluation.max_samples, Counter())
+    return {q.id: list(q.images) for q in questions if q.id in wanted}
 
 
 def _quarantine(run: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from casa_train.audit import FINAL_STEP, Audit
+from casa_train.audit import Audit
 from casa_train.errors import UserError
 from casa_train.loss import answer_loss, sum_over_ranks
 from casa_train.metrics.sinks import Record, Sink
@@ -29,6 +29,7 @@ class Batch(Protocol):
     text_tokens: int
     image_tokens: int
     fills: tuple[float, float]
+    pairs: int
     failures: list[Any]
 
 
@@ -121,7 +122,9 @@ class Trainer:
         rates = self.set_rates(step)
         answers = max(1.0, counts["answer_tokens"])
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
-        audit = self.audit if self._audit_due(step, rates) else None
+        audit = self.audit
+        if audit is not None and not audit.due(step, rates, counts["pairs"]):
+            audit = None
         for i, batch in enumerate(batches):
             inputs = _to_device(batch.inputs, self.device)
             logits = self.engine.forward(packed=inputs).logits
@@ -129,16 +132,18 @@ class Trainer:
             losses += loss.detach()
             self.engine.backward(loss * (self.world / answers))
             if audit is not None and i == len(batches) - 1:
-                audit.before_update(step)
+                audit.before_update(step, rates)
             self.engine.step()
         if audit is not None:
             self._say(audit.after_update(step))
         (loss_sum,) = sum_over_ranks([float(losses)], self.device)
-        if not math.isfinite(loss_sum):
+        gradient_norm = self.engine.gradient_norm()
+        if not (math.isfinite(loss_sum) and math.isfinite(gradient_norm)):
+            ids = self.gather([i for batch in batches for i in batch.sample_ids])
             raise UserError(
-                f"the loss of step {step} is {loss_sum}: lower the learning rates (optim.groups), "
-                "or "
-                f"look at the samples {[i for b in batches for i in b.sample_ids][:8]}"
+                f"step {step}: loss {loss_sum / answers}, gradient norm {gradient_norm}; expected "
+                "finite numbers. Lower the learning rates (optim.groups), or look at its samples: "
+                f"{[i for rank in ids for i in rank][:12]}"
             )
         self.progress.step = step
         seconds = time.perf_counter() - began
@@ -146,7 +151,7 @@ class Trainer:
         return {
             "step": step,
             "loss": loss_sum / answers,
-            "gradient_norm": self.engine.gradient_norm(),
+            "gradient_norm": gradient_norm,
             "rates": rates,
             "answer_tokens": int(counts["answer_tokens"]),
             "text_tokens": int(counts["text_tokens"]),
@@ -162,12 +167,6 @@ class Trainer:
             "image_tokens_per_second": counts["image_tokens"] / seconds,
         }
 
-    def _audit_due(self, step: int, rates: dict[str, float]) -> bool:
-        """The first step with a non-zero rate, and `FINAL_STEP` if something started at zero."""
-        if self.audit is None or not all(rates.values()):
-            return False
-        return not self.audit.done or (step == FINAL_STEP and self.audit.waiting > 0)
-
     def _count(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Counts of the step over all ranks; also checks the share of bad samples."""
         local = {
@@ -176,6 +175,7 @@ class Trainer:
             "image_tokens": float(sum(b.image_tokens for b in batches)),
             "samples": float(sum(len(b.sample_ids) for b in batches)),
             "bad_samples": float(sum(len(b.failures) for b in batches)),
+            "pairs": float(sum(b.pairs for b in batches)),
             "fill_text": sum(b.fills[0] for b in batches),
             "fill_image": sum(b.fills[1] for b in batches),
         }
@@ -185,11 +185,13 @@ class Trainer:
             setattr(progress, name, getattr(progress, name) + int(total[name]))
         self.quarantine([failure for b in batches for failure in b.failures])
         seen = progress.samples + progress.bad_samples
-        if seen >= 1000 and progress.bad_samples > self.max_bad_share * seen:
+        nothing = total["bad_samples"] > 0 and total["samples"] == 0
+        if nothing or (seen >= 1000 and progress.bad_samples > self.max_bad_share * seen):
             raise UserError(
-                f"{progress.bad_samples} of {seen} samples could not be used, more than "
-                f"data.max_bad_share = {self.max_bad_share}. See the quarantine files in the run "
-                "directory, mend the data, or raise the limit."
+                f"{progress.bad_samples} of {seen} samples could not be used"
+                + (", and none of this step's" if nothing else "")
+                + f"; expected at most a share of data.max_bad_share = {self.max_bad_share}. See "
+                "the quarantine files in the run directory, mend the data, or raise the limit."
             )
         return total
 

@@ -99,10 +99,17 @@ def test_pruning_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     assert sorted(json.loads(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_a_second_job_on_the_run_is_stopped(tmp_path: Path) -> None:
     save(tmp_path, 5)
+    with pytest.raises(UserError, match="another job writes into this run"):
+        save(tmp_path, 5)
+
+
+def test_a_renamed_checkpoint_is_noticed(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_5"]
+    (tmp_path / "step_5").rename(tmp_path / "step_9")
+    with pytest.raises(UserError, match="is that of step 5"):
+        manager(tmp_path).latest()
 
 
 def test_reading_for_an_export_changes_nothing(tmp_path: Path) -> None:

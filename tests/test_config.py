@@ -97,7 +97,16 @@ def message_of(
         (["+data.sources.synthetic.weight=-1"], ["weight -1", "positive"]),
         (["~data.sources.synthetic"], ["data.sources", "at least one source"]),
         (["parallel.zero_stage=5"], ["parallel.zero_stage is 5", "1, 2 or 3"]),
-        (["optim.warmup_steps=9999"], ["optim.warmup_steps", "trainer.steps"]),
+        (["optim.warmup_steps=-1"], ["optim.warmup_steps is -1", "0 or more"]),
+        (["optim.betas=[1.5,0.9]"], ["optim.betas", "from 0 to 1"]),
+        (["optim.groups.fusion.lr=-1"], ["optim.groups.fusion has rate -1"]),
+        (["optim.groups.fusion.patterns=['(']"], ["'('", "regular expression"]),
+        (["checkpoint.resume_allow=[nope]"], ["checkpoint.resume_allow names 'nope'"]),
+        (["+model.backbone.config.num_hiden_layers=1"], ["num_hiden_layers", "num_hidden_layers"]),
+        (["+model.vision.config.dpth=1"], ["model.vision.config.dpth", "depth"]),
+        (["model.backbone.config.hidden_size=abc"], ["transformers refuses", "hidden_size"]),
+        (["+model.template.foo=bar"], ["model.template.foo", "user_start"]),
+        (["parallel.zero_stage=1", "parallel.precision=bf16"], ["parallel.zero_stage", "2 or 3"]),
         (["optim.groups.vision.patterns=[nothing]"], ["visual", "matches no group"]),
         (
             ["+optim.groups.extra.patterns=[nothing]"],
@@ -125,7 +134,7 @@ def test_mistakes_are_named(
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    from casa_train.train import prepare_run_directory
+    from casa_train.run_directory import prepare_run_directory
 
     config = composed("+experiment=demo", f"run_dir={tmp_path / 'run'}")
     prepare_run_directory(tmp_path / "run", config)
@@ -140,6 +149,11 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> 
     config.checkpoint.resume = "never"
     prepare_run_directory(tmp_path / "run", config)
     assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()
+    # Without its configuration an earlier life is moved aside all the same.
+    (tmp_path / "run" / "config.yaml").unlink()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    prepare_run_directory(tmp_path / "run", config)
+    assert (tmp_path / "run" / "previous_2" / "checkpoints").is_dir()
 
 
 def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:

@@ -137,6 +137,20 @@ def test_unreadable_rows_are_counted(tmp_path: Path) -> None:
     assert writer.skipped == {"unreadable_image": 1, "no_turns": 1, "bad_key": 1}
 
 
+def test_a_shard_of_another_dataset_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    for name, start in (("a", 0), ("b", 50)):
+        writer = ShardWriter(tmp_path / name, "finevision", len, "t")
+        for i in range(4):
+            writer.write(f"k-{start + i:03d}", row((f"question {i}", "answer")), [])
+        writer.close()
+    shard = "shard-000000.tar"
+    sizes = {(tmp_path / name / shard).stat().st_size for name in "ab"}
+    assert len(sizes) == 1  # tars are padded
+    shutil.copy(tmp_path / "b" / shard, tmp_path / "a" / shard)
+    with pytest.raises(UserError, match="expects k-000.json in shard-000000.tar, found is 'k-050"):
+        Split(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -282,7 +296,7 @@ def test_batch_matches_its_samples(split: Split, processor: CasaProcessor) -> No
     assert batch.text_tokens <= 160 - 1 and batch.image_tokens <= 64 - 1
     start = 0
     expected_rows, expected_targets = [], []
-    for name, r in pack.items:
+    for name, r, _, _ in pack.items:
         encoded = encode_sample(split.read(r), processor)
         ids = batch.inputs.input_ids[start : start + len(encoded.ids)].tolist()
         assert ids == encoded.ids, name
@@ -306,7 +320,8 @@ def test_training_and_inference_give_the_same_bits(split: Split, processor: Casa
 
 def test_a_pack_without_images_gets_the_dummy(split: Split, processor: CasaProcessor) -> None:
     rows = [i for i in range(len(split)) if split.source(i) == "synthetic_text"][:2]
-    pack = Pack(0, tuple(("s", r) for r in rows), 100, 0)
+    text, images = sample_lengths(split, processor)
+    pack = Pack(0, tuple(("s", r, int(text[r]), int(images[r])) for r in rows), 100, 0)
     batch = Materializer({"s": split}, processor, 160, 64)[pack]
     assert batch.inputs.chunks[-1].images == (1,)
     assert batch.inputs.chunks[-1].text == 1
@@ -334,7 +349,7 @@ def test_a_corrupt_image_leaves_a_hole(
 ) -> None:
     good = Split(data_dir / "train")
     pack = next(planner(good, processor))
-    with_image = [r for _, r in pack.items if good.index["image_offsets"][r].as_py()]
+    with_image = [r for _, r, _, _ in pack.items if good.index["image_offsets"][r].as_py()]
     broken = corrupt_copy(data_dir, tmp_path / "broken", with_image[:1])
     whole = Materializer({"s": good}, processor, 160, 64)[pack]
     holed = Materializer({"s": broken}, processor, 160, 64)[pack]
@@ -343,6 +358,15 @@ def test_a_corrupt_image_leaves_a_hole(
     assert [(f.reason, f.key) for f in holed.failures] == [
         ("unreadable_image", good.key(with_image[0]))
     ]
+
+
+def test_a_sample_unlike_its_index_leaves_a_hole(split: Split, processor: CasaProcessor) -> None:
+    pack = next(planner(split, processor))
+    (name, row, text, images), *others = pack.items
+    lied = Pack(0, ((name, row, text + 1, images), *others), pack.text_tokens, pack.image_tokens)
+    batch = Materializer({"s": split}, processor, 160, 64)[lied]
+    assert [(f.reason, f.key) for f in batch.failures] == [("index_mismatch", split.key(row))]
+    assert len(batch.sample_ids) == len(others)
 
 
 def test_workers_and_ranks_keep_one_order(split: Split, processor: CasaProcessor) -> None:

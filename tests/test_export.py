@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import MARKER
+from casa_train.checkpoint.gate import check_export
+from casa_train.data.shards import Split
+from casa_train.errors import UserError
 from casa_train.evaluate import evaluate_run
+from casa_train.export import gate_conversations, load_run_config
 from casa_train.report import report
 from tests.commands import TINY, environment, on_data, run, train_command
 
@@ -137,23 +146,36 @@ def strangers_packages(site: Path) -> None:
                 (site / top).symlink_to(target)
 
 
-@pytest.fixture(scope="module", params=["casa", "cross_attention", "insertion"])
-def exported(
-    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """A run of a few steps with each mechanism, exported by the real command."""
-    run_dir = tmp_path_factory.mktemp("export") / request.param
-    steps = ["trainer.steps=3", "optim.warmup_steps=0", "optim.decay_steps=0"]
-    where = [f"run_dir={run_dir}", f"fusion={request.param}"]
-    run(train_command(["+experiment=demo", *TINY, *on_data(data_dir), *where, *steps]))
-    command = [sys.executable, "-m", "casa_train.export", str(run_dir)]
-    done = run([*command, "--out", str(run_dir / "export")])
-    assert "export gate: 3 conversations, logits equal" in done.stdout
-    return run_dir, request.param
+MECHANISMS = ("casa", "cross_attention", "insertion")
 
 
-def test_a_stranger_can_use_it(exported: tuple[Path, str], tmp_path: Path) -> None:
-    run_dir, mechanism = exported
+@pytest.fixture(scope="module")
+def export_of(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of a few steps with a mechanism, exported by the real command; made once each."""
+
+    @functools.cache
+    def make(mechanism: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("export") / mechanism
+        where = [f"run_dir={run_dir}", f"fusion={mechanism}", "trainer.steps=3"]
+        run(train_command(["+experiment=demo", *TINY, *on_data(data_dir), *where]))
+        command = [sys.executable, "-m", "casa_train.export", str(run_dir)]
+        done = run([*command, "--out", str(run_dir / "export")])
+        assert "export gate: 3 conversations, logits equal" in done.stdout
+        return run_dir
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def casa_run(export_of: Callable[[str], Path]) -> Path:
+    return export_of("casa")
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_stranger_can_use_it(
+    export_of: Callable[[str], Path], mechanism: str, tmp_path: Path
+) -> None:
+    run_dir = export_of(mechanism)
     shutil.copytree(run_dir / "export", tmp_path / "downloaded")
     (tmp_path / "script.py").write_text(STRANGER)
     strangers_packages(tmp_path / "site")
@@ -170,8 +192,11 @@ def test_a_stranger_can_use_it(exported: tuple[Path, str], tmp_path: Path) -> No
     assert "STRANGER DONE" in done.stdout
 
 
-def test_the_export_is_complete_and_described(exported: tuple[Path, str]) -> None:
-    run_dir, mechanism = exported
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_export_is_complete_and_described(
+    export_of: Callable[[str], Path], mechanism: str
+) -> None:
+    run_dir = export_of(mechanism)
     export = run_dir / "export"
     card = (export / "README.md").read_text()
     for words in ("2512.19535", mechanism, "MIT", "synthetic", "hidden_size: 32", "Licences"):
@@ -187,8 +212,9 @@ def test_the_export_is_complete_and_described(exported: tuple[Path, str]) -> Non
     assert not list(run_dir.glob("*_unfinished"))
 
 
-def test_evaluation_and_report(exported: tuple[Path, str]) -> None:
-    run_dir, _ = exported
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_evaluation_and_report(export_of: Callable[[str], Path], mechanism: str) -> None:
+    run_dir = export_of(mechanism)
     result = evaluate_run(run_dir, run_dir / "export")
     assert result["questions"] == len(result["answers"]) == 24
     assert sum(f["questions"] for f in result["families"].values()) == 24
@@ -208,13 +234,43 @@ def test_evaluation_and_report(exported: tuple[Path, str]) -> None:
     ],
 )
 def test_bad_export_commands(
-    exported: tuple[Path, str], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    casa_run: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from casa_train.export import main
 
-    run_dir, mechanism = exported
-    if mechanism != "casa":
-        pytest.skip("one run is enough")
-    assert main([a.format(run=run_dir) for a in arguments]) == 2
+    assert main([a.format(run=casa_run) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+def test_the_gate_stops_numbers_that_are_none(casa_run: Path, tmp_path: Path) -> None:
+    config = load_run_config(casa_run)
+    trained = build_model(config, build_processor(config)).eval()
+    shutil.copytree(casa_run / "export", tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    trained.load_state_dict(weights, strict=False)
+    assert "logits equal" in check_export(tmp_path / "copy", trained, gate_conversations(config))
+    with torch.no_grad():
+        trained.model.norm.weight.fill_(float("nan"))
+    weights["model.norm.weight"] = trained.model.norm.weight.detach()
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="export gate: reloaded logits differ"):
+        check_export(tmp_path / "copy", trained, gate_conversations(config))
+
+
+def test_a_corrupt_validation_image_is_counted(
+    casa_run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(casa_run, tmp_path / "run")
+    shutil.copytree(data_dir, tmp_path / "data")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(data_dir), f"{tmp_path}/data"))
+    split = Split(tmp_path / "data" / "validation")
+    row = next(r for r in split.index.to_pylist() if r["image_offsets"])
+    with (split.directory / split.meta["shards"][row["shard"]]["name"]).open("r+b") as file:
+        file.seek(row["image_offsets"][0] + 30)
+        file.write(b"\0" * (row["image_sizes"][0] - 30))
+    result = evaluate_run(tmp_path / "run", tmp_path / "run" / "export")
+    assert result["skipped"] == {"unreadable_image": 1}
+    assert result["questions"] == 23
+    report(tmp_path / "run")

@@ -9,10 +9,17 @@ import torch
 from torch import nn
 
 from casa_train.audit import Audit
-from casa_train.config import GroupConfig
+from casa_train.config import GroupConfig, OptimConfig
 from casa_train.errors import UserError
 from casa_train.loss import answer_loss
-from casa_train.optim import build_groups, describe, rate_factor, set_rates
+from casa_train.optim import (
+    apply_settings,
+    build_groups,
+    describe,
+    fit_schedule,
+    rate_factor,
+    set_rates,
+)
 
 
 class Toy(nn.Module):
@@ -60,6 +67,20 @@ def test_description_counts_everything() -> None:
     assert "12 parameters in    2 tensors" in lines[1]
 
 
+def test_a_schedule_longer_than_the_run_shrinks() -> None:
+    assert fit_schedule(100, 10, 20) == (10, 20)
+    assert fit_schedule(50, 50, 600) == (3, 47)
+
+
+def test_settings_come_from_the_configuration_after_a_load() -> None:
+    built = build_groups(Toy().named_parameters(), groups(all="."))
+    loaded = [{"base_lr": 9.0, "weight_decay": 9.0, "betas": (0, 0), "eps": 9.0} for _ in built]
+    apply_settings(loaded, built, OptimConfig())
+    assert [g["base_lr"] for g in loaded] == [1e-3, 1e-3]
+    assert [g["weight_decay"] for g in loaded] == [0.1, 0.0]
+    assert loaded[0]["betas"] == (0.9, 0.95)
+
+
 def test_schedule() -> None:
     factors = [rate_factor(step, 10, warmup=2, decay=4) for step in range(1, 11)]
     assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
@@ -92,13 +113,19 @@ class PlainEngine:
         return parameter
 
 
-def one_step(toy: Toy, used: list[nn.Module], moved: list[nn.Module], zero: str = "-") -> str:
-    audit = Audit(PlainEngine(toy), lambda name: zero in name)
+def one_step(
+    toy: Toy, used: list[nn.Module], moved: list[nn.Module], zero: str = "-", rate: float = 1e-3
+) -> str:
+    names = dict.fromkeys((name for name, _ in toy.named_parameters()), "all")
+    audit = Audit(PlainEngine(toy), names, lambda name: zero in name)
+    assert not audit.due(1, {"all": 0.0}, pairs=3)  # nothing can move
+    assert not audit.due(1, {"all": rate}, pairs=0)  # no gradient reaches vision
+    assert audit.due(1, {"all": rate}, pairs=3)
     x = torch.randn(2, 3)
     for module in used:
         x = module(x)
     x.square().sum().backward()
-    audit.before_update(1)
+    audit.before_update(1, {"all": rate})
     with torch.no_grad():
         for module in moved:
             for parameter in module.parameters():
@@ -110,7 +137,7 @@ def test_audit_passes_an_honest_step() -> None:
     toy = Toy()
     parts = [toy.body, toy.fusion, toy.norm]
     line = one_step(toy, [toy.body, toy.norm, toy.fusion], parts)
-    assert "6 trainable tensors got a gradient and moved, 2 frozen ones did not" in line
+    assert "6 of 6 trainable tensors got a gradient and moved, 2 frozen ones did not" in line
 
 
 def test_audit_names_what_is_wrong() -> None:
@@ -136,4 +163,13 @@ def test_audit_lets_declared_zeros_pass_once(tmp_path: Path) -> None:
     toy = Toy()
     nn.init.zeros_(toy.fusion.weight)
     used, moved = [toy.body, toy.norm, toy.fusion], [toy.fusion]
-    assert "start at zero gradient by design" in one_step(toy, used, moved, zero="o")
+    assert "4 wait (zero gradient by design" in one_step(toy, used, moved, zero="o")
+
+
+def test_audit_waits_where_the_rate_is_below_the_resolution_of_fp32() -> None:
+    toy = Toy()
+    toy.norm.bias.requires_grad_(False)
+    used = [toy.body, toy.norm, toy.fusion]
+    # A norm's weights are all one: a rate of 1e-9 cannot change them, and no error is raised.
+    line = one_step(toy, used, [toy.body, toy.fusion], rate=1e-9)
+    assert "wait" in line

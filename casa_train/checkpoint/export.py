@@ -44,6 +44,7 @@ def write_export(
     :return: the gate's verdict.
     :raises UserError: a directory that cannot be used, or a failed gate.
     """
+    out = out.resolve()  # so that it has a name, even where it was given as "."
     check_target(out)
     # transformers turns the directory's name into a Python module: a dot would break the import.
     temporary = out.with_name(out.name + "_unfinished")
@@ -80,7 +81,7 @@ def check_target(out: Path) -> None:
 
     :raises UserError: naming the directory.
     """
-    if "." in out.name:
+    if "." in out.resolve().name:
         raise UserError(
             f"--out {out}: the directory's name must not contain a dot, because transformers "
             "imports "

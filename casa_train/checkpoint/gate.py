@@ -35,22 +35,23 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     model.eval()
     was_training = trained.training
     trained.eval()
-    worst = 0.0
+    differences = []
     for messages in conversations:
         batch = processor.tokenize_messages(messages)
         expected = _packed_logits(trained, batch)
         given = model(**batch).logits[0]
-        worst = max(worst, float((expected - given).abs().max()))
+        differences.append((expected - given).abs().max())
+    worst = float(torch.stack(differences).max())  # a tensor's max keeps NaN, Python's drops it
     if not worst <= TOLERANCE:
         raise UserError(
             f"export gate: reloaded logits differ from the trained model's by {worst:.2e}, more "
             "than "
             f"{TOLERANCE:.0e}. The export was left in {directory} for inspection."
         )
-    gap = 0.0
-    for messages in conversations:
-        batch = processor.tokenize_messages(messages)
-        gap = max(gap, _generation_gap(model, dict(batch)))
+    gap = max(
+        _generation_gap(model, dict(processor.tokenize_messages(messages)))
+        for messages in conversations
+    )
     if not gap <= TOLERANCE:
         raise UserError(
             f"export gate: cached greedy generation picks a token whose logit in the full forward "

@@ -67,9 +67,15 @@ class CheckpointManager:
 
         :param write: writes this rank's engine state into the given directory.
         :param state: JSON-able state that is the same on every rank.
+        :raises UserError: the step was saved already, which only another job on it can have done.
         """
         temporary = self.directory / f"step_{step}.tmp"
         final = self.directory / f"step_{step}"
+        if final.exists():
+            raise UserError(
+                f"{final} exists already, so another job writes into this run; expected to be the "
+                "only one. Stop the other one."
+            )
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -88,10 +94,6 @@ class CheckpointManager:
                 "files": dict(sorted(pair for share in entries for pair in share.items())),
             }
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            if final.exists():  # an older life of the run got here too; the new one counts
-                stale = self.directory / f"step_{step}.old.tmp"
-                shutil.rmtree(stale, ignore_errors=True)
-                os.rename(final, stale)
             os.rename(temporary, final)
             sync_directory(self.directory)
         _barrier()
@@ -172,6 +174,8 @@ class CheckpointManager:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return [f"{MANIFEST} is missing or unreadable ({type(error).__name__})"]
         problems = []
+        if path.name != f"step_{manifest.get('step')}" or STATE not in manifest["files"]:
+            problems.append(f"{MANIFEST} is that of step {manifest.get('step')}, or lacks {STATE}")
         for name, entry in files[self.rank :: self.world]:
             file = path / name
             if not file.is_file():
@@ -189,8 +193,6 @@ class CheckpointManager:
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 shutil.rmtree(self.directory / f"step_{step}")
-        for stale in self.directory.glob("step_*.old.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _found(step: int, path: Path) -> Found:
@@ -206,6 +208,13 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the generators that `rng_state` saves."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # CUDA's too
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -42,12 +42,14 @@ class PackLoader:
         world: int = 1,
         workers: int = 0,
         prefetch: int = 4,
+        seed: int = 0,
     ) -> None:
         self.planner = planner
         self.materializer = materializer
         self.packs_per_step = packs_per_step
         self.rank, self.world = rank, world
         self.workers, self.prefetch = workers, prefetch
+        self.seed = seed
         self.steps_consumed = 0
         self._iterator: Iterator[PackedBatch] | None = None
 
@@ -62,6 +64,9 @@ class PackLoader:
                     batch_size=None,
                     num_workers=self.workers,
                     collate_fn=_as_is,
+                    # Its own generator: otherwise making the loader advances torch's, and a resumed
+                    # run draws other random numbers than one that was never stopped.
+                    generator=torch.Generator().manual_seed(self.seed),
                     **options,
                 )
             )

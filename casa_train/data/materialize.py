@@ -36,6 +36,7 @@ class PackedBatch:
     :param targets: (A,) the token each of those rows must predict.
     :param sample_ids: "source/key" of every sample, in order.
     :param fills: used share of the text and of the image budget.
+    :param pairs: samples with images and answers; where there are none, no gradient reaches vision.
     """
 
     index: int
@@ -46,6 +47,7 @@ class PackedBatch:
     text_tokens: int
     image_tokens: int
     fills: tuple[float, float]
+    pairs: int
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -104,8 +106,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         samples: list[EncodedSample] = []
         names: list[tuple[str, str]] = []
         failures: list[Failure] = []
-        planned_text = planned_images = 0
-        for name, row in pack.items:
+        for name, row, text, tokens in pack.items:
             split = self.splits[name]
             key, source = split.key(row), split.source(row)
             try:
@@ -113,16 +114,14 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
             except (BadRow, ImageError) as error:
                 failures.append(Failure(source, key, error.reason, str(error)))
                 continue
+            found = len(encoded.ids), sum(encoded.image_tokens)
+            if found != (text, tokens):
+                detail = f"{found} text and image tokens, the index promised {(text, tokens)}"
+                failures.append(Failure(source, key, "index_mismatch", detail))
+                continue
             samples.append(encoded)
             names.append((source, key))
-            planned_text += len(encoded.ids)
-            planned_images += sum(encoded.image_tokens)
-        if planned_text > pack.text_tokens or planned_images > pack.image_tokens:
-            raise ValueError(
-                f"pack {pack.index} holds {planned_text} text and {planned_images} image tokens, "
-                f"but the index promised {pack.text_tokens} and {pack.image_tokens}: the data was "
-                "prepared with another tokenizer; run the recipe again with --tokenizer"
-            )
+        pairs = sum(bool(s.images) and any(s.answer) for s in samples)
         chunks = [Chunk(len(s.ids), tuple(s.points), tuple(s.image_tokens)) for s in samples]
         if not has_pair(chunks):
             dummy = dummy_sample(self.processor.tokenizer.eos_token_id or 0)
@@ -154,5 +153,6 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
             text_tokens=text_tokens,
             image_tokens=image_tokens,
             fills=(text_tokens / self.text_budget, image_tokens / self.image_budget),
+            pairs=pairs,
             failures=failures,
         )

@@ -30,7 +30,7 @@ class Pack:
     """One packed sequence to be trained: which samples, and how full it is."""
 
     index: int
-    items: tuple[tuple[str, int], ...]  # (source, row)
+    items: tuple[tuple[str, int, int, int], ...]  # (source, row, text tokens, image tokens)
     text_tokens: int
     image_tokens: int
 
@@ -94,7 +94,6 @@ class Planner:
         self.mixture = Mixture(sizes, seed)
         self.packer = BestFitPacker(text_budget - RESERVED, image_budget - RESERVED, open_packs)
         self.next_index = 0
-        self.too_long = dict.fromkeys(splits, 0)
         self._finished: list[Pack] = []
         self._snapshots: list[tuple[int, dict[str, Any]]] = []
         self._check_budgets(text_budget, image_budget)
@@ -109,14 +108,24 @@ class Planner:
             name, row = self.mixture.next()
             text, images = (int(lengths[row]) for lengths in self.lengths[name])
             if not self.packer.fits(text, images):
-                self.too_long[name] += 1
-                continue
-            for done in self.packer.add((name, row), text, images):
+                continue  # `dropped` counts them, and the start of a run says how many
+            for done in self.packer.add((name, row, text, images), text, images):
                 self._finished.append(Pack(-1, tuple(done.items), done.text, done.images))
         done_pack = self._finished.pop(0)
         pack = Pack(self.next_index, done_pack.items, done_pack.text_tokens, done_pack.image_tokens)
         self.next_index += 1
         return pack
+
+    def dropped(self) -> dict[str, tuple[int, int]]:
+        """By source: samples that fit no pack, and all samples."""
+        return {
+            name: (int((~self._fits(name)).sum()), len(text))
+            for name, (text, _) in self.lengths.items()
+        }
+
+    def _fits(self, name: str) -> np.ndarray:
+        text, images = self.lengths[name]
+        return (text <= self.packer.text_budget) & (images <= self.packer.image_budget)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """A state from which the plan can be continued at pack `consumed`.
@@ -133,10 +142,9 @@ class Planner:
         """Continues at the state's `consumed` pack."""
         self.mixture.load_state_dict(state["mixture"])
         self.packer.load_state_dict(state["packer"])
-        self.too_long = {name: int(state["too_long"][name]) for name in self.too_long}
         self.next_index = int(state["next_index"])
         self._finished = [
-            Pack(-1, tuple((n, int(r)) for n, r in items), text, images)
+            Pack(-1, tuple((n, int(r), int(t), int(i)) for n, r, t, i in items), text, images)
             for items, text, images in state["finished"]
         ]
         self._snapshots = []
@@ -148,14 +156,12 @@ class Planner:
             "next_index": self.next_index,
             "mixture": self.mixture.state_dict(),
             "packer": self.packer.state_dict(),
-            "too_long": dict(self.too_long),
             "finished": [[list(p.items), p.text_tokens, p.image_tokens] for p in self._finished],
         }
 
     def _check_budgets(self, text_budget: int, image_budget: int) -> None:
         for name, (text, images) in self.lengths.items():
-            fits = (text <= self.packer.text_budget) & (images <= self.packer.image_budget)
-            if not fits.any():
+            if not self._fits(name).any():
                 raise UserError(
                     f"no sample of source {name!r} fits a pack: data.text_tokens is {text_budget}, "
                     f"data.image_tokens is {image_budget} (one of each is reserved), the smallest "

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from casa_train.data.sample import ImageSlot, Sample
+from casa_train.data.schemas import BadRow
+from casa_train.data.shards import Split
+from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 
 # A question in the words of the processor: a user's content with the images filled in.
 Content = list[dict[str, Any]]
@@ -48,19 +51,39 @@ class Question:
         return [{"role": "user", "content": content}]
 
 
-def first_questions(samples: Iterable[Sample], limit: int) -> list[Question]:
+def readable(split: Split, skipped: Counter[str]) -> Iterator[Sample]:
+    """The samples of a split whose record can be read; others are counted by reason."""
+    for row in range(len(split)):
+        try:
+            yield split.read(row)
+        except BadRow as error:
+            skipped[error.reason] += 1
+
+
+def first_questions(
+    splits: Mapping[str, Split], limit: int, skipped: Counter[str]
+) -> list[Question]:
     """The first turn of each sample that shows an image there, at most `limit`.
 
-    Only images of that turn are kept; later turns may show more.
+    Only images of that turn are kept; later turns may show more. Samples with an image that cannot
+    be read are counted in `skipped` by reason.
     """
     questions: list[Question] = []
-    for sample in samples:
-        if len(questions) >= limit:
-            break
-        turn = sample.turns[0]
-        images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
-        if images:
-            questions.append(Question(sample.key, sample.source, turn.user, turn.assistant, images))
+    for name, split in splits.items():
+        for sample in readable(split, skipped):
+            if len(questions) >= limit:
+                return questions
+            turn = sample.turns[0]
+            images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
+            try:
+                for image in images:
+                    CasaImageProcessor().load(image)
+            except ImageError as error:
+                skipped[error.reason] += 1
+                continue
+            if images:
+                key = f"{name}/{sample.key}"
+                questions.append(Question(key, sample.source, turn.user, turn.assistant, images))
     return questions
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from casa_train.files import write_atomic
+
 Record = dict[str, Any]
 
 
@@ -26,8 +28,7 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends one JSON line a step, flushed, so that a killed run keeps what it reported.
 
-    A resumed run repeats the steps after its checkpoint; `read_metrics` keeps the last line of
-    each.
+    `keep_steps` first removes what a resumed run will report again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,6 +103,13 @@ def read_metrics(path: Path) -> list[Record]:
             continue
         records[record["step"]] = record
     return [records[step] for step in sorted(records)]
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drops lines of steps after `last`, which a resumed run repeats, and a line cut by a kill."""
+    if path.exists():
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+        write_atomic(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

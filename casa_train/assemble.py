@@ -1,0 +1,211 @@
+"""Configuration -> processor, data and model: the parts of a run, each checked as it is built."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from casa_train import __version__
+from casa_train.config import Config, SourceConfig
+from casa_train.data.mixture import SourceSize
+from casa_train.data.plan import Planner
+from casa_train.data.shards import Split
+from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
+from casa_train.errors import UserError
+from casa_train.modeling.attention import choose_backend
+from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.decoder import BACKBONES
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
+from casa_train.optim import fit_schedule
+
+
+def build_processor(config: Config) -> CasaProcessor:
+    """Tokenizer, chat template and image code.
+
+    :raises UserError: a tokenizer that cannot be loaded or lacks the template's tokens.
+    """
+    known = [field.name for field in fields(ChatTemplate)]
+    refuse_unknown("model.template", config.model.template, known)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    try:
+        return CasaProcessor(tokenizer, config.data.max_pixels, dict(config.model.template))
+    except ValueError as error:
+        raise UserError(f"model.template: {error}") from error
+
+
+def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -> dict[str, Split]:
+    """Opens prepared splits by source name.
+
+    :raises UserError: a missing, empty or damaged split, or one prepared with another tokenizer.
+    """
+    splits = {}
+    expected = tokenizer_fingerprint(processor.tokenizer)
+    for name, source in sources.items():
+        split = splits[name] = Split(Path(source.path))
+        if split.tokenizer_fingerprint != expected:
+            raise UserError(
+                f"data source {name!r} ({source.path}) was prepared with another tokenizer "
+                f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
+                f"({expected[:12]}...): "
+                "run its recipe again with --tokenizer, or set model.tokenizer to the one it used."
+            )
+    return splits
+
+
+def build_planner(config: Config, splits: Mapping[str, Split], processor: CasaProcessor) -> Planner:
+    """The plan of packs over all sources."""
+    sizes = {
+        name: SourceSize(
+            len(split), config.data.sources[name].weight, config.data.sources[name].repeats
+        )
+        for name, split in splits.items()
+    }
+    return Planner(
+        splits,
+        sizes,
+        processor,
+        config.data.text_tokens,
+        config.data.image_tokens,
+        config.seed,
+        config.data.open_packs,
+    )
+
+
+def build_model_config(config: Config, processor: CasaProcessor) -> CasaConfig:
+    """The Hugging Face configuration of the model that `config` describes.
+
+    :raises UserError: fields that no supported model has.
+    """
+    text = dict(config.model.backbone.config)
+    model_type = text.pop("model_type", None)
+    tokenizer = processor.tokenizer
+    text.setdefault("vocab_size", len(tokenizer))
+    if text["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"model.backbone.config.vocab_size is {text['vocab_size']}, but the tokenizer has "
+            f"{len(tokenizer)} tokens; leave it out or raise it."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        text.setdefault(name, getattr(tokenizer, name))
+    vision = dict(config.model.vision.config)
+    if model_type not in BACKBONES:
+        raise UserError(
+            f"model.backbone.config.model_type: backbone {model_type!r} is not supported; choose "
+            f"one of {sorted(BACKBONES)}."
+        )
+    default = AutoConfig.for_model(model_type)
+    rope = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim")
+    refuse_unknown("model.backbone.config", text, [*default.to_dict(), *rope])
+    refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
+    try:
+        return CasaConfig(
+            text_config={"model_type": model_type, **text},
+            vision_config=vision,
+            fusion=dict(config.fusion),
+            architectures=["CasaForConditionalGeneration"],
+        )
+    except Exception as error:  # transformers' validation raises types of its own
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(
+            "model.backbone.config or model.vision.config holds a value that transformers refuses: "
+            f"{first}. Mend it in conf/model or on the command line."
+        ) from error
+
+
+def refuse_unknown(section: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Free-form sections are checked against what reads them.
+
+    :raises UserError: naming the keys, with what resembles them.
+    """
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {sorted(known)}."
+            raise UserError(f"unknown configuration key {section}.{key}: {hint}")
+
+
+def build_model(config: Config, processor: CasaProcessor) -> CasaForConditionalGeneration:
+    """The model with its first weights, the same on every rank, frozen where the run freezes it.
+
+    :raises UserError: an unknown mechanism, backbone or setting.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        model = CasaForConditionalGeneration(build_model_config(config, processor))
+        model.initialise_fusion()
+        set_trainable(model, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ends = processor.asst_end_tokens[:1] or [processor.tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = ends[0]
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.generation_config.bos_token_id = processor.tokenizer.bos_token_id
+    return model
+
+
+def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
+    """Freezes what the configuration freezes; fusion layers and the adapter always train."""
+    trainable = config.model.backbone.trainable
+    for part in (model.model, model.lm_head):
+        part.requires_grad_(trainable)
+    for layer in model.model.layers:
+        if layer.fusion is not None:
+            layer.fusion.requires_grad_(True)
+    model.visual.set_trainable(config.model.vision.train_last_blocks)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"nothing trains: model.backbone.trainable is false, model.vision.train_last_blocks "
+            "is 0 "
+            f"and the mechanism {config.fusion['mechanism']!r} adds no parameters."
+        )
+
+
+def banner(
+    config: Config,
+    model: CasaForConditionalGeneration,
+    planner: Planner,
+    world: int,
+    device: torch.device,
+) -> list[str]:
+    """What the run is, in a few lines."""
+    vision, backbone = model.config.vision_config, model.config.text_config
+    accumulation = config.data.packs_per_step // world
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    backend = choose_backend("auto", device, dtype)
+    parts: dict[str, nn.Module] = {"backbone": model.model, "vision": model.visual}
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    fusion = sum(p.numel() for n, p in model.named_parameters() if ".fusion." in n)
+    lines = [
+        f"casa_train {__version__}: run {config.name} in {config.run_dir}",
+        f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
+        f"{backbone.hidden_size}, {sizes['backbone'] - fusion:,} parameters",
+        f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, {sizes['vision']:,} "
+        f"parameters, {model.visual.frozen_blocks} frozen blocks",
+        f"fusion {config.fusion['mechanism']}: {fusion:,} new parameters",
+        f"attention backend: {backend} on {device.type}",
+        f"{world} ranks x {accumulation} micro-steps, ZeRO-{config.parallel.zero_stage}, "
+        f"{config.parallel.precision}, {torch.get_num_threads()} threads; a pack holds "
+        f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",
+    ]
+    optim, steps = config.optim, config.trainer.steps
+    wanted = (optim.warmup_steps, optim.decay_steps)
+    fitted = fit_schedule(steps, *wanted)
+    lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
+    if fitted != wanted:
+        lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
+    for name, (dropped, total) in planner.dropped().items():
+        if dropped:
+            lines.append(
+                f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
+                "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+            )
+    return lines

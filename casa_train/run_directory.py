@@ -1,0 +1,143 @@
+"""The directory of a run: configuration, environment and quarantine files; whose run it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from casa_train import __version__
+from casa_train.config import Config, run_fields, to_config
+from casa_train.errors import UserError
+from casa_train.files import write_atomic
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "flash-attn",
+    "webdataset",
+    "hydra-core",
+    "numpy",
+    "pillow",
+)
+
+
+def prepare_run_directory(run_dir: Path, config: Config) -> None:
+    """Writes configuration and environment; moves an earlier life away under `resume=never`.
+
+    :raises UserError: the directory belongs to another configuration or cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stored = run_dir / CONFIG_FILE
+        if config.checkpoint.resume == "never":
+            _move_away(run_dir)
+        if stored.exists():
+            check_same_run(stored, config)
+        write_atomic(stored, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run directory {run_dir} cannot be written: {error}") from error
+
+
+def check_same_run(stored: Path, config: Config) -> None:
+    """Refuses a run directory of another configuration.
+
+    :raises UserError: listing every differing field that `resume_allow` does not name.
+    """
+    try:
+        theirs = run_fields(to_config(OmegaConf.load(stored)))  # type: ignore[arg-type]
+    except (UserError, OSError, ValueError) as error:
+        raise UserError(
+            f"{stored} cannot be read as this version's configuration ({error}). Choose another "
+            "name, "
+            "or checkpoint.resume=never to start over."
+        ) from error
+    ours = run_fields(config)
+    differing = [
+        f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} now"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name) and name not in config.checkpoint.resume_allow
+    ]
+    if differing:
+        raise UserError(
+            f"{stored.parent} belongs to another configuration: {'; '.join(differing)}. Choose "
+            "another "
+            "name=..., start over with checkpoint.resume=never, or allow the fields by name with "
+            "checkpoint.resume_allow=[...]."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and host, as they stood when the run started."""
+    commit: str | None = None
+    try:
+        root = Path(__file__).resolve().parent.parent
+        git = ["git", "-C", str(root)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        commit = head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "") or None
+    except OSError:
+        pass  # no git on this machine: the commit stays unknown
+    return {
+        "casa_train": __version__,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Quarantine:
+    """Appends samples that could not be used to a file of this rank.
+
+    :param path: made with the first failure.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, failures: Sequence[Any]) -> None:
+        if failures:
+            with self.path.open("a", encoding="utf-8") as file:
+                for failure in failures:
+                    file.write(json.dumps(dataclasses.asdict(failure)) + "\n")
+
+
+def _move_away(run_dir: Path) -> None:
+    """Moves an earlier run into `previous_N`, its checkpoints first: they are what resumes."""
+    earlier = [p for p in run_dir.iterdir() if not p.name.startswith("previous_")]
+    if not earlier:
+        return
+    number = 1
+    while (run_dir / f"previous_{number}").exists():
+        number += 1
+    (run_dir / f"previous_{number}").mkdir()
+    for path in sorted(earlier, key=lambda p: p.name != CHECKPOINTS):
+        os.rename(path, run_dir / f"previous_{number}" / path.name)

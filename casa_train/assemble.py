@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,25 @@ from casa_train.modeling.decoder import BACKBONES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
 from casa_train.optim import fit_schedule
+from casa_train.warm_start import (
+    Account,
+    Pretrained,
+    load_backbone,
+    load_export,
+    load_vision,
+    vision_config,
+)
+
+# Keys of a checkpoint's configuration that say nothing of the model's sizes.
+NOT_SIZES = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def build_processor(config: Config) -> CasaProcessor:
@@ -35,7 +54,7 @@ def build_processor(config: Config) -> CasaProcessor:
     """
     known = [field.name for field in fields(ChatTemplate)]
     refuse_unknown("model.template", config.model.template, known)
-    tokenizer = load_tokenizer(config.model.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_name(config))
     try:
         return CasaProcessor(tokenizer, config.data.max_pixels, dict(config.model.template))
     except ValueError as error:
@@ -80,23 +99,62 @@ def build_planner(config: Config, splits: Mapping[str, Split], processor: CasaPr
     )
 
 
-def build_model_config(config: Config, processor: CasaProcessor) -> CasaConfig:
+@dataclass(frozen=True)
+class Sources:
+    """The checkpoints that a run starts from, opened; None where its part starts at random."""
+
+    backbone: Pretrained | None = None
+    vision: Pretrained | None = None
+    whole: Pretrained | None = None
+
+
+def open_sources(config: Config) -> Sources:
+    """Opens what `pretrained` and `init_from` name; reads configurations, no weights yet.
+
+    :raises UserError: something that is not there, or both ways at once.
+    """
+    backbone, vision, whole = (
+        config.model.backbone.pretrained,
+        config.model.vision.pretrained,
+        config.model.init_from,
+    )
+    if whole is not None and (backbone is not None or vision is not None):
+        raise UserError(
+            "model.init_from takes the whole model from an export, but model.backbone.pretrained "
+            "or "
+            "model.vision.pretrained is set too; expected one or the other. Set them to null."
+        )
+    if backbone is None and whole is None and "model_type" not in config.model.backbone.config:
+        raise UserError(
+            "model.backbone names no model: model.backbone.pretrained, model.init_from and "
+            "model.backbone.config.model_type are all empty; expected one of them. Set it."
+        )
+    return Sources(
+        None if backbone is None else Pretrained(backbone, "model.backbone.pretrained"),
+        None if vision is None else Pretrained(vision, "model.vision.pretrained"),
+        None if whole is None else Pretrained(whole, "model.init_from"),
+    )
+
+
+def build_model_config(config: Config, processor: CasaProcessor, sources: Sources) -> CasaConfig:
     """The Hugging Face configuration of the model that `config` describes.
+
+    Sizes come from the checkpoints where there are any; the configuration's fields come on top.
 
     :raises UserError: fields that no supported model has.
     """
-    text = dict(config.model.backbone.config)
-    model_type = text.pop("model_type", None)
+    text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     tokenizer = processor.tokenizer
-    text.setdefault("vocab_size", len(tokenizer))
-    if text["vocab_size"] < len(tokenizer):
-        raise UserError(
-            f"model.backbone.config.vocab_size is {text['vocab_size']}, but the tokenizer has "
-            f"{len(tokenizer)} tokens; leave it out or raise it."
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text.setdefault(name, getattr(tokenizer, name))
-    vision = dict(config.model.vision.config)
+    base_text: dict[str, Any] = {}
+    base_vision: dict[str, Any] = {}
+    if sources.whole is not None:
+        base_text = dict(sources.whole.config.get("text_config") or {})
+        base_vision = dict(sources.whole.config.get("vision_config") or {})
+    if sources.backbone is not None:
+        base_text = dict(sources.backbone.config)
+    if sources.vision is not None:
+        base_vision = vision_config(sources.vision)
+    model_type = text.pop("model_type", base_text.get("model_type"))
     if model_type not in BACKBONES:
         raise UserError(
             f"model.backbone.config.model_type: backbone {model_type!r} is not supported; choose "
@@ -106,9 +164,22 @@ def build_model_config(config: Config, processor: CasaProcessor) -> CasaConfig:
     rope = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim")
     refuse_unknown("model.backbone.config", text, [*default.to_dict(), *rope])
     refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
+    text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
+    vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
+    text.setdefault("vocab_size", len(tokenizer))
+    if text["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"the backbone's vocab_size is {text['vocab_size']}, but the tokenizer "
+            f"{tokenizer_name(config)} "
+            f"has {len(tokenizer)} tokens; use the backbone's own tokenizer (model.tokenizer), or "
+            "leave "
+            "model.backbone.config.vocab_size out."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        text.setdefault(name, getattr(tokenizer, name))
     try:
         return CasaConfig(
-            text_config={"model_type": model_type, **text},
+            text_config={**text, "model_type": model_type},
             vision_config=vision,
             fusion=dict(config.fusion),
             architectures=["CasaForConditionalGeneration"],
@@ -119,6 +190,18 @@ def build_model_config(config: Config, processor: CasaProcessor) -> CasaConfig:
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
             f"{first}. Mend it in conf/model or on the command line."
         ) from error
+
+
+def tokenizer_name(config: Config) -> str:
+    """The tokenizer that `config` names: its own, or the backbone's."""
+    named = config.model.tokenizer or config.model.backbone.pretrained or config.model.init_from
+    if named is None:
+        raise UserError(
+            "model.tokenizer has no value and there is no pretrained backbone to take it from; "
+            "set it "
+            "to a directory or a hub id."
+        )
+    return named
 
 
 def refuse_unknown(section: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -133,15 +216,16 @@ def refuse_unknown(section: str, values: Mapping[str, Any], known: Sequence[str]
             raise UserError(f"unknown configuration key {section}.{key}: {hint}")
 
 
-def build_model(config: Config, processor: CasaProcessor) -> CasaForConditionalGeneration:
-    """The model with its first weights, the same on every rank, frozen where the run freezes it.
+def build_model(
+    config: Config, processor: CasaProcessor, model_config: CasaConfig
+) -> CasaForConditionalGeneration:
+    """The model with random weights, the same on every rank, frozen where the run freezes it.
 
     :raises UserError: an unknown mechanism, backbone or setting.
     """
     torch.manual_seed(config.seed)
     try:
-        model = CasaForConditionalGeneration(build_model_config(config, processor))
-        model.initialise_fusion()
+        model = CasaForConditionalGeneration(model_config)
         set_trainable(model, config)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -150,6 +234,22 @@ def build_model(config: Config, processor: CasaProcessor) -> CasaForConditionalG
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.bos_token_id = processor.tokenizer.bos_token_id
     return model
+
+
+def start_weights(model: CasaForConditionalGeneration, sources: Sources) -> list[Account]:
+    """Loads what the run starts from and gives fusion layers their first values.
+
+    :raises UserError: checkpoints that do not fit.
+    """
+    if sources.whole is not None:
+        return [load_export(model, sources.whole)]
+    accounts = []
+    if sources.backbone is not None:
+        accounts.append(load_backbone(model, sources.backbone))
+    if sources.vision is not None:
+        accounts.append(load_vision(model, sources.vision))
+    model.initialise_fusion()  # copies the backbone's layers, so it comes last
+    return accounts
 
 
 def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:

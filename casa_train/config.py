@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +29,8 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 class BackboneConfig:
     """The text decoder."""
 
+    pretrained: str | None = None
+    """Directory or hub id to start from; its configuration gives the sizes. null: random."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
     qwen2). The vocabulary size follows from the tokenizer unless it is given."""
@@ -40,6 +42,8 @@ class BackboneConfig:
 class VisionConfig:
     """The Qwen2.5-VL vision tower."""
 
+    pretrained: str | None = None
+    """Directory or hub id of a Qwen2.5-VL checkpoint with the tower. null: random weights."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of `Qwen2_5_VLVisionConfig`."""
     train_last_blocks: int = 4
@@ -50,8 +54,10 @@ class VisionConfig:
 class ModelConfig:
     """What is assembled."""
 
-    tokenizer: str = "???"
-    """Directory or hub id of a fast tokenizer."""
+    tokenizer: str | None = None
+    """Directory or hub id of a fast tokenizer. null: the pretrained backbone's."""
+    init_from: str | None = None
+    """An export to start a later stage from: every weight, the fusion's too."""
     template: dict[str, str] = field(default_factory=dict)
     """Literal text around turns and images: the fields of `ChatTemplate`."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -261,6 +267,12 @@ def to_config(raw: DictConfig) -> Config:
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
         plain = OmegaConf.create(OmegaConf.to_container(raw, resolve=True))
         merged = OmegaConf.merge(schema, plain)
+        absent = sorted(OmegaConf.missing_keys(plain))
+        if absent:
+            raise UserError(
+                f"{', '.join(absent)} must be given: the configuration leaves them open. Write "
+                f"{absent[0]}=VALUE on the command line or set them in the experiment."
+            )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
@@ -425,7 +437,7 @@ def explain(error: Exception) -> str:
     if "Config search path:" in lines:
         lines = lines[: lines.index("Config search path:")]
     keys = [x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")]
-    noise = ("full_key:", "object_type=", "reference_type=", "To append")
+    noise = ("full_key:", "object_type=", "reference_type=", "To append", "See https:", "^")
     message = " ".join(line for line in lines if not line.startswith(noise)).rstrip(".")
     cause = str(error.__cause__ or "").splitlines() if isinstance(error, HydraException) else []
     if cause:
@@ -433,6 +445,8 @@ def explain(error: Exception) -> str:
     if keys and keys[0] not in message:
         message = f"{keys[0]}: {message}"
     message += "."
+    if isinstance(error, OverrideParseException):
+        message += " Put values with special characters in quotes: 'NAME=\"VALUE\"'."
     if re.search(r"not in '|not in struct|Could not override", message):
         overridden = re.search(r"override '\+?([^'=]+)", message)
         name = overridden.group(1) if overridden else (keys or [""])[0]

@@ -5,6 +5,7 @@ directory.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from casa_train.data.tokens import portable_tokenizer_config
 from casa_train.engine import read_weights
 from casa_train.errors import UserError
 from casa_train.model_card import model_card
-from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE
+from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,7 +43,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     config = load_run_config(run)
     found = find_checkpoint(run, step)
     processor = build_processor(config)
-    model = build_model(config, processor)
+    model = build_model(config, processor, load_model_config(run))
     chosen = DTYPES[dtype or config.parallel.precision]
     missing, unexpected = model.load_state_dict(read_weights(found.path), strict=False)
     missing = [name for name in missing if not (name == "lm_head.weight" and _tied(model))]
@@ -83,6 +85,17 @@ def load_run_config(run: Path) -> Config:
             "training, such as runs/demo."
         )
     return to_config(OmegaConf.load(path))  # type: ignore[arg-type]
+
+
+def load_model_config(run: Path) -> CasaConfig:
+    """The Hugging Face configuration that a run stored.
+
+    :raises UserError: it is missing.
+    """
+    path = run / MODEL_CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing; start the run's command once more to write it.")
+    return CasaConfig.from_dict(json.loads(path.read_text()))  # type: ignore[no-any-return]
 
 
 def find_checkpoint(run: Path, step: int | None) -> Found:

@@ -9,6 +9,9 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.config import Config
 
+# What is known of licences; anything else is left to the base model's own card.
+KNOWN_LICENCES = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence"}
+
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -50,9 +53,10 @@ print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_spec
 
 ## Base models and licences
 
-All weights were initialised at random: no weights, and so no licences, were inherited. The tower's
-architecture is Qwen2.5-VL's and the backbone's is {backbone}'s, as implemented in transformers
-(Apache-2.0). The code in this directory is MIT-licensed.
+{licences}
+
+The tower's architecture is Qwen2.5-VL's and the backbone's is {backbone}'s, as implemented in
+transformers (Apache-2.0). The code in this directory is MIT-licensed.
 
 ## Data
 
@@ -103,6 +107,24 @@ def model_card(config: Config, step: int, model: Any) -> str:
         step=step,
         steps=config.trainer.steps,
         packs=config.data.packs_per_step,
+        licences=_licences(config),
         sources="\n".join(sources),
         yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
+
+
+def _licences(config: Config) -> str:
+    """What the weights started from, and whose terms they carry."""
+    starts = {
+        "text backbone": config.model.backbone.pretrained,
+        "vision tower": config.model.vision.pretrained,
+        "whole model": config.model.init_from,
+    }
+    lines = [
+        f"- {part}: `{name}` ({KNOWN_LICENCES.get(name, 'see its own model card for the licence')})"
+        for part, name in starts.items()
+        if name is not None
+    ]
+    if not lines:
+        return "All weights were initialised at random: no weights, so no licences, were inherited."
+    return "These weights were trained from others and inherit their terms:\n\n" + "\n".join(lines)

@@ -23,6 +23,7 @@ from casa_train.files import write_atomic
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+MODEL_CONFIG_FILE = "model_config.json"
 CHECKPOINTS = "checkpoints"
 PACKAGES = (
     "torch",
@@ -36,9 +37,10 @@ PACKAGES = (
 )
 
 
-def prepare_run_directory(run_dir: Path, config: Config) -> None:
-    """Writes configuration and environment; moves an earlier life away under `resume=never`.
+def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> None:
+    """Writes configurations and environment; moves an earlier life away under `resume=never`.
 
+    :param model_config: the Hugging Face configuration as JSON: an export needs no base model.
     :raises UserError: the directory belongs to another configuration or cannot be written.
     """
     try:
@@ -49,6 +51,7 @@ def prepare_run_directory(run_dir: Path, config: Config) -> None:
         if stored.exists():
             check_same_run(stored, config)
         write_atomic(stored, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
         write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run directory {run_dir} cannot be written: {error}") from error

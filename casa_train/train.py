@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from casa_train.assemble import banner, build_model, build_planner, build_processor, open_splits
+from casa_train.assemble import (
+    Sources,
+    banner,
+    build_model,
+    build_model_config,
+    build_planner,
+    build_processor,
+    open_sources,
+    open_splits,
+    start_weights,
+)
 from casa_train.audit import Audit
 from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
 from casa_train.config import Config, fingerprint
@@ -50,17 +60,21 @@ def train(config: Config) -> None:
         torch.set_num_threads(config.parallel.threads)
     rank, world, device = init_processes()
     say = print if rank == 0 else _silent
-    processor, splits, planner = agree(lambda: check_inputs(config, world))
+    processor, splits, planner, sources = agree(lambda: check_inputs(config, world))
+    model_config = build_model_config(config, processor, sources)
     run_dir = Path(config.run_dir)
-    agree(lambda: prepare_run_directory(run_dir, config) if rank == 0 else None)
+    described = model_config.to_json_string()
+    agree(lambda: prepare_run_directory(run_dir, config, described) if rank == 0 else None)
 
-    model = build_model(config, processor)
+    model = build_model(config, processor, model_config)
+    accounts = agree(lambda: start_weights(model, sources))
     seed_all(
         config.seed + rank
     )  # the weights above are the same everywhere, what follows may differ
     groups = build_groups(model.named_parameters(), config.optim.groups)
     for line in [
         *banner(config, model, planner, world, device),
+        *(account.line() for account in accounts),
         *describe(model.named_parameters(), groups),
     ]:
         say(line)
@@ -142,8 +156,10 @@ def train(config: Config) -> None:
     dist.barrier()
 
 
-def check_inputs(config: Config, world: int) -> tuple[CasaProcessor, dict[str, Split], Planner]:
-    """Processor, data and plan; also builds the model and its groups once without memory.
+def check_inputs(
+    config: Config, world: int
+) -> tuple[CasaProcessor, dict[str, Split], Planner, Sources]:
+    """Processor, data, plan and checkpoints; also builds model and groups once without memory.
 
     :raises UserError: whatever the user can mend.
     """
@@ -153,11 +169,13 @@ def check_inputs(config: Config, world: int) -> tuple[CasaProcessor, dict[str, S
             "divide; expected a multiple of the number of ranks. Change one of them."
         )
     processor = build_processor(config)
+    sources = open_sources(config)
+    model_config = build_model_config(config, processor, sources)
     with torch.device("meta"):
-        model = build_model(config, processor)
+        model = build_model(config, processor, model_config)
     build_groups(model.named_parameters(), config.optim.groups)
     splits = open_splits(config.data.sources, processor)
-    return processor, splits, build_planner(config, splits, processor)
+    return processor, splits, build_planner(config, splits, processor), sources
 
 
 def agree(work: Callable[[], T]) -> T:

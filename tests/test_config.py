@@ -90,7 +90,8 @@ def message_of(
         (["model.backbone.config.model_type=llamaa"], ["llamaa"]),
         (["+model.backbone.config.vocab_size=10"], ["vocab_size is 10", "tokenizer has"]),
         (["model.vision.train_last_blocks=99"], ["train_last_blocks is 99", "2 blocks"]),
-        (["model.template.bos=<|nothing|>"], ["model.template", "<|nothing|>"]),
+        (['model.template.bos="<|nothing|>"'], ["model.template", "special token '<|nothing|>'"]),
+        (["model.template.bos=<|bos|>"], ["model.template.bos=<|bos|>", "quotes"]),
         (["model.tokenizer=/nowhere"], ["/nowhere", "neither a directory nor a hub id"]),
         (["data.sources.synthetic.path=/nowhere"], ["/nowhere", "does not exist", "data_recipes"]),
         (["data.text_tokens=4"], ["data.text_tokens is 4", "smallest samples need"]),
@@ -133,26 +134,31 @@ def test_mistakes_are_named(
     assert not (tmp_path / "run").exists(), "the run directory was touched before the check"
 
 
+def test_fields_left_open_are_named() -> None:
+    with pytest.raises(UserError, match=r"model.template.assistant_end, .* must be given"):
+        composed("model=pretrained")
+
+
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
     from casa_train.run_directory import prepare_run_directory
 
     config = composed("+experiment=demo", f"run_dir={tmp_path / 'run'}")
-    prepare_run_directory(tmp_path / "run", config)
-    prepare_run_directory(tmp_path / "run", config)
+    prepare_run_directory(tmp_path / "run", config, "{}")
+    prepare_run_directory(tmp_path / "run", config, "{}")
     config.seed = 5
     with pytest.raises(UserError, match="seed: 0 there, 5 now"):
-        prepare_run_directory(tmp_path / "run", config)
+        prepare_run_directory(tmp_path / "run", config, "{}")
     config.checkpoint.resume_allow = ["seed"]
-    prepare_run_directory(tmp_path / "run", config)
+    prepare_run_directory(tmp_path / "run", config, "{}")
     config.seed = 6
     config.checkpoint.resume_allow = []
     config.checkpoint.resume = "never"
-    prepare_run_directory(tmp_path / "run", config)
+    prepare_run_directory(tmp_path / "run", config, "{}")
     assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()
     # Without its configuration an earlier life is moved aside all the same.
     (tmp_path / "run" / "config.yaml").unlink()
     (tmp_path / "run" / "checkpoints").mkdir()
-    prepare_run_directory(tmp_path / "run", config)
+    prepare_run_directory(tmp_path / "run", config, "{}")
     assert (tmp_path / "run" / "previous_2" / "checkpoints").is_dir()
 
 

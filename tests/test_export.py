@@ -22,7 +22,7 @@ from casa_train.checkpoint.gate import check_export
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluate import evaluate_run
-from casa_train.export import gate_conversations, load_run_config
+from casa_train.export import gate_conversations, load_model_config, load_run_config
 from casa_train.report import report
 from tests.commands import TINY, environment, on_data, run, train_command
 
@@ -245,7 +245,7 @@ def test_bad_export_commands(
 
 def test_the_gate_stops_numbers_that_are_none(casa_run: Path, tmp_path: Path) -> None:
     config = load_run_config(casa_run)
-    trained = build_model(config, build_processor(config)).eval()
+    trained = build_model(config, build_processor(config), load_model_config(casa_run)).eval()
     shutil.copytree(casa_run / "export", tmp_path / "copy")
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     trained.load_state_dict(weights, strict=False)

@@ -12,7 +12,8 @@ numpy only: it is copied whole into every export, so training and inference run 
     casa, insertion   one mechanism (family) a file
     decoder           Hugging Face decoder layers as weight containers, our own loop over them
     streaming         what generation remembers beside the KV cache
-    modeling_casa     CasaForConditionalGeneration: the parts put together, generation
+    generation        generate, generate_from_image, streams
+    modeling_casa     CasaForConditionalGeneration: the parts put together
 
 Adding a mechanism takes one file with a `FusionMechanism` subclass, its name in `mechanisms.py` and
 one YAML in `conf/fusion/`.

@@ -20,6 +20,7 @@ from .casa import Casa
 from .configuration_casa import CasaConfig
 from .decoder import DecoderContext, check_backbone, fuse_layers, rope_table, run_decoder
 from .fusion import FusionMechanism
+from .generation import StreamingGeneration, as_ints, image_list
 from .image_processing_casa import SIDE
 from .insertion import Insertion
 from .mechanisms import build_mechanism
@@ -67,7 +68,8 @@ class CasaPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
+# GenerationMixin is named again because transformers 4 looks for it among the direct bases.
+class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, GenerationMixin):
     """A text decoder that sees images through a fusion mechanism.
 
     Parameters: `model.*` are the backbone's own names, `model.layers.N.fusion.*` the mechanism's,
@@ -94,7 +96,6 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         self.adapter: nn.Module = nn.Identity()
         if vision.out_hidden_size != text.hidden_size:
             self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
-        self.streaming_cache: Any = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -171,7 +172,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             state = self._state(past_key_values, batch)
         valid = _valid_columns(input_ids, attention_mask)
-        images = _as_list(pixel_values)
+        images = image_list(pixel_values)
         chunks = self._chunks(valid, image_embeds_insertion_points, images, state)
         flat = _flat_index(valid)
         flat_ids = input_ids.flatten().index_select(0, flat.to(input_ids.device))
@@ -289,7 +290,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
         state: StreamingState | None,
     ) -> list[Chunk]:
         batch, width = valid.shape
-        columns = [_ints(p) for p in points] if points is not None else [[] for _ in range(batch)]
+        columns = [as_ints(p) for p in points] if points is not None else [[] for _ in range(batch)]
         if len(columns) != batch:
             raise ValueError(
                 f"image_embeds_insertion_points lists {len(columns)} samples, input_ids holds "
@@ -322,126 +323,6 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, GenerationMixin):
             )
         return chunks
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Cuts `input_ids` down to the columns that the stream has not seen."""
-        state = getattr(past_key_values, "casa", None)
-        new = input_ids[:, (0 if state is None else state.columns) :]
-        inputs = {
-            "input_ids": new.contiguous(),
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": kwargs.get("use_cache", True),
-            "logits_to_keep": 1,
-        }
-        for name in ("pixel_values", "image_embeds_insertion_points"):
-            if kwargs.get(name) is not None:
-                inputs[name] = kwargs[name]
-        return inputs
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, **kwargs
-        )
-        # Images enter once; later steps bring text only.
-        for name in ("pixel_values", "image_embeds_insertion_points"):
-            updated.pop(name, None)
-        return updated
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`; beams and several return sequences are refused by name."""
-        config = kwargs.get("generation_config") or self.generation_config
-        for name in ("num_beams", "num_return_sequences"):
-            value = kwargs.get(name, getattr(config, name, None))
-            if value is not None and value > 1:
-                raise ValueError(
-                    f"{name}={value} is not supported: a stream's state cannot be reordered or "
-                    "repeated yet; use greedy decoding or sampling with one sequence"
-                )
-        return super().generate(*args, **kwargs)
-
-    @torch.no_grad()
-    def generate_from_image(
-        self,
-        input_ids: Tensor,
-        pixel_values: Sequence[Tensor] | Tensor | None,
-        image_embeds_insertion_points: Sequence[Any] | None,
-        attention_mask: Tensor | None = None,
-        *,
-        reset_streaming: bool = True,
-        pre_image_tokens: Sequence[int] | None = None,
-        post_image_tokens: Sequence[int] | None = None,
-        past_key_values: Any = None,
-        **generate_kwargs: Any,
-    ) -> Tensor:
-        """Generates from text and images, or continues a stream.
-
-        :param input_ids: (B, T) new ids.
-        :param pixel_values: images of the new ids.
-        :param image_embeds_insertion_points: for each sample, columns of the new ids.
-        :param reset_streaming: False continues the stream of `past_key_values` (or of the last
-            call). The last id of a call enters the cache with the next one, in the older window.
-        :param pre_image_tokens: with images but no insertion points for them, these ids are
-            appended to every row, then the image stands, then `post_image_tokens`.
-        :return: (B, T + new) the given ids and the new ones, as `generate` returns.
-        """
-        images = _as_list(pixel_values)
-        if image_embeds_insertion_points is None and images:
-            input_ids, attention_mask, image_embeds_insertion_points = _append_images(
-                input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
-            )
-        if past_key_values is None:
-            past_key_values = None if reset_streaming else self.streaming_cache
-        elif reset_streaming and getattr(past_key_values, "casa", None) is not None:
-            raise ValueError(
-                "past_key_values holds a stream, but reset_streaming is true: pass "
-                "reset_streaming=False to continue it or a new DynamicCache() to start over"
-            )
-        if past_key_values is None:
-            past_key_values = DynamicCache()
-        self.streaming_cache = past_key_values
-        state = getattr(past_key_values, "casa", None)
-        ids, mask, offset = input_ids, attention_mask, 0
-        if mask is None:
-            mask = torch.ones_like(ids)
-        points = image_embeds_insertion_points
-        if state is not None and state.history is not None and state.pending is not None:
-            # `generate` wants every id of the stream; points count from the first id that is new.
-            earlier = torch.cat([state.history, state.pending], 1).to(ids.device)
-            offset = earlier.shape[1]
-            ids = torch.cat([earlier, ids], 1)
-            mask = torch.cat([torch.ones_like(earlier), mask[:, -input_ids.shape[1] :]], 1)
-            shift = state.pending.shape[1]
-            points = None if points is None else [[p + shift for p in _ints(row)] for row in points]
-        out = self.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=images or None,
-            image_embeds_insertion_points=points,
-            past_key_values=past_key_values,
-            **generate_kwargs,
-        )
-        generated: Tensor = out if isinstance(out, Tensor) else out.sequences
-        past_key_values.casa.pending = generated[:, past_key_values.casa.columns :]
-        return generated[:, offset:]
-
-    def start_ca_streaming_states(self) -> None:
-        """Begins a stream: the next `generate_from_image(reset_streaming=False)` continues it."""
-        self.streaming_cache = DynamicCache()
-
-    def reset_ca_streaming_states(self) -> None:
-        """Forgets the stream that `generate_from_image` keeps."""
-        self.streaming_cache = None
-
-    reset_casa_streaming_states = reset_ca_streaming_states
-
 
 def _valid_columns(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
     """(B, T) bool on the host: which of the new columns hold text."""
@@ -463,42 +344,6 @@ def _valid_columns(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarr
 def _flat_index(valid: np.ndarray) -> Tensor:
     """(T,) indices of the valid entries of a flattened (B, T) batch."""
     return torch.from_numpy(np.flatnonzero(valid.ravel()))
-
-
-def _as_list(pixel_values: Sequence[Tensor] | Tensor | None) -> list[Tensor]:
-    if pixel_values is None:
-        return []
-    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 3:
-        return [pixel_values]
-    return list(pixel_values)
-
-
-def _ints(points: Any) -> list[int]:
-    values = points.tolist() if isinstance(points, Tensor) else list(points)
-    return [int(p) for p in values]
-
-
-def _append_images(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    images: int,
-    before: Sequence[int] | None,
-    after: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """Appends one image to every row, with the ids that stand around it."""
-    batch, width = input_ids.shape
-    if images != batch:
-        raise ValueError(
-            f"{images} images for a batch of {batch} and no image_embeds_insertion_points: pass "
-            "the "
-            "points, or one image a row"
-        )
-    around = [*(before or []), *(after or [])]
-    extra = torch.tensor([around] * batch, dtype=input_ids.dtype, device=input_ids.device)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    ids = torch.cat([input_ids, extra.reshape(batch, len(around))], 1)
-    mask = torch.cat([mask, mask.new_ones(batch, len(around))], 1)
-    return ids, mask, [[width + len(before or [])] for _ in range(batch)]
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.config import CONF_DIR, explain, to_config
+from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import UserError
 
 

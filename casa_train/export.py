@@ -20,7 +20,8 @@ from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
-from casa_train.config import Config, to_config
+from casa_train.compose import to_config
+from casa_train.config import Config
 from casa_train.data.tokens import portable_tokenizer_config
 from casa_train.engine import read_weights
 from casa_train.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from omegaconf import OmegaConf
 
 from casa_train import __version__
-from casa_train.config import Config, run_fields, to_config
+from casa_train.compose import to_config
+from casa_train.config import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 

@@ -29,7 +29,8 @@ from casa_train.assemble import (
     open_sources,
     start_weights,
 )
-from casa_train.config import CONF_DIR, Config, to_config
+from casa_train.compose import CONF_DIR, to_config
+from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.export import export
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration

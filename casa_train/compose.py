@@ -1,0 +1,232 @@
+"""Composing conf/ onto the dataclasses of `config.py`: types, cross-field checks, messages.
+
+YAML is merged once onto `Config`, so a misspelt key or a wrong type fails by name before anything
+loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from casa_train.config import Config, flatten
+from casa_train.errors import UserError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+# conf/train.yaml starts from these defaults, so that every field can be overridden by name. They
+# are plain values, because Hydra cannot add an entry to a dict of dataclasses. `to_config` checks
+# the types.
+ConfigStore.instance().store(
+    name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
+)
+
+
+def job_directory(name: str, overrides: Sequence[str]) -> str:
+    """One directory name for a job of a sweep: the run's name and its overrides.
+
+    The experiment and the name itself are left out; what no file system likes is replaced.
+    """
+    parts = [name]
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key not in ("experiment", "name"):
+            parts.append(re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", override))
+    joined = ",".join(parts)
+    if len(joined) > 200:  # file names end at 255 bytes
+        joined = joined[:180] + "," + hashlib.sha256(joined.encode()).hexdigest()[:16]
+    return joined
+
+
+OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
+
+
+def to_config(raw: DictConfig) -> Config:
+    """Merges a composed configuration onto the dataclasses and checks it.
+
+    :raises UserError: naming the field, what was found and what was expected.
+    """
+    schema = OmegaConf.structured(Config)
+    try:
+        # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
+        plain = OmegaConf.create(OmegaConf.to_container(raw, resolve=True))
+        merged = OmegaConf.merge(schema, plain)
+        absent = sorted(OmegaConf.missing_keys(plain))
+        if absent:
+            raise UserError(
+                f"{', '.join(absent)} must be given: the configuration leaves them open. Write "
+                f"{absent[0]}=VALUE on the command line or set them in the experiment."
+            )
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run can have.
+
+    :raises UserError: naming the field.
+    """
+    data, parallel, optim = config.data, config.parallel, config.optim
+    rules = [
+        (bool(data.sources), "data.sources", data.sources, "at least one source"),
+        (data.text_tokens >= 2, "data.text_tokens", data.text_tokens, "at least 2"),
+        (data.image_tokens >= 2, "data.image_tokens", data.image_tokens, "at least 2"),
+        (data.max_pixels >= 784, "data.max_pixels", data.max_pixels, "at least 784 (28x28)"),
+        (data.packs_per_step >= 1, "data.packs_per_step", data.packs_per_step, "at least 1"),
+        (data.open_packs >= 1, "data.open_packs", data.open_packs, "at least 1"),
+        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
+        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share 0..1"),
+        (parallel.zero_stage in (1, 2, 3), "parallel.zero_stage", parallel.zero_stage, "1, 2 or 3"),
+        (
+            parallel.precision in ("bf16", "fp32"),
+            "parallel.precision",
+            parallel.precision,
+            "bf16 or fp32",
+        ),
+        (parallel.threads >= 0, "parallel.threads", parallel.threads, "0 or more"),
+        (config.trainer.steps >= 1, "trainer.steps", config.trainer.steps, "at least 1"),
+        (
+            config.trainer.log_every >= 1,
+            "trainer.log_every",
+            config.trainer.log_every,
+            "at least 1",
+        ),
+        (config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "at least 1"),
+        (
+            config.checkpoint.keep_last >= 1,
+            "checkpoint.keep_last",
+            config.checkpoint.keep_last,
+            "at least 1",
+        ),
+        (
+            config.checkpoint.resume in ("auto", "never"),
+            "checkpoint.resume",
+            config.checkpoint.resume,
+            "auto or never",
+        ),
+        (len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"),
+        (bool(optim.groups), "optim.groups", optim.groups, "at least one group"),
+        (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "numbers from 0 to 1"),
+        (optim.eps > 0, "optim.eps", optim.eps, "a positive number"),
+        (optim.clip >= 0, "optim.clip", optim.clip, "0 (off) or more"),
+        (optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more"),
+        (optim.decay_steps >= 0, "optim.decay_steps", optim.decay_steps, "0 or more"),
+        (
+            config.checkpoint.keep_every >= 0,
+            "checkpoint.keep_every",
+            config.checkpoint.keep_every,
+            "0 or more",
+        ),
+        (
+            not (parallel.zero_stage == 1 and parallel.precision == "bf16"),
+            "parallel.zero_stage with parallel.precision=bf16",
+            parallel.zero_stage,
+            "2 or 3: DeepSpeed's stage-1 bf16 optimiser writes checkpoints that cannot be exported",
+        ),
+        (
+            config.evaluation.batch_size >= 1,
+            "evaluation.batch_size",
+            config.evaluation.batch_size,
+            "at least 1",
+        ),
+        (
+            config.evaluation.max_samples >= 1,
+            "evaluation.max_samples",
+            config.evaluation.max_samples,
+            "at least 1",
+        ),
+        (
+            config.evaluation.max_new_tokens >= 1,
+            "evaluation.max_new_tokens",
+            config.evaluation.max_new_tokens,
+            "at least 1",
+        ),
+        (
+            "mechanism" in config.fusion,
+            "fusion",
+            config.fusion,
+            "a fusion group, such as fusion=casa",
+        ),
+    ]
+    for holds, name, found, expected in rules:
+        if not holds:
+            raise UserError(
+                f"{name} is {found!r}; expected {expected}. Set it on the command line or in the "
+                "experiment."
+            )
+    for name, group in optim.groups.items():
+        if group.lr < 0 or group.weight_decay < 0:
+            raise UserError(
+                f"optim.groups.{name} has rate {group.lr} and decay {group.weight_decay}; expected "
+                "0 or more. Set them on the command line or in the experiment."
+            )
+        for pattern in group.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"optim.groups.{name}.patterns holds {pattern!r}; expected a regular "
+                    f"expression ({error}). Mend it."
+                ) from error
+    for allowed in config.checkpoint.resume_allow:
+        if allowed != "data" and allowed not in flatten(config):
+            raise UserError(
+                f"checkpoint.resume_allow names {allowed!r}; expected 'data' or a field of this "
+                "configuration, such as 'trainer.steps'."
+            )
+    for name, source in [*data.sources.items(), *data.validation.items()]:
+        if source.repeats < 1 or (source.weight is not None and source.weight <= 0):
+            raise UserError(
+                f"data source {name!r} has weight {source.weight} and repeats {source.repeats}; "
+                "expected a positive weight and at least one repeat."
+            )
+
+
+def explain(error: Exception) -> str:
+    """One message for what Hydra or OmegaConf found wrong, without search paths and types."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Config search path:" in lines:
+        lines = lines[: lines.index("Config search path:")]
+    keys = [x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")]
+    noise = ("full_key:", "object_type=", "reference_type=", "To append", "See https:", "^")
+    message = " ".join(line for line in lines if not line.startswith(noise)).rstrip(".")
+    cause = str(error.__cause__ or "").splitlines() if isinstance(error, HydraException) else []
+    if cause:
+        message += f" ({cause[0].strip().rstrip('.')})"
+    if keys and keys[0] not in message:
+        message = f"{keys[0]}: {message}"
+    message += "."
+    if isinstance(error, OverrideParseException):
+        message += " Put values with special characters in quotes: 'NAME=\"VALUE\"'."
+    if re.search(r"not in '|not in struct|Could not override", message):
+        overridden = re.search(r"override '\+?([^'=]+)", message)
+        name = overridden.group(1) if overridden else (keys or [""])[0]
+        parent = name.rpartition(".")[0]
+        known = known_fields(parent)
+        if known:
+            message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
+        else:
+            message += f" To add a new entry write +{name}=VALUE."
+    return message
+
+
+def known_fields(parent: str) -> list[str]:
+    """Names of the fields under a dotted name, none where it names no section."""
+    node: Any = OmegaConf.structured(Config)
+    for name in parent.split(".") if parent else []:
+        if not isinstance(node, DictConfig) or name not in node:
+            return []
+        node = node._get_node(name)
+    return sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []

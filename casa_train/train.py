@@ -68,9 +68,8 @@ def train(config: Config) -> None:
 
     model = build_model(config, processor, model_config)
     accounts = agree(lambda: start_weights(model, sources))
-    seed_all(
-        config.seed + rank
-    )  # the weights above are the same everywhere, what follows may differ
+    # The weights above are the same on every rank; what is drawn from here on may differ.
+    seed_all(config.seed + rank)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     for line in [
         *banner(config, model, planner, world, device),

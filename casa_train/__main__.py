@@ -51,7 +51,10 @@ def run() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         report(explain(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; the same command goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
         return 130
     finally:
         if engine := sys.modules.get("casa_train.engine"):  # only if a job got that far

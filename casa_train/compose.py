@@ -202,6 +202,7 @@ def explain(error: Exception) -> str:
     keys = [x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")]
     noise = ("full_key:", "object_type=", "reference_type=", "To append", "See https:", "^")
     message = " ".join(line for line in lines if not line.startswith(noise)).rstrip(".")
+    message = message.removeprefix("In 'train': ")
     cause = str(error.__cause__ or "").splitlines() if isinstance(error, HydraException) else []
     if cause:
         message += f" ({cause[0].strip().rstrip('.')})"
@@ -210,6 +211,8 @@ def explain(error: Exception) -> str:
     message += "."
     if isinstance(error, OverrideParseException):
         message += " Put values with special characters in quotes: 'NAME=\"VALUE\"'."
+    if "No match in the defaults list" in message and "'experiment'" in message:
+        return message + " Experiments are added: write +experiment=NAME."
     if re.search(r"not in '|not in struct|Could not override", message):
         overridden = re.search(r"override '\+?([^'=]+)", message)
         name = overridden.group(1) if overridden else (keys or [""])[0]

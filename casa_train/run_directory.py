@@ -55,7 +55,11 @@ def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> N
         write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
         write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"run directory {run_dir} cannot be written: {error}") from error
+        raise UserError(
+            f"run directory {run_dir} cannot be written: {error}; expected a directory of this "
+            "user's. "
+            "Choose another run_dir=... or mend its permissions."
+        ) from error
 
 
 def check_same_run(stored: Path, config: Config) -> None:

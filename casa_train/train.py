@@ -165,7 +165,9 @@ def check_inputs(
     if config.data.packs_per_step % world:
         raise UserError(
             f"data.packs_per_step is {config.data.packs_per_step}, which {world} ranks do not "
-            "divide; expected a multiple of the number of ranks. Change one of them."
+            f"divide; expected a multiple of the number of ranks. Set data.packs_per_step={world} "
+            "or a "
+            "multiple of it, or start another number of ranks."
         )
     processor = build_processor(config)
     sources = open_sources(config)

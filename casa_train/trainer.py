@@ -97,6 +97,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last step; saves on the way and at the end."""
+        trained = self.progress.step < self.steps
         while self.progress.step < self.steps:
             record = self.train_step(self.progress.step + 1)
             for sink in self.sinks:
@@ -106,6 +107,10 @@ class Trainer:
                 state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
                 self.save(step, self.engine.save, state)
                 self._say(f"saved checkpoint of step {step}")
+        if trained and self.audit is not None and self.audit.first_step is None:
+            self._say(
+                "the audit did not run: no step had a non-zero rate and an image with answers"
+            )
         bad, good = self.progress.bad_samples, self.progress.samples
         if bad:
             self._say(

@@ -117,6 +117,7 @@ def message_of(
             ["optim.groups.extra", "match no trainable"],
         ),
         (["+experiment=nothing"], ["experiment/nothing"]),
+        (["experiment=demo"], ["+experiment=NAME"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

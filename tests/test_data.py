@@ -286,6 +286,11 @@ def test_a_budget_below_every_sample_is_refused(split: Split, processor: CasaPro
         planner(split, processor, text=5)
 
 
+def test_a_budget_below_every_image_is_refused(split: Split, processor: CasaProcessor) -> None:
+    with pytest.raises(UserError, match=r"no sample with an image.*data.image_tokens is 3"):
+        planner(split, processor, images=3)
+
+
 # ------------------------------------------------------------------------------------- batches
 
 

@@ -58,11 +58,16 @@ def write_export(
         for file in sorted(source.glob("*.py")):
             if file.name != "__init__.py":
                 shutil.copy(file, temporary / file.name)
+        for file in temporary.iterdir():  # safetensors files are made readable by their owner only
+            file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"export to {out} failed: {error}. Nothing was left behind.") from error
+        raise UserError(
+            f"export to {out} failed: {error}. Nothing was left behind; choose a --out that can be "
+            "written."
+        ) from error
     verdict = gate(temporary)
     shutil.rmtree(temporary / "__pycache__", ignore_errors=True)
     if out.exists():
@@ -91,6 +96,12 @@ def check_target(out: Path) -> None:
         raise UserError(
             f"--out {out} exists and is not an export of this program; choose another directory."
         )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _edit_json(path: Path, values: dict[str, object]) -> None:

@@ -161,7 +161,17 @@ class Planner:
 
     def _check_budgets(self, text_budget: int, image_budget: int) -> None:
         for name, (text, images) in self.lengths.items():
-            if not self._fits(name).any():
+            fits, shown = self._fits(name), images > 0
+            if shown.any() and not (fits & shown).any():
+                raise UserError(
+                    f"no sample with an image of source {name!r} fits a pack: data.text_tokens is "
+                    f"{text_budget}, data.image_tokens is {image_budget} (one of each is "
+                    "reserved), the "
+                    f"smallest need {int(text[shown].min())} text and {int(images[shown].min())} "
+                    "image "
+                    "tokens. Raise the budgets or lower data.max_pixels."
+                )
+            if not fits.any():
                 raise UserError(
                     f"no sample of source {name!r} fits a pack: data.text_tokens is {text_budget}, "
                     f"data.image_tokens is {image_budget} (one of each is reserved), the smallest "

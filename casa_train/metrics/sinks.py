@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ class ConsoleSink:
         self.steps, self.start, self.every = steps, start, every
         self._began = time.monotonic()
         self._bar: Any = None
-        if self.stream.isatty():
+        if _sized_terminal(self.stream):
             self._bar = tqdm(
                 total=steps, initial=start, file=self.stream, unit="step", dynamic_ncols=True
             )
@@ -110,6 +111,14 @@ def keep_steps(path: Path, last: int) -> None:
     if path.exists():
         kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
         write_atomic(path, "".join(kept))
+
+
+def _sized_terminal(stream: TextIO) -> bool:
+    """Whether a bar would be seen; some pseudo-terminals have neither rows nor columns."""
+    if not stream.isatty():
+        return False
+    size = os.get_terminal_size(stream.fileno())
+    return size.columns > 0 and size.lines > 0
 
 
 def _clock(seconds: float) -> str:

@@ -101,7 +101,9 @@ class CasaImageProcessor:
         except ImageError:
             raise
         except Exception as error:  # Pillow raises many types on damaged files
-            raise ImageError("unreadable_image", f"{name} cannot be read: {error}") from error
+            raise ImageError(
+                "unreadable_image", f"{name} cannot be read: {error}; expected a whole image file"
+            ) from error
 
     def process_images(self, images: Any, img_size: int | None = None) -> Tensor:
         """A PIL image, or a uint8 frame tensor (F, 3, H, W).

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One machine, one process a GPU (or NPROC processes on the CPU):
-#   launch/torchrun.sh +experiment=demo name=two data.packs_per_step=2
+#   launch/torchrun.sh +experiment=demo name=two
 set -euo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 0)

@@ -129,7 +129,7 @@ def test_mistakes_are_named(
     overrides: list[str],
     words: list[str],
 ) -> None:
-    experiment = [] if overrides[0].startswith("+experiment") else ["+experiment=demo"]
+    experiment = [] if "experiment=" in overrides[0] else ["+experiment=demo"]
     base = [*experiment, *TINY, *on_data(data_dir), f"run_dir={tmp_path / 'run'}"]
     base += ["trainer.steps=2", "optim.warmup_steps=0", "optim.decay_steps=0"]
     error = message_of(capsys, monkeypatch, *base, *overrides)

@@ -167,9 +167,9 @@ class Planner:
                     f"no sample with an image of source {name!r} fits a pack: data.text_tokens is "
                     f"{text_budget}, data.image_tokens is {image_budget} (one of each is "
                     "reserved), the "
-                    f"smallest need {int(text[shown].min())} text and {int(images[shown].min())} "
-                    "image "
-                    "tokens. Raise the budgets or lower data.max_pixels."
+                    f"smallest samples need {int(text[shown].min())} text and "
+                    f"{int(images[shown].min())} image tokens. Raise the budgets or lower "
+                    "data.max_pixels."
                 )
             if not fits.any():
                 raise UserError(

@@ -161,20 +161,14 @@ class Planner:
 
     def _check_budgets(self, text_budget: int, image_budget: int) -> None:
         for name, (text, images) in self.lengths.items():
-            fits, shown = self._fits(name), images > 0
-            if shown.any() and not (fits & shown).any():
-                raise UserError(
-                    f"no sample with an image of source {name!r} fits a pack: data.text_tokens is "
-                    f"{text_budget}, data.image_tokens is {image_budget} (one of each is "
-                    "reserved), the "
-                    f"smallest samples need {int(text[shown].min())} text and "
-                    f"{int(images[shown].min())} image tokens. Raise the budgets or lower "
-                    "data.max_pixels."
-                )
-            if not fits.any():
-                raise UserError(
-                    f"no sample of source {name!r} fits a pack: data.text_tokens is {text_budget}, "
-                    f"data.image_tokens is {image_budget} (one of each is reserved), the smallest "
-                    f"samples need {int(text.min())} text and {int(images.min())} image tokens. "
-                    "Raise the budgets or lower data.max_pixels."
-                )
+            fits = self._fits(name)
+            # Without its images a source would train on its text alone, unseen.
+            for kind, chosen in (("sample with an image", images > 0), ("sample", images >= 0)):
+                if chosen.any() and not (fits & chosen).any():
+                    least = int(text[chosen].min()), int(images[chosen].min())
+                    raise UserError(
+                        f"no {kind} of source {name!r} fits a pack: data.text_tokens is "
+                        f"{text_budget}, data.image_tokens is {image_budget} (one of each is "
+                        f"reserved), the smallest samples need {least[0]} text and {least[1]} "
+                        "image tokens. Raise the budgets or lower data.max_pixels."
+                    )

@@ -12,6 +12,15 @@ from data_recipes.__main__ import main as recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The chat template of the rendered dataset's tokenizer.
+TEMPLATE = {
+    "bos": "<|bos|>",
+    "user_start": "<|user|>",
+    "user_end": "<|end|>",
+    "assistant_start": "<|assistant|>",
+    "assistant_end": "<|end|>",
+}
+
 # A model and budgets so small that a step takes milliseconds.
 TINY = [
     "trainer.log_every=1",

@@ -26,14 +26,8 @@ from casa_train.data.shards import ShardWriter, Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
+from tests.commands import TEMPLATE
 
-TEMPLATE = {
-    "bos": "<|bos|>",
-    "user_start": "<|user|>",
-    "user_end": "<|end|>",
-    "assistant_start": "<|assistant|>",
-    "assistant_end": "<|end|>",
-}
 MAX_PIXELS = 7056
 
 

@@ -15,14 +15,7 @@ from PIL import Image
 from casa_train.data.tokens import load_tokenizer
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError, target_size
 from casa_train.modeling.processing_casa import CasaProcessor
-
-TEMPLATE = {
-    "bos": "<|bos|>",
-    "user_start": "<|user|>",
-    "user_end": "<|end|>",
-    "assistant_start": "<|assistant|>",
-    "assistant_end": "<|end|>",
-}
+from tests.commands import TEMPLATE
 
 
 @pytest.fixture(scope="module")

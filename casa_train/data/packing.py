@@ -35,9 +35,9 @@ class BestFitPacker:
         self.bins: list[Bin] = []
         self.seen = 0
 
-    def fits(self, text: int, images: int) -> bool:
-        """Whether a sample fits into an empty pack."""
-        return text <= self.text_budget and images <= self.image_budget
+    def fits(self, text: Any, images: Any) -> Any:
+        """Whether a sample fits into an empty pack; for arrays of lengths, which of them do."""
+        return (text <= self.text_budget) & (images <= self.image_budget)
 
     def add(self, item: Any, text: int, images: int) -> list[Bin]:
         """Places one sample that fits; returns the packs this finishes (none, one or two)."""

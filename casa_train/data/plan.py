@@ -119,13 +119,9 @@ class Planner:
     def dropped(self) -> dict[str, tuple[int, int]]:
         """By source: samples that fit no pack, and all samples."""
         return {
-            name: (int((~self._fits(name)).sum()), len(text))
-            for name, (text, _) in self.lengths.items()
+            name: (int((~self.packer.fits(text, images)).sum()), len(text))
+            for name, (text, images) in self.lengths.items()
         }
-
-    def _fits(self, name: str) -> np.ndarray:
-        text, images = self.lengths[name]
-        return (text <= self.packer.text_budget) & (images <= self.packer.image_budget)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """A state from which the plan can be continued at pack `consumed`.
@@ -161,7 +157,7 @@ class Planner:
 
     def _check_budgets(self, text_budget: int, image_budget: int) -> None:
         for name, (text, images) in self.lengths.items():
-            fits = self._fits(name)
+            fits = self.packer.fits(text, images)
             # Without its images a source would train on its text alone, unseen.
             for kind, chosen in (("sample with an image", images > 0), ("sample", images >= 0)):
                 if chosen.any() and not (fits & chosen).any():

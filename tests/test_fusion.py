@@ -21,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from casa_train.modeling.block import project_out
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.reference import Reference, reference, sample_tokens
 from tests.tiny import (
@@ -94,7 +95,11 @@ def fusion_outputs(model: CasaForConditionalGeneration, samples: list[Sample]) -
     """(T, C) for every layer: what its `fusion` child adds for a pack."""
     outputs: list[Tensor] = []
     hooks = [
-        layer.fusion.register_forward_hook(lambda module, args, out: outputs.append(out))
+        layer.fusion.register_forward_hook(
+            lambda module, args, out: outputs.append(
+                project_out(module.o_proj, out[0], args[-1].plan.cross)
+            )
+        )
         for layer in model.model.layers
     ]
     with torch.no_grad():

@@ -128,7 +128,7 @@ def test_positions_go_on_over_chunks(pack: list[Layout]) -> None:
                     tuple(point - cut for point in layout.points[first:]),
                     layout.image_tokens[first:],
                     past_text=cut,
-                    past_images=sum(layout.image_tokens[:first]),
+                    past_span=sum(layout.image_tokens[:first]),
                 ),
             ]
             for positions in (text_positions, image_positions):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+# Qwen2.5-VL's text decoder; transformers 4.51.3 has one configuration for the whole model.
+QWEN_TEXT, QWEN_WHOLE = "qwen2_5_vl_text", "qwen2_5_vl"
+QWEN_NOT_TEXT = ("text_config", "vision_config", "image_token_id", "video_token_id")
 ROPE_IN_ONE_DICT = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -52,13 +55,23 @@ class CasaConfig(PretrainedConfig):
         if isinstance(text, dict) and text.get("rope_parameters"):
             rope = dict(text["rope_parameters"])
             text["rope_theta"] = rope.pop("rope_theta")
-            text["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+            text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        if isinstance(text, dict) and text.get("model_type") == QWEN_WHOLE:
+            text["model_type"] = QWEN_TEXT
+            for name in QWEN_NOT_TEXT:
+                text.pop(name, None)
         return out
 
 
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A backbone's configuration, whichever transformers generation wrote it."""
     values = dict(values)
     if values.get("rope_parameters"):
         for name in ("rope_theta", "rope_scaling") if ROPE_IN_ONE_DICT else ("rope_parameters",):
             values.pop(name, None)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    model_type = values.pop("model_type")
+    if model_type in (QWEN_WHOLE, QWEN_TEXT):
+        model_type = QWEN_TEXT if QWEN_TEXT in CONFIG_MAPPING else QWEN_WHOLE
+        for name in QWEN_NOT_TEXT:
+            values.pop(name, None)
+    return AutoConfig.for_model(model_type, **values)

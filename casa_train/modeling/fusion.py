@@ -1,14 +1,18 @@
 """The interface of a fusion mechanism: one way to bring image tokens into a text decoder.
 
-A mechanism does two things. Once per forward pass `plan` turns the chunks of the batch into index
-layouts (`FusionPlan`), without touching the device's results. And it may give a decoder layer a
-child module `fusion` (`make_layer`) that reads the image tokens in that layer.
+A mechanism does up to four things. `plan` turns the chunks of the batch into index layouts, once
+per forward pass and without waiting for the device. `make_layer` gives a decoder layer a child
+module `fusion` with new parameters. `run_layer` is the forward of a decoder layer, composed from
+the pieces in `block.py`. `make_resampler` may put a module between vision tower and decoder.
+
+Adding a mechanism takes one file with a subclass, its name in `mechanisms.py` and in the imports of
+`modeling_casa.py` (an export copies what that file names), and one YAML in `conf/fusion/`. The
+shortest example is `insertion.py`, one with parameters `gated.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,46 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Segments
+from .block import DecoderContext, FusionPlan, plain_block
+from .rope import mrope_section
 from .streaming import FlatCache, StreamingState
-from .windows import Chunk, Range, text_positions
-
-
-@dataclass
-class FusionPlan:
-    """Index layouts of one forward pass; every tensor lies on the model's device.
-
-    :param stream_positions: (S,) RoPE positions of the stream tokens, the decoder's hidden states.
-    :param stream_lengths: stream tokens of each sample.
-    :param self_attention: self-attention of the stream, block-diagonal over samples.
-    :param stream_index: (S,) the stream as rows of [text tokens; image tokens]; None: text only.
-    :param text_index: (T,) the text tokens as rows of the stream; None: all of it.
-    :param cross: attention of the `fusion` children over [kept keys; text keys; image keys].
-    :param query_positions: (T,) positions of text queries and keys in `cross`; None: no RoPE.
-    :param image_positions: (N,) positions of image keys in `cross`; None: no RoPE.
-    :param keep: rows of the key space of `cross` that the next chunk needs, per sample.
-    """
-
-    stream_positions: Tensor
-    stream_lengths: list[int]
-    self_attention: Segments
-    stream_index: Tensor | None = None
-    text_index: Tensor | None = None
-    cross: Segments | None = None
-    query_positions: Tensor | None = None
-    image_positions: Tensor | None = None
-    keep: list[list[Range]] = field(default_factory=list)
+from .windows import Chunk, text_positions
 
 
 class FusionMechanism:
-    """Base class; see `casa.py` and `insertion.py`.
+    """Base class; on its own it is the plain backbone, blind to images.
 
     :param fusion: the `fusion` section of the model configuration.
     :param text_config: the backbone's configuration.
+    :raises ValueError: options that the mechanism does not have.
     """
 
     name: ClassVar[str]
     # Keys of `fusion` that the mechanism reads, with their defaults; any other key is refused.
     options: ClassVar[dict[str, Any]] = {}
+    # For options with a fixed set of values: those values.
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Whether image tokens enter the decoder's own stream and so its KV cache.
     inserts: ClassVar[bool] = False
 
@@ -67,18 +50,40 @@ class FusionMechanism:
                 f"{sorted(self.options)}"
             )
         self.fusion = {**self.options, **{k: v for k, v in fusion.items() if k != "mechanism"}}
+        for key, allowed in self.choices.items():
+            if key in self.fusion and self.fusion[key] not in allowed:
+                raise ValueError(
+                    f"fusion.{key} is {self.fusion[key]!r}; expected one of {list(allowed)}"
+                )
+        for key, default in self.options.items():
+            if isinstance(default, bool) and not isinstance(self.fusion[key], bool):
+                raise ValueError(f"fusion.{key} is {self.fusion[key]!r}; expected true or false")
         self.text_config = text_config
+        # Whether positions have the three axes of Qwen2.5-VL's multimodal RoPE.
+        self.multimodal = mrope_section(text_config) is not None
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
         """The `fusion` child of a decoder layer, or None where the layer stays as it is."""
         return None
 
+    def make_resampler(self) -> nn.Module | None:
+        """A module (image tokens (N, C), tokens of each image, backend) -> new image tokens."""
+        return None
+
     def initialise(self, layer: Any) -> None:
         """Gives new parameters of a decoder layer their first values, once weights are loaded."""
+
+    def adopt(self, name: str) -> str | None:
+        """Where a tensor of the plain backbone goes; None: this model has no place for it."""
+        return name
 
     def zero_at_start(self, name: str) -> bool:
         """Whether a parameter's gradient may be exactly zero on the first step, by design."""
         return False
+
+    def compress(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """The chunks as the decoder sees them: `images` counts the resampler's tokens."""
+        return chunks
 
     def plan(
         self,
@@ -87,8 +92,27 @@ class FusionMechanism:
         cache: FlatCache | None,
         device: torch.device,
     ) -> FusionPlan:
-        """Index layouts for these chunks; `state` and `cache` continue a stream."""
-        raise NotImplementedError(f"{type(self).__name__} must define plan()")
+        """Index layouts for these chunks; `state` and `cache` continue a stream.
+
+        Here: a stream of text tokens alone, at their text positions.
+        """
+        lengths = self.stream_lengths(chunks)
+        return FusionPlan(
+            stream_positions=torch.from_numpy(text_positions(chunks)).to(device),
+            stream_lengths=lengths,
+            self_attention=self._self_attention(lengths, cache, device),
+        )
+
+    def run_layer(
+        self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
+    ) -> tuple[Tensor, Tensor]:
+        """One decoder block.
+
+        :param h: (S, C) stream tokens.
+        :param images: (N, C) image tokens.
+        :return: both, after the block.
+        """
+        return plain_block(layer, h, context), images
 
     def stream_lengths(self, chunks: Sequence[Chunk]) -> list[int]:
         """New stream tokens of each sample: what enters self-attention and the KV cache."""
@@ -102,14 +126,3 @@ class FusionMechanism:
         queries = [[(a, b)] for a, b in zip(starts, starts[1:], strict=False)]
         keys = queries if cache is None else cache.key_ranges()
         return Segments(queries, keys, causal=True, device=device)
-
-    def _text_only(
-        self, chunks: Sequence[Chunk], cache: FlatCache | None, device: torch.device
-    ) -> FusionPlan:
-        """The plan of a stream that holds text tokens alone, at their text positions."""
-        lengths = self.stream_lengths(chunks)
-        return FusionPlan(
-            stream_positions=torch.from_numpy(text_positions(chunks)).to(device),
-            stream_lengths=lengths,
-            self_attention=self._self_attention(lengths, cache, device),
-        )

@@ -11,13 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .fusion import FusionMechanism, FusionPlan
+from .block import FusionPlan
+from .fusion import FusionMechanism
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, image_positions, interleave, text_positions
 
 
 class Insertion(FusionMechanism):
-    """Adds no parameters: the backbone's own layers process the image tokens."""
+    """Adds no parameters: the backbone's own layers process the image tokens.
+
+    Positions count text and image tokens one by one; with multimodal RoPE they follow Qwen2.5-VL's
+    rule for still images.
+    """
 
     name = "insertion"
     inserts = True
@@ -31,9 +36,11 @@ class Insertion(FusionMechanism):
     ) -> FusionPlan:
         order, lengths = interleave(chunks)
         texts = sum(chunk.text for chunk in chunks)
-        positions = np.concatenate(
-            [text_positions(chunks, advance=True), image_positions(chunks, advance=True)]
-        )[order]
+        of_text = text_positions(chunks, True, self.multimodal)
+        of_images = image_positions(chunks, True, self.multimodal)
+        if self.multimodal:
+            of_text = np.broadcast_to(of_text, (3, texts))
+        positions = np.concatenate([of_text, of_images], axis=-1)[..., order]
         return FusionPlan(
             stream_positions=torch.from_numpy(positions).to(device),
             stream_lengths=lengths,

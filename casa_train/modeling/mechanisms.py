@@ -6,10 +6,21 @@ from typing import Any
 
 from .casa import Casa, CrossAttention
 from .fusion import FusionMechanism
+from .gated import GatedCrossAttention
+from .hyper import HyperAttention
 from .insertion import Insertion
+from .qformer import QFormerInsertion
 
 MECHANISMS: dict[str, type[FusionMechanism]] = {
-    mechanism.name: mechanism for mechanism in (Casa, CrossAttention, Insertion)
+    mechanism.name: mechanism
+    for mechanism in (
+        Casa,
+        CrossAttention,
+        Insertion,
+        QFormerInsertion,
+        GatedCrossAttention,
+        HyperAttention,
+    )
 }
 
 

@@ -7,6 +7,7 @@ imports, so it names every file it reaches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,24 @@ from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedMod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import Segments, choose_backend
+from .block import DecoderContext
 from .casa import Casa
 from .configuration_casa import CasaConfig
-from .decoder import DecoderContext, check_backbone, fuse_layers, rope_table, run_decoder
+from .decoder import backbone_rope, check_backbone, fuse_layers, run_decoder
 from .fusion import FusionMechanism
+from .gated import GatedCrossAttention
 from .generation import StreamingGeneration, as_ints, image_list
+from .hyper import HyperAttention
 from .image_processing_casa import SIDE
 from .insertion import Insertion
 from .mechanisms import build_mechanism
 from .packed import PackedInputs
+from .qformer import QFormerInsertion
+from .rope import rope_table
 from .streaming import FlatCache, StreamingState
 from .vision import VisionTower
-from .windows import Chunk
+from .windowed import WindowedMechanism
+from .windows import Chunk, image_spans
 
 # Keywords of older clients and of `generate` that carry nothing this model needs.
 TOLERATED = {
@@ -57,6 +64,7 @@ class CasaPreTrainedModel(PreTrainedModel):
         "LlamaDecoderLayer",
         "HeliumDecoderLayer",
         "Qwen2DecoderLayer",
+        "Qwen2_5_VLDecoderLayer",
         "VisionBlock",
     ]
 
@@ -73,7 +81,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
     """A text decoder that sees images through a fusion mechanism.
 
     Parameters: `model.*` are the backbone's own names, `model.layers.N.fusion.*` the mechanism's,
-    `visual.*` the Qwen2.5-VL tower's, `adapter.*` a linear where vision and text widths differ.
+    `visual.*` the Qwen2.5-VL tower's, `adapter.*` a linear where vision and text widths differ,
+    `resampler.*` what a mechanism puts between tower and decoder.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -96,6 +105,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         self.adapter: nn.Module = nn.Identity()
         if vision.out_hidden_size != text.hidden_size:
             self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
+        self.resampler: nn.Module | None = self.mechanism.make_resampler()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -116,8 +126,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         in.
         """
         for layer in self.model.layers:
-            if layer.fusion is not None:
-                self.mechanism.initialise(layer)
+            self.mechanism.initialise(layer)
 
     @property
     def attention_backend(self) -> str:
@@ -134,6 +143,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_embeds_insertion_points: Sequence[Any] | None = None,
+        image_follows: Sequence[Sequence[bool]] | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -149,6 +159,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :param attention_mask: (B, T) or longer; its last T columns tell padding from text.
         :param image_embeds_insertion_points: for each sample, the columns of these `input_ids` at
             which its images stand.
+        :param image_follows: for each sample, whether each image is a frame of the same video as
+            the image before it; read by `window_scope=all_frames`.
         :param labels: (B, T) ids, -100 where nothing is learned.
         :param packed: replaces all of the above; logits are then (A, vocabulary).
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache.
@@ -158,7 +170,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if unknown:
             raise TypeError(f"CasaForConditionalGeneration.forward does not take {unknown}")
         if packed is not None:
-            hidden = self._hidden(packed.input_ids, packed.chunks, packed.images, None, None)
+            hidden = self._hidden(packed.input_ids, packed.chunks, packed.images)
             if packed.logits_index is not None:
                 hidden = hidden.index_select(0, packed.logits_index)
             return CausalLMOutputWithPast(logits=self.lm_head(hidden))
@@ -173,13 +185,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             state = self._state(past_key_values, batch)
         valid = _valid_columns(input_ids, attention_mask)
         images = image_list(pixel_values)
-        chunks = self._chunks(valid, image_embeds_insertion_points, images, state)
+        chunks = self._chunks(valid, image_embeds_insertion_points, image_follows, images, state)
         flat = _flat_index(valid)
         flat_ids = input_ids.flatten().index_select(0, flat.to(input_ids.device))
-        cache = None
-        if state is not None:
-            cache = FlatCache(past_key_values, state, self.mechanism.stream_lengths(chunks))
-        hidden = self._hidden(flat_ids, chunks, images, state, cache)
+        hidden = self._hidden(flat_ids, chunks, images, past_key_values)
         padded = hidden
         if len(flat) != batch * width:
             padded = hidden.new_zeros(batch * width, hidden.shape[-1])
@@ -214,8 +223,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         ids: Tensor,
         chunks: Sequence[Chunk],
         images: Sequence[Tensor],
-        state: StreamingState | None,
-        cache: FlatCache | None,
+        past_key_values: Any = None,
     ) -> Tensor:
         """(T, C) final hidden states of the packed text tokens."""
         counts = self.visual.token_counts(images)
@@ -225,28 +233,43 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
                 f"the chunks promise {sum(c.text for c in chunks)} text tokens and images of "
                 f"{promised} tokens; given are {len(ids)} text tokens and images of {counts} tokens"
             )
+        mechanism = self.mechanism
+        if mechanism.multimodal:
+            chunks = _with_rows(chunks, [image.shape[1] // SIDE for image in images])
+        chunks = mechanism.compress(chunks)
         text = self.model.embed_tokens(ids)
         backend = self.attention_backend
         if images:
             tokens = self.adapter(self.visual(images, backend))
+            if self.resampler is not None:
+                tokens = self.resampler(tokens, counts, backend)
         else:
             tokens = text.new_zeros(0, text.shape[-1])
-        plan = self.mechanism.plan(chunks, state, cache, text.device)
+        state: StreamingState | None = None
+        cache = None
+        if past_key_values is not None:
+            state = past_key_values.casa
+            cache = FlatCache(past_key_values, state, mechanism.stream_lengths(chunks))
+        plan = mechanism.plan(chunks, state, cache, text.device)
 
         def table(positions: Tensor | None) -> Any:
-            return (
-                None if positions is None else rope_table(self.model.config, positions, text.dtype)
-            )
+            if positions is None:
+                return None
+            return rope_table(self.model.config, positions, text.dtype)
 
+        stream = table(plan.stream_positions)
+        same = plan.query_positions is plan.stream_positions
         keep = None
         if state is not None:
             rows = [np.arange(a, b) for ranges in plan.keep for a, b in ranges]
             keep = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, np.int64))
             keep = keep.to(text.device)
         context = DecoderContext(
+            mechanism=mechanism,
             plan=plan,
-            stream_table=table(plan.stream_positions),
-            query_table=table(plan.query_positions),
+            rope=backbone_rope(self.model.config),
+            stream_table=stream,
+            query_table=stream if same else table(plan.query_positions),
             image_table=table(plan.image_positions),
             backend=backend,
             cache=cache,
@@ -256,8 +279,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         hidden = run_decoder(self.model, text, tokens, context)
         if state is not None and cache is not None:
             cache.commit()
+            spans = [sum(image_spans(chunk, mechanism.multimodal)) for chunk in chunks]
             state.text = [a + chunk.text for a, chunk in zip(state.text, chunks, strict=True)]
-            state.images = [a + sum(c.images) for a, c in zip(state.images, chunks, strict=True)]
+            state.span = [a + span for a, span in zip(state.span, spans, strict=True)]
             state.window_text = [
                 c.text - c.points[-1] if c.points else n + c.text
                 for n, c in zip(state.window_text, chunks, strict=True)
@@ -286,6 +310,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         self,
         valid: np.ndarray,
         points: Sequence[Any] | None,
+        follows: Sequence[Sequence[bool]] | None,
         images: Sequence[Tensor],
         state: StreamingState | None,
     ) -> list[Chunk]:
@@ -318,10 +343,17 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
                     points=tuple(int(before[p]) for p in sample_points),
                     images=tuple(next(counts) for _ in sample_points),
                     past_text=0 if state is None else state.text[row],
-                    past_images=0 if state is None else state.images[row],
+                    follows=() if follows is None else tuple(map(bool, follows[row])),
+                    past_span=0 if state is None else state.span[row],
                 )
             )
         return chunks
+
+
+def _with_rows(chunks: Sequence[Chunk], rows: Sequence[int]) -> list[Chunk]:
+    """The chunks with the rows of their images, which multimodal RoPE asks for."""
+    left = iter(rows)
+    return [replace(c, rows=tuple(next(left) for _ in c.images)) for c in chunks]
 
 
 def _valid_columns(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
@@ -350,7 +382,11 @@ __all__ = [
     "Casa",
     "CasaForConditionalGeneration",
     "CasaPreTrainedModel",
+    "GatedCrossAttention",
+    "HyperAttention",
     "Insertion",
     "PackedInputs",
+    "QFormerInsertion",
     "Segments",
+    "WindowedMechanism",
 ]

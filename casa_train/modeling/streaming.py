@@ -23,7 +23,8 @@ class StreamingState:
     """State of a batch of streams after some chunks.
 
     :param columns: columns of `input_ids` (padding included) that entered so far.
-    :param text: text tokens of each sample so far; `images`: image tokens of each sample.
+    :param text: text tokens of each sample so far; `span`: positions that its images took
+        (`windows.image_spans`).
     :param slots: for each sample the ranges of KV-cache slots that hold its tokens.
     :param cache_length: slots of the KV cache in use, padding included.
     :param window_lengths: for each sample the number of keys kept of its open window.
@@ -36,7 +37,7 @@ class StreamingState:
     batch: int
     columns: int = 0
     text: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
+    span: list[int] = field(default_factory=list)
     slots: list[list[Range]] = field(default_factory=list)
     cache_length: int = 0
     window_lengths: list[int] = field(default_factory=list)
@@ -47,7 +48,7 @@ class StreamingState:
 
     def __post_init__(self) -> None:
         self.text = self.text or [0] * self.batch
-        self.images = self.images or [0] * self.batch
+        self.span = self.span or [0] * self.batch
         self.slots = self.slots or [[] for _ in range(self.batch)]
         self.window_lengths = self.window_lengths or [0] * self.batch
         self.window_text = self.window_text or [0] * self.batch

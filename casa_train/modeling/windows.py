@@ -22,22 +22,38 @@ class Chunk:
     :param text: number of text tokens.
     :param points: for each image, the index of the text token it stands before (0..text), sorted.
     :param images: number of image tokens of each image.
+    :param rows: rows of image tokens of each image; empty where nothing asks for them.
+    :param follows: for each image whether it is a frame of the same video as the image before it;
+        empty: none is.
     :param past_text: text tokens of this sample that entered earlier.
-    :param past_images: image tokens of this sample that entered earlier.
-    :raises ValueError: points out of range or unsorted, or not one for each image.
+    :param past_span: positions that earlier images of this sample took (see `image_spans`).
+    :raises ValueError: points out of range or unsorted, or not one of everything for each image.
     """
 
     text: int
     points: tuple[int, ...] = ()
     images: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    follows: tuple[bool, ...] = ()
     past_text: int = 0
-    past_images: int = 0
+    past_span: int = 0
 
     def __post_init__(self) -> None:
         if len(self.points) != len(self.images):
             raise ValueError(
                 f"{len(self.points)} insertion points {list(self.points)} but {len(self.images)} "
                 "images: a sample needs exactly one insertion point for each image"
+            )
+        for name, values in (("rows", self.rows), ("follows", self.follows)):
+            if values and len(values) != len(self.images):
+                raise ValueError(
+                    f"{len(values)} values of {name} but {len(self.images)} images: expected one "
+                    "for each image, or none"
+                )
+        if self.follows and self.follows[0] and self.past_span == 0:
+            raise ValueError(
+                "the first image of a sample is marked as following a frame, but there is none "
+                "before it"
             )
         if list(self.points) != sorted(self.points):
             raise ValueError(
@@ -56,13 +72,15 @@ class Window:
     """A window in packed coordinates: token ranges over all samples of the batch.
 
     `continues` marks leading text of a chunk: it belongs to the window left open by earlier chunks,
-    or to none if there is no such window. It has no image of its own.
+    or to none if there is no such window. It has no image of its own. `follows`: the window's first
+    image is a frame of the same video as the image before it.
     """
 
     sample: int
     text: Range
     image: Range
     continues: bool = False
+    follows: bool = False
 
 
 def split_windows(chunks: Sequence[Chunk]) -> list[Window]:
@@ -82,7 +100,8 @@ def split_windows(chunks: Sequence[Chunk]) -> list[Window]:
         for cut, following in zip(cuts, [*cuts[1:], chunk.text], strict=False):
             tokens = sum(n for p, n in zip(chunk.points, chunk.images, strict=True) if p == cut)
             text = (text_start + cut, text_start + following)
-            windows.append(Window(sample, text, (image, image + tokens)))
+            follows = bool(chunk.follows) and chunk.follows[chunk.points.index(cut)]
+            windows.append(Window(sample, text, (image, image + tokens), follows=follows))
             image += tokens
         text_start += chunk.text
         image_start += sum(chunk.images)
@@ -98,37 +117,64 @@ def has_pair(chunks: Sequence[Chunk]) -> bool:
     )
 
 
-def text_positions(chunks: Sequence[Chunk], advance: bool = False) -> np.ndarray:
-    """Position of every text token, (T,) int64.
+def image_spans(chunk: Chunk, multimodal: bool = False) -> list[int]:
+    """How many positions each image takes where images advance positions.
 
-    :param advance: False counts text tokens only; True also counts the image tokens before it, as
-        token insertion does.
+    :param multimodal: Qwen2.5-VL's rule: the larger of rows and columns; otherwise its tokens.
+    """
+    if not multimodal:
+        return list(chunk.images)
+    return [max(grid) for grid in _grids(chunk)]
+
+
+def text_positions(
+    chunks: Sequence[Chunk], advance: bool = False, multimodal: bool = False
+) -> np.ndarray:
+    """Position of every text token, (T,) int64; with multimodal RoPE all three axes have it.
+
+    :param advance: False counts text tokens only; True also counts the images before it, as token
+        insertion does.
     """
     pieces = []
     for chunk in chunks:
         position = chunk.past_text + np.arange(chunk.text)
         if advance:
-            position = position + chunk.past_images
-            for point, tokens in zip(chunk.points, chunk.images, strict=True):
-                position[point:] += tokens
+            position = position + chunk.past_span
+            for point, span in zip(chunk.points, image_spans(chunk, multimodal), strict=True):
+                position[point:] += span
         pieces.append(position)
     return _concatenate(pieces)
 
 
-def image_positions(chunks: Sequence[Chunk], advance: bool = False) -> np.ndarray:
-    """Position of every image token, (N,) int64.
+def image_positions(
+    chunks: Sequence[Chunk], advance: bool = False, multimodal: bool = False
+) -> np.ndarray:
+    """Position of every image token, (N,) int64, or (3, N) for the axes of multimodal RoPE.
 
-    :param advance: False freezes all tokens of an image at K, the number of text tokens before it;
-        True counts on through text and image tokens, as token insertion does.
+    An image starts at K, the number of text tokens before it.
+
+    :param advance: True also counts the images before it, as token insertion does.
+    :param multimodal: (start, start + row, start + column), as Qwen2.5-VL places still images;
+        otherwise all tokens stand at the start, or with `advance` one after another.
     """
     pieces = []
     for chunk in chunks:
-        before = chunk.past_images
-        for point, tokens in zip(chunk.points, chunk.images, strict=True):
-            k = chunk.past_text + point
-            position = k + before + np.arange(tokens) if advance else np.full(tokens, k)
-            pieces.append(position)
-            before += tokens
+        before = chunk.past_span
+        spans = image_spans(chunk, multimodal)
+        grids = _grids(chunk) if multimodal else [(0, 0)] * len(spans)
+        for point, tokens, span, (_, columns) in zip(
+            chunk.points, chunk.images, spans, grids, strict=True
+        ):
+            start = chunk.past_text + point + (before if advance else 0)
+            place = np.arange(tokens)
+            if multimodal:
+                axes = np.stack([0 * place, place // columns, place % columns])
+                pieces.append(start + axes)
+            else:
+                pieces.append(start + (place if advance else 0 * place))
+            before += span
+    if multimodal:
+        return np.concatenate([np.zeros((3, 0), np.int64), *pieces], axis=1).astype(np.int64)
     return _concatenate(pieces)
 
 
@@ -153,6 +199,16 @@ def interleave(chunks: Sequence[Chunk]) -> tuple[np.ndarray, list[int]]:
         text_start += chunk.text
         lengths.append(chunk.text + sum(chunk.images))
     return _concatenate(pieces), lengths
+
+
+def _grids(chunk: Chunk) -> list[tuple[int, int]]:
+    """Rows and columns of image tokens of each image."""
+    if len(chunk.rows) != len(chunk.images):
+        raise ValueError(
+            "multimodal RoPE needs the rows of every image, but this chunk has none: give "
+            "Chunk(rows=...)"
+        )
+    return [(rows, tokens // rows) for rows, tokens in zip(chunk.rows, chunk.images, strict=True)]
 
 
 def _concatenate(pieces: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,149 @@
+"""The pieces of a decoder block over packed tokens, and what all blocks of a forward pass share.
+
+A fusion mechanism composes its blocks from these pieces (`FusionMechanism.run_layer`). Weights are
+those of a Hugging Face decoder layer: `self_attn.{q,k,v,o}_proj`, `mlp` and its two norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Segments, varlen_attention
+from .rope import Rope, Table
+from .streaming import FlatCache, StreamingState
+from .windows import Range
+
+
+@dataclass
+class FusionPlan:
+    """Index layouts of one forward pass; every tensor lies on the model's device.
+
+    :param stream_positions: (S,) RoPE positions of the stream tokens, the decoder's hidden states;
+        (3, S) for multimodal RoPE where they differ by axis.
+    :param stream_lengths: stream tokens of each sample.
+    :param self_attention: self-attention of the stream, block-diagonal over samples.
+    :param stream_index: (S,) the stream as rows of [text tokens; image tokens]; None: text only.
+    :param text_index: (T,) the text tokens as rows of the stream; None: all of it.
+    :param cross: text queries over a key space [kept keys; text keys; image keys]; without text
+        keys that part is empty.
+    :param image_cross: image queries over the same key space; None: images do not attend.
+    :param query_positions: (T,) or (3, T) positions of text in `cross`; None: no RoPE.
+    :param image_positions: (N,) or (3, N) positions of images in `cross`; None: no RoPE.
+    :param keep: rows of the key space of `cross` that the next chunk needs, per sample.
+    """
+
+    stream_positions: Tensor
+    stream_lengths: list[int]
+    self_attention: Segments
+    stream_index: Tensor | None = None
+    text_index: Tensor | None = None
+    cross: Segments | None = None
+    image_cross: Segments | None = None
+    query_positions: Tensor | None = None
+    image_positions: Tensor | None = None
+    keep: list[list[Range]] = field(default_factory=list)
+
+
+@dataclass
+class DecoderContext:
+    """What every layer of one forward pass shares.
+
+    :param mechanism: the fusion mechanism; its `run_layer` is the forward of every layer.
+    :param rope: the backbone's rotation.
+    :param stream_table: RoPE table of the stream tokens.
+    :param query_table: RoPE table of text tokens in fusion layers, None without RoPE there.
+    :param image_table: RoPE table of image tokens in fusion layers, None without RoPE there.
+    :param backend: attention backend (`attention.BACKENDS`).
+    :param cache: the KV cache while generating, None in training.
+    :param state: the streaming state while generating, None in training.
+    :param keep_index: rows of a fusion layer's key space to keep for the next chunk.
+    """
+
+    mechanism: Any
+    plan: FusionPlan
+    rope: Rope
+    stream_table: Table
+    query_table: Table | None
+    image_table: Table | None
+    backend: str
+    cache: FlatCache | None = None
+    state: StreamingState | None = None
+    keep_index: Tensor | None = None
+
+
+class Heads(NamedTuple):
+    """Projections before RoPE: q (tokens, H, D), k and v (tokens, Hkv, D); None: not needed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+
+
+def project(owner: Any, x: Tensor, head_dim: int, queries: bool = True, keys: bool = True) -> Heads:
+    """(tokens, C) -> heads, through `owner`'s q_proj, k_proj and v_proj."""
+    return Heads(
+        split_heads(owner.q_proj(x), head_dim) if queries else None,
+        split_heads(owner.k_proj(x), head_dim) if keys else None,
+        split_heads(owner.v_proj(x), head_dim) if keys else None,
+    )
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(tokens, heads * D) -> (tokens, heads, D)."""
+    heads: Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads
+
+
+def self_attention(layer: Any, heads: Heads, context: DecoderContext) -> Tensor:
+    """(S, H * D): what every stream token reads in its own sample, before the output projection."""
+    assert heads.q is not None and heads.k is not None and heads.v is not None
+    q, k = (context.rope(x, context.stream_table) for x in (heads.q, heads.k))
+    v = heads.v
+    if context.cache is not None:
+        k, v = context.cache.update(k, v, layer.self_attn.layer_idx)
+    return varlen_attention(q, k, v, context.plan.self_attention, context.backend).flatten(1)
+
+
+def attend(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
+    """h + SA(norm(h)): (S, C)."""
+    attention = layer.self_attn
+    heads = project(attention, layer.input_layernorm(h), attention.head_dim)
+    out: Tensor = h + attention.o_proj(self_attention(layer, heads, context))
+    return out
+
+
+def feed_forward(layer: Any, h: Tensor) -> Tensor:
+    """h + FFN(norm(h)): (tokens, C)."""
+    out: Tensor = h + layer.mlp(layer.post_attention_layernorm(h))
+    return out
+
+
+def plain_block(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
+    """The backbone's own block: (S, C)."""
+    return feed_forward(layer, attend(layer, h, context))
+
+
+def scatter(read: Tensor, segments: Segments, rows: int) -> Tensor:
+    """(Q, H, D) in segment order -> (rows, H * D); rows that are no query are zero."""
+    flat = read.flatten(1)
+    if segments.covers(rows):
+        return flat
+    return flat.new_zeros(rows, flat.shape[1]).index_copy(0, segments.query_index, flat)
+
+
+def project_out(o_proj: nn.Module, read: Tensor, segments: Segments) -> Tensor:
+    """(T, H * D) -> (T, C), exactly zero in rows that `segments` does not name, bias or not."""
+    out: Tensor = o_proj(read)
+    if getattr(o_proj, "bias", None) is None or segments.covers(len(read)):
+        return out
+    return out * query_mask(segments, len(read), out.dtype)
+
+
+def query_mask(segments: Segments, rows: int, dtype: torch.dtype) -> Tensor:
+    """(rows, 1): one in rows that are a query of `segments`, zero elsewhere."""
+    mask = torch.zeros(rows, 1, dtype=dtype, device=segments.device)
+    return mask.index_fill(0, segments.query_index, 1.0)

@@ -1,0 +1,101 @@
+"""Gated cross-attention (Flamingo, arXiv 2204.14198): new layers between the backbone's blocks.
+
+Before a block, text reads the images of its window through a gate that starts at zero, then passes
+a gated feed-forward network: h <- h + tanh(a) CA(norm(h), y); h <- h + tanh(b) FFN(norm(h)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import DecoderContext, plain_block, project, project_out, query_mask
+from .windowed import WindowedMechanism, linear_like, norm_like, read_windows
+
+
+class GatedCrossAttention(WindowedMechanism):
+    """Options: `every` n puts a new layer before blocks n-1, 2n-1, ...
+
+    Text without an image before it passes the new layers unchanged, so that text alone gives the
+    backbone's own logits; in Flamingo the feed-forward part acts on it too.
+    """
+
+    name = "gated_cross_attention"
+    options = {"every": 1}
+
+    def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
+        super().__init__(fusion, text_config)
+        every, depth = self.fusion["every"], text_config.num_hidden_layers
+        if type(every) is not int or not 1 <= every <= depth:
+            raise ValueError(
+                f"fusion.every is {every!r}; expected a number of blocks from 1 to {depth}, the "
+                "depth of the backbone"
+            )
+
+    def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
+        every: int = self.fusion["every"]
+        return GatedLayer(layer, layer_idx) if layer_idx % every == every - 1 else None
+
+    def zero_at_start(self, name: str) -> bool:
+        # Closed gates let no gradient through to what stands behind them.
+        if ".fusion." in name:
+            return not name.endswith("_gate")
+        return name.startswith(("visual", "adapter"))
+
+    def run_layer(
+        self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
+    ) -> tuple[Tensor, Tensor]:
+        if layer.fusion is not None:
+            h = layer.fusion(h, images, context)
+        return plain_block(layer, h, context), images
+
+
+class GatedLayer(nn.Module):
+    """Cross-attention and feed-forward network, each behind a tanh gate that starts closed."""
+
+    def __init__(self, layer: Any, layer_idx: int) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx = layer_idx
+        self.head_dim: int = attention.head_dim
+        self.norm = norm_like(layer.input_layernorm)
+        self.image_norm = norm_like(layer.input_layernorm)
+        self.q_proj = linear_like(attention.q_proj)
+        self.k_proj = linear_like(attention.k_proj)
+        self.v_proj = linear_like(attention.v_proj)
+        self.o_proj = linear_like(attention.o_proj)
+        self.ffn_norm = norm_like(layer.input_layernorm)
+        self.mlp = GatedMLP(mlp)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.ffn_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, h: Tensor, images: Tensor, context: DecoderContext) -> Tensor:
+        """(T, C) text and (N, C) image tokens -> (T, C)."""
+        assert context.plan.cross is not None
+        cross = context.plan.cross
+        text = project(self, self.norm(h), self.head_dim, keys=False)
+        pictures = project(self, self.image_norm(images), self.head_dim, queries=False)
+        read, _ = read_windows(self.layer_idx, text, pictures, context)
+        h = h + self.attention_gate.tanh() * project_out(self.o_proj, read, cross)
+        passed = self.ffn_gate.tanh() * self.mlp(self.ffn_norm(h))
+        if not cross.covers(len(h)):
+            passed = passed * query_mask(cross, len(h), h.dtype)
+        out: Tensor = h + passed
+        return out
+
+
+class GatedMLP(nn.Module):
+    """A gated feed-forward network of the shapes and the activation of the backbone's."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj = linear_like(mlp.gate_proj)
+        self.up_proj = linear_like(mlp.up_proj)
+        self.down_proj = linear_like(mlp.down_proj)
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out

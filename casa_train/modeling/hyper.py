@@ -1,0 +1,111 @@
+"""Hyper attention (mPLUG-Owl3, arXiv 2408.04840): cross-attention inside a few blocks.
+
+It shares queries and input norm with self-attention, has its own keys and values for images, and
+each text token weighs both reads by a sigmoid gate of its own: g = sigmoid(w x + b),
+read = (1 - g) SA + g CA, through the block's output projection. A text token reads all images of
+its sample that stand before it; their keys stand at the position of the image, as in the paper's
+interleaved RoPE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import (
+    DecoderContext,
+    Heads,
+    feed_forward,
+    plain_block,
+    project,
+    query_mask,
+    self_attention,
+)
+from .windowed import WindowedMechanism, linear_like, read_windows
+
+# sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.
+GATE_START = -2.0
+
+
+class HyperAttention(WindowedMechanism):
+    """Options: `layers`, indices of the blocks (null: four, spread over the depth); `init` of keys
+    and values: from_self_attention or random.
+    """
+
+    name = "hyper_attention"
+    options = {"layers": None, "init": "from_self_attention"}
+    choices = {"init": ("from_self_attention", "random")}
+    history = True
+    positions = "frozen"
+
+    def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
+        super().__init__(fusion, text_config)
+        depth = text_config.num_hidden_layers
+        chosen = self.fusion["layers"]
+        if chosen is None:
+            chosen = [0, depth // 3, 2 * depth // 3, depth - 1]
+        valid = isinstance(chosen, list | tuple) and all(type(i) is int for i in chosen)
+        if not valid or not chosen or not all(0 <= i < depth for i in chosen):
+            raise ValueError(
+                f"fusion.layers is {chosen!r}; expected a list of block indices from 0 to "
+                f"{depth - 1}"
+            )
+        self.layers = sorted(set(chosen))
+
+    def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
+        return HyperLayer(layer, layer_idx) if layer_idx in self.layers else None
+
+    @torch.no_grad()
+    def initialise(self, layer: Any) -> None:
+        fusion = layer.fusion
+        if fusion is None:
+            return
+        fusion.gate.weight.zero_()
+        fusion.gate.bias.fill_(GATE_START)
+        if self.fusion["init"] == "from_self_attention":
+            for name in ("k_proj", "v_proj"):
+                getattr(fusion, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
+
+    def run_layer(
+        self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
+    ) -> tuple[Tensor, Tensor]:
+        if layer.fusion is None:
+            return plain_block(layer, h, context), images
+        attention = layer.self_attn
+        x = layer.input_layernorm(h)
+        heads = project(attention, x, attention.head_dim)
+        read = self_attention(layer, heads, context)
+        combined = layer.fusion(x, layer.input_layernorm(images), heads, read, context)
+        return feed_forward(layer, h + attention.o_proj(combined)), images
+
+
+class HyperLayer(nn.Module):
+    """Keys and values for images, and the gate."""
+
+    def __init__(self, layer: Any, layer_idx: int) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.layer_idx = layer_idx
+        self.head_dim: int = attention.head_dim
+        self.k_proj = linear_like(attention.k_proj)
+        self.v_proj = linear_like(attention.v_proj)
+        self.gate = nn.Linear(attention.q_proj.in_features, 1)
+
+    def forward(
+        self, x: Tensor, images: Tensor, heads: Heads, read: Tensor, context: DecoderContext
+    ) -> Tensor:
+        """Text's self-attention read (T, H * D), mixed with what it reads in images.
+
+        :param x: (T, C) normed text; :param images: (N, C) normed image tokens.
+        """
+        cross = context.plan.cross
+        assert cross is not None
+        pictures = project(self, images, self.head_dim, queries=False)
+        seen, _ = read_windows(self.layer_idx, Heads(heads.q, None, None), pictures, context)
+        gate = self.gate(x).sigmoid()
+        if not cross.covers(len(x)):
+            gate = gate * query_mask(cross, len(x), gate.dtype)
+        mixed: Tensor = read + gate * (seen - read)
+        return mixed

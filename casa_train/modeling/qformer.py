@@ -1,0 +1,135 @@
+"""Insertion of compressed images: learned queries read an image's tokens, then join the stream.
+
+A small Q-Former (BLIP-2, arXiv 2301.12597) as the paper's baseline has it: Q queries a picture, the
+same for every size of picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from .attention import Segments, varlen_attention
+from .insertion import Insertion
+from .windows import Chunk
+
+
+class QFormerInsertion(Insertion):
+    """Options: `queries` tokens a picture; `layers` of the resampler; its `heads` (0: width / 64).
+
+    Under multimodal RoPE the queries stand in one row.
+    """
+
+    name = "qformer_insertion"
+    options = {"queries": 128, "layers": 2, "heads": 0}
+
+    def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
+        super().__init__(fusion, text_config)
+        width = text_config.hidden_size
+        for key, least in (("queries", 1), ("layers", 1), ("heads", 0)):
+            value = self.fusion[key]
+            if type(value) is not int or value < least:
+                raise ValueError(f"fusion.{key} is {value!r}; expected a whole number >= {least}")
+        self.heads = self.fusion["heads"] or max(1, width // 64)
+        if width % self.heads:
+            raise ValueError(
+                f"fusion.heads is {self.heads}, which does not divide the backbone's width {width}"
+            )
+
+    def make_resampler(self) -> nn.Module:
+        return QFormer(
+            self.text_config.hidden_size,
+            self.heads,
+            self.fusion["queries"],
+            self.fusion["layers"],
+            self.text_config.initializer_range,
+        )
+
+    def compress(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        queries = self.fusion["queries"]
+        return [
+            replace(c, images=(queries,) * len(c.images), rows=(1,) * len(c.images)) for c in chunks
+        ]
+
+
+class QFormer(nn.Module):
+    """Pre-norm transformer of learned queries; every image is read by its own copy of them.
+
+    :param width: C; :param heads: H; :param queries: Q.
+    """
+
+    def __init__(self, width: int, heads: int, queries: int, layers: int, std: float) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, width))
+        self.layers = nn.ModuleList([QFormerLayer(width, heads) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        nn.init.normal_(self.queries, std=std)
+
+    def forward(self, images: Tensor, counts: Sequence[int], backend: str) -> Tensor:
+        """Image tokens (N, C) of images with `counts` tokens each -> (images * Q, C)."""
+        q, device = len(self.queries), images.device
+        own = [[(i * q, (i + 1) * q)] for i in range(len(counts))]
+        starts = np.cumsum([0, *counts]).tolist()
+        theirs = [[pair] for pair in zip(starts, starts[1:], strict=False)]
+        among = Segments(own, own, causal=False, device=device)
+        across = Segments(own, theirs, causal=False, device=device)
+        s = repeat(self.queries, "q c -> (n q) c", n=len(counts))
+        for layer in self.layers:
+            s = layer(s, images, among, across, backend)
+        out: Tensor = self.norm(s)
+        return out
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_norm, self.cross_norm, self.image_norm, self.ffn_norm = (
+            nn.LayerNorm(width, eps=1e-6) for _ in range(4)
+        )
+        self.self_attn = QFormerAttention(width, heads)
+        self.cross_attn = QFormerAttention(width, heads)
+        self.ffn = QFormerFFN(width)
+
+    def forward(
+        self, s: Tensor, images: Tensor, among: Segments, across: Segments, backend: str
+    ) -> Tensor:
+        x = self.self_norm(s)
+        s = s + self.self_attn(x, x, among, backend)
+        s = s + self.cross_attn(self.cross_norm(s), self.image_norm(images), across, backend)
+        out: Tensor = s + self.ffn(self.ffn_norm(s))
+        return out
+
+
+class QFormerAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, y: Tensor, segments: Segments, backend: str) -> Tensor:
+        q, k, v = (
+            rearrange(t, "n (h d) -> n h d", h=self.heads)
+            for t in (self.q_proj(x), self.k_proj(y), self.v_proj(y))
+        )
+        out: Tensor = self.o_proj(varlen_attention(q, k, v, segments, backend).flatten(1))
+        return out
+
+
+class QFormerFFN(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out

@@ -253,7 +253,7 @@ def start_weights(model: CasaForConditionalGeneration, sources: Sources) -> list
 
 
 def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
-    """Freezes what the configuration freezes; fusion layers and the adapter always train."""
+    """Freezes what the configuration freezes; fusion, resampler and adapter always train."""
     trainable = config.model.backbone.trainable
     for part in (model.model, model.lm_head):
         part.requires_grad_(trainable)

@@ -6,17 +6,20 @@ numpy only: it is copied whole into every export, so training and inference run 
     processing_casa   messages -> ids, insertion points, labels        image_processing_casa
     windows           insertion points + lengths -> windows, positions, interleaving (pure integers)
     packed            PackedInputs, a pack as the model reads it
-    attention         one varlen attention call, three backends
+    attention, rope   one varlen attention call, three backends; rotary positions
     vision            Qwen2.5-VL's tower from uint8 images
-    fusion            the interface of a fusion mechanism; registry in mechanisms
-    casa, insertion   one mechanism (family) a file
+    block             the pieces of a decoder block, and what the blocks of a forward pass share
+    fusion            the interface of a fusion mechanism and how to add one; registry in mechanisms
+    windowed          keys laid out by windows: the ground of casa, gated and hyper
+    casa              CASA and plain cross-attention with the switches D1 to D5
+    gated, hyper      Flamingo's gated cross-attention, mPLUG-Owl3's hyper attention
+    insertion         image tokens in the stream; qformer: compressed first
     decoder           Hugging Face decoder layers as weight containers, our own loop over them
     streaming         what generation remembers beside the KV cache
     generation        generate, generate_from_image, streams
     modeling_casa     CasaForConditionalGeneration: the parts put together
 
-Adding a mechanism takes one file with a `FusionMechanism` subclass, its name in `mechanisms.py` and
-one YAML in `conf/fusion/`.
+A new mechanism is one file and one YAML: see `fusion.py`.
 
 Shapes: B batch, T text tokens, N image tokens, S stream tokens (T, or T + N where images are
 inserted), W windows, H heads, D head width, C model width. Samples of a batch or pack are

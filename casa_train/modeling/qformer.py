@@ -111,9 +111,9 @@ class QFormerAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(3))
+        # A bias of the keys shifts all scores of a query alike: softmax does not see it.
+        self.k_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, y: Tensor, segments: Segments, backend: str) -> Tensor:
         q, k, v = (

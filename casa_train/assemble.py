@@ -15,8 +15,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from casa_train import __version__
 from casa_train.config import Config, SourceConfig
+from casa_train.data.lengths import sample_lengths
 from casa_train.data.mixture import SourceSize
-from casa_train.data.plan import Planner
+from casa_train.data.plan import Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
@@ -82,21 +83,26 @@ def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -
 
 def build_planner(config: Config, splits: Mapping[str, Split], processor: CasaProcessor) -> Planner:
     """The plan of packs over all sources."""
-    sizes = {
-        name: SourceSize(
-            len(split), config.data.sources[name].weight, config.data.sources[name].repeats
-        )
-        for name, split in splits.items()
-    }
-    return Planner(
-        splits,
-        sizes,
-        processor,
-        config.data.text_tokens,
-        config.data.image_tokens,
-        config.seed,
-        config.data.open_packs,
+    data = config.data
+    sources = {}
+    for name, split in splits.items():
+        text, images = sample_lengths(split, processor)
+        shards = split.index.column("shard").to_numpy() if data.locality else None
+        given = data.sources[name]
+        size = SourceSize(len(split), given.weight, given.repeats, shards)
+        sources[name] = PlanSource(text, images, size)
+    settings = PlanSettings(
+        text_budget=data.text_tokens,
+        image_budget=data.image_tokens,
+        packs_per_step=data.packs_per_step,
+        seed=config.seed,
+        open_packs=data.open_packs,
+        balance_block=data.balance_block,
+        balance_group=data.balance_group,
+        video_share=data.video_share,
+        locality=data.locality,
     )
+    return Planner(sources, settings)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,17 @@ class DataConfig:
     size, which must divide it."""
     open_packs: int = 24
     """Packs that best-fit keeps open."""
+    balance_block: int = 32
+    """Steps whose packs are sorted by size together, so that the ranks of a micro-step get packs of
+    about the same cost."""
+    balance_group: int = 64
+    """Packs of about the same size that stay together; divides balance_block x packs_per_step. The
+    number of ranks is a good value."""
+    video_share: float = 0.25
+    """Share of packs that are video, where sources of both modalities are mixed."""
+    locality: int = 0
+    """0 shuffles all samples of a source; n its shards, and then the samples of n shards at a time,
+    for object stores."""
     workers: int = 2
     """Loader processes of each rank; 0 materialises in the training process."""
     max_bad_share: float = 0.01

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, encode_sample
-from casa_train.data.mixture import Mixture, SourceSize
-from casa_train.data.packing import BestFitPacker
-from casa_train.data.plan import Pack, Planner, sample_lengths
+from casa_train.data.mixture import SourceSize
+from casa_train.data.plan import Pack, Planner, PlanSettings, PlanSource
 from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas import BadRow, finevision
 from casa_train.data.shards import ShardWriter, Split
@@ -52,7 +48,10 @@ def row(*turns: tuple[str, str]) -> dict[str, object]:
 
 
 def planner(split: Split, processor: CasaProcessor, text: int = 160, images: int = 64) -> Planner:
-    return Planner({"s": split}, {"s": SourceSize(len(split))}, processor, text, images, seed=1)
+    size = SourceSize(len(split))
+    source = PlanSource(*sample_lengths(split, processor), size)
+    plan = PlanSettings(text, images, packs_per_step=4, seed=1, balance_block=4, balance_group=2)
+    return Planner({"s": source}, plan)
 
 
 # ------------------------------------------------------------------------------------- schema
@@ -171,69 +170,6 @@ def test_an_index_without_samples_is_refused(tmp_path: Path) -> None:
         Split(tmp_path)
 
 
-# ------------------------------------------------------------------------------------- mixture
-
-
-def test_rates_hold_at_every_moment() -> None:
-    sources = {"a": SourceSize(7, 0.6), "b": SourceSize(11, 0.3), "c": SourceSize(3, 0.1)}
-    mixture = Mixture(sources, seed=0)
-    drawn: Counter[str] = Counter()
-    for total in range(1, 1001):
-        drawn[mixture.next()[0]] += 1
-        assert all(abs(drawn[n] - mixture.rates[n] * total) < 2 for n in sources)
-
-
-def test_every_epoch_sees_every_sample_once_in_a_new_order() -> None:
-    mixture = Mixture({"a": SourceSize(50)}, seed=0)
-    epochs = [[mixture.next()[1] for _ in range(50)] for _ in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_repeats_oversample() -> None:
-    mixture = Mixture({"a": SourceSize(10, repeats=6), "b": SourceSize(60)}, seed=0)
-    drawn = Counter(mixture.next()[0] for _ in range(1200))
-    assert drawn == {"a": 600, "b": 600}
-
-
-def test_weights_for_some_sources_only_are_refused() -> None:
-    with pytest.raises(UserError, match=r"\['b'\] have no weight"):
-        Mixture({"a": SourceSize(1, 0.5), "b": SourceSize(1)}, seed=0)
-
-
-# ------------------------------------------------------------------------------------- packing
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=200),
-    st.integers(1, 8),
-    st.integers(1, 50),
-)
-def test_packs_keep_both_budgets_and_lose_nothing(
-    sizes: list[tuple[int, int]], open_packs: int, max_age: int
-) -> None:
-    packer = BestFitPacker(40, 60, open_packs, max_age)
-    finished = []
-    for i, (text, images) in enumerate(sizes):
-        finished += packer.add((str(i), i), text, images)
-        assert len(packer.bins) <= open_packs
-        assert all(packer.seen - b.born <= max_age for b in packer.bins)
-    everything = [*finished, *packer.bins]
-    assert sorted(i for b in everything for _, i in b.items) == list(range(len(sizes)))
-    for b in everything:
-        assert b.text == sum(sizes[i][0] for _, i in b.items) <= 40
-        assert b.images == sum(sizes[i][1] for _, i in b.items) <= 60
-
-
-def test_best_fit_takes_the_fullest_pack_that_fits() -> None:
-    packer = BestFitPacker(10, 100, open_packs=3)
-    for text in (6, 7, 8):
-        packer.add(("s", text), text, 0)
-    packer.add(("s", 3), 3, 0)
-    assert sorted(b.text for b in packer.bins) == [6, 8, 10]
-
-
 # ------------------------------------------------------------------------------------- plan
 
 
@@ -242,37 +178,6 @@ def test_planned_lengths_are_the_processor_s(split: Split, processor: CasaProces
     for i, sample in enumerate(split):
         encoded = encode_sample(sample, processor)
         assert (text[i], images[i]) == (len(encoded.ids), sum(encoded.image_tokens))
-
-
-def test_plan_is_a_pure_function_and_resumes_anywhere(
-    split: Split, processor: CasaProcessor
-) -> None:
-    reference = list(itertools.islice(planner(split, processor), 200))
-    assert [p.index for p in reference] == list(range(200))
-    for consumed, ahead in ((0, 0), (0, 9), (1, 1), (63, 70), (64, 64), (130, 141)):
-        first = planner(split, processor)
-        for _ in range(ahead):
-            next(first)
-        state = json.loads(json.dumps(first.state_dict(consumed)))
-        second = planner(split, processor)
-        second.load_state_dict(state)
-        again = json.loads(json.dumps(second.state_dict(consumed)))  # save right after restore
-        third = planner(split, processor)
-        third.load_state_dict(again)
-        for resumed in (second, third):
-            rest = list(itertools.islice(resumed, 200 - consumed))
-            assert rest == reference[consumed:]
-
-
-def test_saving_while_planning_ahead_after_a_resume(split: Split, processor: CasaProcessor) -> None:
-    reference = list(itertools.islice(planner(split, processor), 40))
-    first = planner(split, processor)
-    first.load_state_dict(planner(split, processor).state_dict(10))
-    for _ in range(7):
-        next(first)
-    second = planner(split, processor)
-    second.load_state_dict(first.state_dict(12))
-    assert next(second) == reference[12]
 
 
 def test_a_budget_below_every_sample_is_refused(split: Split, processor: CasaProcessor) -> None:

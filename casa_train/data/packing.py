@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass
+@dataclass(slots=True)
 class Bin:
     """An open pack; `born` is the number of samples seen when it was opened."""
 
@@ -32,7 +32,7 @@ class BestFitPacker:
         self.image_budget = image_budget
         self.open_packs = open_packs
         self.max_age = max_age
-        self.bins: list[Bin] = []
+        self.bins: list[Bin] = []  # oldest first
         self.seen = 0
 
     def fits(self, text: Any, images: Any) -> Any:
@@ -45,16 +45,25 @@ class BestFitPacker:
         finished: list[Bin] = []
         if self.bins and self.seen - self.bins[0].born > self.max_age:
             finished.append(self.bins.pop(0))
-        best, best_score = None, -1.0
+        most_text, most_images = self.text_budget, self.image_budget
+        best, best_fill = None, -1
+        # Planning spends its time here, so the loop calls nothing. Fills are compared as whole
+        # numbers: text / text budget against images / image budget, times both budgets.
         for candidate in self.bins:
-            new_text, new_images = candidate.text + text, candidate.images + images
-            if new_text <= self.text_budget and new_images <= self.image_budget:
-                score = self._fill(new_text, new_images)
-                if score > best_score:
-                    best, best_score = candidate, score
+            new_text = candidate.text + text
+            if new_text > most_text:
+                continue
+            new_images = candidate.images + images
+            if new_images > most_images:
+                continue
+            fill, other = new_text * most_images, new_images * most_text
+            if other > fill:
+                fill = other
+            if fill > best_fill:
+                best, best_fill = candidate, fill
         if best is None:
             if len(self.bins) >= self.open_packs:
-                fullest = max(self.bins, key=lambda b: self._fill(b.text, b.images))
+                fullest = max(self.bins, key=self._fill)
                 self.bins.remove(fullest)
                 finished.append(fullest)
             best = Bin(born=self.seen)
@@ -80,5 +89,5 @@ class BestFitPacker:
             for b in state["bins"]
         ]
 
-    def _fill(self, text: int, images: int) -> float:
-        return max(text / self.text_budget, images / self.image_budget)
+    def _fill(self, pack: Bin) -> int:
+        return max(pack.text * self.image_budget, pack.images * self.text_budget)

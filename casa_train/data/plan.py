@@ -1,28 +1,32 @@
 """Mixture + packing = the global order of packs, a pure function of configuration, seed and index.
 
-In step s, micro-step m and rank r the run trains pack s * G + m * W + r, for G packs a step on W
-ranks. Neither G nor W enters the plan, so the same packs make up a step on any number of ranks.
+Packs are planned in blocks of `balance_block` x G packs, G being the packs of a step. A block is
+sorted by image tokens, cut into groups of `balance_group` packs of one modality, and the groups are
+permuted: the ranks of a micro-step then get packs of about the same cost, and none waits long for
+another. In step s, micro-step m and rank r the run trains pack s * G + m * W + r; the number of
+ranks W enters nowhere, so the same packs make up a step on any number of ranks.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from casa_train.data.mixture import Mixture, SourceSize
-from casa_train.data.packing import BestFitPacker
-from casa_train.data.shards import Split
+from casa_train.data.mixture import Mixture, SourceSize, philox
+from casa_train.data.packing import BestFitPacker, Bin
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
-from casa_train.modeling.processing_casa import CasaProcessor
 
-SNAPSHOT_EVERY = 64  # packs between two remembered planner states
 # The dummy sample of a pack without any window: one text token, one image token (casa.md section
 # 2).
 RESERVED = 1
+CHUNK = 1024  # samples that a stream draws at once
+IMAGE, VIDEO = "image", "video"
+Item = tuple[str, int, int, int]  # source, row, text tokens, image tokens
 
 
 @dataclass(frozen=True)
@@ -30,141 +34,236 @@ class Pack:
     """One packed sequence to be trained: which samples, and how full it is."""
 
     index: int
-    items: tuple[tuple[str, int, int, int], ...]  # (source, row, text tokens, image tokens)
+    items: tuple[Item, ...]
     text_tokens: int
     image_tokens: int
 
 
-def sample_lengths(split: Split, processor: CasaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """Text and image tokens of every sample of a split, two (samples,) int64 arrays.
+@dataclass(frozen=True)
+class PlanSource:
+    """What planning needs to know of a source.
 
-    An image that the image code will refuse counts no tokens: materialising skips its sample.
+    :param text: (samples,) text tokens of every sample; :param images: its image tokens.
+    :param size: its rate in the mixture.
+    :param modality: image or video; a pack holds one of the two.
     """
-    user, user_offsets = split.list_column("user_tokens")
-    answers, answer_offsets = split.list_column("assistant_tokens")
-    widths, image_offsets = split.list_column("widths")
-    heights, _ = split.list_column("heights")
-    counts = np.diff(image_offsets)
-    turns = np.diff(user_offsets)
-    text = _segment_sums(user, user_offsets) + _segment_sums(answers, answer_offsets)
-    # The template's share is linear in turns and images; three probes give its coefficients.
-    base = processor.text_tokens([], [], 0)
-    per_turn = processor.text_tokens([0], [0], 0) - base
-    per_image = processor.text_tokens([], [], 1) - base
-    text = text + base + per_turn * turns + per_image * counts
-    tokens = np.zeros(len(widths), np.int64)
-    if len(widths):
-        sizes, inverse = np.unique(np.stack([widths, heights], 1), axis=0, return_inverse=True)
-        each = np.array([_image_tokens(processor.image_processor, *map(int, s)) for s in sizes])
-        tokens = each[inverse.ravel()]
-    return text, _segment_sums(tokens, image_offsets)
+
+    text: np.ndarray
+    images: np.ndarray
+    size: SourceSize
+    modality: str = IMAGE
 
 
-def _image_tokens(images: CasaImageProcessor, width: int, height: int) -> int:
-    try:
-        return images.token_count(width, height)
-    except ImageError:
-        return 0
+@dataclass(frozen=True)
+class PlanSettings:
+    """The part of the configuration that the order of packs depends on.
+
+    :param packs_per_step: G.
+    :param balance_block: steps whose packs are sorted together.
+    :param balance_group: packs of about the same size that stay together.
+    :param video_share: share of packs that are video, where there are sources of both modalities.
+    :param locality: see `Mixture`.
+    """
+
+    text_budget: int
+    image_budget: int
+    packs_per_step: int
+    seed: int
+    open_packs: int = 24
+    balance_block: int = 32
+    balance_group: int = 64
+    video_share: float = 0.25
+    locality: int = 0
 
 
-def _segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    sums: np.ndarray = total[offsets[1:]] - total[offsets[:-1]]
-    return sums
+class _Stream:
+    """The packs of one modality, endlessly, in the order in which they fill up."""
+
+    def __init__(self, sources: Mapping[str, PlanSource], settings: PlanSettings) -> None:
+        self.sources = dict(sources)
+        sizes = {name: source.size for name, source in sources.items()}
+        self.mixture = Mixture(sizes, settings.seed, settings.locality)
+        self.packer = BestFitPacker(
+            settings.text_budget - RESERVED, settings.image_budget - RESERVED, settings.open_packs
+        )
+        self._finished: deque[Bin] = deque()
+        # Drawn and not yet packed: sources, and the items they gave.
+        self._sources = np.zeros(0, np.int64)
+        self._items: list[Item] = []
+        self._position = 0
+
+    def next_pack(self) -> Bin:
+        while not self._finished:
+            if self._position == len(self._items):
+                self._refill()
+            packer, fits = self.packer, self.packer.fits
+            item = self._items[self._position]
+            self._position += 1
+            if fits(item[2], item[3]):  # `dropped` counts the others; the start says how many
+                self._finished.extend(packer.add(item, item[2], item[3]))
+        return self._finished.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "drawn": self.mixture.put_back(self._sources[self._position :]),
+            "packer": self.packer.state_dict(),
+            "finished": [[list(b.items), b.text, b.images] for b in self._finished],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.mixture.load_drawn(state["drawn"])
+        self.packer.load_state_dict(state["packer"])
+        self._finished = deque(
+            Bin(0, text, images, [tuple(item) for item in items])
+            for items, text, images in state["finished"]
+        )
+        self._sources, self._items, self._position = np.zeros(0, np.int64), [], 0
+
+    def _refill(self) -> None:
+        self._sources, rows = self.mixture.take(CHUNK)
+        self._position = 0
+        names = self.mixture.names
+        text, images = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
+        for index in np.unique(self._sources):
+            places, source = self._sources == index, self.sources[names[index]]
+            text[places], images[places] = source.text[rows[places]], source.images[rows[places]]
+        self._items = [
+            (names[source], row, t, i)
+            for source, row, t, i in zip(
+                self._sources.tolist(), rows.tolist(), text.tolist(), images.tolist(), strict=True
+            )
+        ]
 
 
 class Planner:
     """Iterates over packs, endlessly.
 
-    :param splits: by source name; :param sizes: their rates for the mixture.
-    :raises UserError: a budget that no sample fits.
+    :raises UserError: a budget that no sample fits, or a block that groups do not divide.
     """
 
-    def __init__(
-        self,
-        splits: Mapping[str, Split],
-        sizes: Mapping[str, SourceSize],
-        processor: CasaProcessor,
-        text_budget: int,
-        image_budget: int,
-        seed: int,
-        open_packs: int = 24,
-    ) -> None:
-        self.lengths = {name: sample_lengths(split, processor) for name, split in splits.items()}
-        self.mixture = Mixture(sizes, seed)
-        self.packer = BestFitPacker(text_budget - RESERVED, image_budget - RESERVED, open_packs)
-        self.next_index = 0
-        self._finished: list[Pack] = []
-        self._snapshots: list[tuple[int, dict[str, Any]]] = []
-        self._check_budgets(text_budget, image_budget)
+    def __init__(self, sources: Mapping[str, PlanSource], settings: PlanSettings) -> None:
+        self.sources = dict(sources)
+        self.settings = settings
+        self._fits = BestFitPacker(
+            settings.text_budget - RESERVED, settings.image_budget - RESERVED
+        ).fits
+        self._check_budgets()
+        by_modality = {
+            modality: {n: s for n, s in sources.items() if s.modality == modality}
+            for modality in (IMAGE, VIDEO)
+        }
+        self._streams = {m: _Stream(s, settings) for m, s in by_modality.items() if s}
+        self.block_packs = settings.balance_block * settings.packs_per_step
+        if self.block_packs % settings.balance_group:
+            raise UserError(
+                f"data.balance_group is {settings.balance_group}, which does not divide a block of "
+                f"data.balance_block x data.packs_per_step = {settings.balance_block} x "
+                f"{settings.packs_per_step} packs; expected a divisor of {self.block_packs}. Set "
+                "data.balance_group to one."
+            )
+        self._start(0)
 
     def __iter__(self) -> Iterator[Pack]:
         return self
 
     def __next__(self) -> Pack:
-        if not self._snapshots or self.next_index % SNAPSHOT_EVERY == 0:
-            self._snapshots.append((self.next_index, self._state()))
-        while not self._finished:
-            name, row = self.mixture.next()
-            text, images = (int(lengths[row]) for lengths in self.lengths[name])
-            if not self.packer.fits(text, images):
-                continue  # `dropped` counts them, and the start of a run says how many
-            for done in self.packer.add((name, row, text, images), text, images):
-                self._finished.append(Pack(-1, tuple(done.items), done.text, done.images))
-        done_pack = self._finished.pop(0)
-        pack = Pack(self.next_index, done_pack.items, done_pack.text_tokens, done_pack.image_tokens)
-        self.next_index += 1
-        return pack
+        # One pack of the next block is planned for each that leaves this one, so no step waits for
+        # a whole block.
+        while len(self._ordered) == 0:
+            self._plan_one()
+        if self._in_block < self.block_packs:
+            self._plan_one()
+        return self._ordered.popleft()
 
     def dropped(self) -> dict[str, tuple[int, int]]:
         """By source: samples that fit no pack, and all samples."""
         return {
-            name: (int((~self.packer.fits(text, images)).sum()), len(text))
-            for name, (text, images) in self.lengths.items()
+            name: (int((~self._fits(source.text, source.images)).sum()), len(source.text))
+            for name, source in self.sources.items()
         }
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """A state from which the plan can be continued at pack `consumed`.
 
-        Planning runs ahead of training, so an earlier state is kept and packs are replayed from it.
+        Small, and free of the number of ranks: the state at the start of the block that pack
+        `consumed` belongs to, from which its packs are planned again.
         """
-        if not self._snapshots:  # nothing was planned since construction or loading
-            return {"consumed": consumed, **self._state()}
-        usable = [state for index, state in self._snapshots if index <= consumed]
-        self._snapshots = self._snapshots[len(usable) - 1 :]
-        return {"consumed": consumed, **usable[-1]}
+        block = consumed // self.block_packs
+        while len(self._starts) > 1 and self._starts[0][0] < block:
+            self._starts.popleft()
+        start, streams = self._starts[0]
+        return {"consumed": consumed, "block": start, "streams": streams}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues at the state's `consumed` pack."""
-        self.mixture.load_state_dict(state["mixture"])
-        self.packer.load_state_dict(state["packer"])
-        self.next_index = int(state["next_index"])
-        self._finished = [
-            Pack(-1, tuple((n, int(r), int(t), int(i)) for n, r, t, i in items), text, images)
-            for items, text, images in state["finished"]
-        ]
-        self._snapshots = []
-        while self.next_index < state["consumed"]:
+        for modality, stream in self._streams.items():
+            stream.load_state_dict(state["streams"][modality])
+        block, consumed = int(state["block"]), int(state["consumed"])
+        self._start(block)
+        for _ in range(consumed - block * self.block_packs):
             next(self)
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "next_index": self.next_index,
-            "mixture": self.mixture.state_dict(),
-            "packer": self.packer.state_dict(),
-            "finished": [[list(p.items), p.text_tokens, p.image_tokens] for p in self._finished],
-        }
+    def _start(self, block: int) -> None:
+        self._block = block  # the block being planned
+        self._in_block = 0
+        self._arrived: dict[str, list[Bin]] = {modality: [] for modality in self._streams}
+        self._ordered: deque[Pack] = deque()
+        self._starts: deque[tuple[int, dict[str, Any]]] = deque()
+        self._remember()
 
-    def _check_budgets(self, text_budget: int, image_budget: int) -> None:
-        for name, (text, images) in self.lengths.items():
-            fits = self.packer.fits(text, images)
+    def _remember(self) -> None:
+        streams = {modality: stream.state_dict() for modality, stream in self._streams.items()}
+        self._starts.append((self._block, streams))
+
+    def _plan_one(self) -> None:
+        """Plans one pack of the block; once it is whole and the last is used up, orders it."""
+        if self._in_block < self.block_packs:
+            modality = self._modality(self._in_block // self.settings.balance_group)
+            self._arrived[modality].append(self._streams[modality].next_pack())
+            self._in_block += 1
+        if self._in_block == self.block_packs and not self._ordered:
+            self._ordered.extend(self._order())
+            self._block += 1
+            self._in_block = 0
+            self._arrived = {modality: [] for modality in self._streams}
+            self._remember()
+
+    def _modality(self, group: int) -> str:
+        """Of a group of the block being planned: every fourth is video where the share is 1/4."""
+        if len(self._streams) == 1:
+            return next(iter(self._streams))
+        number = self._block * (self.block_packs // self.settings.balance_group) + group
+        share = Fraction(self.settings.video_share).limit_denominator(1000)
+        return VIDEO if (number + 1) * share // 1 > number * share // 1 else IMAGE
+
+    def _order(self) -> list[Pack]:
+        size = self.settings.balance_group
+        generator = philox(f"{self.settings.seed}/block/{self._block}")
+        groups: dict[str, list[list[Bin]]] = {}
+        for modality, packs in self._arrived.items():
+            packs = sorted(packs, key=lambda pack: pack.images)  # stable: ties as they arrived
+            cut = [packs[i : i + size] for i in range(0, len(packs), size)]
+            groups[modality] = [cut[i] for i in generator.permutation(len(cut))]
+        first = self._block * self.block_packs
+        ordered: list[Pack] = []
+        for number in range(self.block_packs // size):
+            for pack in groups[self._modality(number)].pop():
+                index = first + len(ordered)
+                ordered.append(Pack(index, tuple(pack.items), pack.text, pack.images))
+        return ordered
+
+    def _check_budgets(self) -> None:
+        settings = self.settings
+        for name, source in self.sources.items():
+            text, images = source.text, source.images
+            fits = self._fits(text, images)
             # Without its images a source would train on its text alone, unseen.
             for kind, chosen in (("sample with an image", images > 0), ("sample", images >= 0)):
                 if chosen.any() and not (fits & chosen).any():
                     least = int(text[chosen].min()), int(images[chosen].min())
                     raise UserError(
                         f"no {kind} of source {name!r} fits a pack: data.text_tokens is "
-                        f"{text_budget}, data.image_tokens is {image_budget} (one of each is "
-                        f"reserved), the smallest samples need {least[0]} text and {least[1]} "
-                        "image tokens. Raise the budgets or lower data.max_pixels."
+                        f"{settings.text_budget}, data.image_tokens is {settings.image_budget} "
+                        f"(one of each is reserved), the smallest samples need {least[0]} text and "
+                        f"{least[1]} image tokens. Raise the budgets or lower data.max_pixels."
                     )

@@ -30,6 +30,7 @@ from casa_train.optim import fit_schedule
 from casa_train.warm_start import (
     Account,
     Pretrained,
+    backbone_config,
     load_backbone,
     load_export,
     load_vision,
@@ -115,22 +116,18 @@ class Sources:
 
 
 def open_sources(config: Config) -> Sources:
-    """Opens what `pretrained` and `init_from` name; reads configurations, no weights yet.
+    """Opens what `pretrained` or `init_from` names; reads configurations, no weights yet.
 
-    :raises UserError: something that is not there, or both ways at once.
+    :raises UserError: something that is not there, or nothing named.
     """
     backbone, vision, whole = (
         config.model.backbone.pretrained,
         config.model.vision.pretrained,
         config.model.init_from,
     )
-    if whole is not None and (backbone is not None or vision is not None):
-        raise UserError(
-            "model.init_from takes the whole model from an export, but model.backbone.pretrained "
-            "or "
-            "model.vision.pretrained is set too; expected one or the other. Set them to null."
-        )
-    if backbone is None and whole is None and "model_type" not in config.model.backbone.config:
+    if whole is not None:
+        return Sources(whole=Pretrained(whole, "model.init_from"))
+    if backbone is None and "model_type" not in config.model.backbone.config:
         raise UserError(
             "model.backbone names no model: model.backbone.pretrained, model.init_from and "
             "model.backbone.config.model_type are all empty; expected one of them. Set it."
@@ -138,7 +135,6 @@ def open_sources(config: Config) -> Sources:
     return Sources(
         None if backbone is None else Pretrained(backbone, "model.backbone.pretrained"),
         None if vision is None else Pretrained(vision, "model.vision.pretrained"),
-        None if whole is None else Pretrained(whole, "model.init_from"),
     )
 
 
@@ -149,17 +145,28 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
 
     :raises UserError: fields that no supported model has.
     """
-    text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
-    tokenizer = processor.tokenizer
     base_text: dict[str, Any] = {}
     base_vision: dict[str, Any] = {}
     if sources.whole is not None:
         base_text = dict(sources.whole.config.get("text_config") or {})
         base_vision = dict(sources.whole.config.get("vision_config") or {})
     if sources.backbone is not None:
-        base_text = dict(sources.backbone.config)
+        base_text = backbone_config(sources.backbone.config)
     if sources.vision is not None:
         base_vision = vision_config(sources.vision)
+    return describe_model(config, base_text, base_vision, processor.tokenizer)
+
+
+def describe_model(
+    config: Config, base_text: Mapping[str, Any], base_vision: Mapping[str, Any], tokenizer: Any
+) -> CasaConfig:
+    """Puts the configuration's fields on top of the sizes of what the model starts from.
+
+    :param tokenizer: gives the vocabulary size, where nothing else does, and special tokens; None
+        where only sizes matter and the vocabulary is known.
+    :raises UserError: fields that no supported model has.
+    """
+    text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     model_type = text.pop("model_type", base_text.get("model_type"))
     if model_type not in BACKBONES:
         raise UserError(
@@ -172,8 +179,11 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
     refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
     text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
-    text.setdefault("vocab_size", len(tokenizer))
-    if text["vocab_size"] < len(tokenizer):
+    if tokenizer is not None:
+        text.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            text.setdefault(name, getattr(tokenizer, name))
+    if tokenizer is not None and text["vocab_size"] < len(tokenizer):
         raise UserError(
             f"the backbone's vocab_size is {text['vocab_size']}, but the tokenizer "
             f"{tokenizer_name(config)} "
@@ -181,8 +191,6 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
             "leave "
             "model.backbone.config.vocab_size out."
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text.setdefault(name, getattr(tokenizer, name))
     try:
         return CasaConfig(
             text_config={**text, "model_type": model_type},
@@ -200,7 +208,8 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
 
 def tokenizer_name(config: Config) -> str:
     """The tokenizer that `config` names: its own, or the backbone's."""
-    named = config.model.tokenizer or config.model.backbone.pretrained or config.model.init_from
+    model = config.model
+    named = model.tokenizer or model.init_from or model.backbone.pretrained
     if named is None:
         raise UserError(
             "model.tokenizer has no value and there is no pretrained backbone to take it from; "

@@ -43,7 +43,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Directory or hub id of a fast tokenizer. null: the pretrained backbone's."""
     init_from: str | None = None
-    """An export to start a later stage from: every weight, the fusion's too."""
+    """An export to start a later stage from: every weight, the fusion's too. Beside it `pretrained`
+    loads nothing: it only says where the earlier stage began."""
     template: dict[str, str] = field(default_factory=dict)
     """Literal text around turns and images: the fields of `ChatTemplate`."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -196,6 +197,11 @@ class Config:
     """Where everything of the run is written."""
     seed: int = 0
     """Seeds weights and data order."""
+    dry_run: bool = False
+    """Print parameters, memory and floating-point work of the run instead of running it: in
+    seconds, without data, tokenizer, GPU or network."""
+    world_size: int | None = None
+    """Ranks that the dry run counts with, null: 1. A run itself has as many as were started."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is assembled."""
     fusion: dict[str, Any] = field(default_factory=dict)
@@ -218,6 +224,8 @@ class Config:
 FREE_FIELDS = (
     "name",
     "run_dir",
+    "dry_run",
+    "world_size",
     "data.workers",
     "data.max_bad_share",
     "trainer.log_every",

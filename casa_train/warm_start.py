@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from casa_train.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
+TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Tables that older checkpoints carry along; they are computed, never loaded.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
@@ -132,17 +134,36 @@ def _resolve(name: str, setting: str) -> Path:
         ) from error
 
 
+def backbone_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text decoder's configuration out of a checkpoint's.
+
+    Qwen2.5-VL's holds it beside the vision tower's: at the top level, or as `text_config` where
+    newer releases of transformers wrote it.
+    """
+    if config.get("model_type") != "qwen2_5_vl":
+        return dict(config)
+    text = {**config, **(config.get("text_config") or {})}
+    for name in list(text):
+        if name.endswith(("_config", "_token_id")) and name not in TEXT_TOKENS:
+            del text[name]
+    return {**text, "model_type": "qwen2_5_vl_text"}
+
+
 def vision_config(pretrained: Pretrained) -> dict[str, Any]:
     """The tower's configuration in a Qwen2.5-VL checkpoint's.
 
     :raises UserError: a checkpoint without one.
     """
-    config = pretrained.config.get("vision_config")
-    if not isinstance(config, dict) or "qwen2_5_vl" not in str(pretrained.config.get("model_type")):
+    return tower_config(pretrained.config, f"{pretrained.setting}: {pretrained.name}")
+
+
+def tower_config(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """As `vision_config`, from a configuration alone; `where` names it in messages."""
+    config = whole.get("vision_config")
+    if not isinstance(config, dict) or "qwen2_5_vl" not in str(whole.get("model_type")):
         raise UserError(
-            f"{pretrained.setting}: {pretrained.name} is of type "
-            f"{pretrained.config.get('model_type')!r}; expected a Qwen2.5-VL checkpoint with a "
-            "vision_config."
+            f"{where} is of type {whole.get('model_type')!r}; expected a Qwen2.5-VL checkpoint "
+            "with a vision_config."
         )
     return {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
 

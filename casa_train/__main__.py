@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -24,12 +25,27 @@ def main(raw: DictConfig) -> None:
             with open_dict(raw):
                 raw.run_dir = HydraConfig.get().runtime.output_dir
         config = to_config(raw)
-        from casa_train.train import train  # heavy imports only once the configuration holds
+        # Heavy imports only once the configuration holds.
+        if config.dry_run:
+            from casa_train.dry_run import dry_run
+
+            say(*dry_run(config))
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                with contextlib.suppress(OSError):  # Hydra made it; a run's own is not empty
+                    os.rmdir(config.run_dir)
+            return
+        from casa_train.train import train
 
         train(config)
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         report(f"job {raw.run_dir}: {error}" if sweep else str(error))
+
+
+def say(*lines: str) -> None:
+    """Prints on the first rank only."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+        print(*lines, sep="\n", flush=True)
 
 
 _messages: list[str] = []

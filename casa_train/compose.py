@@ -33,12 +33,12 @@ ConfigStore.instance().store(
 def job_directory(name: str, overrides: Sequence[str]) -> str:
     """One directory name for a job of a sweep: the run's name and its overrides.
 
-    The experiment and the name itself are left out; what no file system likes is replaced.
+    Experiment, sweep and the name itself are left out; what no file system likes is replaced.
     """
     parts = [name]
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key not in ("experiment", "name"):
+        if key not in ("experiment", "sweep", "name"):
             parts.append(re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", override))
     joined = ",".join(parts)
     if len(joined) > 200:  # file names end at 255 bytes
@@ -60,7 +60,10 @@ def to_config(raw: DictConfig) -> Config:
         plain = OmegaConf.create(OmegaConf.to_container(raw, resolve=True))
         merged = OmegaConf.merge(schema, plain)
         absent = sorted(OmegaConf.missing_keys(plain))
-        if absent:
+        if raw.get("dry_run") is True:
+            for name in absent:  # paths and templates, which a dry run does not read
+                OmegaConf.update(plain, name, "not given")
+        elif absent:
             raise UserError(
                 f"{', '.join(absent)} must be given: the configuration leaves them open. Write "
                 f"{absent[0]}=VALUE on the command line or set them in the experiment."
@@ -96,6 +99,12 @@ def check(config: Config) -> None:
             "bf16 or fp32",
         ),
         (parallel.threads >= 0, "parallel.threads", parallel.threads, "0 or more"),
+        (
+            config.world_size is None or config.world_size >= 1,
+            "world_size",
+            config.world_size,
+            "at least 1",
+        ),
         (config.trainer.steps >= 1, "trainer.steps", config.trainer.steps, "at least 1"),
         (
             config.trainer.log_every >= 1,
@@ -213,6 +222,8 @@ def explain(error: Exception) -> str:
         message += " Put values with special characters in quotes: 'NAME=\"VALUE\"'."
     if "No match in the defaults list" in message and "'experiment'" in message:
         return message + " Experiments are added: write +experiment=NAME."
+    if "Multiple values for experiment" in message:
+        return message + " A sweep names its own: write experiment=NAME, without the +."
     if re.search(r"not in '|not in struct|Could not override", message):
         overridden = re.search(r"override '\+?([^'=]+)", message)
         name = overridden.group(1) if overridden else (keys or [""])[0]

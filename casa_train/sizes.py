@@ -22,6 +22,8 @@ from casa_train.metrics.flops import TextSizes, VisionSizes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.warm_start import backbone_config, tower_config
 
+# Qwen2.5-VL-3B's as published copies of its config.json have them. Helium1-2B's config.json was not
+# at hand: its layout is Llama's, and these sizes give the 2.02 billion parameters it is known for.
 RECORDED = Path(__file__).parent / "recorded_sizes.json"
 HUB_SECONDS = 3.0  # longest wait for the hub
 UNKNOWN_VOCABULARY = 1024

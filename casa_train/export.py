@@ -22,7 +22,6 @@ from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
 from casa_train.compose import to_config
 from casa_train.config import Config
-from casa_train.data.tokens import portable_tokenizer_config
 from casa_train.engine import read_weights
 from casa_train.errors import UserError
 from casa_train.model_card import model_card
@@ -55,10 +54,6 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
         )
     model.to(chosen)
 
-    def save_processor(directory: Path) -> None:
-        processor.save_pretrained(directory)
-        portable_tokenizer_config(directory)
-
     def gate(directory: Path) -> str:
         # The values that were saved, computed with in fp32.
         return check_export(directory, model.float(), gate_conversations(config))
@@ -66,7 +61,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     return write_export(
         out,
         save_model=lambda directory: model.save_pretrained(directory),
-        save_processor=save_processor,
+        save_processor=lambda directory: processor.save_pretrained(directory),
         source=Path(str(modeling.__file__)).parent,
         card=model_card(config, found.step, model),
         provenance={"run": config.name, "step": found.step, "dtype": str(chosen)},

@@ -181,7 +181,8 @@ def test_a_dtype_moves_pixels_only(tokenizer_path: str) -> None:
     [
         ([{"role": "robot", "content": "x"}], "role 'robot'"),
         ([{"role": "user", "content": 3}], "content of type int"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "holds the part"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "holds the part"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "expected a list of frames"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "holds the part"),
     ],
 )

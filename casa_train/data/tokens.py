@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from casa_train.errors import UserError
+from casa_train.modeling.processing_casa import portable_tokenizer_config
 
 PROBE = "The quick brown fox, 3.14 + 27 = ?\n  Ärger über Öl; 東京 <b>x</b>"
 
@@ -36,17 +36,6 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Saves a tokenizer so that transformers 4.51 loads what 5.x wrote, too."""
     tokenizer.save_pretrained(directory)
     portable_tokenizer_config(directory)
-
-
-def portable_tokenizer_config(directory: Path) -> None:
-    """Rewrites what 5.x saves in words that 4.51 knows and 5.x still reads."""
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    if config.get("tokenizer_class") == "TokenizersBackend":  # the name is new in 5.0
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

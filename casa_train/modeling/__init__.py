@@ -4,6 +4,7 @@ The folder is flat, imports nothing of the project and needs torch, transformers
 numpy only: it is copied whole into every export, so training and inference run the same code.
 
     processing_casa   messages -> ids, insertion points, labels        image_processing_casa
+    chat_template     its pieces, as jinja and cut out of rendered text        messages
     windows           insertion points + lengths -> windows, positions, interleaving (pure integers)
     packed            PackedInputs, a pack as the model reads it
     attention, rope   one varlen attention call, three backends; rotary positions

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+# What enters with the first step of `generate` only; later steps bring text.
+IMAGE_INPUTS = ("pixel_values", "image_embeds_insertion_points", "image_follows")
+
 
 class StreamingGeneration(GenerationMixin):
     """What `generate` needs of the model, and the calls of CASA's published clients around it."""
@@ -33,7 +36,7 @@ class StreamingGeneration(GenerationMixin):
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
-        for name in ("pixel_values", "image_embeds_insertion_points"):
+        for name in IMAGE_INPUTS:
             if kwargs.get(name) is not None:
                 inputs[name] = kwargs[name]
         return inputs
@@ -44,8 +47,7 @@ class StreamingGeneration(GenerationMixin):
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, **kwargs
         )
-        # Images enter once; later steps bring text only.
-        for name in ("pixel_values", "image_embeds_insertion_points"):
+        for name in IMAGE_INPUTS:
             updated.pop(name, None)
         return updated
 
@@ -106,13 +108,14 @@ class StreamingGeneration(GenerationMixin):
         if mask is None:
             mask = torch.ones_like(ids)
         points = image_embeds_insertion_points
-        if state is not None and state.history is not None and state.pending is not None:
-            # `generate` wants every id of the stream; points count from the first id that is new.
-            earlier = torch.cat([state.history, state.pending], 1).to(ids.device)
-            offset = earlier.shape[1]
+        if state is not None and state.history is not None:
+            # `generate` wants every id of the stream; points count from the first one to enter.
+            # A caller who forwarded the last ids himself has left none pending.
+            pending = state.history[:, :0] if state.pending is None else state.pending
+            earlier = torch.cat([state.history, pending], 1).to(ids.device)
+            offset, shift = earlier.shape[1], pending.shape[1]
             ids = torch.cat([earlier, ids], 1)
             mask = torch.cat([torch.ones_like(earlier), mask[:, -input_ids.shape[1] :]], 1)
-            shift = state.pending.shape[1]
             points = (
                 None if points is None else [[p + shift for p in as_ints(row)] for row in points]
             )
@@ -150,6 +153,11 @@ def image_list(pixel_values: Sequence[Tensor] | Tensor | None) -> list[Tensor]:
 def as_ints(points: Any) -> list[int]:
     values = points.tolist() if isinstance(points, Tensor) else list(points)
     return [int(p) for p in values]
+
+
+def starts_with(ids: Tensor, head: Tensor) -> bool:
+    """Whether every row of `ids` begins with that of `head`."""
+    return torch.equal(ids[:, : head.shape[1]], head.to(ids.device))
 
 
 def _append_images(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor
 SIDE = 28  # pixels of an image token's side: patch 14, 2x2 merge
 MAX_PIXELS = 952 * 952
 MAX_ASPECT = 200
+URLS = ("http://", "https://", "data:")
+TIMEOUT = 30  # seconds for an image of a URL
 
 
 class ImageError(ValueError):
@@ -75,7 +78,8 @@ class CasaImageProcessor:
     def load(self, image: Any) -> Tensor:
         """One image, resized.
 
-        :param image: path, bytes of an image file, PIL image, or a uint8 (3, H, W) tensor.
+        :param image: path, http(s) or data URL, bytes of an image file, PIL image, or a uint8
+            (3, H, W) tensor.
         :return: (3, H, W) uint8.
         :raises ImageError: unreadable, empty or extreme images.
         """
@@ -84,15 +88,18 @@ class CasaImageProcessor:
         if isinstance(image, Image.Image):
             return self._resize(_to_tensor(image))
         try:
-            source = io.BytesIO(image) if isinstance(image, bytes) else os.fspath(image)
+            source: Any = io.BytesIO(image) if isinstance(image, bytes) else os.fspath(image)
         except TypeError as error:
             raise ImageError(
                 "unreadable_image",
-                f"image is a {type(image).__name__}; expected a path, bytes, a PIL image or a "
-                "tensor",
+                f"image is a {type(image).__name__}; expected a path, a URL, bytes, a PIL image or "
+                "a tensor",
             ) from error
-        name = "image" if isinstance(image, bytes) else f"image {image}"
+        name = "image" if isinstance(image, bytes) else f"image {str(image)[:200]}"
         try:
+            if isinstance(source, str) and source.startswith(URLS):
+                with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
+                    source = io.BytesIO(response.read())
             with Image.open(source) as opened:
                 target_size(
                     opened.width, opened.height, self.max_pixels
@@ -100,7 +107,7 @@ class CasaImageProcessor:
                 return self._resize(_to_tensor(opened))
         except ImageError:
             raise
-        except Exception as error:  # Pillow raises many types on damaged files
+        except Exception as error:  # Pillow and urllib raise many types
             raise ImageError(
                 "unreadable_image", f"{name} cannot be read: {error}; expected a whole image file"
             ) from error

@@ -13,22 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import Segments, choose_backend
 from .block import DecoderContext
 from .casa import Casa
+from .chat_template import ChatTemplate
 from .configuration_casa import CasaConfig
 from .decoder import backbone_rope, check_backbone, fuse_layers, run_decoder
 from .fusion import FusionMechanism
 from .gated import GatedCrossAttention
-from .generation import StreamingGeneration, as_ints, image_list
+from .generation import StreamingGeneration, as_ints, image_list, starts_with
 from .hyper import HyperAttention
 from .image_processing_casa import SIDE
 from .insertion import Insertion
 from .mechanisms import build_mechanism
+from .messages import Message
 from .packed import PackedInputs
+from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
 from .rope import rope_table
 from .streaming import FlatCache, StreamingState
@@ -108,6 +118,12 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         self.resampler: nn.Module | None = self.mechanism.make_resampler()
         self.post_init()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As the library's, and with the code, which transformers 4.51 would leave behind."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            custom_object_save(self, save_directory)
+
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.model.embed_tokens
         return embeddings
@@ -166,7 +182,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache.
         :raises TypeError: unknown keywords.
         """
-        unknown = sorted(set(kwargs) - TOLERATED)
+        # What is None asks for nothing: peft names every argument it knows.
+        unknown = sorted(k for k, v in kwargs.items() if k not in TOLERATED and v is not None)
         if unknown:
             raise TypeError(f"CasaForConditionalGeneration.forward does not take {unknown}")
         if packed is not None:
@@ -183,6 +200,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         state = None
         if past_key_values is not None:
             state = self._state(past_key_values, batch)
+            # Generated ids that have not entered yet come first, unless the caller brings them.
+            if state.pending is not None and not starts_with(input_ids, state.pending):
+                self.forward(input_ids=state.pending, past_key_values=past_key_values)
         valid = _valid_columns(input_ids, attention_mask)
         images = image_list(pixel_values)
         chunks = self._chunks(valid, image_embeds_insertion_points, image_follows, images, state)
@@ -198,6 +218,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         logits = self.lm_head(padded[:, kept])
         if state is not None:
             state.columns += width
+            state.pending = None
             ids = input_ids.detach()
             state.history = ids if state.history is None else torch.cat([state.history, ids], 1)
         loss = None
@@ -378,13 +399,18 @@ def _flat_index(valid: np.ndarray) -> Tensor:
     return torch.from_numpy(np.flatnonzero(valid.ravel()))
 
 
+# The pipelines of transformers 4 load a processor only for configurations that are registered.
+AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
+
 __all__ = [
     "Casa",
     "CasaForConditionalGeneration",
     "CasaPreTrainedModel",
     "GatedCrossAttention",
     "HyperAttention",
+    "ChatTemplate",
     "Insertion",
+    "Message",
     "PackedInputs",
     "QFormerInsertion",
     "Segments",

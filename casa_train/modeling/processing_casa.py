@@ -1,14 +1,16 @@
-"""CasaProcessor: messages -> token ids, insertion points, answer mask and images.
+"""CasaProcessor: messages or rendered text -> token ids, insertion points, answer mask and images.
 
 Images never become tokens: an image leaves an *insertion point*, the index of the text token it
 stands before. Training and inference call the same `encode`, so they share template, tokenizer and
-pixels.
+pixels. The rest is the interface that transformers' users expect of a processor.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,27 +18,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from .chat_template import SLOTS, ChatTemplate, as_jinja, cut
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, ImageError, target_size
-
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The literal text around turns and images; each piece may hold special tokens.
-
-    :param system: opens a conversation, after `bos`.
-    :param image_start: before every image; `image_end` after it. The insertion point lies between.
-    """
-
-    bos: str = ""
-    system: str = ""
-    user_start: str = ""
-    user_end: str = ""
-    assistant_start: str = ""
-    assistant_end: str = ""
-    image_start: str = ""
-    image_end: str = ""
+from .messages import Message, as_batch, frames_of, parts_of, runs, slots_of, text_of
 
 
 @dataclass
@@ -47,12 +31,14 @@ class Encoded:
     :param points: for each image, the index of the token it stands before (0..T).
     :param answer: for each token, whether it belongs to an assistant's answer (its end included).
     :param images: what stood in the image slots, not loaded yet; None for an empty slot.
+    :param follows: for each image, whether it is a frame of the same video as the image before it.
     """
 
     ids: list[int] = field(default_factory=list)
     points: list[int] = field(default_factory=list)
     answer: list[bool] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
+    follows: list[bool] = field(default_factory=list)
 
     def extend(self, ids: Sequence[int], answer: bool = False) -> None:
         self.ids += ids
@@ -60,7 +46,7 @@ class Encoded:
 
 
 class CasaBatch(BatchFeature):
-    """What `tokenize_messages` returns; `.to` also moves the lists of images."""
+    """What the processor returns; `.to` also moves the lists of images."""
 
     def to(self, *args: Any, **kwargs: Any) -> CasaBatch:
         for name, value in list(self.items()):
@@ -79,6 +65,7 @@ class CasaProcessor(ProcessorMixin):
     :param max_pixels: upper bound on the pixels of an image.
     :param template: `ChatTemplate` as a dict.
     :param image_size: when given, at most image_size * image_size pixels.
+    :param chat_template: jinja to render with instead of the template's own.
     :raises ValueError: a special token of the template that the tokenizer does not have.
     """
 
@@ -91,15 +78,19 @@ class CasaProcessor(ProcessorMixin):
         max_pixels: int = MAX_PIXELS,
         template: dict[str, str] | None = None,
         image_size: int | None = None,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.max_pixels = image_size**2 if image_size is not None else max_pixels
         self.template = dict(template or {})
-        super().__init__(tokenizer, **kwargs)
+        self._template = ChatTemplate(**self.template)
+        self._jinja = as_jinja(self._template)
+        super().__init__(tokenizer, chat_template=chat_template or self._jinja, **kwargs)
         self._image_processor = CasaImageProcessor(self.max_pixels)
-        chat = ChatTemplate(**self.template)
-        self._check_template(chat)
-        self._ids = {name: self._encode(text) for name, text in asdict(chat).items()}
+        self._check_template(self._template)
+        # A text-only prompt of the tokenizer's own reads as the processor's.
+        tokenizer.chat_template = self.chat_template
+        self._ids = {name: self._encode(text) for name, text in asdict(self._template).items()}
         self.bos_tokens = self._ids["bos"]
         self.pre_image_tokens = self._ids["image_start"]
         self.post_image_tokens = self._ids["image_end"]
@@ -110,47 +101,58 @@ class CasaProcessor(ProcessorMixin):
     def image_processor(self) -> CasaImageProcessor:
         return self._image_processor
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_embeds_insertion_points"]
+
     def encode(
-        self, messages: Sequence[Message], generation_prompt: bool = False, bos: bool = True
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = False,
+        bos: bool = True,
+        continue_final: bool = False,
     ) -> Encoded:
         """One conversation as ids, insertion points and answer mask. Loads no image.
 
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
-            string or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image":
-            ...}`.
+            string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
+            (also under "url", "path" or "base64") and `{"type": "video", "video": [frame, ...]}`.
+            Texts that touch are one text.
         :param generation_prompt: open the assistant's turn if the last message is not its own.
+        :param continue_final: leave the assistant's last message open, so that it goes on.
         :raises ValueError: unknown roles or parts.
         """
         out = Encoded()
         if bos:
             out.extend(self.bos_tokens)
         if not messages or messages[0].get("role") != "system":
-            out.extend(self._ids["system"])
+            out.extend(self._default_system())
         for i, message in enumerate(messages):
             role = message.get("role")
-            parts = _parts(message, i)
+            parts = parts_of(message, i)
             if role == "system":
-                out.extend([t for part in parts for t in self._encode(_text_of(part, i))])
+                out.extend(self._ids["system_start"])
+                out.extend(self._encode(text_of(parts, i)))
+                out.extend(self._ids["system_end"])
             elif role == "user":
                 out.extend(self._ids["user_start"])
-                for part in parts:
-                    if part.get("type") == "image":
-                        out.extend(self.pre_image_tokens)
-                        out.points.append(len(out.ids))
-                        out.images.append(part.get("image"))
-                        out.extend(self.post_image_tokens)
+                for kind, value in runs(parts, i):
+                    if kind == "text":
+                        out.extend(self._encode(value))
                     else:
-                        out.extend(self._encode(_text_of(part, i)))
+                        self._place(out, value)
                 out.extend(self._ids["user_end"])
             elif role == "assistant":
                 out.extend(self.asst_start_tokens)
-                for part in parts:
-                    out.extend(self._encode(_text_of(part, i)), answer=True)
-                out.extend(self.asst_end_tokens, answer=True)
+                out.extend(self._encode(text_of(parts, i)), answer=True)
+                if not (continue_final and i == len(messages) - 1):
+                    out.extend(self.asst_end_tokens, answer=True)
             else:
                 raise ValueError(
                     f"message {i} has role {role!r}; expected 'system', 'user' or 'assistant'"
                 )
+        if continue_final and (not messages or messages[-1].get("role") != "assistant"):
+            raise ValueError("continue_final_message needs a last message of the assistant")
         if generation_prompt and messages and messages[-1].get("role") != "assistant":
             out.extend(self.asst_start_tokens)
         return out
@@ -161,7 +163,8 @@ class CasaProcessor(ProcessorMixin):
         """
         ids = self._ids
         turn = ids["user_start"], ids["user_end"], self.asst_start_tokens, self.asst_end_tokens
-        fixed = len(self.bos_tokens) + len(ids["system"]) + len(user) * sum(map(len, turn))
+        opening = len(self.bos_tokens) + len(self._default_system())
+        fixed = opening + len(user) * sum(map(len, turn))
         around = images * (len(self.pre_image_tokens) + len(self.post_image_tokens))
         return fixed + around + sum(user) + sum(assistant)
 
@@ -177,39 +180,200 @@ class CasaProcessor(ProcessorMixin):
             sample the columns of `input_ids` at which its images stand; `pixel_values`, a list of
             (3, H, W) uint8 tensors over all samples. Slots with image None have no pixels.
         """
-        conversations: list[Any] = list(messages)
-        if conversations and isinstance(conversations[0], dict):
-            conversations = [conversations]
-        if not conversations:
-            raise ValueError("tokenize_messages was given no conversation")
-        encoded = [self.encode(c, True, bos=not suppress_bos_token) for c in conversations]
-        width = max(len(e.ids) for e in encoded)
+        conversations, _ = as_batch(messages)
+        return self._batch(
+            [self.encode(c, True, bos=not suppress_bos_token) for c in conversations]
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        **options: Any,
+    ) -> CasaBatch:
+        """A batch from text as the chat template renders it.
+
+        :param images: for the places `<image>` in the text: one image, a list over all texts, or a
+            list for each text.
+        :param text: one text or a list. `<image>` and `<video>` are places, never tokens; written
+            `<\\image>` they are words.
+        :param videos: for the places `<video>`: one list of frames, or a list of such lists.
+        :param options: `return_tensors` ("pt" or None), `padding`, `max_length`.
+        :raises ValueError: another number of places than of images or videos; unknown options.
+        """
+        if text is None:
+            raise ValueError(
+                "the processor needs text: pass text=..., or messages to apply_chat_template or "
+                "tokenize_messages"
+            )
+        texts = [text] if isinstance(text, str) else list(text)
+        pieces = [list(cut(self._template, t)) for t in texts]
+        counts = {slot: [sum(kind == slot for kind, _ in p) for p in pieces] for slot in SLOTS}
+        given = {
+            "image": _distribute("image", _image_lists(images), counts["image"]),
+            "video": _distribute("video", _video_lists(videos), counts["video"]),
+        }
+        encoded = []
+        for row in pieces:
+            out = Encoded()
+            for kind, piece in row:
+                if kind == "text":
+                    out.extend(self._encode(piece))
+                elif kind == "image":  # the text around it holds the pieces image_start, image_end
+                    out.points.append(len(out.ids))
+                    out.images.append(next(given["image"]))
+                    out.follows.append(False)
+                else:
+                    self._place(out, frames_of(next(given["video"])))
+            encoded.append(out)
+        return self._batch(encoded, **{"return_tensors": None, **options})
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the library's: conversations as text, as ids or, with `return_dict`, as a batch.
+
+        With `tokenize`, messages go through `encode`, as in training, so no text of a user is
+        taken for an image. A template of the caller's own is rendered and read back.
+
+        :param processor_kwargs: options of `__call__`; given directly, they are taken as well.
+        """
+        rendered = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        if not tokenize:
+            return super().apply_chat_template(
+                conversation, chat_template=chat_template, tokenize=False, **rendered, **kwargs
+            )
+        tensors = None if return_tensors == "auto" else return_tensors
+        options = {**kwargs, **(processor_kwargs or {}), "return_tensors": tensors}
+        conversations, single = as_batch(conversation)
+        if (chat_template or self.chat_template) == self._jinja:
+            if add_generation_prompt and continue_final_message:
+                raise ValueError("choose add_generation_prompt or continue_final_message, not both")
+            encoded = [
+                self.encode(c, add_generation_prompt, continue_final=continue_final_message)
+                for c in conversations
+            ]
+            batch = self._batch(encoded, **options)
+        else:
+            text = super().apply_chat_template(
+                conversations, chat_template=chat_template, tokenize=False, **rendered
+            )
+            slots = [[slots_of(c, kind) for kind in SLOTS] for c in conversations]
+            images = [found for found, _ in slots]
+            videos = [video for _, found in slots for video in found]
+            batch = self(images=images, text=text, videos=videos, **options)
+        if return_dict:
+            return batch
+        ids = batch["input_ids"]
+        return ids[0] if single and isinstance(ids, list) else ids
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer's `batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer's `decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the library's, in words that both transformers generations read."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        portable_tokenizer_config(save_directory)
+        return saved
+
+    def _batch(
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        return_tensors: str | None = "pt",
+        padding: bool | str | None = None,
+        max_length: int | None = None,
+        return_assistant_tokens_mask: bool = False,
+        **options: Any,
+    ) -> CasaBatch:
+        """Encoded samples side by side, padded on the tokenizer's side.
+
+        :param return_tensors: "pt" gives tensors and pads if needed; None lists of ids, padded only
+            if `padding` says so.
+        :param options: anything else must be None or False.
+        """
+        # The template holds the special tokens, and cutting a prompt could cut off its images.
+        unknown = {k: v for k, v in options.items() if v is not None and v is not False}
+        if unknown or return_tensors not in ("pt", None):
+            found = unknown or {"return_tensors": return_tensors}
+            raise ValueError(
+                f"the processor does not take {found}; it takes return_tensors ('pt' or None), "
+                "padding (True, False, 'longest' or 'max_length') and max_length"
+            )
+        lengths = [len(e.ids) for e in encoded]
+        width = max(lengths, default=0)
+        if padding == "max_length":
+            width = max(width, max_length or 0)
+        elif padding not in (None, True, False, "longest"):
+            raise ValueError(
+                f"padding={padding!r}; expected True, False, 'longest' or 'max_length'"
+            )
+        pad_it = bool(padding) or (padding is None and return_tensors == "pt")
+        if return_tensors == "pt" and not pad_it and len(set(lengths)) > 1:
+            raise ValueError(
+                f"padding=False, but the samples have {lengths} tokens: tensors need padding=True"
+            )
         left = self.tokenizer.padding_side == "left"
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = self.tokenizer.eos_token_id or 0
-        ids = torch.full((len(encoded), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        points = []
-        for row, e in enumerate(encoded):
-            start = width - len(e.ids) if left else 0
-            ids[row, start : start + len(e.ids)] = torch.tensor(e.ids, dtype=torch.long)
-            mask[row, start : start + len(e.ids)] = 1
-            points.append([start + p for p in e.points])
-        images = [
+        ids, mask, answers, points = [], [], [], []
+        for e, length in zip(encoded, lengths, strict=True):
+            before, after = 0, width - length if pad_it else 0
+            if left:
+                before, after = after, before
+            ids.append([pad] * before + e.ids + [pad] * after)
+            mask.append([0] * before + [1] * length + [0] * after)
+            answers.append([0] * before + [int(a) for a in e.answer] + [0] * after)
+            points.append([before + p for p in e.points])
+        rows = {"input_ids": ids, "attention_mask": mask}
+        if return_assistant_tokens_mask:
+            rows["assistant_masks"] = answers
+        batch: dict[str, Any] = dict(rows)
+        if return_tensors == "pt":
+            batch = {name: torch.tensor(values, dtype=torch.long) for name, values in rows.items()}
+        batch["image_embeds_insertion_points"] = points
+        if any(f for e in encoded for f in e.follows):
+            batch["image_follows"] = [e.follows for e in encoded]
+        batch["pixel_values"] = [
             self.image_processor.load(image)
             for e in encoded
             for image in e.images
             if image is not None
         ]
-        return CasaBatch(
-            {
-                "input_ids": ids,
-                "attention_mask": mask,
-                "image_embeds_insertion_points": points,
-                "pixel_values": images,
-            }
-        )
+        return CasaBatch(batch)
+
+    def _place(self, out: Encoded, images: Sequence[Any]) -> None:
+        """Appends images with the tokens around them; the second and later follow the first."""
+        for i, image in enumerate(images):
+            out.extend(self.pre_image_tokens)
+            out.points.append(len(out.ids))
+            out.images.append(image)
+            out.follows.append(i > 0)
+            out.extend(self.post_image_tokens)
+
+    def _default_system(self) -> list[int]:
+        ids = self._ids
+        return ids["system_start"] + ids["system"] + ids["system_end"] if ids["system"] else []
 
     def _encode(self, text: str) -> list[int]:
         if not text:
@@ -235,28 +399,56 @@ def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:
     return value.to(*args, **kwargs) if args or kwargs else value
 
 
-def _parts(message: Message, i: int) -> list[dict[str, Any]]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not all(isinstance(p, dict) for p in content):
+def portable_tokenizer_config(directory: str | os.PathLike[str]) -> None:
+    """Rewrites what transformers 5 saves of a tokenizer in words that 4.51 knows and 5 reads."""
+    path = os.path.join(directory, "tokenizer_config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name is new in 5.0
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+
+
+def _image_lists(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    many = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
+    return list(images) if many else [images]
+
+
+def _video_lists(videos: Any) -> list[Any]:
+    if videos is None:
+        return []
+    many = isinstance(videos, (list, tuple)) and all(
+        isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.ndim == 4) for v in videos
+    )
+    return list(videos) if many else [videos]
+
+
+def _distribute(kind: str, given: list[Any], counts: list[int]) -> Iterator[Any]:
+    """What is given, in the order of the places for it.
+
+    :raises ValueError: another number of places than of things.
+    """
+    nested = kind == "image" and given and all(isinstance(g, (list, tuple)) for g in given)
+    held = [len(g) for g in given] if nested else sum(1 for _ in given)
+    expected: Any = counts if nested else sum(counts)
+    if held != expected:
         raise ValueError(
-            f"message {i} has content of type {type(content).__name__}; expected a string or a "
-            "list "
-            "of {'type': 'text' | 'image', ...}"
+            f"the text holds {expected} places for {kind}s ('<{kind}>'), given are {held}: write "
+            f"one place for each {kind}, or pass messages to apply_chat_template"
         )
-    return content
+    return iter([x for g in given for x in g] if nested else given)
 
 
-def _text_of(part: dict[str, Any], i: int) -> str:
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(
-            f"message {i} holds the part {part!r}; expected {{'type': 'text', 'text': ...}}, or "
-            "in a "
-            "user's message {'type': 'image', 'image': ...}"
-        )
-    text: str = part["text"]
-    return text
-
-
-__all__ = ["CasaProcessor", "ChatTemplate", "Encoded", "ImageError", "target_size"]
+__all__ = [
+    "CasaProcessor",
+    "ChatTemplate",
+    "Encoded",
+    "ImageError",
+    "portable_tokenizer_config",
+    "target_size",
+]

@@ -1,0 +1,345 @@
+"""An export in the hands of someone who has transformers (4.51.3 or newer) and not this project.
+
+    python tests/stranger.py EXPORT [SAVE_TO]
+
+Needs torch, transformers, einops, pillow and numpy only. Runs casa.md's contract and the ordinary
+interface of a Hugging Face VLM; SAVE_TO is where `save_pretrained` writes, to be tried again with
+another version of transformers.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    pipeline,
+)
+
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+DTYPE = {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": "float32"}
+
+
+def picture(colour, width=100, height=60):
+    image = Image.new("RGB", (width, height), "ivory")
+    ImageDraw.Draw(image).ellipse((4, 9, width // 2, height - 4), fill=colour)
+    return image
+
+
+RED, BLUE, TALL = picture("red"), picture("blue"), picture("green", 40, 90)
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def ask(words, *images):
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, text(words)]}]
+
+
+SHORT = ask("What colour is the circle?", RED)
+LONG = [  # several images in a turn, text between them, several turns
+    {"role": "system", "content": [text("Be brief.")]},
+    *ask("How many shapes are there in these pictures?", RED, TALL),
+    {"role": "assistant", "content": [text("one")]},
+    {
+        "role": "user",
+        "content": [text("And "), {"type": "image", "image": BLUE}, text(" which colour?")],
+    },
+]
+
+
+def load(path):
+    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, **DTYPE)
+    return model.eval(), AutoProcessor.from_pretrained(path, trust_remote_code=True)
+
+
+def chat(processor, messages, **options):
+    options = {"add_generation_prompt": True, "return_tensors": "pt", **options}
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+
+def same_batch(a, b):
+    assert set(a) == set(b), (set(a), set(b))
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(a[name], b[name]), (name, a[name], b[name])
+    assert a["image_embeds_insertion_points"] == b["image_embeds_insertion_points"]
+    assert len(a["pixel_values"]) == len(b["pixel_values"])
+    pairs = zip(a["pixel_values"], b["pixel_values"], strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def check_auto_classes(path):
+    for cls in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        for implementation in ("eager", "sdpa"):
+            model = cls.from_pretrained(
+                path,
+                trust_remote_code=True,
+                torch_dtype=torch.float32,
+                attn_implementation=implementation,
+            )
+            assert type(model).__name__ == "CasaForConditionalGeneration"
+            assert next(model.parameters()).dtype == torch.float32
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", None)
+    if multimodal is not None:
+        assert type(multimodal.from_pretrained(path, trust_remote_code=True)) is type(model)
+    half = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype="bfloat16")
+    assert next(half.parameters()).dtype == torch.bfloat16
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, image_size=84)
+    assert processor.image_processor.max_pixels == 84 * 84
+    batch = processor.tokenize_messages(SHORT).to(torch.bfloat16)
+    assert half.generate_from_image(**batch, max_new_tokens=2).shape[0] == 1
+
+
+def check_generation(model, processor):
+    """One conversation, then the same in a left-padded batch: the answers must not change."""
+    assert isinstance(processor.asst_start_tokens, list)
+    assert processor._image_processor is processor.image_processor
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    one = processor.tokenize_messages(SHORT).to("cpu")
+    names = {"input_ids", "attention_mask", "image_embeds_insertion_points", "pixel_values"}
+    assert set(one) == names
+    assert one["pixel_values"][0].dtype == torch.uint8 and one["pixel_values"][0].shape[0] == 3
+    width = one["input_ids"].shape[1]
+    alone = model.generate_from_image(**one, **GREEDY)
+    assert alone.shape == (1, width + 6) and torch.equal(alone[:, :width], one["input_ids"])
+    assert torch.equal(model.generate(**one, **GREEDY), alone)
+    processor.tokenizer.padding_side = "left"
+    both = processor.tokenize_messages([SHORT, LONG])
+    assert (both["attention_mask"][0] == 0).any() and both["attention_mask"][0, -1] == 1
+    assert torch.equal(model.generate_from_image(**both, **GREEDY)[0, -6:], alone[0, -6:])
+    second = processor.tokenize_messages(LONG)
+    second = model.generate(**second, **GREEDY)[0, -6:]
+    assert torch.equal(model.generate(**both, **GREEDY)[1, -6:], second)
+    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 6}
+    draws = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        draws.append(model.generate(**both, **sampling).tolist())
+    assert draws[0] == draws[1] and any(draw != draws[0] for draw in draws)
+    return one, alone
+
+
+def check_empty_slot(model, processor, one, alone):
+    """A slot without an image: the caller passes the pixels itself."""
+    empty = processor.tokenize_messages(ask("What colour is the circle?", None))
+    assert empty["pixel_values"] == []
+    pixels = processor.image_processor.process_images(RED)
+    frames = processor.image_processor.process_images(pixels[None].repeat(2, 1, 1, 1), img_size=56)
+    assert frames.ndim == 4 and frames.shape[0] == 2
+    assert torch.equal(pixels, one["pixel_values"][0])
+    empty["pixel_values"] = pixels[None]
+    assert torch.equal(model.generate_from_image(**empty, **GREEDY), alone)
+
+
+@torch.no_grad()
+def check_streams(model, processor, one, alone):
+    """A stream goes on: only text enters the cache (images, too, where they are inserted)."""
+    inserts = model.config.fusion["mechanism"] == "insertion"
+    image = one["pixel_values"][0].shape[1] * one["pixel_values"][0].shape[2] // 784
+    held = one["input_ids"].shape[1] + (image if inserts else 0)
+    pixels = one["pixel_values"]
+    points = one["image_embeds_insertion_points"]
+    more = processor.tokenize_messages(ask("And now?", BLUE), suppress_bos_token=True)
+    fresh = more["input_ids"]
+    added = image if inserts else 0  # BLUE is as large as RED
+
+    cache = DynamicCache()
+    assert torch.equal(model.generate_from_image(**one, past_key_values=cache, **GREEDY), alone)
+    assert cache.get_seq_length() == held + 5  # the last new id has not entered yet
+    out = model.generate_from_image(**more, past_key_values=cache, reset_streaming=False, **GREEDY)
+    assert torch.equal(out[:, : fresh.shape[1]], fresh)
+    assert cache.get_seq_length() == held + 6 + fresh.shape[1] + added + 5
+
+    def whole(earlier):
+        """The answer to `more` after these ids, without any cache."""
+        start = earlier.shape[1] + more["image_embeds_insertion_points"][0][0]
+        return model.generate(
+            input_ids=torch.cat([earlier, fresh], 1),
+            pixel_values=[*pixels, *more["pixel_values"]],
+            image_embeds_insertion_points=[[*points[0], start]],
+            use_cache=True,
+            **GREEDY,
+        )[:, earlier.shape[1] :]
+
+    assert torch.equal(out, whole(alone))
+
+    # Clients forward a token themselves before the next turn: the last generated one, which the
+    # cache does not hold yet, or one more (an end token); the mask covers it alone or everything.
+    end = torch.tensor([[processor.tokenizer.eos_token_id]])
+    for own, said in ((alone[:, -1:], alone), (end, torch.cat([alone, end], 1))):
+        for mask in (torch.ones(1, 1), torch.ones(1, said.shape[1])):
+            cache = DynamicCache()
+            model.generate_from_image(**one, past_key_values=cache, **GREEDY)
+            given = model(input_ids=own, past_key_values=cache, attention_mask=mask).logits
+            full = model(
+                input_ids=said, pixel_values=pixels, image_embeds_insertion_points=points
+            ).logits
+            assert given.shape[1] == 1 and (given[:, -1] - full[:, -1]).abs().max() < 1e-4
+            assert cache.get_seq_length() == held + said.shape[1] - one["input_ids"].shape[1]
+            out = model.generate_from_image(
+                **more, past_key_values=cache, reset_streaming=False, **GREEDY
+            )
+            assert torch.equal(out, whole(said))
+
+    # The same with plain forward calls and the keywords of older clients.
+    cache = DynamicCache()
+    old = {"reinit_casa_handler": True, "__is_first_gen_call__": True}
+    logits = model(**one, past_key_values=cache, **old).logits
+    token = logits[:, -1:].argmax(-1)
+    step = model(input_ids=token, past_key_values=cache, attention_mask=torch.ones(1, 1)).logits
+    full = model(
+        input_ids=torch.cat([one["input_ids"], token], 1),
+        pixel_values=pixels,
+        image_embeds_insertion_points=points,
+    ).logits
+    assert (step[:, -1] - full[:, -1]).abs().max() < 1e-4
+    model.start_ca_streaming_states()
+    model.reset_ca_streaming_states()
+    model.reset_casa_streaming_states()
+
+
+def check_chat(model, processor, folder):
+    """`apply_chat_template`, the processor's call and the ways to name an image agree."""
+    processor.tokenizer.padding_side = "left"
+    for messages in (SHORT, LONG, [SHORT, LONG]):
+        expected = processor.tokenize_messages(messages)
+        batch = chat(processor, messages)
+        same_batch(batch, expected)
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+        images = [[RED], [RED, TALL, BLUE]]
+        images = {id(SHORT): RED, id(LONG): images[1]}.get(id(messages), images)
+        called = processor(text=rendered, images=images, padding=True, return_tensors="pt")
+        same_batch(called, expected)
+        answer = model.generate(**batch, **GREEDY)
+        words = processor.batch_decode(answer, skip_special_tokens=True)
+        assert len(words) == len(answer) and "<image>" not in words[0]
+    ids = processor.apply_chat_template(SHORT, tokenize=True, add_generation_prompt=True)
+    assert ids == processor.tokenize_messages(SHORT)["input_ids"][0].tolist()
+    RED.save(folder / "red.png")
+    coded = base64.b64encode((folder / "red.png").read_bytes()).decode()
+    expected = chat(processor, SHORT)
+    for where in (
+        {"image": str(folder / "red.png")},
+        {"path": str(folder / "red.png")},
+        {"url": (folder / "red.png").as_posix()},
+        {"base64": coded},
+        {"url": f"data:image/png;base64,{coded}"},
+    ):
+        same_batch(chat(processor, ask_with(where)), expected)
+    linked = {"type": "image_url", "image_url": {"url": str(folder / "red.png")}}
+    linked = [{"role": "user", "content": [linked, SHORT[0]["content"][1]]}]
+    same_batch(chat(processor, linked), expected)
+    # What a user writes is never taken for an image.
+    tricky = ask(r"Is <image> or <\image> a tag?", RED)
+    same_batch(chat(processor, tricky), processor.tokenize_messages(tricky))
+    rendered = processor.apply_chat_template(tricky, add_generation_prompt=True)
+    called = processor(text=rendered, images=[RED], return_tensors="pt")
+    same_batch(called, processor.tokenize_messages(tricky))
+
+
+def ask_with(where):
+    return [{"role": "user", "content": [{"type": "image", **where}, SHORT[0]["content"][1]]}]
+
+
+def check_pipeline(path, model, processor):
+    pipe = pipeline(
+        "image-text-to-text", model=path, trust_remote_code=True, torch_dtype=torch.float32
+    )
+    for messages in (SHORT, LONG):
+        (record,) = in_list(pipe(text=messages, generate_kwargs=dict(GREEDY)))
+        answer = record["generated_text"][-1]
+        assert answer["role"] == "assistant"
+        expected = model.generate(**processor.tokenize_messages(messages), **GREEDY)[:, -6:]
+        words = processor.batch_decode(expected, skip_special_tokens=True)[0]
+        assert answer["content"] == words, (answer, words)
+    (record,) = in_list(pipe(text=SHORT, generate_kwargs=dict(GREEDY), return_full_text=False))
+    rendered = processor.apply_chat_template(SHORT, add_generation_prompt=True)
+    (plain,) = in_list(
+        pipe(images=RED, text=rendered, generate_kwargs=dict(GREEDY), return_full_text=False)
+    )
+    assert plain["generated_text"] == record["generated_text"]
+    open_answer = [*SHORT, {"role": "assistant", "content": [text("The circle is")]}]
+    (record,) = in_list(pipe(text=open_answer, generate_kwargs=dict(GREEDY)))
+    assert record["generated_text"][-1]["content"][-1]["text"].startswith("The circle is")
+
+
+def in_list(result):
+    return result if isinstance(result, list) else [result]
+
+
+def check_saving(path, model, processor, saved):
+    """What `save_pretrained` writes loads again and computes the same."""
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    again, reader = load(saved)
+    with torch.no_grad():
+        batch = chat(reader, SHORT)
+        same_batch(batch, chat(processor, SHORT))
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    tokenizer = AutoTokenizer.from_pretrained(saved, trust_remote_code=True)
+    assert tokenizer.chat_template == processor.chat_template
+    assert reader.chat_template == processor.chat_template
+    code = {file.name for file in Path(path).glob("*.py")}
+    assert code == {file.name for file in Path(saved).glob("*.py")}
+
+
+def check_bad_input(model, processor):
+    """One clear message each."""
+    one = processor.tokenize_messages(SHORT)
+    width = one["input_ids"].shape[1]
+    red = one["pixel_values"][0]
+    two = {**one, "pixel_values": [red, red]}
+
+    def at(batch, *points):
+        return {**batch, "image_embeds_insertion_points": [list(points)]}
+
+    for words, call in (
+        ("lie outside 0..", lambda: model(**at(one, width + 1))),
+        ("lie outside 0..", lambda: model(**at(one, -1))),
+        ("not sorted", lambda: model(**at(two, 3, 2))),
+        ("1 insertion points but 0 images", lambda: model(**{**one, "pixel_values": []})),
+        ("1 insertion points but 2 images", lambda: model(**two)),
+        ("/nowhere.png cannot be read", lambda: chat(processor, ask("Why?", "/nowhere.png"))),
+        ("holds 1 places for images", lambda: processor(text="<image> a", return_tensors="pt")),
+        ("holds 0 places for images", lambda: processor(text="a", images=RED)),
+        ("does not take {'truncation': True}", lambda: processor(text="a", truncation=True)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            assert words in str(error), f"expected {words!r} in {error!r}"
+        else:
+            raise AssertionError(f"no error with the words {words!r}")
+
+
+def main(path, saved=None):
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    model, processor = load(path)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        check_auto_classes(path)
+        one, alone = check_generation(model, processor)
+        check_empty_slot(model, processor, one, alone)
+        check_streams(model, processor, one, alone)
+        check_chat(model, processor, folder)
+        check_pipeline(path, model, processor)
+        check_saving(path, model, processor, saved or str(folder / "saved"))
+        check_bad_input(model, processor)
+    print("STRANGER DONE")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

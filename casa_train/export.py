@@ -43,6 +43,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     config = load_run_config(run)
     found = find_checkpoint(run, step)
     processor = build_processor(config)
+    processor.tokenizer.padding_side = "left"  # what generation from a batch needs
     model = build_model(config, processor, load_model_config(run))
     chosen = DTYPES[dtype or config.parallel.precision]
     missing, unexpected = model.load_state_dict(read_weights(found.path), strict=False)

@@ -116,7 +116,7 @@ def check_generation(model, processor):
     alone = model.generate_from_image(**one, **GREEDY)
     assert alone.shape == (1, width + 6) and torch.equal(alone[:, :width], one["input_ids"])
     assert torch.equal(model.generate(**one, **GREEDY), alone)
-    processor.tokenizer.padding_side = "left"
+    assert processor.tokenizer.padding_side == "left"
     both = processor.tokenize_messages([SHORT, LONG])
     assert (both["attention_mask"][0] == 0).any() and both["attention_mask"][0, -1] == 1
     assert torch.equal(model.generate_from_image(**both, **GREEDY)[0, -6:], alone[0, -6:])
@@ -147,7 +147,8 @@ def check_empty_slot(model, processor, one, alone):
 @torch.no_grad()
 def check_streams(model, processor, one, alone):
     """A stream goes on: only text enters the cache (images, too, where they are inserted)."""
-    inserts = model.config.fusion["mechanism"] == "insertion"
+    assert not model.config.fusion["mechanism"].startswith("qformer")  # it counts in queries
+    inserts = model.mechanism.inserts
     image = one["pixel_values"][0].shape[1] * one["pixel_values"][0].shape[2] // 784
     held = one["input_ids"].shape[1] + (image if inserts else 0)
     pixels = one["pixel_values"]
@@ -213,7 +214,6 @@ def check_streams(model, processor, one, alone):
 
 def check_chat(model, processor, folder):
     """`apply_chat_template`, the processor's call and the ways to name an image agree."""
-    processor.tokenizer.padding_side = "left"
     for messages in (SHORT, LONG, [SHORT, LONG]):
         expected = processor.tokenize_messages(messages)
         batch = chat(processor, messages)

@@ -35,6 +35,7 @@ def write_tiny_export(
     tokenizer = build_tokenizer()
     pieces = FULL_TEMPLATE if template is None else template
     processor = CasaProcessor(tokenizer, MAX_PIXELS, pieces)
+    processor.tokenizer.padding_side = "left"
     text = tiny_text_config(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,

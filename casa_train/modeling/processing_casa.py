@@ -292,7 +292,8 @@ class CasaProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the library's, in words that both transformers generations read."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
-        portable_tokenizer_config(save_directory)
+        # The library keeps the padding side only if it was given when the tokenizer was built.
+        portable_tokenizer_config(save_directory, padding_side=self.tokenizer.padding_side)
         return saved
 
     def _batch(
@@ -399,17 +400,20 @@ def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:
     return value.to(*args, **kwargs) if args or kwargs else value
 
 
-def portable_tokenizer_config(directory: str | os.PathLike[str]) -> None:
-    """Rewrites what transformers 5 saves of a tokenizer in words that 4.51 knows and 5 reads."""
+def portable_tokenizer_config(directory: str | os.PathLike[str], **values: str) -> None:
+    """Rewrites what transformers 5 saves of a tokenizer in words that 4.51 knows and 5 reads.
+
+    :param values: further entries.
+    """
     path = os.path.join(directory, "tokenizer_config.json")
     with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+        config = {**json.load(file), **values}
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name is new in 5.0
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2) + "\n")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
 
 
 def _image_lists(images: Any) -> list[Any]:

@@ -147,15 +147,15 @@ def check_empty_slot(model, processor, one, alone):
 @torch.no_grad()
 def check_streams(model, processor, one, alone):
     """A stream goes on: only text enters the cache (images, too, where they are inserted)."""
-    assert not model.config.fusion["mechanism"].startswith("qformer")  # it counts in queries
-    inserts = model.mechanism.inserts
-    image = one["pixel_values"][0].shape[1] * one["pixel_values"][0].shape[2] // 784
-    held = one["input_ids"].shape[1] + (image if inserts else 0)
+    cache = DynamicCache()
+    model(**one, past_key_values=cache)
+    held = cache.get_seq_length()
+    added = held - one["input_ids"].shape[1]  # an image's tokens in the cache
+    assert (added > 0) == model.mechanism.inserts
     pixels = one["pixel_values"]
     points = one["image_embeds_insertion_points"]
     more = processor.tokenize_messages(ask("And now?", BLUE), suppress_bos_token=True)
-    fresh = more["input_ids"]
-    added = image if inserts else 0  # BLUE is as large as RED
+    fresh = more["input_ids"]  # BLUE is as large as RED
 
     cache = DynamicCache()
     assert torch.equal(model.generate_from_image(**one, past_key_values=cache, **GREEDY), alone)
@@ -242,6 +242,14 @@ def check_chat(model, processor, folder):
     linked = {"type": "image_url", "image_url": {"url": str(folder / "red.png")}}
     linked = [{"role": "user", "content": [linked, SHORT[0]["content"][1]]}]
     same_batch(chat(processor, linked), expected)
+    # A video is a list of frames.
+    film = [{"role": "user", "content": [{"type": "video", "video": [RED, BLUE, RED]}, text("?")]}]
+    alone = chat(processor, film)
+    assert alone["image_follows"] == [[False, True, True]]
+    batch = chat(processor, [film, LONG])
+    assert torch.equal(
+        model.generate(**batch, **GREEDY)[0, -6:], model.generate(**alone, **GREEDY)[0, -6:]
+    )
     # What a user writes is never taken for an image.
     tricky = ask(r"Is <image> or <\image> a tag?", RED)
     same_batch(chat(processor, tricky), processor.tokenize_messages(tricky))
@@ -271,6 +279,14 @@ def check_pipeline(path, model, processor):
         pipe(images=RED, text=rendered, generate_kwargs=dict(GREEDY), return_full_text=False)
     )
     assert plain["generated_text"] == record["generated_text"]
+    records = pipe(text=[SHORT, LONG], generate_kwargs=dict(GREEDY), return_full_text=False)
+    assert in_list(records[0])[0]["generated_text"] == plain["generated_text"]
+    try:
+        pipe(text=[SHORT, LONG], generate_kwargs=dict(GREEDY), batch_size=2)
+    except ValueError as error:
+        assert "batch_size > 1" in str(error)
+    else:
+        raise AssertionError("a pipeline with batch_size=2 moved no insertion points")
     open_answer = [*SHORT, {"role": "assistant", "content": [text("The circle is")]}]
     (record,) = in_list(pipe(text=open_answer, generate_kwargs=dict(GREEDY)))
     assert record["generated_text"][-1]["content"][-1]["text"].startswith("The circle is")

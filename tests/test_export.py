@@ -24,6 +24,7 @@ from casa_train.errors import UserError
 from casa_train.evaluate import evaluate_run
 from casa_train.export import gate_conversations, load_model_config, load_run_config
 from casa_train.report import report
+from tests import stranger
 from tests.commands import TINY, environment, on_data, run, train_command
 
 pytestmark = pytest.mark.slow
@@ -32,96 +33,16 @@ pytestmark = pytest.mark.slow
 INSTALLED = ("torch", "transformers", "einops", "pillow", "numpy")
 
 STRANGER = """
-import sys
+import runpy, sys
 
 sys.path.insert(0, "site")
-for module in ("casa_train", "deepspeed", "hydra", "webdataset"):
+for module in ("casa_train", "deepspeed", "hydra", "webdataset", "peft", "accelerate"):
     try:
         __import__(module)
     except ModuleNotFoundError:
         continue
     raise SystemExit(f"{module} can be imported: the test proves nothing")
-
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, DynamicCache
-
-path, inserts = sys.argv[1], sys.argv[2] == "insertion"
-model = AutoModel.from_pretrained(
-    path, trust_remote_code=True, torch_dtype=torch.float32, attn_implementation="sdpa"
-).eval()
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, image_size=84)
-assert processor.image_processor.max_pixels == 84 * 84
-assert processor._image_processor is processor.image_processor
-assert isinstance(processor.asst_start_tokens, list) and isinstance(processor.asst_end_tokens, list)
-assert processor.pre_image_tokens == [] and processor.post_image_tokens == []
-end = model.generation_config.eos_token_id
-assert end == processor.asst_end_tokens[0]
-
-picture = Image.new("RGB", (100, 60), "red")
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-# One conversation, then the same in a left-padded batch: the answers must not change.
-one = processor.tokenize_messages(ask("What colour is the circle?", picture)).to("cpu")
-assert set(one) == {"input_ids", "attention_mask", "image_embeds_insertion_points", "pixel_values"}
-assert one["pixel_values"][0].dtype == torch.uint8 and one["pixel_values"][0].shape[0] == 3
-greedy = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
-cache = DynamicCache()
-alone = model.generate_from_image(**one, past_key_values=cache, **greedy)
-text = one["input_ids"].shape[1]
-assert alone.shape == (1, text + 6) and torch.equal(alone[:, :text], one["input_ids"])
-image_tokens = one["pixel_values"][0].shape[1] * one["pixel_values"][0].shape[2] // 784
-held = text + 5 + (image_tokens if inserts else 0)  # the last new token is not in the cache yet
-assert cache.get_seq_length() == held, (cache.get_seq_length(), held)
-processor.tokenizer.padding_side = "left"
-longer = ask("How many red and green and blue shapes are there in this picture?", picture, picture)
-both = processor.tokenize_messages([ask("What colour is the circle?", picture), longer])
-assert (both["attention_mask"][0] == 0).any() and both["attention_mask"][0, -1] == 1
-batched = model.generate_from_image(**both, **greedy)
-assert torch.equal(batched[0, -6:], alone[0, -6:])
-print(processor.tokenizer.decode(alone[0, text:], skip_special_tokens=True))
-
-# An empty slot: the caller passes the pixels itself.
-unfilled = ask("What colour is the circle?", None)
-empty = processor.tokenize_messages(unfilled, suppress_bos_token=False)
-assert empty["pixel_values"] == []
-pixels = processor.image_processor.process_images(picture)
-frames = processor.image_processor.process_images(pixels[None].repeat(2, 1, 1, 1), img_size=56)
-assert frames.ndim == 4 and frames.shape[0] == 2
-assert torch.equal(pixels, one["pixel_values"][0])
-empty["pixel_values"] = [pixels]
-again = model.generate_from_image(**empty, **greedy)
-assert torch.equal(again, alone)
-
-# A stream goes on: only the new text enters the cache.
-before = cache.get_seq_length()
-more = processor.tokenize_messages(ask("And now?", picture), suppress_bos_token=True)
-out = model.generate_from_image(**more, past_key_values=cache, reset_streaming=False, **greedy)
-assert torch.equal(out[:, : more["input_ids"].shape[1]], more["input_ids"])
-grown = 1 + more["input_ids"].shape[1] + 5 + (image_tokens if inserts else 0)
-assert cache.get_seq_length() - before == grown
-model.start_ca_streaming_states()
-model.reset_ca_streaming_states()
-model.reset_casa_streaming_states()
-
-# Older clients: extra keywords, and a mask over the new tokens only.
-cache = DynamicCache()
-old = {"reinit_casa_handler": True, "__is_first_gen_call__": True}
-logits = model(**one, past_key_values=cache, **old).logits
-token = logits[:, -1:].argmax(-1)
-step = model(input_ids=token, past_key_values=cache, attention_mask=torch.ones(1, 1)).logits
-full = model(
-    input_ids=torch.cat([one["input_ids"], token], 1),
-    pixel_values=one["pixel_values"],
-    image_embeds_insertion_points=one["image_embeds_insertion_points"],
-).logits
-assert (step[:, -1] - full[:, -1]).abs().max() < 1e-4
-assert type(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)) is type(model)
-saved = sys.argv[3]
-model.save_pretrained(saved)
-print("STRANGER DONE")
+runpy.run_path("stranger.py", run_name="__main__")
 """
 
 
@@ -178,10 +99,11 @@ def test_a_stranger_can_use_it(
     run_dir = export_of(mechanism)
     shutil.copytree(run_dir / "export", tmp_path / "downloaded")
     (tmp_path / "script.py").write_text(STRANGER)
+    shutil.copy(stranger.__file__, tmp_path / "stranger.py")
     strangers_packages(tmp_path / "site")
     # -I and -S: nothing but the standard library is found, except in the folder above.
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "script.py", "downloaded", mechanism, "saved"],
+        [sys.executable, "-I", "-S", "script.py", "downloaded", "saved"],
         cwd=tmp_path,
         env={**environment(), "HF_HOME": str(tmp_path / "hf")},
         capture_output=True,

@@ -15,14 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes.synthetic import build_tokenizer
 from tests import stranger
 from tests.commands import TEMPLATE
 from tests.stranger import BLUE, GREEDY, LONG, RED, SHORT, TALL, ask, text
-from tests.tiny import PROPERTY
+from tests.tiny import PROPERTY, VOCABULARY, tiny_model
 from tests.tiny_export import FULL_TEMPLATE, MAX_PIXELS, write_tiny_export
 
 QWEN = {
@@ -175,6 +176,17 @@ def test_frames_of_a_video_follow_the_first() -> None:
     assert len(batch["pixel_values"]) == 8
 
 
+def test_a_model_that_reads_all_frames_learns_which_belong_together() -> None:
+    reader = processor("full")
+    film = {"type": "video", "video": [RED, BLUE]}
+    batch = reader.tokenize_messages([{"role": "user", "content": [film, text("Why?")]}])
+    batch["input_ids"] %= VOCABULARY
+    model = tiny_model("casa", window_scope="all_frames")
+    together = model(**batch).logits
+    assert batch.pop("image_follows") == [[False, True]]
+    assert (model(**batch).logits - together).abs().max() > 1e-3
+
+
 def test_a_system_message_replaces_the_default_one() -> None:
     reader = processor("qwen")
     render = functools.partial(reader.apply_chat_template, add_generation_prompt=True)
@@ -283,6 +295,60 @@ def test_bad_calls_are_named(call: Callable[[CasaProcessor], Any], words: str) -
 
 
 # ------------------------------------------------------------------------- accelerate and peft
+
+
+@pytest.mark.parametrize("memory", [None, 450_000, 600_000])
+def test_device_map_auto_answers_the_same(
+    loaded: tuple[Any, Any], export: str, memory: int | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    plain, reader = loaded
+    batch = reader.tokenize_messages([SHORT, LONG])
+    # With little memory a part is offloaded to the disk: accelerate's hooks bring it back in time.
+    little: dict[str, Any] = {"max_memory": {"cpu": memory}, "offload_folder": str(tmp_path)}
+    model = AutoModelForImageTextToText.from_pretrained(
+        export, trust_remote_code=True, device_map="auto", **(little if memory else {})
+    )
+    if memory:
+        places = model.hf_device_map
+        assert "disk" in places.values()
+        # No layer is cut through, and neither is the tower.
+        depth = {name: name.count(".") for name in places}
+        assert all(
+            n <= 2 if name.startswith("model.layers") else n < 2 for name, n in depth.items()
+        )
+    assert torch.equal(model.generate(**batch, **GREEDY), plain.generate(**batch, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options"),
+    [
+        ("casa", {"update_image_tokens": "ffn_and_attention", "history": "all"}),
+        ("casa", {"share_parameters": True, "init": "from_self_attention"}),
+        ("insertion", {}),
+        ("gated_cross_attention", {}),
+        ("hyper_attention", {}),
+    ],
+)
+@torch.no_grad()
+def test_layers_may_live_on_several_devices(mechanism: str, options: dict[str, Any]) -> None:
+    """The meta device stands for a second GPU: an operation that mixes devices fails on it, too."""
+    model = tiny_model(mechanism, **options)
+    model.model.layers[1:].to("meta")
+    model.model.norm.to("meta")
+    model.lm_head.to("meta")
+    for module in (*model.model.layers[1:], model.model.norm, model.lm_head):  # as accelerate does
+        module.register_forward_pre_hook(
+            lambda _, inputs: tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
+        )
+    cache = DynamicCache()
+    reader = processor("bare")
+    batch = reader.tokenize_messages([SHORT, LONG])
+    ids = batch.pop("input_ids") % VOCABULARY
+    out = model(input_ids=ids, past_key_values=cache, **batch).logits
+    assert out.is_meta and out.shape == (*ids.shape, VOCABULARY)
+    step = model(input_ids=ids[:, :1], past_key_values=cache).logits
+    assert step.is_meta and step.shape == (2, 1, VOCABULARY)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

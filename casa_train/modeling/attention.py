@@ -7,6 +7,7 @@ vision windows are all segments. No backend is quadratic in the packed length.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -77,6 +78,14 @@ class Segments:
     def __len__(self) -> int:
         """The number of segments."""
         return len(self._queries)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same segments with their tensors on another device."""
+        other = copy.copy(self)
+        for name in ("query_index", "key_index", "cu_seqlens", "groups"):
+            other.__dict__.pop(name, None)
+        other.device = device
+        return other
 
     @property
     def total_queries(self) -> int:

@@ -6,7 +6,7 @@ those of a Hugging Face decoder layer: `self_attn.{q,k,v,o}_proj`, `mlp` and its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ class DecoderContext:
     :param cache: the KV cache while generating, None in training.
     :param state: the streaming state while generating, None in training.
     :param keep_index: rows of a fusion layer's key space to keep for the next chunk.
+    :param elsewhere: copies of this context on other devices.
     """
 
     mechanism: Any
@@ -73,6 +74,28 @@ class DecoderContext:
     cache: FlatCache | None = None
     state: StreamingState | None = None
     keep_index: Tensor | None = None
+    elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> DecoderContext:
+        """This context for layers that live on `device`: with a `device_map` there are several."""
+        if device == self.stream_table[0].device:
+            return self
+        if device not in self.elsewhere:
+            plan = replace(self.plan, **_moved(self.plan, device))
+            self.elsewhere[device] = replace(self, **{**_moved(self, device), "plan": plan})
+        return self.elsewhere[device]
+
+
+def _moved(holder: Any, device: torch.device) -> dict[str, Any]:
+    """The fields of a dataclass that hold tensors, on another device."""
+    moved: dict[str, Any] = {}
+    for name in (f.name for f in fields(holder)):
+        value = getattr(holder, name)
+        if isinstance(value, Tensor | Segments):
+            moved[name] = value.to(device)
+        elif isinstance(value, tuple):  # a RoPE table
+            moved[name] = tuple(part.to(device) for part in value)
+    return moved
 
 
 class Heads(NamedTuple):

@@ -70,7 +70,8 @@ def fused_forward(
     :param images: (N, C) image tokens.
     :return: both, after the block.
     """
-    out: tuple[Tensor, Tensor] = context.mechanism.run_layer(self, h, images, context)
+    out: tuple[Tensor, Tensor]
+    out = context.mechanism.run_layer(self, h, images, context.on(h.device))
     return out
 
 
@@ -99,10 +100,10 @@ def run_decoder(backbone: Any, text: Tensor, images: Tensor, context: DecoderCon
     plan = context.plan
     h = text
     if plan.stream_index is not None:
-        h = torch.cat([text, images]).index_select(0, plan.stream_index)
+        h = torch.cat([text, images.to(text.device)]).index_select(0, plan.stream_index)
     for layer in backbone.layers:
         h, images = layer(h, images, context)
     if plan.text_index is not None:
-        h = h.index_select(0, plan.text_index)
+        h = h.index_select(0, plan.text_index.to(h.device))
     out: Tensor = backbone.norm(h)
     return out

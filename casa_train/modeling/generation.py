@@ -152,6 +152,12 @@ def image_list(pixel_values: Sequence[Tensor] | Tensor | None) -> list[Tensor]:
 
 def as_ints(points: Any) -> list[int]:
     values = points.tolist() if isinstance(points, Tensor) else list(points)
+    if any(isinstance(p, (list, tuple)) for p in values):
+        raise ValueError(
+            f"insertion points {values} are nested too deeply; expected one list of columns for "
+            "each sample. A pipeline with batch_size > 1 joins samples like this: leave it at 1, "
+            "or give the whole batch to processor.apply_chat_template and model.generate"
+        )
     return [int(p) for p in values]
 
 

@@ -70,12 +70,14 @@ class CasaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_cache_class = True
+    # Class names of what a device_map keeps on one device.
     _no_split_modules = [
-        "LlamaDecoderLayer",
-        "HeliumDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen2_5_VLDecoderLayer",
-        "VisionBlock",
+        "FusedLlamaDecoderLayer",
+        "FusedHeliumDecoderLayer",
+        "FusedQwen2DecoderLayer",
+        "FusedQwen2_5_VLDecoderLayer",
+        "VisionTower",
+        "QFormer",
     ]
 
     def _init_weights(self, module: nn.Module) -> None:

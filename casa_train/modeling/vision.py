@@ -216,7 +216,12 @@ class VisionTower(nn.Module):
         :return: (N, out_hidden_size), row-major within each image.
         """
         weight = self.patch_embed.proj.weight
-        device, dtype = weight.device, weight.dtype
+        dtype = weight.dtype
+        # Weights that accelerate offloaded lie nowhere; its hooks move what enters a module.
+        entry = images[0].device if weight.is_meta else weight.device
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_patches):
+            x = self.patch_embed(self._patches(images, entry, dtype))
+        device = x.device
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         layouts = [self._layout(*size) for size in sizes]
         cells = [len(layout.order) for layout in layouts]
@@ -230,9 +235,7 @@ class VisionTower(nn.Module):
         windowed = _segments([n * cell_patches for x in layouts for n in x.windows], device)
         index = torch.from_numpy(order).to(device)
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_patches):
-            x = self.patch_embed(self._patches(images, device, dtype))
-            x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[index].flatten(0, 1)
+        x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[index].flatten(0, 1)
         for i, block in enumerate(self.blocks):
             segments = full if i in self.config.fullatt_block_indexes else windowed
             frozen = self.frozen_patches and i < self.frozen_blocks

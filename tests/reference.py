@@ -1,7 +1,8 @@
-"""An independent float64 model of casa.md sections 2, 3 and 5, one sample at a time.
+"""An independent float64 model of every fusion mechanism of casa.md, one sample at a time.
 
 Written from the equations and for reading: no packing, no cache, no kernels, and nothing imported
-from the project or from transformers. Which query sees which key is decided pair by pair.
+from the project or from transformers. Which query sees which key is decided pair by pair. It is
+differentiable: where the parameters or the images require gradients, so does what it returns.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+Position = tuple[int, int, int]  # time, height, width; all equal where there is one axis only
+NOT_ROTATED: Position = (0, 0, 0)  # an angle of zero turns nothing
 
 
 @dataclass(frozen=True)
 class Settings:
     """The hyper-parameters of a Llama-like decoder and its fusion mechanism.
 
-    :param mechanism: casa, cross_attention or insertion.
-    :param image_positions: frozen, advance or none; only casa reads it.
+    :param mrope_section: how many of the D/2 RoPE frequencies turn by time, height and width
+        (Qwen2.5-VL); None: one-dimensional RoPE.
+    :param paired: RoPE turns element 2i with 2i + 1 (Helium), not i with i + D/2.
+    :param mechanism: casa, cross_attention, insertion, qformer_insertion, gated_cross_attention or
+        hyper_attention. The fields after it are the options of the first two; `every` is also one
+        of gated_cross_attention.
+    :param queries: with the next two: what qformer_insertion's resampler is made of.
+    :param hyper_layers: the blocks that hyper_attention fuses.
     """
 
     layers: int
@@ -30,7 +39,26 @@ class Settings:
     norm_eps: float
     rope_theta: float
     mechanism: str
+    mrope_section: tuple[int, ...] | None = None
+    paired: bool = False
+    share_parameters: bool = False
+    text_in_window: bool = True
+    placement: str = "parallel"
+    every: int = 1
+    update_image_tokens: str = "none"
+    history: str = "window"
+    window_scope: str = "frame"
     image_positions: str = "frozen"
+    queries: int = 0
+    resampler_layers: int = 0
+    resampler_heads: int = 1
+    hyper_layers: tuple[int, ...] = ()
+
+    def fuses(self, block: int) -> bool:
+        """Whether a block of the decoder reads images."""
+        if self.mechanism == "hyper_attention":
+            return block in self.hyper_layers
+        return block % self.every == self.every - 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +70,11 @@ class Token:
     :param window: the insertion point that opened its window; None for text before any image.
     :param text_before: text tokens before it; for an image this is K.
     :param place: text and image tokens before it, when images stand in the stream.
+    :param scope: the insertion point that opened the frames it belongs to: its window's own, or
+        that of the first window of a video.
+    :param cell: line and column of an image token in its image's grid.
+    :param qwen: where it stands by Qwen2.5-VL's rule, and an image token's image begins: an image
+        moves what follows it on by the longer side of its grid.
     """
 
     kind: str
@@ -49,6 +82,9 @@ class Token:
     window: int | None
     text_before: int
     place: int
+    scope: int | None = None
+    cell: tuple[int, int] = (0, 0)
+    qwen: int = 0
 
 
 @dataclass
@@ -56,28 +92,54 @@ class Reference:
     """What the reference computes for one sample.
 
     :param logits: (T, vocabulary) float64.
-    :param fusion: for every layer the (T, C) output of its fusion child; empty for insertion.
+    :param fusion: for every fused block, the (T, C) that it adds to the text beside its
+        self-attention and its feed-forward network; empty for the insertions.
     """
 
     logits: Tensor
     fusion: list[Tensor] = field(default_factory=list)
 
 
-def sample_tokens(text: int, points: Sequence[int], image_tokens: Sequence[int]) -> list[Token]:
-    """The tokens of a sample in the order in which a reader meets them."""
+# Where tokens stand, and who sees whom
+
+
+def sample_tokens(
+    text: int,
+    points: Sequence[int],
+    image_tokens: Sequence[int],
+    lines: Sequence[int] = (),
+    follows: Sequence[bool] = (),
+) -> list[Token]:
+    """The tokens of a sample in the order in which a reader meets them.
+
+    :param points: for each image the number of text tokens before it.
+    :param image_tokens: for each image its number of tokens.
+    :param lines: for each image the lines of its grid; all of one line if left out.
+    :param follows: for each image, whether it is a frame of the same video as the image before it;
+        all alone if left out.
+    """
+    lines = lines or [1] * len(points)
+    follows = follows or [False] * len(points)
     tokens: list[Token] = []
-    image_row = 0
+    image_row = qwen = 0
+    window = scope = None
     for t in range(text + 1):
-        for point, count in zip(points, image_tokens, strict=True):
-            if point == t:
-                for _ in range(count):
-                    # Images at one point have no text between them: they share the window.
-                    tokens.append(Token("image", image_row, point, t, len(tokens)))
-                    image_row += 1
+        for point, count, high, frame in zip(points, image_tokens, lines, follows, strict=True):
+            if point != t:
+                continue
+            # Images at one point have no text between them: they share the window.
+            if window != point:
+                scope = scope if frame and scope is not None else point
+                window = point
+            wide = count // high
+            for i in range(count):
+                cell = (i // wide, i % wide)
+                tokens.append(Token("image", image_row, window, t, len(tokens), scope, cell, qwen))
+                image_row += 1
+            qwen += max(high, wide)
         if t < text:
-            opened = [point for point in points if point <= t]
-            window = max(opened) if opened else None
-            tokens.append(Token("text", t, window, t, len(tokens)))
+            tokens.append(Token("text", t, window, t, len(tokens), scope, qwen=qwen))
+            qwen += 1
     return tokens
 
 
@@ -91,108 +153,32 @@ def sees_inserted(query: Token, key: Token) -> bool:
     return key.place <= query.place
 
 
-def sees_casa(query: Token, key: Token) -> bool:
-    """CASA(x_T) = MHA(x_T | y_1..y_N, x_K+1..x_T)."""
-    if query.window is None or key.window != query.window:
-        return False
-    return key.kind == "image" or key.row <= query.row
-
-
-def sees_cross_attention(query: Token, key: Token) -> bool:
+def sees_image_of_window(query: Token, key: Token) -> bool:
     """CA(x_T) = 1[T>K] * MHA(x_T | y_1..y_N)."""
     return query.window is not None and key.kind == "image" and key.window == query.window
 
 
-def fusion_position(token: Token, settings: Settings) -> int | None:
-    """RoPE position of a token in a fusion layer; None: it is not rotated."""
-    if settings.mechanism == "cross_attention":
-        return None
-    if settings.image_positions == "advance":
-        return token.place
-    if token.kind == "image":
-        return None if settings.image_positions == "none" else token.text_before
-    return token.text_before
+def sees_earlier_image(query: Token, key: Token) -> bool:
+    """Every image of the sample that stands before the token."""
+    return key.kind == "image" and key.place < query.place
 
 
-def reference(
-    state: State,
-    settings: Settings,
-    ids: Sequence[int],
-    points: Sequence[int],
-    images: Sequence[Tensor],
-) -> Reference:
-    """Runs one sample.
+def sees_fusion(query: Token, key: Token, settings: Settings) -> bool:
+    """What a token reads in a block of casa or cross_attention.
 
-    :param state: parameters by the names of `CasaForConditionalGeneration`.
-    :param ids: T token ids.
-    :param points: for each image the number of text tokens before it.
-    :param images: for each image the (N, C) tokens of the vision tower.
+    CASA(x_T) = MHA(x_T | y_1..y_N, x_K+1..x_T) of its window, unless switches say otherwise.
     """
-    state = {name: value.detach().double() for name, value in state.items()}
-    tokens = sample_tokens(len(ids), points, [len(image) for image in images])
-    text_tokens = [token for token in tokens if token.kind == "text"]
-    image_tokens = [token for token in tokens if token.kind == "image"]
-    text = state["model.embed_tokens.weight"][torch.tensor(list(ids))]
-    width = text.shape[1]
-    y = text.new_zeros(0, width)
-    if images:
-        y = torch.cat([image.detach().double() for image in images])
-        if "adapter.weight" in state:
-            y = linear(state, "adapter", y)
-
-    if settings.mechanism == "insertion":
-        h = torch.stack([y[t.row] if t.kind == "image" else text[t.row] for t in tokens])
-        for n in range(settings.layers):
-            layer = f"model.layers.{n}."
-            x = rms_norm(h, state[layer + "input_layernorm.weight"], settings)
-            places = [token.place for token in tokens]
-            h = h + attention(
-                state,
-                layer + "self_attn.",
-                settings,
-                x,
-                x,
-                pairs(tokens, tokens, sees_inserted),
-                places,
-                places,
-            )
-            h = h + feed_forward(state, layer, settings, h)
-        h = torch.stack([h[token.place] for token in text_tokens])
-        return Reference(logits(state, settings, h))
-
-    sees = {"casa": sees_casa, "cross_attention": sees_cross_attention}[settings.mechanism]
-    keys = text_tokens + image_tokens
-    self_mask, cross_mask = (
-        pairs(text_tokens, text_tokens, sees_text),
-        pairs(text_tokens, keys, sees),
-    )
-    text_positions = [token.row for token in text_tokens]
-    query_positions = [fusion_position(token, settings) for token in text_tokens]
-    key_positions = [fusion_position(token, settings) for token in keys]
-    h = text
-    fusion = []
-    for n in range(settings.layers):
-        layer = f"model.layers.{n}."
-        x = rms_norm(h, state[layer + "input_layernorm.weight"], settings)
-        # Images enter every layer as the tower gave them, under the layer's own norm.
-        normed_images = rms_norm(y, state[layer + "fusion.norm.weight"], settings)
-        read = attention(
-            state, layer + "self_attn.", settings, x, x, self_mask, text_positions, text_positions
-        )
-        fused = attention(
-            state,
-            layer + "fusion.",
-            settings,
-            x,
-            torch.cat([x, normed_images]),
-            cross_mask,
-            query_positions,
-            key_positions,
-        )
-        h = h + read + fused
-        h = h + feed_forward(state, layer, settings, h)
-        fusion.append(fused)
-    return Reference(logits(state, settings, h), fusion)
+    if key.place > query.place:
+        return False
+    if key.kind == "text" and not settings.text_in_window:
+        return False
+    if settings.history == "all":
+        leading = query.kind == "text" and query.window is None
+        # Blocks that only read images in place of self-attention still let leading text read text.
+        return not leading or settings.placement == "replace"
+    if settings.window_scope == "all_frames":
+        return query.scope is not None and key.scope == query.scope
+    return query.window is not None and key.window == query.window
 
 
 def pairs(
@@ -202,70 +188,360 @@ def pairs(
     return [[sees(query, key) for key in keys] for query in queries]
 
 
-def attention(
+# Positions
+
+
+def text_position(token: Token) -> Position:
+    """Where a text token stands among the text tokens alone."""
+    return (token.row, token.row, token.row)
+
+
+def interleaved_position(token: Token, settings: Settings) -> Position:
+    """Where a token stands in a stream that holds the images."""
+    if settings.mrope_section is None:
+        return (token.place, token.place, token.place)
+    line, column = token.cell
+    return (token.qwen, token.qwen + line, token.qwen + column)
+
+
+def frozen_position(token: Token, settings: Settings) -> Position:
+    """Where a token stands if images take no positions from the text: at K, the text before it."""
+    k = token.text_before
+    if settings.mrope_section is None:
+        return (k, k, k)
+    line, column = token.cell
+    return (k, k + line, k + column)
+
+
+def fusion_position(token: Token, settings: Settings) -> Position:
+    """RoPE position of a token as query or key of casa or cross_attention."""
+    if not settings.text_in_window:
+        return NOT_ROTATED
+    if settings.image_positions == "advance":
+        return interleaved_position(token, settings)
+    if settings.image_positions == "none" and token.kind == "image":
+        return NOT_ROTATED
+    return frozen_position(token, settings)
+
+
+# The mechanisms
+
+
+def reference(
     state: State,
-    prefix: str,
     settings: Settings,
-    x: Tensor,
-    context: Tensor,
+    ids: Sequence[int],
+    points: Sequence[int],
+    images: Sequence[Tensor],
+    lines: Sequence[int] = (),
+    follows: Sequence[bool] = (),
+) -> Reference:
+    """Runs one sample.
+
+    :param state: parameters by the names of `CasaForConditionalGeneration`.
+    :param ids: T token ids.
+    :param images: for each image the (N, C) tokens of the vision tower.
+
+    The others are those of `sample_tokens`.
+    """
+    state = {name: value.double() for name, value in state.items()}
+    text = state["model.embed_tokens.weight"][torch.tensor(list(ids))]
+    images = [image.double() for image in images]
+    if "adapter.weight" in state:
+        images = [linear(state, "adapter", image) for image in images]
+    if settings.mechanism == "qformer_insertion":
+        images = [resample(state, settings, image) for image in images]
+        lines = [1] * len(images)
+    counts = [len(image) for image in images]
+    tokens = sample_tokens(len(ids), points, counts, lines, follows)
+    y = torch.cat([text.new_zeros(0, text.shape[1]), *images])
+    run = {
+        "casa": run_casa,
+        "cross_attention": run_casa,
+        "insertion": run_insertion,
+        "qformer_insertion": run_insertion,
+        "gated_cross_attention": run_gated_cross_attention,
+        "hyper_attention": run_hyper_attention,
+    }[settings.mechanism]
+    h, fusion = run(state, settings, tokens, text, y)
+    logits = rms_norm(state, "model.norm", settings, h) @ state["lm_head.weight"].T
+    return Reference(logits, fusion)
+
+
+def run_insertion(
+    state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Image tokens join the stream; what the text tokens (T, C) are after the last block."""
+    h = torch.stack([y[t.row] if t.kind == "image" else text[t.row] for t in tokens])
+    positions = [interleaved_position(token, settings) for token in tokens]
+    mask = pairs(tokens, tokens, sees_inserted)
+    for n in range(settings.layers):
+        layer = f"model.layers.{n}."
+        h = h + self_attention(state, layer, settings, h, mask, positions)
+        h = h + feed_forward(state, layer, settings, h)
+    return torch.stack([h[t.place] for t in tokens if t.kind == "text"]), []
+
+
+def run_casa(
+    state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """CASA and plain cross-attention with the switches D1 to D5."""
+    texts = [token for token in tokens if token.kind == "text"]
+    images = [token for token in tokens if token.kind == "image"]
+    self_mask = pairs(texts, texts, sees_text)
+    text_positions = [text_position(token) for token in texts]
+    updated = settings.update_image_tokens != "none"
+    attending = settings.update_image_tokens == "ffn_and_attention"
+
+    keys = texts + images
+    readers = keys if attending else texts
+    mask = pairs(readers, keys, lambda query, key: sees_fusion(query, key, settings))
+    positions = [fusion_position(token, settings) for token in keys]
+
+    h, z = text, y
+    fusion = []
+    for n in range(settings.layers):
+        layer = f"model.layers.{n}."
+
+        def attend_to_text(h: Tensor, layer: str = layer) -> Tensor:
+            return self_attention(state, layer, settings, h, self_mask, text_positions)
+
+        if not settings.fuses(n):
+            h = h + attend_to_text(h)
+            h = h + feed_forward(state, layer, settings, h)
+            continue
+
+        shared = settings.share_parameters
+        own = layer + ("self_attn." if shared else "fusion.")
+        image_norm = layer + ("input_layernorm" if shared else "fusion.norm")
+        text_norm = layer + "input_layernorm"
+        if settings.placement in ("before", "after") and not shared:
+            text_norm = layer + "fusion.text_norm"
+
+        before = h
+        if settings.placement == "after":
+            h = h + attend_to_text(h)
+        # Text and image tokens in one list, texts first: queries, keys and values alike.
+        x = torch.cat(
+            [rms_norm(state, text_norm, settings, h), rms_norm(state, image_norm, settings, z)]
+        )
+        q = project(state, own + "q_proj", settings, x, positions)
+        k = project(state, own + "k_proj", settings, x, positions)
+        v = project(state, own + "v_proj", settings, x)
+        read = attend(q[: len(readers)], k, v, mask)
+        out = project_out(state, own + "o_proj", read, mask)
+        fused = out[: len(texts)]
+        if settings.placement == "parallel" and shared:
+            # One output projection of the sum of both reads: a bias of it counts once.
+            fused = read[: len(texts)] @ state[own + "o_proj.weight"].T
+        h = h + fused
+        if settings.placement == "parallel":
+            h = h + attend_to_text(before)
+        if settings.placement == "before":
+            h = h + attend_to_text(h)
+        h = h + feed_forward(state, layer, settings, h)
+
+        # Everything above read the image tokens as they were before this block.
+        if attending:
+            z = z + out[len(texts) :]
+        if updated:
+            z = z + feed_forward(state, layer, settings, z)
+        fusion.append(fused)
+    return h, fusion
+
+
+def run_gated_cross_attention(
+    state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Flamingo: new cross-attention and feed-forward layers before blocks, behind tanh gates."""
+    texts = [token for token in tokens if token.kind == "text"]
+    images = [token for token in tokens if token.kind == "image"]
+    self_mask = pairs(texts, texts, sees_text)
+    text_positions = [text_position(token) for token in texts]
+    mask = pairs(texts, images, sees_image_of_window)
+    after_image = torch.tensor([[float(token.window is not None)] for token in texts]).double()
+    h = text
+    fusion = []
+    for n in range(settings.layers):
+        layer = f"model.layers.{n}."
+        if settings.fuses(n):
+            new = layer + "fusion."
+            x = rms_norm(state, new + "norm", settings, h)
+            normed = rms_norm(state, new + "image_norm", settings, y)
+            q = project(state, new + "q_proj", settings, x)
+            k = project(state, new + "k_proj", settings, normed)
+            v = project(state, new + "v_proj", settings, normed)
+            read = project_out(state, new + "o_proj", attend(q, k, v, mask), mask)
+            with_images = h + torch.tanh(state[new + "attention_gate"]) * read
+            x = rms_norm(state, new + "ffn_norm", settings, with_images)
+            passed = after_image * gated_mlp(state, new + "mlp.", x)
+            passed = with_images + torch.tanh(state[new + "ffn_gate"]) * passed
+            fusion.append(passed - h)
+            h = passed
+        h = h + self_attention(state, layer, settings, h, self_mask, text_positions)
+        h = h + feed_forward(state, layer, settings, h)
+    return h, fusion
+
+
+def run_hyper_attention(
+    state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """mPLUG-Owl3: a gate on each text token mixes what it reads in images and in text."""
+    texts = [token for token in tokens if token.kind == "text"]
+    images = [token for token in tokens if token.kind == "image"]
+    self_mask = pairs(texts, texts, sees_text)
+    text_positions = [text_position(token) for token in texts]
+    mask = pairs(texts, images, sees_earlier_image)
+    image_positions = [frozen_position(token, settings) for token in images]
+    after_image = torch.tensor([[float(token.window is not None)] for token in texts]).double()
+    h = text
+    fusion = []
+    for n in range(settings.layers):
+        layer = f"model.layers.{n}."
+        attended = self_attention(state, layer, settings, h, self_mask, text_positions)
+        if settings.fuses(n):
+            own, shared = layer + "fusion.", layer + "self_attn."
+            x = rms_norm(state, layer + "input_layernorm", settings, h)
+            normed = rms_norm(state, layer + "input_layernorm", settings, y)
+            q = project(state, shared + "q_proj", settings, x, text_positions)
+            k = project(state, shared + "k_proj", settings, x, text_positions)
+            v = project(state, shared + "v_proj", settings, x)
+            read_text = attend(q, k, v, self_mask)
+            k = project(state, own + "k_proj", settings, normed, image_positions)
+            v = project(state, own + "v_proj", settings, normed)
+            read_images = attend(q, k, v, mask)
+            gate = after_image * torch.sigmoid(linear(state, own + "gate", x))
+            mixed = (1 - gate) * read_text + gate * read_images
+            fusion.append(linear(state, shared + "o_proj", mixed) - attended)
+            attended = linear(state, shared + "o_proj", mixed)
+        h = h + attended
+        h = h + feed_forward(state, layer, settings, h)
+    return h, fusion
+
+
+def resample(state: State, settings: Settings, y: Tensor) -> Tensor:
+    """Learned queries read the tokens of one image: (N, C) -> (queries, C)."""
+
+    def mha(prefix: str, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (
+            linear(state, prefix + name, source).unflatten(-1, (settings.resampler_heads, -1))
+            for name, source in (("q_proj", x), ("k_proj", context), ("v_proj", context))
+        )
+        everything = [[True] * len(context)] * len(x)
+        return linear(state, prefix + "o_proj", attend(q, k, v, everything))
+
+    s = state["resampler.queries"]
+    assert len(s) == settings.queries
+    for n in range(settings.resampler_layers):
+        layer = f"resampler.layers.{n}."
+        x = layer_norm(state, layer + "self_norm", s)
+        s = s + mha(layer + "self_attn.", x, x)
+        x = layer_norm(state, layer + "cross_norm", s)
+        s = s + mha(layer + "cross_attn.", x, layer_norm(state, layer + "image_norm", y))
+        x = linear(state, layer + "ffn.up", layer_norm(state, layer + "ffn_norm", s))
+        gelu = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+        s = s + linear(state, layer + "ffn.down", gelu)
+    return layer_norm(state, "resampler.norm", s)
+
+
+# The parts of a decoder
+
+
+def self_attention(
+    state: State,
+    layer: str,
+    settings: Settings,
+    h: Tensor,
     mask: Sequence[Sequence[bool]],
-    query_positions: Sequence[int | None],
-    key_positions: Sequence[int | None],
+    positions: Sequence[Position],
 ) -> Tensor:
-    """Multi-head attention of x (n, C) over context (m, C); a query without keys gives zeros."""
-    q = heads(linear(state, prefix + "q_proj", x), query_positions, settings)
-    k = heads(linear(state, prefix + "k_proj", context), key_positions, settings)
-    v = linear(state, prefix + "v_proj", context).unflatten(-1, (-1, settings.head_dim))
-    out = torch.zeros_like(x)
-    for i, row in enumerate(mask):
+    """SA(norm(h)) of a block, (n, C)."""
+    x = rms_norm(state, layer + "input_layernorm", settings, h)
+    q = project(state, layer + "self_attn.q_proj", settings, x, positions)
+    k = project(state, layer + "self_attn.k_proj", settings, x, positions)
+    v = project(state, layer + "self_attn.v_proj", settings, x)
+    return linear(state, layer + "self_attn.o_proj", attend(q, k, v, mask))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Sequence[bool]]) -> Tensor:
+    """Multi-head attention of q (n, H, D) over k and v (m, Hkv, D): (n, H * D).
+
+    A query that sees nothing reads zeros.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    read = []
+    for query, row in zip(q, mask, strict=True):
         seen = [j for j, visible in enumerate(row) if visible]
         if not seen:
+            read.append(torch.zeros_like(query).flatten())
             continue
-        read = []
-        for head in range(settings.heads):
-            shared = head // (settings.heads // settings.kv_heads)
-            scores = k[seen, shared] @ q[i, head] / settings.head_dim**0.5
-            read.append(torch.softmax(scores, dim=0) @ v[seen, shared])
-        out[i] = linear(state, prefix + "o_proj", torch.cat(read))
-    return out
+        scores = torch.einsum("hd,mhd->hm", query, k[seen]) / q.shape[-1] ** 0.5
+        read.append(torch.einsum("hm,mhd->hd", scores.softmax(-1), v[seen]).flatten())
+    return torch.stack(read)
 
 
-def heads(x: Tensor, positions: Sequence[int | None], settings: Settings) -> Tensor:
-    """(n, heads * D) -> (n, heads, D), each token rotated by its position."""
-    split = x.unflatten(-1, (-1, settings.head_dim))
-    rotated = [
-        token if position is None else rotate(token, position, settings.rope_theta)
-        for token, position in zip(split, positions, strict=True)
-    ]
-    return torch.stack(rotated) if rotated else split
+def project(
+    state: State,
+    name: str,
+    settings: Settings,
+    x: Tensor,
+    positions: Sequence[Position] | None = None,
+) -> Tensor:
+    """(n, C) -> (n, heads, D), each token rotated by its position, if given."""
+    split = linear(state, name, x).unflatten(-1, (-1, settings.head_dim))
+    return split if positions is None else rotate(split, positions, settings)
 
 
-def rotate(x: Tensor, position: int, theta: float) -> Tensor:
-    """RoPE over (heads, D): element i turns with element i + D/2 by position * theta^(-2i/D)."""
-    width = x.shape[-1]
+def project_out(state: State, name: str, read: Tensor, mask: Sequence[Sequence[bool]]) -> Tensor:
+    """The output projection, with its bias, where a query reads anything; zero elsewhere."""
+    reads = torch.tensor([[float(any(row))] for row in mask]).double()
+    return reads * linear(state, name, read)
+
+
+def rotate(x: Tensor, positions: Sequence[Position], settings: Settings) -> Tensor:
+    """RoPE over (n, heads, D): a pair of elements turns by position * theta^(-2i/D)."""
+    half = settings.head_dim // 2
+    sections = settings.mrope_section or (half,)
+    assert sum(sections) == half
+    axes = [axis for axis, section in enumerate(sections) for _ in range(section)]
     # Llama-like backbones are trained with angles in float32; rounding them is part of the model.
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    angles = torch.tensor(float(position), dtype=torch.float32) * (1.0 / theta**exponents)
+    exponents = torch.arange(0, settings.head_dim, 2, dtype=torch.float32) / settings.head_dim
+    turns = torch.tensor(positions, dtype=torch.float32).reshape(-1, 3)[:, axes]
+    angles = (turns * (1.0 / settings.rope_theta**exponents))[:, None]
     cos, sin = angles.cos().double(), angles.sin().double()
-    first, second = x[..., : width // 2], x[..., width // 2 :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight."""
-    return weight * x / torch.sqrt((x**2).mean(-1, keepdim=True) + settings.norm_eps)
+    if settings.paired:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x[..., :half], x[..., half:]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    if settings.paired:
+        return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.cat(turned, dim=-1)
 
 
 def feed_forward(state: State, layer: str, settings: Settings, h: Tensor) -> Tensor:
-    """The gated FFN under its norm: down(silu(gate(x)) * up(x))."""
-    x = rms_norm(h, state[layer + "post_attention_layernorm.weight"], settings)
-    gate, up = linear(state, layer + "mlp.gate_proj", x), linear(state, layer + "mlp.up_proj", x)
-    return linear(state, layer + "mlp.down_proj", gate * torch.sigmoid(gate) * up)
+    """FFN(norm(h)) of a block."""
+    x = rms_norm(state, layer + "post_attention_layernorm", settings, h)
+    return gated_mlp(state, layer + "mlp.", x)
 
 
-def logits(state: State, settings: Settings, h: Tensor) -> Tensor:
-    """(T, C) -> (T, vocabulary)."""
-    return rms_norm(h, state["model.norm.weight"], settings) @ state["lm_head.weight"].T
+def gated_mlp(state: State, prefix: str, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x))."""
+    gate, up = linear(state, prefix + "gate_proj", x), linear(state, prefix + "up_proj", x)
+    return linear(state, prefix + "down_proj", gate * torch.sigmoid(gate) * up)
+
+
+def rms_norm(state: State, name: str, settings: Settings, x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    size = torch.sqrt((x**2).mean(-1, keepdim=True) + settings.norm_eps)
+    return state[name + ".weight"] * x / size
+
+
+def layer_norm(state: State, name: str, x: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-6) * weight + bias."""
+    centred = x - x.mean(-1, keepdim=True)
+    size = torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
+    return state[name + ".weight"] * centred / size + state[name + ".bias"]
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:

@@ -22,13 +22,18 @@ HIDDEN = 64
 # (rows, columns) of image tokens: every shape of one to four tokens.
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1))
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "helium": HeliumConfig}
+# Which of the eight RoPE frequencies of a tiny head turn by time, by height and by width.
+MROPE_SECTION = (2, 3, 3)
 
 # Property tests draw the same examples on every run.
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 def tiny_text_config(backbone: str = "llama", layers: int = 2, **options: Any) -> PretrainedConfig:
-    """A decoder of 4 query and 2 key heads that never stops generating by itself."""
+    """A decoder of 4 query and 2 key heads that never stops generating by itself.
+
+    :param backbone: llama, qwen2, helium, or qwen2_5_vl for Qwen2.5-VL's decoder.
+    """
     values: dict[str, Any] = dict(
         hidden_size=HIDDEN,
         intermediate_size=96,
@@ -42,6 +47,18 @@ def tiny_text_config(backbone: str = "llama", layers: int = 2, **options: Any) -
         eos_token_id=None,
         pad_token_id=None,
     )
+    if backbone == "qwen2_5_vl":
+        del values["head_dim"]
+        rope = {"rope_type": "default", "mrope_section": list(MROPE_SECTION)}
+        try:
+            from transformers import Qwen2_5_VLTextConfig
+        except ImportError:  # transformers 4.51 keeps the text fields in the whole model's config
+            from transformers import Qwen2_5_VLConfig
+
+            values |= {"rope_theta": 10000.0, "rope_scaling": rope}
+            return Qwen2_5_VLConfig(**{**values, **options})
+        values["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+        return Qwen2_5_VLTextConfig(**{**values, **options})
     return CONFIGS[backbone](**{**values, **options})
 
 
@@ -63,7 +80,7 @@ def tiny_vision_config(
 
 def tiny_model(
     mechanism: str = "casa",
-    layers: int = 2,
+    blocks: int = 2,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     text_config: PretrainedConfig | None = None,
@@ -73,12 +90,13 @@ def tiny_model(
 ) -> CasaForConditionalGeneration:
     """A whole model with random weights, in eval mode.
 
+    :param blocks: decoder blocks, unless `text_config` says.
     :param dtype: float64 also gives norms of that precision (see `ExactNorm`).
     :param perturb: moves the fusion weights away from their initial values, so that an initial copy
         of the self-attention hides no mix-up of the two.
     """
     config = CasaConfig(
-        text_config=text_config or tiny_text_config(layers=layers),
+        text_config=text_config or tiny_text_config(layers=blocks),
         vision_config=tiny_vision_config(width=vision_width),
         fusion={"mechanism": mechanism, **fusion_options},
     )
@@ -135,17 +153,36 @@ def use_exact_norms(model: CasaForConditionalGeneration) -> None:
 
 
 def reference_settings(model: CasaForConditionalGeneration) -> Settings:
-    """The hyper-parameters that `tests.reference` needs."""
-    text, fusion = model.config.text_config, model.config.fusion
+    """The hyper-parameters that `tests.reference` needs, with the defaults casa.md gives."""
+    text = model.config.text_config
+    rope = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta}
+    multimodal = text.model_type.startswith("qwen2_5_vl")
+    options = dict(model.config.fusion)
+    if options["mechanism"] == "cross_attention":
+        options["text_in_window"] = False
+    if options["mechanism"] == "qformer_insertion":
+        heads = options.pop("heads", 0) or max(1, HIDDEN // 64)
+        options = {
+            **options,
+            "queries": options.get("queries", 128),
+            "resampler_layers": options.pop("layers", 2),
+            "resampler_heads": heads,
+        }
+    if options["mechanism"] == "hyper_attention":
+        last = text.num_hidden_layers - 1
+        spread = {0, (last + 1) // 3, 2 * (last + 1) // 3, last}
+        options["hyper_layers"] = tuple(options.pop("layers", None) or sorted(spread))
+    options.pop("init", None)
     return Settings(
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         head_dim=HIDDEN // text.num_attention_heads,
         norm_eps=text.rms_norm_eps,
-        rope_theta=10000.0,
-        mechanism=fusion["mechanism"],
-        image_positions=fusion.get("image_positions", "frozen"),
+        rope_theta=rope["rope_theta"],
+        mrope_section=MROPE_SECTION if multimodal else None,
+        paired=text.model_type == "helium",
+        **options,
     )
 
 
@@ -162,18 +199,31 @@ class Layout:
     :param text: number of text tokens.
     :param points: for each image the number of text tokens before it, sorted.
     :param grids: for each image its rows and columns of image tokens.
+    :param follows: for each image, whether it is a frame of the same video as the image before it;
+        all alone if left out.
     """
 
     text: int
     points: tuple[int, ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
+    follows: tuple[bool, ...] = ()
 
     @property
     def image_tokens(self) -> tuple[int, ...]:
         return tuple(rows * columns for rows, columns in self.grids)
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(rows for rows, _ in self.grids)
+
     def chunk(self) -> Chunk:
-        return Chunk(self.text, self.points, self.image_tokens)
+        return Chunk(
+            self.text,
+            self.points,
+            self.image_tokens,
+            rows=self.rows,
+            follows=self.follows or (False,) * len(self.points),
+        )
 
 
 @dataclass
@@ -187,11 +237,12 @@ class Sample:
 
 @st.composite
 def sample_layouts(draw: st.DrawFn, longest: int = 12, most_images: int = 4) -> Layout:
-    """One sample; images may stand anywhere, also together or behind all text."""
+    """One sample; images may stand anywhere, also together or behind all text, and follow any."""
     text = draw(st.integers(1, longest))
     points = sorted(draw(st.lists(st.integers(0, text), max_size=most_images)))
     grids = [draw(st.sampled_from(GRIDS)) for _ in points]
-    return Layout(text, tuple(points), tuple(grids))
+    follows = draw(st.tuples(*[st.booleans() if i else st.just(False) for i in range(len(points))]))
+    return Layout(text, tuple(points), tuple(grids), follows)
 
 
 def layouts() -> st.SearchStrategy[list[Layout]]:
@@ -200,11 +251,12 @@ def layouts() -> st.SearchStrategy[list[Layout]]:
 
 
 # Every special case at once: text before an image, consecutive images, a window without text, a
-# sample without images, an image at the very start, and a sample whose only window has no text.
+# sample without images, an image at the very start, a sample whose only window has no text, videos
+# of two windows, and an image that follows inside its window.
 HARD_PACK = [
-    Layout(7, (2, 2, 5, 7), ((1, 2), (2, 1), (2, 2), (1, 1))),
+    Layout(7, (2, 2, 5, 7), ((1, 2), (2, 1), (2, 2), (1, 1)), (False, True, True, False)),
     Layout(4),
-    Layout(6, (0, 0, 3), ((1, 3), (1, 1), (2, 2))),
+    Layout(6, (0, 0, 3), ((1, 3), (1, 1), (2, 2)), (False, False, True)),
     Layout(1, (1,), ((1, 2),)),
 ]
 

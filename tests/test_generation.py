@@ -26,6 +26,7 @@ from tests.variants import (
     VARIANTS,
     every_mechanism,
     every_variant,
+    follows_of,
     inserts,
     packed_logits,
     padded_batch,
@@ -117,13 +118,18 @@ def stream_tokens(variant: str, image: Tensor) -> int:
     return int(VARIANTS[variant].get("queries", tokens))
 
 
-def stream_turns(seed: int) -> Iterator[tuple[Tensor, Tensor, list[list[int]], list[Tensor]]]:
-    """Three turns of two streams: new ids, their mask, columns of images, images.
+Turn = tuple[Tensor, Tensor, list[list[int]], list[list[bool]], list[Tensor]]
+
+
+def stream_turns(seed: int) -> Iterator[Turn]:
+    """Three turns of two streams: new ids, their mask, columns of images, which follow, images.
 
     The first turn is padded, the second brings an image for each stream, the third for one only.
+    Each stream has an image that follows one of an earlier turn.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = [((2, 6), [[3, 4], [0, 0]]), ((2, 4), [[0], [2]]), ((2, 5), [[], [1]])]
+    following = [[[False, True], [False, False]], [[True], [False]], [[], [True]]]
     for turn, (shape, points) in enumerate(shapes):
         ids = torch.randint(0, VOCABULARY, shape, generator=generator)
         mask = torch.ones_like(ids)
@@ -131,7 +137,7 @@ def stream_turns(seed: int) -> Iterator[tuple[Tensor, Tensor, list[list[int]], l
             mask[0, :2] = 0
         grids = [(1, 2), (2, 2), (3, 1), (1, 1)]
         images = [random_image(generator, *grids[i]) for i in range(sum(map(len, points)))]
-        yield ids, mask, points, images
+        yield ids, mask, points, following[turn], images
 
 
 @every_variant
@@ -139,13 +145,14 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
     """The last id of a turn enters with the next one, in the older window."""
     model = shared_model(variant)
     told = torch.zeros(2, 0, dtype=torch.long)
-    masks, points, images = [], [[], []], [[], []]
+    masks, points, follows, images = [], [[], []], [[], []], [[], []]
     slots = waiting = 0
     model.start_ca_streaming_states()
-    for ids, mask, columns, pixels in stream_turns(seed=5):
+    for ids, mask, columns, following, pixels in stream_turns(seed=5):
         remaining = list(pixels)
         for row in range(2):
             points[row] += [told.shape[1] + column for column in columns[row]]
+            follows[row] += following[row]
             images[row] += [remaining.pop(0) for _ in columns[row]]
         out = model.generate_from_image(
             ids,
@@ -153,6 +160,7 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
             columns,
             mask,
             reset_streaming=False,
+            image_follows=following,
             max_new_tokens=4,
             do_sample=False,
         )
@@ -172,6 +180,7 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
         transcript = {
             "attention_mask": torch.cat(masks, 1),
             "image_embeds_insertion_points": points,
+            "image_follows": follows,
             "pixel_values": images[0] + images[1],
         }
         greedy_check(model, told, transcript, prompt)
@@ -201,6 +210,7 @@ def test_consecutive_images_share_a_window_over_a_chunk_boundary(mechanism: str)
     chunks[0]["pixel_values"].append(chunks[1]["pixel_values"].pop(0))
     chunks[0]["image_embeds_insertion_points"] = [[1, 3]]
     chunks[1]["image_embeds_insertion_points"] = [[0]]
+    chunks[0]["image_follows"], chunks[1]["image_follows"] = [[False] * 2], [[False]]
     assert_chunks_equal_whole(model, sample, chunks)
 
 
@@ -226,6 +236,7 @@ def cut_sample(sample: Sample, cuts: list[int], late: bool) -> list[dict[str, An
                 "image_embeds_insertion_points": [
                     [sample.layout.points[i] - start for i in inside]
                 ],
+                "image_follows": [[follows_of(sample.layout)[i] for i in inside]],
                 "pixel_values": [sample.images[i] for i in inside],
             }
         )

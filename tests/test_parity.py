@@ -100,13 +100,23 @@ def test_every_switch_counts_on_the_way_to_insertion(
 
 
 def test_the_turned_model_reads_images_in_its_own_layers() -> None:
-    """It does not put images into the stream: only text tokens pass the self-attention's norm."""
-    inserted, turned = insertion_twins("llama")
+    """Its stream holds text alone, and every block calls its fusion child."""
+    _, turned = insertion_twins("llama")
     assert type(turned.mechanism) is Casa and not turned.mechanism.inserts
     inputs = packed_inputs(fill(HARD_PACK))
     plan = turned.mechanism.plan(inputs.chunks, None, None, torch.device("cpu"))
     assert plan.stream_index is None
     assert plan.stream_lengths == [layout.text for layout in HARD_PACK]
+    calls: list[int] = []
+    hooks = [
+        layer.fusion.register_forward_hook(lambda module, args, out: calls.append(module.layer_idx))
+        for layer in turned.model.layers
+    ]
+    with torch.no_grad():
+        turned(packed=inputs)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [0, 1, 2]
 
 
 # The library's Qwen2.5-VL

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -11,6 +14,7 @@ from casa_train.modeling.windows import (
     Window,
     has_pair,
     image_positions,
+    image_spans,
     interleave,
     split_windows,
     text_positions,
@@ -26,7 +30,9 @@ def chunks_of(pack: list[Layout]) -> list[Chunk]:
 
 def tokens_of(layout: Layout) -> list[Token]:
     """The tokens of a sample, by the independent reference."""
-    return sample_tokens(layout.text, layout.points, layout.image_tokens)
+    return sample_tokens(
+        layout.text, layout.points, layout.image_tokens, layout.rows, layout.follows
+    )
 
 
 def rows_of(windows: list[Window], kind: str) -> list[int]:
@@ -53,17 +59,18 @@ def test_windows_are_those_of_the_definition(pack: list[Layout]) -> None:
         assert window.continues == (window.image[0] == window.image[1])
         for kind in ("text", "image"):
             for row in range(*getattr(window, kind)):
-                found[kind, row] = (index, window.sample, window.continues)
+                found[kind, row] = (index, window.sample, window.continues, window.follows)
 
     texts = images = 0
     expected = []
     for sample, layout in enumerate(pack):
         for token in tokens_of(layout):
             start = texts if token.kind == "text" else images
-            index, found_sample, continues = found[token.kind, start + token.row]
+            index, found_sample, continues, follows = found[token.kind, start + token.row]
             assert found_sample == sample
             # A whole sample continues nothing: leading text is in no window.
             assert continues == (token.window is None)
+            assert follows == (token.scope != token.window)
             expected.append((index, (sample, token.window)))
         texts, images = texts + layout.text, images + sum(layout.image_tokens)
     # One to one: an index never stands for two windows, and no window has two indices.
@@ -93,7 +100,10 @@ def test_has_pair_says_whether_an_image_has_text(pack: list[Layout]) -> None:
 @given(layouts())
 @example(HARD_PACK)
 def test_positions_are_those_of_the_definition(pack: list[Layout]) -> None:
-    """Frozen counts text tokens before a token; advance counts text and image tokens."""
+    """Frozen counts text tokens before a token; advance counts text and image tokens.
+
+    With multimodal RoPE, image tokens stand in a grid, and advance counts its longer side.
+    """
     chunks = chunks_of(pack)
     tokens = [token for layout in pack for token in tokens_of(layout)]
     text = [token for token in tokens if token.kind == "text"]
@@ -102,6 +112,13 @@ def test_positions_are_those_of_the_definition(pack: list[Layout]) -> None:
     assert text_positions(chunks, advance=True).tolist() == [token.place for token in text]
     assert image_positions(chunks).tolist() == [token.text_before for token in images]
     assert image_positions(chunks, advance=True).tolist() == [token.place for token in images]
+
+    frozen = [[t.text_before] + [t.text_before + at for at in t.cell] for t in images]
+    assert text_positions(chunks, multimodal=True).tolist() == [t.text_before for t in text]
+    assert image_positions(chunks, multimodal=True).T.tolist() == frozen
+    advanced = [[t.qwen] + [t.qwen + at for at in t.cell] for t in images]
+    assert text_positions(chunks, advance=True, multimodal=True).tolist() == [t.qwen for t in text]
+    assert image_positions(chunks, advance=True, multimodal=True).T.tolist() == advanced
 
 
 def test_positions_of_a_hand_written_sample() -> None:
@@ -118,24 +135,23 @@ def test_positions_of_a_hand_written_sample() -> None:
 @example(HARD_PACK)
 def test_positions_go_on_over_chunks(pack: list[Layout]) -> None:
     """A sample that enters in two pieces has the positions of the whole."""
-    for layout in pack:
+    options = itertools.product((text_positions, image_positions), (False, True), (False, True))
+    for layout, (positions, advance, multimodal) in itertools.product(pack, options):
+        whole = positions([layout.chunk()], advance, multimodal)
         for cut in range(layout.text + 1):
-            first = sum(point <= cut for point in layout.points)
-            pieces = [
-                Chunk(cut, layout.points[:first], layout.image_tokens[:first]),
-                Chunk(
-                    layout.text - cut,
-                    tuple(point - cut for point in layout.points[first:]),
-                    layout.image_tokens[first:],
-                    past_text=cut,
-                    past_span=sum(layout.image_tokens[:first]),
-                ),
-            ]
-            for positions in (text_positions, image_positions):
-                for advance in (False, True):
-                    whole = positions([layout.chunk()], advance)
-                    apart = [positions([piece], advance) for piece in pieces]
-                    assert np.concatenate(apart).tolist() == whole.tolist()
+            n = sum(point <= cut for point in layout.points)
+            counts, rows = layout.image_tokens, layout.rows
+            first = Chunk(cut, layout.points[:n], counts[:n], rows[:n])
+            second = Chunk(
+                layout.text - cut,
+                tuple(point - cut for point in layout.points[n:]),
+                counts[n:],
+                rows[n:],
+                past_text=cut,
+                past_span=sum(image_spans(first, multimodal)),
+            )
+            apart = [positions([piece], advance, multimodal) for piece in (first, second)]
+            assert np.concatenate(apart, axis=-1).tolist() == whole.tolist()
 
 
 @PROPERTY
@@ -171,10 +187,13 @@ def test_nothing_gives_nothing() -> None:
         ((5, (-1, 2), (2, 2)), ["[-1, 2]", "0..5"]),
         ((5, (1, 2), (2,)), ["2 insertion points", "[1, 2]", "1 images"]),
         ((5, (), (2, 7, 9)), ["0 insertion points", "3 images"]),
+        ((5, (1, 2), (2, 2), (1,)), ["1 values of rows", "2 images"]),
+        ((5, (1, 2), (2, 2), (1, 1), (False,)), ["1 values of follows", "2 images"]),
+        ((5, (1, 2), (2, 2), (1, 1), (True, False)), ["first image", "following"]),
     ],
 )
 def test_impossible_chunks_are_refused_with_their_numbers(
-    arguments: tuple[int, tuple[int, ...], tuple[int, ...]], named: list[str]
+    arguments: tuple[Any, ...], named: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
         Chunk(*arguments)

@@ -161,13 +161,9 @@ def reference_settings(model: CasaForConditionalGeneration) -> Settings:
     if options["mechanism"] == "cross_attention":
         options["text_in_window"] = False
     if options["mechanism"] == "qformer_insertion":
-        heads = options.pop("heads", 0) or max(1, HIDDEN // 64)
-        options = {
-            **options,
-            "queries": options.get("queries", 128),
-            "resampler_layers": options.pop("layers", 2),
-            "resampler_heads": heads,
-        }
+        options.setdefault("queries", 128)
+        options["resampler_layers"] = options.pop("layers", 2)
+        options["resampler_heads"] = options.pop("heads", 0) or max(1, HIDDEN // 64)
     if options["mechanism"] == "hyper_attention":
         last = text.num_hidden_layers - 1
         spread = {0, (last + 1) // 3, 2 * (last + 1) // 3, last}

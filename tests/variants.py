@@ -133,12 +133,12 @@ every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 
 
 def build(variant: str, **options: Any) -> CasaForConditionalGeneration:
-    """A new model of a variant."""
-    values = {"blocks": 2, "backbone": "llama", **VARIANTS[variant]}
+    """A new model of a variant; `options` are those of `tiny_model`."""
+    values = {"blocks": 2, "backbone": "llama", **VARIANTS[variant], **options}
     backbone = values.pop("backbone")
     text = {"backbone": backbone, **BACKBONES.get(backbone, {})}
     config = tiny_text_config(layers=values.pop("blocks"), **text)
-    return tiny_model(text_config=config, **{**values, **options})
+    return tiny_model(text_config=config, **values)
 
 
 @functools.cache
@@ -232,6 +232,11 @@ def with_image(samples: list[Sample], index: int, i: int) -> list[Sample]:
     return [*samples[:index], changed, *samples[index + 1 :]]
 
 
+def follows_of(layout: Layout) -> list[bool]:
+    """For each image whether it follows the one before it."""
+    return list(layout.follows or [False] * len(layout.points))
+
+
 def padded_batch(samples: list[Sample], left: bool = True) -> dict[str, Any]:
     """The samples as a padded batch in Hugging Face's keywords; the padding is not id 0."""
     width = max(len(sample.ids) for sample in samples)
@@ -247,5 +252,6 @@ def padded_batch(samples: list[Sample], left: bool = True) -> dict[str, Any]:
         "input_ids": ids,
         "attention_mask": mask,
         "image_embeds_insertion_points": points,
+        "image_follows": [follows_of(sample.layout) for sample in samples],
         "pixel_values": [image for sample in samples for image in sample.images],
     }

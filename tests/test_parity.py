@@ -132,23 +132,25 @@ def qwen_twins() -> tuple[CasaForConditionalGeneration, Qwen2_5_VLForConditional
 
 def library_qwen(ours: CasaForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
     """The library's Qwen2.5-VL with the weights of ours."""
-    text, vision = (c.to_dict() for c in (ours.config.text_config, ours.config.vision_config))
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
+    text = ours.config.text_config.to_dict()
+    names = ("model_type", "transformers_version", "architectures", "vision_config")
+    config = Qwen2_5_VLConfig(  # text fields at the top level: both transformers generations agree
+        **{key: value for key, value in text.items() if key not in names},
+        vision_config=ours.config.vision_config.to_dict(),
         image_token_id=IMAGE_PAD,
         video_token_id=VIDEO_PAD,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    nested = "model.language_model.norm.weight" in model.state_dict()  # not so in 4.51
     weights = {}
     for name, value in ours.state_dict().items():
         if ".fusion." in name or name.startswith("resampler."):
             continue
-        if name.startswith("visual."):
+        if nested and name.startswith("visual."):
             name = "model." + name
-        elif name.startswith("model."):
+        elif nested and name.startswith("model."):
             name = name.replace("model.", "model.language_model.", 1)
         weights[name] = value
     model.load_state_dict(weights, strict=True)

@@ -38,7 +38,8 @@ def rope_settings(config: Any) -> dict[str, Any]:
     """
     settings = dict(getattr(config, "rope_parameters", None) or {})
     if not settings:
-        settings = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        scaling = getattr(config, "rope_scaling", None)  # HeliumConfig of 4.51.3 has none
+        settings = {"rope_theta": config.rope_theta, **(scaling or {})}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     # Multimodal RoPE says how frequencies are shared out, not how they are computed.
     settings["rope_type"] = "default" if kind == "mrope" else kind

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import MistralConfig, PretrainedConfig
+from transformers import AutoModel, MistralConfig, PretrainedConfig
 
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.reference import Token
@@ -342,6 +342,29 @@ def test_from_self_attention_copies_the_block(
             for key, value in source.state_dict().items():
                 assert torch.equal(copy.state_dict()[key], value)
                 assert copy.state_dict()[key].data_ptr() != value.data_ptr()
+
+
+@every_variant
+def test_every_tensor_of_the_backbone_has_a_place(variant: str) -> None:
+    """Where self-attention is replaced, fusion adopts its projections: of the same shape, once."""
+    model = shared_model(variant)
+    backbone = AutoModel.from_config(model.config.text_config)
+    shapes = {f"model.{name}": value.shape for name, value in backbone.state_dict().items()}
+    adopted = {model.mechanism.adopt(name): shape for name, shape in shapes.items()}
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    assert len(adopted) == len(shapes)
+    assert adopted.items() <= own.items()
+    moved = {name for name in adopted if name not in shapes}
+    assert all(".fusion." in name for name in moved)
+    assert bool(moved) == ("replace" in variant and "shared" not in variant)
+
+
+def test_a_random_start_adopts_nothing() -> None:
+    mechanism = build("casa-replace-every2", init="random").mechanism
+    assert mechanism.adopt("model.layers.1.self_attn.q_proj.weight") is None
+    assert mechanism.adopt("model.layers.1.mlp.up_proj.weight") is not None
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert mechanism.adopt(name) == name
 
 
 def test_hyper_attention_starts_with_copied_keys_and_a_nearly_closed_gate() -> None:

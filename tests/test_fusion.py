@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig, PretrainedConfig
 
+from casa_train.modeling.block import project_out
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.reference import Token
 from tests.tiny import (
@@ -120,6 +121,43 @@ def random_weights(pack: list[Layout], seed: int = 0) -> Tensor:
 def split(rows: Tensor, pack: list[Layout]) -> tuple[Tensor, ...]:
     """The rows of each sample of a pack."""
     return rows.split([layout.text for layout in pack])
+
+
+def fusion_additions(model: CasaForConditionalGeneration, samples: list[Sample]) -> list[Tensor]:
+    """(T, C) for every block with projections of its own for images: what it adds to the text."""
+    additions: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        if isinstance(out, tuple):  # casa: reads of text and images before the output projection
+            additions.append(project_out(module.o_proj, out[0], inputs[-1].plan.cross))
+        else:  # gated: the text before and after its layer
+            additions.append(out - inputs[0])
+
+    layers = [layer.fusion for layer in model.model.layers if layer.fusion is not None]
+    hooks = [fusion.register_forward_hook(keep) for fusion in layers]
+    packed_logits(model, samples)
+    for hook in hooks:
+        hook.remove()
+    return additions
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [n for n in VARIANTS if n.startswith(("casa", "cross", "gated")) and "shared" not in n],
+)
+def test_fusion_adds_what_the_reference_adds(variant: str) -> None:
+    """Block by block, and exactly nothing to text that has nothing to read."""
+    model, samples = shared_model(variant), fill(HARD_PACK)
+    with torch.no_grad():
+        found = fusion_additions(model, samples)
+        references = [reference_of(model, sample) for sample in samples]
+    assert len(found) == len(references[0].fusion)
+    for n, out in enumerate(found):
+        expected = torch.cat([r.fusion[n] for r in references])
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        nothing = (expected == 0).all(1)
+        assert (out[nothing] == 0).all() and (out[~nothing] != 0).any(1).all()
+        assert nothing.any() or "replace-all" in variant
 
 
 @every_mechanism

@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 DATA := demo_data
 TASKS := colour,shape,count
+COMPAT := .venv-compat
+# What runs on both generations of transformers: the tests of casa_train/modeling and of exports.
+CORE := $(addprefix tests/test_,$(addsuffix .py,windows attention fusion vision processing compat))
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-fast check clean
+.PHONY: help setup demo test test-fast test-compat check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +39,15 @@ test: setup  ## the whole test suite
 
 test-fast: setup  ## the tests for daily work, under five minutes
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.51.3, exports to and from 5.x
+	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python -m pytest -q $(CORE)
+
+$(COMPAT)/.installed: constraints-compat.txt
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints-compat.txt
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-compat.txt
+	touch $@
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_recipes.__main__ import main as recipes
-
 ROOT = Path(__file__).resolve().parent.parent
 
 # The chat template of the rendered dataset's tokenizer.
@@ -46,6 +44,9 @@ TINY = [
 
 def prepare_data(out: Path, samples: int = 240) -> Path:
     """Renders a dataset with the real recipe."""
+    # Here, because `make test-compat` has not what recipes import.
+    from data_recipes.__main__ import main as recipes
+
     arguments = ["--samples", str(samples), "--validation", "24", "--seed", "3", "--workers", "1"]
     assert recipes(["synthetic", "--out", str(out), *arguments]) == 0
     return out

@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from casa_train.data.tokens import load_tokenizer
+from casa_train.data.tokens import load_tokenizer, save_tokenizer
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError, target_size
 from casa_train.modeling.processing_casa import CasaProcessor
+from data_recipes.synthetic import build_tokenizer
 from tests.commands import TEMPLATE
 
 
 @pytest.fixture(scope="module")
-def tokenizer_path(data_dir: Path) -> str:
-    return str(data_dir / "tokenizer")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(build_tokenizer(), path)
+    return str(path)
 
 
 def processor(path: str, **template: str) -> CasaProcessor:

@@ -1,0 +1,98 @@
+"""Writes and reads exports, as a script that each environment of `make test-compat` runs.
+
+`write DIR` exports one tiny model per backbone, tied and untied, with what it computes beside it;
+`read DIR` loads them as a user would, through the code in the export, and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
+
+TOLERANCE = 1e-5
+NEW_TOKENS = 6
+
+
+def conversation() -> list[dict[str, Any]]:
+    """Two turns with an image each."""
+
+    def user(colour: str, words: str) -> dict[str, Any]:
+        picture = {"type": "image", "image": Image.new("RGB", (84, 56), colour)}
+        return {"role": "user", "content": [picture, {"type": "text", "text": words}]}
+
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    return [user("red", "What colour is this?"), answer, user("navy", "And this?")]
+
+
+@torch.no_grad()
+def computed(model: Any, processor: Any) -> dict[str, torch.Tensor]:
+    """Logits and greedily generated ids of the conversation."""
+    batch = processor.tokenize_messages(conversation())
+    greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    ids = model.generate_from_image(**batch, past_key_values=DynamicCache(), **greedy)
+    return {"input_ids": batch["input_ids"], "logits": model(**batch).logits, "ids": ids}
+
+
+def write(directory: Path) -> None:
+    """One export per backbone and tying, and `computed` in NAME.safetensors."""
+    from casa_train import modeling
+    from casa_train.checkpoint.export import write_export
+    from casa_train.checkpoint.gate import check_export
+    from casa_train.data.tokens import portable_tokenizer_config
+    from casa_train.modeling.processing_casa import CasaProcessor
+    from data_recipes.synthetic import build_tokenizer
+    from tests.commands import TEMPLATE
+    from tests.tiny import CONFIGS, tiny_model, tiny_text_config
+
+    processor = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
+
+    def save_processor(out: Path) -> None:
+        processor.save_pretrained(out)
+        portable_tokenizer_config(out)
+
+    for backbone in CONFIGS:
+        for tied in (True, False):
+            name = f"{backbone}_{'tied' if tied else 'untied'}"
+            size = {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
+            model = tiny_model(text_config=tiny_text_config(backbone, **size))
+            model.generation_config.eos_token_id = processor.asst_end_tokens[0]
+            write_export(
+                directory / name,
+                save_model=model.save_pretrained,
+                save_processor=save_processor,
+                source=Path(str(modeling.__file__)).parent,
+                card="A tiny model.\n",
+                provenance={},
+                gate=lambda out, model=model: check_export(out, model, [conversation()]),
+            )
+            save_file(computed(model, processor), directory / f"{name}.safetensors")
+
+
+def read(directory: Path) -> None:
+    """Raises unless every export in `directory` computes what its writer computed."""
+    answers = sorted(directory.glob("*.safetensors"))
+    assert answers, f"{directory} holds no exports"
+    for answer in answers:
+        export = str(answer.with_suffix(""))
+        processor = AutoProcessor.from_pretrained(export, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            export, trust_remote_code=True, torch_dtype=torch.float32
+        ).eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        expected, given = load_file(answer), computed(model, processor)
+        for name in ("input_ids", "ids"):
+            assert torch.equal(given[name], expected[name]), (answer.stem, name)
+        difference = float((given["logits"] - expected["logits"]).abs().max())
+        assert difference < TOLERANCE, (answer.stem, difference)
+    print(f"transformers {transformers.__version__}: {len(answers)} exports")
+
+
+if __name__ == "__main__":
+    {"write": write, "read": read}[sys.argv[1]](Path(sys.argv[2]))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa_train import __version__
@@ -21,19 +20,21 @@ from casa_train.data.plan import Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
+from casa_train.first_values import FirstValues, blocks
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.configuration_casa import CasaConfig
-from casa_train.modeling.decoder import BACKBONES
+from casa_train.modeling.decoder import ALIASES, BACKBONES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
 from casa_train.optim import fit_schedule
 from casa_train.warm_start import (
     Account,
     Pretrained,
+    Stored,
     backbone_config,
-    load_backbone,
-    load_export,
-    load_vision,
+    find_backbone,
+    find_export,
+    find_vision,
     vision_config,
 )
 
@@ -168,12 +169,13 @@ def describe_model(
     """
     text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     model_type = text.pop("model_type", base_text.get("model_type"))
+    model_type = ALIASES.get(model_type, model_type)
     if model_type not in BACKBONES:
         raise UserError(
             f"model.backbone.config.model_type: backbone {model_type!r} is not supported; choose "
             f"one of {sorted(BACKBONES)}."
         )
-    default = AutoConfig.for_model(model_type)
+    default: Any = CasaConfig(text_config={"model_type": model_type}).text_config
     rope = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim")
     refuse_unknown("model.backbone.config", text, [*default.to_dict(), *rope])
     refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
@@ -234,16 +236,8 @@ def refuse_unknown(section: str, values: Mapping[str, Any], known: Sequence[str]
 def build_model(
     config: Config, processor: CasaProcessor, model_config: CasaConfig
 ) -> CasaForConditionalGeneration:
-    """The model with random weights, the same on every rank, frozen where the run freezes it.
-
-    :raises UserError: an unknown mechanism, backbone or setting.
-    """
-    torch.manual_seed(config.seed)
-    try:
-        model = CasaForConditionalGeneration(model_config)
-        set_trainable(model, config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """`meta_model` with the tokens that begin, end and pad what it generates."""
+    model = meta_model(config, model_config)
     ends = processor.asst_end_tokens[:1] or [processor.tokenizer.eos_token_id]
     model.generation_config.eos_token_id = ends[0]
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -251,20 +245,70 @@ def build_model(
     return model
 
 
-def start_weights(model: CasaForConditionalGeneration, sources: Sources) -> list[Account]:
-    """Loads what the run starts from and gives fusion layers their first values.
+def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGeneration:
+    """The model on the meta device, shapes without values, frozen where the run freezes it.
+
+    :raises UserError: an unknown mechanism, backbone or setting.
+    """
+    try:
+        with torch.device("meta"):
+            model = CasaForConditionalGeneration(model_config)
+        set_trainable(model, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return model
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the run starts from, found and checked, but not read.
+
+    :param copies: whether fusion layers start from their blocks rather than from `stored`.
+    """
+
+    stored: Stored
+    accounts: list[Account]
+    copies: bool
+
+
+def find_weights(model: CasaForConditionalGeneration, sources: Sources) -> Start:
+    """Finds the model's parameters in the checkpoints that the run starts from.
 
     :raises UserError: checkpoints that do not fit.
     """
+    stored, accounts = Stored(), []
     if sources.whole is not None:
-        return [load_export(model, sources.whole)]
-    accounts = []
+        accounts.append(find_export(model, sources.whole, stored))
     if sources.backbone is not None:
-        accounts.append(load_backbone(model, sources.backbone))
+        accounts.append(find_backbone(model, sources.backbone, stored))
     if sources.vision is not None:
-        accounts.append(load_vision(model, sources.vision))
-    model.initialise_fusion()  # copies the backbone's layers, so it comes last
-    return accounts
+        accounts.append(find_vision(model, sources.vision, stored))
+    return Start(stored, accounts, copies=sources.whole is None)
+
+
+def start_weights(
+    model: CasaForConditionalGeneration,
+    start: Start | None,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    finish: Callable[[nn.Module], None],
+) -> None:
+    """Gives a model on the meta device its first values, the same on every rank, block by block.
+
+    :param start: None leaves NaN everywhere, for a checkpoint of the run to replace.
+    :param finish: called with every block that is complete, before the next one is begun.
+    """
+    if start is None:
+        values = FirstValues(None, Stored(), seed, device, dtype)
+    else:
+        values = FirstValues(model._init_weights, start.stored, seed, device, dtype)
+    decoder = set(model.model.layers)
+    for name, block in blocks(model):
+        values.fill(name, block)
+        if start is not None and start.copies and block in decoder:
+            model.mechanism.initialise(block)
+        finish(block)
 
 
 def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:

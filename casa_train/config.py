@@ -16,10 +16,11 @@ class BackboneConfig:
     """The text decoder."""
 
     pretrained: str | None = None
-    """Directory or hub id to start from; its configuration gives the sizes. null: random."""
+    """Directory or hub id to start from; its configuration gives the sizes. Of a Qwen2.5-VL
+    checkpoint the language model is taken. null: random."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
-    qwen2). The vocabulary size follows from the tokenizer unless it is given."""
+    qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
     trainable: bool = True
     """Whether embeddings, decoder layers and head train; fusion layers always do."""
 

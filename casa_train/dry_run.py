@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import nn
 
-from casa_train.assemble import set_trainable
+from casa_train.assemble import meta_model
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.metrics.flops import (
@@ -27,9 +26,7 @@ from casa_train.metrics.flops import (
     fused_layers,
 )
 from casa_train.metrics.memory import activation_bytes, logits_bytes, state_bytes
-from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.image_processing_casa import SIDE
-from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.optim import build_groups, fit_schedule
 from casa_train.sizes import size_model, text_sizes, vision_sizes
 
@@ -71,20 +68,6 @@ def dry_run(config: Config) -> list[str]:
         _assumptions(config, pack, notes),
     ]
     return [line for section in sections for line in (*section, "")][:-1]
-
-
-def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGeneration:
-    """The model without memory, frozen where the run freezes it.
-
-    :raises UserError: an unknown mechanism, backbone or setting.
-    """
-    try:
-        with torch.device("meta"):
-            model = CasaForConditionalGeneration(model_config)
-        set_trainable(model, config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return model
 
 
 def full_pack(config: Config) -> list[SampleShape]:

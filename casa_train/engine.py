@@ -89,6 +89,29 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return state
 
 
+def shard(module: nn.Module, zero_stage: int, precision: str) -> None:
+    """Leaves each rank its share of a module's parameters where ZeRO-3 will; collective.
+
+    A model is sharded block by block while its values are made, so that no rank ever holds all of
+    it; `Engine` shards whatever is left.
+    """
+    if zero_stage == 3:
+        deepspeed.zero.Init(module=module, config_dict_or_path=_settings(zero_stage, precision))
+
+
+def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration, as far as model and memory go."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": zero_stage},
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        # bf16 accumulation costs seven times the rounding error over 32 micro-steps.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
 class Engine:
     """A model under DeepSpeed ZeRO 1, 2 or 3.
 
@@ -106,17 +129,12 @@ class Engine:
     ) -> None:
         self.zero_stage = zero_stage
         config = {
-            "train_micro_batch_size_per_gpu": 1,
+            **_settings(zero_stage, precision),
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 40,
         }
-        if precision == "bf16":
-            config["bf16"] = {"enabled": True}
-            # bf16 accumulation costs seven times the rounding error over 32 micro-steps.
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(

@@ -46,7 +46,9 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     processor.tokenizer.padding_side = "left"  # what generation from a batch needs
     model = build_model(config, processor, load_model_config(run))
     chosen = DTYPES[dtype or config.parallel.precision]
-    missing, unexpected = model.load_state_dict(read_weights(found.path), strict=False)
+    weights = read_weights(found.path)
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
     missing = [name for name in missing if not (name == "lm_head.weight" and _tied(model))]
     if missing or unexpected:
         raise UserError(

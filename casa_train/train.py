@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from casa_train.assemble import (
-    Sources,
+    Start,
     banner,
     build_model,
     build_model_config,
     build_planner,
     build_processor,
+    find_weights,
     open_sources,
     open_splits,
     start_weights,
@@ -32,9 +35,10 @@ from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer
 from casa_train.data.plan import Planner
 from casa_train.data.shards import Split
-from casa_train.engine import Engine, init_processes
+from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink, keep_steps
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.optim import (
     apply_settings,
@@ -60,40 +64,11 @@ def train(config: Config) -> None:
         torch.set_num_threads(config.parallel.threads)
     rank, world, device = init_processes()
     say = print if rank == 0 else _silent
-    processor, splits, planner, sources = agree(lambda: check_inputs(config, world))
-    model_config = build_model_config(config, processor, sources)
+    checked = agree(lambda: check_inputs(config, world))
+    model, planner, splits = checked.model, checked.planner, checked.splits
     run_dir = Path(config.run_dir)
-    described = model_config.to_json_string()
+    described = model.config.to_json_string()
     agree(lambda: prepare_run_directory(run_dir, config, described) if rank == 0 else None)
-
-    model = build_model(config, processor, model_config)
-    accounts = agree(lambda: start_weights(model, sources))
-    # The weights above are the same on every rank; what is drawn from here on may differ.
-    seed_all(config.seed + rank)
-    groups = build_groups(model.named_parameters(), config.optim.groups)
-    for line in [
-        *banner(config, model, planner, world, device),
-        *(account.line() for account in accounts),
-        *describe(model.named_parameters(), groups),
-    ]:
-        say(line)
-    engine = Engine(
-        model,
-        build_optimizer(groups, config.optim),
-        config.parallel.zero_stage,
-        config.parallel.precision,
-        config.data.packs_per_step // world,
-        config.optim.clip,
-    )
-    loader = PackLoader(
-        planner,
-        Materializer(splits, processor, config.data.text_tokens, config.data.image_tokens),
-        config.data.packs_per_step,
-        rank,
-        world,
-        config.data.workers,
-        seed=config.seed,
-    )
     fingerprints = {
         "config": fingerprint(config),
         "data": json.dumps({name: split.fingerprint for name, split in sorted(splits.items())}),
@@ -105,10 +80,46 @@ def train(config: Config) -> None:
         fingerprints,
         say,
     )
-    progress = Progress()
     found = checkpoints.latest()
     if found is not None:
         check_resume(found, fingerprints, world, config)
+
+    for line in banner(config, model, planner, world, device):
+        say(line)
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+
+    def finish(block: nn.Module) -> None:
+        shard(block, config.parallel.zero_stage, config.parallel.precision)
+
+    # A checkpoint replaces everything, so then nothing is read or drawn before.
+    start = checked.start if found is None else None
+    start_weights(model, start, config.seed, device, dtype, finish)
+    for account in start.accounts if start is not None else []:
+        say(account.line())
+    # The weights above are the same on every rank; what is drawn from here on may differ.
+    seed_all(config.seed + rank)
+    groups = build_groups(model.named_parameters(), config.optim.groups)
+    for line in describe(model.named_parameters(), groups):
+        say(line)
+    engine = Engine(
+        model,
+        build_optimizer(groups, config.optim),
+        config.parallel.zero_stage,
+        config.parallel.precision,
+        config.data.packs_per_step // world,
+        config.optim.clip,
+    )
+    loader = PackLoader(
+        planner,
+        Materializer(splits, checked.processor, config.data.text_tokens, config.data.image_tokens),
+        config.data.packs_per_step,
+        rank,
+        world,
+        config.data.workers,
+        seed=config.seed,
+    )
+    progress = Progress()
+    if found is not None:
         engine.load(found.path)
         # The checkpoint brings its own rates and decays along; the configuration counts.
         apply_settings(engine.param_groups, groups, config.optim)
@@ -155,10 +166,19 @@ def train(config: Config) -> None:
     dist.barrier()
 
 
-def check_inputs(
-    config: Config, world: int
-) -> tuple[CasaProcessor, dict[str, Split], Planner, Sources]:
-    """Processor, data, plan and checkpoints; also builds model and groups once without memory.
+@dataclass(frozen=True)
+class Checked:
+    """What a run needs, checked; the model is on the meta device."""
+
+    processor: CasaProcessor
+    splits: dict[str, Split]
+    planner: Planner
+    model: CasaForConditionalGeneration
+    start: Start
+
+
+def check_inputs(config: Config, world: int) -> Checked:
+    """Opens, and checks together, processor, checkpoints, model, parameter groups, data and plan.
 
     :raises UserError: whatever the user can mend.
     """
@@ -171,12 +191,12 @@ def check_inputs(
         )
     processor = build_processor(config)
     sources = open_sources(config)
-    model_config = build_model_config(config, processor, sources)
-    with torch.device("meta"):
-        model = build_model(config, processor, model_config)
+    model = build_model(config, processor, build_model_config(config, processor, sources))
+    start = find_weights(model, sources)
     build_groups(model.named_parameters(), config.optim.groups)
     splits = open_splits(config.data.sources, processor)
-    return processor, splits, build_planner(config, splits, processor), sources
+    planner = build_planner(config, splits, processor)
+    return Checked(processor, splits, planner, model, start)
 
 
 def agree(work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Pretrained weights into a model's parts, with an account of every tensor.
+"""Where a model's parts lie in pretrained checkpoints, with an account of every tensor.
 
 Sources are Hugging Face directories or hub ids with safetensors weights, in one file or sharded. A
 backbone's names are the model's own (`model.*`, `lm_head.weight`); a vision tower is taken out of a
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
 TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The tower of a Qwen2.5-VL checkpoint, as its releases write it.
+VISUAL = re.compile(r"(model\.)?visual\.")
 # Tables that older checkpoints carry along; they are computed, never loaded.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
@@ -47,7 +49,7 @@ class Account:
 
 
 class Pretrained:
-    """A checkpoint directory; tensors are read one at a time, so memory holds one copy of none.
+    """A checkpoint directory, whose tensors are read one at a time.
 
     :param name: directory, or hub id (owner/name), whose configuration and safetensors are fetched.
     :param setting: the configuration field, for messages.
@@ -65,12 +67,32 @@ class Pretrained:
     def names(self) -> list[str]:
         return list(self._files)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file."""
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every tensor, from the files' headers.
+
+        :raises UserError: a file that cannot be read, or lacks what the index says it holds.
+        """
+        shapes: dict[str, list[int]] = {}
         for file in dict.fromkeys(self._files.values()):
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - a handle, not a dict
-                    yield name, opened.get_tensor(name)
+                    shapes[name] = opened.get_slice(name).get_shape()
+        absent = sorted(set(self._files) - set(shapes))
+        if absent:
+            raise UserError(
+                f"{self.setting}: {self.directory} lacks tensors that {INDEX} names: "
+                f"{absent[:5]}. Copy or download it again."
+            )
+        return shapes
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, mapped from its file: copy what is to stay.
+
+        The file is opened for it alone, so that no pages of other tensors stay in memory.
+        """
+        with self._open(self._files[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -142,7 +164,10 @@ def backbone_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config.get("model_type") != "qwen2_5_vl":
         return dict(config)
-    text = {**config, **(config.get("text_config") or {})}
+    nested = config.get("text_config") or {}
+    text = {**config, **nested}
+    # Releases before 5.0 tie inside of text_config, later ones beside it.
+    text["tie_word_embeddings"] = any(c.get("tie_word_embeddings") for c in (config, nested))
     for name in list(text):
         if name.endswith(("_config", "_token_id")) and name not in TEXT_TOKENS:
             del text[name]
@@ -168,77 +193,111 @@ def tower_config(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
 
 
-def load_backbone(model: Any, pretrained: Pretrained) -> Account:
-    """Loads `model.*` and `lm_head.weight`; fusion layers keep their own start.
+class Stored:
+    """Where the values of a model's parameters lie: parameter name -> checkpoint and name there."""
 
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Pretrained, str]] = {}
+
+    def add(self, pretrained: Pretrained, places: dict[str, str]) -> None:
+        """:param places: parameter name -> name in the checkpoint."""
+        self._places.update({name: (pretrained, place) for name, place in places.items()})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> Tensor:
+        """The stored value of a parameter, mapped from its file."""
+        pretrained, place = self._places[name]
+        return pretrained.tensor(place)
+
+
+def find_backbone(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+    """Finds `model.*` and `lm_head.weight`; what the plain backbone has not keeps its own start.
+
+    Of a Qwen2.5-VL checkpoint it takes the language model, whatever this mechanism has room for.
+
+    :param model: the model, on any device: only names and shapes count.
     :raises UserError: missing, unexpected or misshapen tensors.
     """
+    names: dict[str, str] = {}
+    unused = []
+    for name in pretrained.names:
+        plain = name.replace("model.language_model.", "model.", 1)  # as some releases write it
+        target = None if VISUAL.match(name) else model.mechanism.adopt(plain)
+        if target is None:
+            unused.append(name)
+        else:
+            names[name] = target
     parameters = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith(("model.", "lm_head.")) and ".fusion." not in name
+        if name.startswith(("model.", "lm_head."))
+        and (".fusion." not in name or _adopted(model, name))
     }
-    account = _load(parameters, pretrained, "backbone", {name: name for name in pretrained.names})
-    account.new = sorted(n for n, _ in model.named_parameters() if ".fusion." in n)
+    account = _find(parameters, pretrained, "backbone", names, stored)
+    account.unused = sorted(unused)
+    account.new = sorted(
+        name
+        for name, _ in model.named_parameters()
+        if name not in parameters and not name.startswith("visual.")
+    )
     return account
 
 
-def load_vision(model: Any, pretrained: Pretrained) -> Account:
-    """Loads the vision tower out of a Qwen2.5-VL checkpoint; its language model stays unused.
+def _adopted(model: Any, name: str) -> bool:
+    """Whether a fusion layer takes the place of self-attention, and so this projection of it."""
+    plain = name.replace(".fusion.", ".self_attn.")
+    return "_proj." in name and model.mechanism.adopt(plain) == name
+
+
+def find_vision(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+    """Finds the vision tower in a Qwen2.5-VL checkpoint; its language model stays unused.
 
     :raises UserError: missing, unexpected or misshapen tensors.
     """
-    names = {}
-    for name in pretrained.names:
-        plain = name.removeprefix("model.")
-        if plain.startswith("visual."):
-            names[name] = plain
+    names = {name: name.removeprefix("model.") for name in pretrained.names if VISUAL.match(name)}
     parameters = dict(model.visual.named_parameters(prefix="visual"))
-    account = _load(parameters, pretrained, "vision tower", names)
+    account = _find(parameters, pretrained, "vision tower", names, stored)
     account.unused = sorted(set(pretrained.names) - set(names))
     return account
 
 
-def load_export(model: Any, pretrained: Pretrained) -> Account:
-    """Loads every parameter from an export of this project, for a later stage of training.
+def find_export(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+    """Finds every parameter in an export of this project, for a later stage of training.
 
     :raises UserError: missing, unexpected or misshapen tensors.
     """
-    return _load(
-        dict(model.named_parameters()),
-        pretrained,
-        "model",
-        {name: name for name in pretrained.names},
-    )
+    names = {name: name for name in pretrained.names}
+    return _find(dict(model.named_parameters()), pretrained, "model", names, stored)
 
 
-@torch.no_grad()
-def _load(
-    parameters: dict[str, nn.Parameter], pretrained: Pretrained, part: str, names: dict[str, str]
+def _find(
+    parameters: dict[str, nn.Parameter],
+    pretrained: Pretrained,
+    part: str,
+    names: dict[str, str],
+    stored: Stored,
 ) -> Account:
-    """Copies tensors into parameters.
+    """Adds to `stored` where every one of the parameters lies.
 
     :param names: checkpoint name -> parameter name, of every tensor that belongs to the part.
     """
-    account = Account(part, pretrained.name)
+    places: dict[str, str] = {}
     problems: list[str] = []
-    wanted = set(parameters)
+    shapes = pretrained.shapes()
     for name, target in names.items():
-        tied = target == "lm_head.weight" and target not in parameters
-        if target not in parameters and not tied and not target.endswith(COMPUTED):
-            problems.append(f"unexpected {name}")
-    for name, tensor in pretrained.tensors():
-        target = names.get(name, "")
-        if target not in parameters:
+        parameter = parameters.get(target)
+        if parameter is None:
+            # A tied head is the embedding; some checkpoints hold it all the same.
+            if target != "lm_head.weight" and not target.endswith(COMPUTED):
+                problems.append(f"unexpected {name}")
             continue
-        parameter = parameters[target]
-        if tensor.shape != parameter.shape:
-            found, expected = list(tensor.shape), list(parameter.shape)
-            problems.append(f"{name} has shape {found}, expected {expected}")
-            continue
-        parameter.copy_(tensor)
-        account.loaded.append(target)
-    problems += [f"missing {name}" for name in sorted(wanted - set(account.loaded))]
+        places[target] = name
+        expected = list(parameter.shape)
+        if shapes[name] != expected:
+            problems.append(f"{name} has shape {shapes[name]}, expected {expected}")
+    problems += [f"missing {name}" for name in sorted(set(parameters) - set(places))]
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise UserError(
@@ -246,4 +305,5 @@ def _load(
             f"tensors: {shown}. Expected its own sizes: leave model.*.config fields to the "
             "checkpoint."
         )
-    return account
+    stored.add(pretrained, places)
+    return Account(part, pretrained.name, loaded=sorted(places))

@@ -18,6 +18,18 @@ from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 6
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rope_theta": 5000.0,  # no backbone's default
+}
+# Fields of one backbone alone.
+OWN = {"qwen2_5_vl_text": {"rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}}
 
 
 def conversation() -> list[dict[str, Any]]:
@@ -46,10 +58,12 @@ def write(directory: Path) -> None:
     from casa_train.checkpoint.export import write_export
     from casa_train.checkpoint.gate import check_export
     from casa_train.data.tokens import portable_tokenizer_config
+    from casa_train.modeling.configuration_casa import CasaConfig
+    from casa_train.modeling.decoder import BACKBONES
     from casa_train.modeling.processing_casa import CasaProcessor
     from data_recipes.synthetic import build_tokenizer
     from tests.commands import TEMPLATE
-    from tests.tiny import CONFIGS, tiny_model, tiny_text_config
+    from tests.tiny import tiny_model
 
     processor = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
 
@@ -57,11 +71,13 @@ def write(directory: Path) -> None:
         processor.save_pretrained(out)
         portable_tokenizer_config(out)
 
-    for backbone in CONFIGS:
+    for backbone in BACKBONES:
         for tied in (True, False):
             name = f"{backbone}_{'tied' if tied else 'untied'}"
-            size = {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
-            model = tiny_model(text_config=tiny_text_config(backbone, **size))
+            text = {"model_type": backbone, **SIZES, **OWN.get(backbone, {})}
+            text |= {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
+            text |= {"bos_token_id": None, "eos_token_id": None}
+            model = tiny_model(text_config=CasaConfig(text_config=text).text_config)
             model.generation_config.eos_token_id = processor.asst_end_tokens[0]
             write_export(
                 directory / name,

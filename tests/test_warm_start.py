@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from casa_train.assemble import (
     build_model,
     build_model_config,
     build_processor,
+    find_weights,
     open_sources,
     start_weights,
 )
@@ -33,8 +36,9 @@ from casa_train.compose import CONF_DIR, to_config
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.export import export
+from casa_train.first_values import HOST, FirstValues, blocks
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.warm_start import Account
+from casa_train.warm_start import INDEX, SINGLE, Account, Stored
 from tests.commands import TINY, on_data, run, train_command
 
 SIZES = {
@@ -70,12 +74,18 @@ def save_backbone(path: Path, kind: str, tied: bool, shard: str = "10GB") -> Pre
     return model
 
 
-def save_qwen_vl(path: Path) -> Qwen2_5_VLForConditionalGeneration:
+def save_qwen_vl(
+    path: Path, tied: bool = False, out_hidden_size: int = 48
+) -> Qwen2_5_VLForConditionalGeneration:
     """A tiny full Qwen2.5-VL checkpoint, language model included."""
     torch.manual_seed(2)
     text = {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
     model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=VISION)
+        Qwen2_5_VLConfig(
+            text_config={**text, "hidden_size": out_hidden_size},
+            vision_config={**VISION, "out_hidden_size": out_hidden_size},
+            tie_word_embeddings=tied,
+        )
     ).eval()
     model.save_pretrained(path)
     return model
@@ -105,7 +115,9 @@ def configured(data: Path, *overrides: str) -> Config:
 def started(config: Config) -> tuple[CasaForConditionalGeneration, list[Account]]:
     processor, sources = build_processor(config), open_sources(config)
     model = build_model(config, processor, build_model_config(config, processor, sources))
-    return model.eval(), start_weights(model, sources)
+    start = find_weights(model, sources)
+    start_weights(model, start, config.seed, HOST, torch.float32, lambda block: None)
+    return model.eval(), start.accounts
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +173,151 @@ def test_the_tower_comes_out_of_a_full_checkpoint(
     assert vision.unused and not any("visual" in name for name in vision.unused)
 
 
+def newer_name(name: str) -> str:
+    """A tensor of a Qwen2.5-VL checkpoint as releases name it that do not rename when they save."""
+    if name.startswith("model."):
+        return name.replace("model.", "model.language_model.", 1)
+    return f"model.{name}" if name.startswith("visual.") else name
+
+
+@pytest.mark.parametrize("style", ["hub", "nested", "language_model"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_text_comes_out_of_a_qwen_vl_checkpoint(
+    data_dir: Path, tmp_path: Path, style: str, tied: bool
+) -> None:
+    """As the hub holds it, with text fields beside vision_config, and as newer releases save it."""
+    plain = save_qwen_vl(tmp_path / "whole", tied)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert "model.norm.weight" in weights and ("lm_head.weight" in weights) != tied
+    if style == "hub":
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        text |= {"rope_theta": rope["rope_theta"], "sliding_window": 32768}
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        config = {**text, **config, "torch_dtype": "bfloat16"}
+        del config["layer_types"], config["dtype"]
+    elif style == "language_model":  # and tying where releases before 5.0 wrote it
+        config["text_config"]["tie_word_embeddings"] = config.pop("tie_word_embeddings")
+        weights = {newer_name(name): tensor for name, tensor in weights.items()}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    overrides = [f"model.{part}.pretrained={tmp_path / 'whole'}" for part in ("backbone", "vision")]
+    model, (backbone, vision) = started(configured(data_dir, *overrides))
+    ids = torch.randint(0, 640, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
+    assert model.config.text_config.model_type == "qwen2_5_vl_text"
+    assert len(backbone.loaded) + len(vision.loaded) == len(weights)
+    assert set(backbone.unused) == {name for name in weights if "visual." in name}
+    assert set(vision.unused) == set(weights) - set(backbone.unused)
+
+
+def test_replacing_layers_adopt_self_attention(
+    data_dir: Path, qwen_vl: Path, tmp_path: Path
+) -> None:
+    plain = save_backbone(tmp_path / "base", "qwen2", tied=True)
+    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
+    overrides += [f"model.vision.pretrained={qwen_vl}"]
+    overrides += ["fusion.placement=replace", "fusion.every=2"]
+    model, (backbone, _) = started(configured(data_dir, *overrides))
+    fused, source = model.model.layers[1], plain.model.layers[1]
+    assert fused.self_attn is None
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        ours = getattr(fused.fusion, name)
+        for key, value in getattr(source.self_attn, name).state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), (name, key)
+    assert torch.equal(fused.fusion.norm.weight, source.input_layernorm.weight)
+    assert backbone.new == ["model.layers.1.fusion.norm.weight"]
+    assert not backbone.unused and len(backbone.loaded) == len(list(plain.parameters()))
+    # Without a start from self-attention there is no room for it; one lost tensor is still missed.
+    _, (backbone, _) = started(configured(data_dir, *overrides, "fusion.init=random"))
+    assert len(backbone.unused) == 7 and all("layers.1.self_attn" in n for n in backbone.unused)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="missing model.layers.1.fusion.k_proj.weight"):
+        started(configured(data_dir, *overrides))
+
+
+def test_widths_that_differ_get_an_adapter(data_dir: Path, tmp_path: Path) -> None:
+    save_qwen_vl(tmp_path / "tower", out_hidden_size=64)
+    save_backbone(tmp_path / "base", "llama", tied=True)
+    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
+    overrides += [f"model.vision.pretrained={tmp_path / 'tower'}"]
+    model, (backbone, _) = started(configured(data_dir, *overrides))
+    assert model.adapter.weight.shape == (48, 64)
+    assert {"adapter.weight", "adapter.bias"} <= set(backbone.new)
+
+
+# --------------------------------------------------------------------------------- first values
+
+MECHANISMS = (
+    *("casa", "cross_attention", "insertion"),
+    *("qformer_insertion", "gated_cross_attention", "hyper_attention"),
+)
+
+
+def drawn(data: Path, *overrides: str, seed: int = 0) -> CasaForConditionalGeneration:
+    """A model that starts from nothing."""
+    tiny = ["+experiment=demo", *TINY, *on_data(data), f"seed={seed}"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return started(to_config(compose("train", overrides=[*tiny, *overrides])))[0]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_parameter_is_drawn(data_dir: Path, mechanism: str) -> None:
+    """Norms one; biases and gates zero; patches by their fan-in, other tensors by the backbone's
+    initializer_range; hyper attention's gates as the mechanism says.
+    """
+    model = drawn(data_dir, f"fusion={mechanism}", "model.vision.config.out_hidden_size=24")
+    assert not list(model.buffers())
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        assert value.device == HOST and bool(value.isfinite().all()), name
+        if "fusion.gate." in name:
+            continue
+        if name.endswith(("bias", "_gate")):
+            assert not bool(value.any()), name
+        elif "norm" in name or "ln_q" in name:
+            assert bool((value == 1).all()), name
+        else:
+            patches = "patch_embed" in name
+            std = (
+                value[0].numel() ** -0.5 if patches else model.config.text_config.initializer_range
+            )
+            assert float(value.std()) == pytest.approx(std, rel=0.25), name
+
+
+def test_draws_depend_on_seed_and_name_alone(data_dir: Path) -> None:
+    """Not on what else the model has, nor on what was drawn before."""
+    small = drawn(data_dir, "fusion=insertion")
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    large = drawn(data_dir, "fusion.init=random", "model.backbone.config.num_hidden_layers=3")
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, large.get_parameter(name)), name
+    weights = [large.model.layers[i].mlp.up_proj.weight for i in range(3)]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    other = drawn(data_dir, "fusion=insertion", seed=1)
+    assert not torch.equal(other.lm_head.weight, small.lm_head.weight)
+
+
+def test_a_parameter_without_a_first_value_is_named() -> None:
+    class Forgetful(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.empty(3))
+
+    with torch.device("meta"):
+        model = torch.nn.Sequential(Forgetful())
+    values = FirstValues(lambda module: None, Stored(), 0, HOST, torch.float32)
+    ((name, block),) = blocks(model)
+    with pytest.raises(NotImplementedError, match="Forgetful gives 0.scale no first value"):
+        values.fill(name, block)
+
+
 def broken(weights: dict[str, Any], change: str) -> dict[str, Any]:
     if change == "missing":
         del weights["model.layers.1.mlp.up_proj.weight"]
@@ -213,10 +370,41 @@ def test_unusable_directories_are_named(data_dir: Path, qwen_vl: Path, tmp_path:
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     assert "backbone 'gpt2' is not supported" in message(base, tower)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    index = {"weight_map": {"model.norm.weight": SINGLE, "model.lost.weight": SINGLE}}
+    (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+    assert "lacks tensors that model.safetensors.index.json names: ['model.lost" in message(
+        base, tower
+    )
+    (tmp_path / "base" / INDEX).unlink()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"x" * 100)
     assert "cannot be read" in message(base, tower)
     (tmp_path / "base" / "model.safetensors").unlink()
     assert "holds neither model.safetensors" in message(base, tower)
+
+
+@pytest.mark.slow
+def test_every_zero_stage_starts_and_resumes_with_the_same_weights(
+    data_dir: Path, qwen_vl: Path, tmp_path: Path
+) -> None:
+    """Two ranks; frozen, tied and bias parameters among them."""
+    save_backbone(tmp_path / "base", "qwen2", tied=True)
+    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
+    overrides += [f"model.vision.pretrained={qwen_vl}", "model.backbone.trainable=false"]
+    out = tmp_path / "digests.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["--nproc_per_node=2", "-m", "tests.zero_start", str(out)]
+    run([*torchrun, *script, *common(data_dir), *overrides])
+    model, _ = started(configured(data_dir, *overrides))
+    found = json.loads(out.read_text())
+    for dtype, cases in ((torch.float32, ("1", "2", "3")), (torch.bfloat16, ("2", "3"))):
+        expected = {
+            name: hashlib.sha256(p.detach().to(dtype).float().numpy().tobytes()).hexdigest()
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        assert expected["lm_head.weight"] == expected["model.embed_tokens.weight"]
+        for case in cases:
+            precision = "fp32" if dtype == torch.float32 else "bf16"
+            assert found[f"{precision} {case}"] == {"started": expected, "resumed": expected}
 
 
 @pytest.mark.slow

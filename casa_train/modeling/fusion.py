@@ -63,7 +63,10 @@ class FusionMechanism:
         self.multimodal = mrope_section(text_config) is not None
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
-        """The `fusion` child of a decoder layer, or None where the layer stays as it is."""
+        """The `fusion` child of a decoder layer, or None where the layer stays as it is.
+
+        Modules with parameters of their own define `reset_parameters()` for their first values.
+        """
         return None
 
     def make_resampler(self) -> nn.Module | None:

@@ -68,8 +68,13 @@ class GatedLayer(nn.Module):
         self.o_proj = linear_like(attention.o_proj)
         self.ffn_norm = norm_like(layer.input_layernorm)
         self.mlp = GatedMLP(mlp)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.ffn_gate = nn.Parameter(torch.zeros(1))
+        self.attention_gate = nn.Parameter(torch.empty(1))
+        self.ffn_gate = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.attention_gate)
+        nn.init.zeros_(self.ffn_gate)
 
     def forward(self, h: Tensor, images: Tensor, context: DecoderContext) -> Tensor:
         """(T, C) text and (N, C) image tokens -> (T, C)."""

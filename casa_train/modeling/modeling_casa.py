@@ -80,12 +80,18 @@ class CasaPreTrainedModel(PreTrainedModel):
         "QFormer",
     ]
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """The first weights of what is not loaded, alike in both transformers generations."""
+        bias = getattr(module, "bias", None)
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        elif type(module).__name__.endswith("Norm"):
+            nn.init.ones_(module.weight)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            return
+        if isinstance(bias, Tensor):
+            nn.init.zeros_(bias)
 
 
 # GenerationMixin is named again because transformers 4 looks for it among the direct bases.

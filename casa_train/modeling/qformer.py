@@ -62,7 +62,7 @@ class QFormerInsertion(Insertion):
 class QFormer(nn.Module):
     """Pre-norm transformer of learned queries; every image is read by its own copy of them.
 
-    :param width: C; :param heads: H; :param queries: Q.
+    :param width: C; :param heads: H; :param queries: Q; :param std: of the queries' first values.
     """
 
     def __init__(self, width: int, heads: int, queries: int, layers: int, std: float) -> None:
@@ -70,7 +70,11 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(queries, width))
         self.layers = nn.ModuleList([QFormerLayer(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        nn.init.normal_(self.queries, std=std)
+        self.std = std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.queries, std=self.std)
 
     def forward(self, images: Tensor, counts: Sequence[int], backend: str) -> Tensor:
         """Image tokens (N, C) of images with `counts` tokens each -> (images * Q, C)."""

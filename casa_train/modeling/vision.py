@@ -50,7 +50,10 @@ class PatchProjection(nn.Module):
     def __init__(self, channels: int, width: int, temporal: int, patch: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels, temporal, patch, patch))
-        nn.init.normal_(self.weight, std=(channels * temporal * patch * patch) ** -0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(patches, channels * patch * patch) -> (patches, width)."""

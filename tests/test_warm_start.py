@@ -416,6 +416,9 @@ def test_a_later_stage_starts_from_an_export(data_dir: Path, qwen_vl: Path, tmp_
     done = run(train_command([*common(data_dir), "trainer.steps=2", *first, *pretrained]))
     assert re.search(r"backbone: 29 tensors loaded from .*, \d+ newly initialised", done.stdout)
     assert re.search(r"vision tower: \d+ tensors loaded from .*, \d+ .* unused", done.stdout)
+    # A resume takes everything from the checkpoint.
+    again = run(train_command([*common(data_dir), "trainer.steps=2", *first, *pretrained]))
+    assert "resuming from" in again.stdout and "tensors loaded" not in again.stdout
     # Neither base model is needed any more.
     shutil.rmtree(tmp_path / "base")
     export(tmp_path / "first", tmp_path / "stage1")

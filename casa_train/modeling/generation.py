@@ -128,7 +128,8 @@ class StreamingGeneration(GenerationMixin):
             **generate_kwargs,
         )
         generated: Tensor = out if isinstance(out, Tensor) else out.sequences
-        past_key_values.casa.pending = generated[:, past_key_values.casa.columns :]
+        # Cloned, because a view would keep every id of the stream in memory a second time.
+        past_key_values.casa.pending = generated[:, past_key_values.casa.columns :].clone()
         return generated[:, offset:]
 
     def start_ca_streaming_states(self) -> None:

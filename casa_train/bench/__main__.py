@@ -1,0 +1,50 @@
+"""python -m casa_train.bench NAME: runs a benchmark and prints its table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from casa_train.bench import attention, streaming
+from casa_train.bench._benchmark import Benchmark, add_common_arguments
+from casa_train.errors import UserError
+from casa_train.files import write_atomic
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "attention": attention.BENCHMARK,
+    "streaming": streaming.BENCHMARK,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.bench", description=__doc__)
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        own = names.add_parser(
+            name,
+            help=benchmark.measures,
+            description=benchmark.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        benchmark.add_arguments(own)
+        add_common_arguments(own)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+            raise UserError(f"--json {arguments.json}: the folder does not exist; create it first.")
+        report = BENCHMARKS[arguments.name].run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.text)
+    if arguments.json:
+        write_atomic(Path(arguments.json), json.dumps(report.data, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

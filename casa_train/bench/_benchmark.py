@@ -1,0 +1,82 @@
+"""What a benchmark is: its arguments, its run, and the report that comes out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Report:
+    """:param text: what to print; :param data: the same and more, ready for JSON."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """:param measures: one sentence for `--help`; :param description: method, for its own
+    `--help`.
+    """
+
+    measures: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Report]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="also write every number to FILE")
+
+
+def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return device, DTYPES[name]
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Where the numbers were measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def describe_machine(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}"
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Cells as columns, the first `left` of them flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -32,12 +32,13 @@ METHOD = """\
 Linear: the project's varlen_attention, with every backend that runs here. Dense: one call of
 scaled_dot_product_attention over the whole pack with a boolean block mask; grouped heads are the
 kernel's own on the CPU and repeated on CUDA, where the kernels that take a mask know no groups.
-Ratios are dense / linear: above 1 the linear path is better. Outputs and gradients of both are compared before anything is timed; the difference
-is relative to the largest of their values.
+Ratios are dense / linear: above 1 the linear path is better. Outputs and gradients of both are
+compared before anything is timed; the difference is relative to the largest of their values.
 Time: medians of interleaved calls. Mask and index tables exist before; a model builds them once for
 all layers. Memory: the mask or the index tables, plus the most bytes that the tensors of a call
 hold at once beyond its inputs (CUDA: the allocator's peak; CPU: every allocation, as torch's
-profiler records it).
+profiler records it). The mask grows with the square of the scale and all else with the scale, so
+scaled down the ratios are below those of a whole micro-step.
 
 Layouts, at --scale 1 those of one training micro-step (2,048 text and 20,480 image tokens):
   vision windows   18 images of 952x952 pixels in windows of 112, 16 heads of 80

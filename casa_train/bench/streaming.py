@@ -144,13 +144,18 @@ class Stream:
             memory_bytes=memory,
         )
 
-    def cache_bytes(self) -> int:
+    def cache_tensors(self) -> list[Any]:
         if hasattr(self.cache, "layers"):
-            return tensor_bytes([[layer.keys, layer.values] for layer in self.cache.layers])
-        return tensor_bytes(self.cache.key_cache, self.cache.value_cache)  # transformers 4
+            return [[layer.keys, layer.values] for layer in self.cache.layers]
+        return [self.cache.key_cache, self.cache.value_cache]  # transformers 4
+
+    def cache_bytes(self) -> int:
+        return tensor_bytes(self.cache_tensors())
 
     def state_bytes(self) -> int:
-        return tensor_bytes(getattr(self.cache, "casa", None))
+        """What the stream keeps beside the cache; nothing counts twice that stands in both."""
+        state = getattr(self.cache, "casa", None)
+        return tensor_bytes(self.cache_tensors(), state) - self.cache_bytes()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -87,6 +87,8 @@ def test_streaming_compares_random_models(
     check_stream(casa["turns"], image_tokens=0, token_bytes=token_bytes)
     check_stream(insertion["turns"], image_tokens=4, token_bytes=token_bytes)
     check_state(casa["turns"], insertion["turns"])
+    # The first turns that are timed are those of a stream of their own.
+    assert [turn["cache_tokens"] for turn in casa["first_turns"]] == [PROMPT + TEXT + NEW - 1]
     assert casa["cache_tokens"]["last"] == casa["turns"][-1]["cache_tokens"]
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("KV cache, tokens")]

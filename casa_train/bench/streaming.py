@@ -31,12 +31,14 @@ from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 
 METHOD = """\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and
-takes N new tokens greedily. The streams take turns in one process, so that noise hits all of them;
-two turns of a stream that is thrown away warm each model up. Time to first token runs from the call
-until the token is on the host, vision tower included; tokens/s count the new tokens after it. The
-first turn has the prompt in front of its frame. First and last are medians over up to eight turns,
-last/first their ratio; cache tokens and bytes are those after the first and after the last turn.
-Streaming state: the keys and values of the open window, and the ids of the stream.
+takes N new tokens greedily. The streams take turns in one process, so that noise hits all of them:
+the first turns are those of a second stream, which starts when the last turns of the long one
+begin and alternates with them. Two turns of a stream that is thrown away warm each model up. Time to
+first token runs from the call until the token is on the host, vision tower included; tokens/s count
+the new tokens after it. The first turn of a stream has the prompt in front of its frame. First and
+last are medians over up to eight turns, last/first their ratio; cache tokens, bytes and memory are
+those of the long stream's first and last turn. Streaming state: the keys and values of the open
+window, and the ids of the stream.
 
 The published sessions (casa.md, section 7), with random weights of the published sizes:
     python -m casa_train.bench streaming --size helium1-2b --image-size 896 --turns 256
@@ -189,11 +191,15 @@ def run(arguments: argparse.Namespace) -> Report:
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
     models = load_models(arguments, device, dtype)
-    turns = play(models, arguments)
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
+    turns, young = play(models, arguments, k)
     facts = machine(device, dtype)
     streams = {
-        label: summary(turns[label], k) | {"turns": [asdict(turn) for turn in turns[label]]}
+        label: {
+            **summary(turns[label], young[label]),
+            "turns": [asdict(turn) for turn in turns[label]],
+            "first_turns": [asdict(turn) for turn in young[label]],
+        }
         for label in models
     }
     shape = (
@@ -270,8 +276,12 @@ def source(model: Any, arguments: argparse.Namespace) -> str:
     return f"{where}, {parameters / 1e6:,.1f} M parameters"
 
 
-def play(models: dict[str, Any], arguments: argparse.Namespace) -> dict[str, list[Turn]]:
-    """All turns of all streams, in alternating order."""
+def play(
+    models: dict[str, Any], arguments: argparse.Namespace, k: int
+) -> tuple[dict[str, list[Turn]], dict[str, list[Turn]]]:
+    """All turns of a long stream of each model, and the first `k` turns of a young one that
+    alternate with the last `k` of the long one.
+    """
     generator = torch.Generator().manual_seed(arguments.seed)
     side, new_tokens = arguments.image_size, arguments.new_tokens
     frames = torch.randint(0, 256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -288,23 +298,26 @@ def play(models: dict[str, Any], arguments: argparse.Namespace) -> dict[str, lis
         warm_up = Stream(model)
         for index in range(WARM_UP_TURNS):
             turn(warm_up, index)
-    streams = {label: Stream(model) for label, model in models.items()}
+    old, young = ({label: Stream(model) for label, model in models.items()} for _ in range(2))
     turns: dict[str, list[Turn]] = {label: [] for label in models}
-    order = list(streams)
+    first_turns: dict[str, list[Turn]] = {label: [] for label in models}
+    order = list(models)
     for index in tqdm(range(arguments.turns), desc="turns", disable=None):
         for label in order:
-            turns[label].append(turn(streams[label], index))
+            turns[label].append(turn(old[label], index))
+            if (young_index := index - (arguments.turns - k)) >= 0:
+                first_turns[label].append(turn(young[label], young_index))
         order.reverse()
-    return turns
+    return turns, first_turns
 
 
-def summary(turns: Sequence[Turn], k: int) -> dict[str, dict[str, float]]:
+def summary(turns: Sequence[Turn], young: Sequence[Turn]) -> dict[str, dict[str, float]]:
     """For each quantity that was measured its value in the first and in the last turns."""
     found: dict[str, dict[str, float]] = {}
     for name in ("first_token", "tokens_per_second"):
         first, last = (
             statistics.median(getattr(turn, name) for turn in part)
-            for part in (turns[:k], turns[-k:])
+            for part in (young, turns[-len(young) :])
         )
         found[name] = {"first": first, "last": last}
     for name in ("cache_tokens", "cache_bytes", "state_bytes", "memory_bytes"):

@@ -33,9 +33,9 @@ METHOD = """\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and
 takes N new tokens greedily. The streams take turns in one process, so that noise hits all of them:
 the first turns are those of a second stream, which starts when the last turns of the long one
-begin and alternates with them. Two turns of a stream that is thrown away warm each model up. Time to
-first token runs from the call until the token is on the host, vision tower included; tokens/s count
-the new tokens after it. The first turn of a stream has the prompt in front of its frame. First and
+begin and alternates with them. Two turns of a stream that is thrown away warm each model up. Time
+to first token runs from the call until the token is on the host, vision tower included; tokens/s
+count the new tokens after it. The first turn of a stream has the prompt before its frame. First and
 last are medians over up to eight turns, last/first their ratio; cache tokens, bytes and memory are
 those of the long stream's first and last turn. Streaming state: the keys and values of the open
 window, and the ids of the stream.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +212,7 @@ def many_windows(count: int, seed: int) -> Case:
 def score_entries(case: Case) -> tuple[int, int]:
     """Attention scores that SDPA computes with its padding, and those of the segments alone."""
     groups, _ = case.segments().groups
-    padded = sum(g.query.shape[0] * g.query.shape[1] * g.key.shape[1] for g in groups)
+    padded = sum(math.prod(g.query.shape) * g.key.shape[1] for g in groups)
     real = sum(
         len(rows_of(q)) * len(rows_of(k)) for q, k in zip(case.queries, case.keys, strict=True)
     )

@@ -36,11 +36,31 @@ PADDING_LIMIT = 1.5
 
 
 @dataclass
+class _Rows:
+    """(b, n) rows of a tensor; `start` is the first where they are consecutive: then a view will
+    do.
+    """
+
+    shape: tuple[int, int]
+    start: int | None
+    index: Tensor | None  # (b * n,) int64, None where they are consecutive
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(Tx, H, D) -> (b, H, n, D)."""
+        b, n = self.shape
+        if self.index is not None:
+            picked = x.index_select(0, self.index)
+        else:
+            picked = x.narrow(0, self.start or 0, b * n)
+        return picked.view(b, n, *x.shape[1:]).transpose(1, 2)
+
+
+@dataclass
 class _Group:
     """Segments of similar lengths, padded into one SDPA batch of b rows."""
 
-    query: Tensor  # (b, q) rows of the query tensor
-    key: Tensor  # (b, k) rows of the key tensor
+    query: _Rows  # (b, q) rows of the query tensor
+    key: _Rows  # (b, k) rows of the key tensor
     mask: Tensor | None  # (b, 1, q, k) bool, True where attended; None: no mask needed
     causal: bool  # SDPA's own causal flag
 
@@ -170,13 +190,19 @@ class Segments:
                 mask = mask[:, None]
             built.append(
                 _Group(
-                    self._tensor(query),
-                    self._tensor(key),
+                    self._table(query),
+                    self._table(key),
                     None if mask is None else self._tensor(mask),
                     causal=square and q_max > 1,
                 )
             )
         return built, self._tensor(positions)
+
+    def _table(self, rows: np.ndarray) -> _Rows:
+        flat = rows.ravel()
+        if (flat == flat[0] + np.arange(flat.size)).all():
+            return _Rows(rows.shape, int(flat[0]), None)
+        return _Rows(rows.shape, None, self._tensor(flat))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -274,23 +300,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     repeat = q.shape[1] // k.shape[1]
     outputs = []
     for group in groups:
-        gq, gk, gv = (
-            _gather(x, rows) for x, rows in ((q, group.query), (k, group.key), (v, group.key))
-        )
-        if repeat > 1:
+        gq, gk, gv = group.query.gather(q), group.key.gather(k), group.key.gather(v)
+        native = False
+        if repeat > 1 and gq.shape[2] == 1:
+            # One query a segment: its heads stand as queries of the key head they share.
+            gq = gq.reshape(gq.shape[0], -1, repeat, gq.shape[-1])
+        elif repeat > 1 and q.device.type == "cpu":
+            native = True
+        elif repeat > 1:
             gk, gv = (x.repeat_interleave(repeat, dim=1) for x in (gk, gv))
         out = F.scaled_dot_product_attention(
-            gq, gk, gv, attn_mask=group.mask, is_causal=group.causal
+            gq, gk, gv, attn_mask=group.mask, is_causal=group.causal, enable_gqa=native
         )
+        out = out.reshape(out.shape[0], q.shape[1], -1, out.shape[-1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, positions)
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """(Tx, H, D), (b, n) -> (b, H, n, D)."""
-    b, n = rows.shape
-    return x.index_select(0, rows.flatten()).view(b, n, *x.shape[1:]).transpose(1, 2)
 
 
 def _rows(ranges: Sequence[Range]) -> np.ndarray:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .windows import Range
 
+# A full buffer of cached keys grows by this many slots, or by this part of itself if that is more.
+GROWTH_SLOTS, GROWTH_SHARE = 256, 8
+
 
 @dataclass
 class StreamingState:
@@ -30,6 +33,7 @@ class StreamingState:
     :param window_lengths: for each sample the number of keys kept of its open window.
     :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
+    :param room: by layer index, buffers (B, Hkv, capacity, D) whose heads are the KV cache.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
     """
@@ -43,6 +47,7 @@ class StreamingState:
     window_lengths: list[int] = field(default_factory=list)
     window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
     pending: Tensor | None = None
 
@@ -89,8 +94,47 @@ class FlatCache:
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Stores (S, Hkv, D) keys and values; returns all stored ones, (B * slots, Hkv, D)."""
         padded = (self._pad(x).unflatten(0, (self.batch, self.width)) for x in (k, v))
-        keys, values = self.cache.update(*(x.transpose(1, 2) for x in padded), layer_idx)
+        new_keys, new_values = (x.transpose(1, 2) for x in padded)
+        if self._make_room(layer_idx, new_keys):
+            keys, values = self._write(layer_idx, new_keys, new_values)
+        else:
+            keys, values = self.cache.update(new_keys, new_values, layer_idx)
         return keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+
+    def _make_room(self, layer_idx: int, new: Tensor) -> bool:
+        """Whether the layer's keys and values now are the head of buffers with room for `new`.
+
+        The library's cache copies all of itself for every token. Its first chunk stays with it, and
+        so does everything that is differentiated.
+        """
+        length = self.state.cache_length
+        layers = getattr(self.cache, "layers", None)  # transformers 4 has none: it copies
+        if not layers or layer_idx >= len(layers) or length == 0 or torch.is_grad_enabled():
+            return False
+        layer = layers[layer_idx]
+        room = self.state.room.get(layer_idx)
+        if room is not None and layer.keys.data_ptr() == room[0].data_ptr():
+            if length + new.shape[2] <= room[0].shape[2]:
+                return True
+        total = length + new.shape[2]
+        capacity = total + max(GROWTH_SLOTS, total // GROWTH_SHARE)
+        buffers = []
+        for held in (layer.keys, layer.values):
+            buffer = held.new_empty(*held.shape[:2], capacity, held.shape[3])
+            buffer[:, :, :length] = held
+            buffers.append(buffer)
+        self.state.room[layer_idx] = (buffers[0], buffers[1])
+        return True
+
+    def _write(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        layer, start = self.cache.layers[layer_idx], self.state.cache_length
+        stop = start + keys.shape[2]
+        views = []
+        for buffer, new in zip(self.state.room[layer_idx], (keys, values), strict=True):
+            buffer[:, :, start:stop] = new
+            views.append(buffer[:, :, :stop])
+        layer.keys, layer.values = views
+        return views[0], views[1]
 
     def commit(self) -> None:
         """Takes the new slots into the state, once every layer has stored its keys."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
+from casa_train.modeling import streaming
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.tiny import (
     HARD_PACK,
@@ -21,6 +23,7 @@ from tests.tiny import (
     fill,
     random_image,
     sample_layouts,
+    tiny_model,
 )
 from tests.variants import (
     VARIANTS,
@@ -185,6 +188,26 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
         }
         greedy_check(model, told, transcript, prompt)
     model.reset_ca_streaming_states()
+
+
+@every_variant
+def test_a_stream_outgrows_its_buffers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "GROWTH_SLOTS", 3)
+    test_three_turn_stream_equals_the_full_forward(variant)
+
+
+@pytest.mark.skipif(not hasattr(DynamicCache(), "layers"), reason="a cache of transformers 5")
+@every_mechanism
+def test_cached_keys_are_not_copied_for_every_token(mechanism: str) -> None:
+    model, cache = tiny_model(mechanism), DynamicCache()
+    places = []
+    for _ in range(3):
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        options = dict(reset_streaming=False, past_key_values=cache, do_sample=False)
+        model.generate_from_image(ids, None, [[]], max_new_tokens=3, **options)
+        places.append(cache.layers[0].keys.data_ptr())
+    assert places[0] == places[1] == places[2]
+    assert cache.layers[0].keys.shape[2] == 3 * 5 - 1
 
 
 @every_variant

@@ -105,13 +105,15 @@ class FlatCache:
         """Whether the layer's keys and values now are the head of buffers with room for `new`.
 
         The library's cache copies all of itself for every token. Its first chunk stays with it, and
-        so does everything that is differentiated.
+        so do caches of other kinds and everything that is differentiated.
         """
         length = self.state.cache_length
-        layers = getattr(self.cache, "layers", None)  # transformers 4 has none: it copies
+        layers = getattr(self.cache, "layers", None)  # older releases of transformers have none
         if not layers or layer_idx >= len(layers) or length == 0 or torch.is_grad_enabled():
             return False
         layer = layers[layer_idx]
+        if type(layer).__name__ != "DynamicLayer":
+            return False
         room = self.state.room.get(layer_idx)
         if room is not None and layer.keys.data_ptr() == room[0].data_ptr():
             if length + new.shape[2] <= room[0].shape[2]:

@@ -121,6 +121,20 @@ def test_attention_compares_equal_results(
     assert "time ratio" in capsys.readouterr().out
 
 
+def test_packing_keeps_its_bars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Fill and balance are no times: they are the same on every machine."""
+    out = tmp_path / "packing.json"
+    arguments = ["--samples", "8000", "--steps", "32", "--buffer", "500", "--json", str(out)]
+    assert main(["packing", *arguments]) == 0
+    assert "3 images : 1 video" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["images"]["efficiency"] >= 0.99
+    assert found["3 images : 1 video"]["efficiency"] >= 0.98
+    for stage in found.values():
+        assert stage["slowest"] <= 1.06 < stage["slowest_unsorted"]
+        assert stage["next_fit"] < stage["efficiency"]
+
+
 def test_a_dense_mask_holds_what_segments_hold() -> None:
     """Ratios compare the same attention: every layout's mask has its segments' pairs."""
     for make in LAYOUTS:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import UserError
+from casa_train.leaving import EXIT_REQUEUE
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
@@ -36,7 +37,8 @@ def main(raw: DictConfig) -> None:
             return
         from casa_train.train import train
 
-        train(config)
+        if code := train(config):
+            raise SystemExit(code)  # a sweep's later jobs wait too, until it is started again
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         report(f"job {raw.run_dir}: {error}" if sweep else str(error))
@@ -59,13 +61,17 @@ def report(message: str) -> None:
 
 
 def run() -> int:
-    """The command; leaves with 2 after anything that the user can mend."""
+    """The command; leaves with 2 after anything that the user can mend, 75 to be started again."""
     _messages.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         report(explain(error))
+    except SystemExit as leave:
+        if leave.code != EXIT_REQUEUE:
+            raise
+        return EXIT_REQUEUE
     except KeyboardInterrupt:
         print(
             "interrupted; the same command goes on from the last checkpoint, if there is one",

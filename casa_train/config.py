@@ -154,6 +154,13 @@ class TrainerConfig:
     """Optimiser steps of the run."""
     log_every: int = 10
     """Steps between two console lines; metrics.jsonl has every step."""
+    max_hours: float = 0.0
+    """Save and leave with code 75 before so many hours of this start have passed; 0: no limit."""
+    watchdog_minutes: float = 30.0
+    """Leave with code 75 and write every thread's stack when nothing went forward for so long; more
+    than the longest step, save or start. 0 turns it off."""
+    max_skipped_steps: int = 5
+    """Steps in a row without finite loss and gradients, each left out, that end the run."""
     audit: bool = True
     """Check after the first step with a non-zero rate that what should move moved and nothing
     else.
@@ -231,6 +238,9 @@ FREE_FIELDS = (
     "data.max_bad_share",
     "trainer.log_every",
     "trainer.audit",
+    "trainer.max_hours",
+    "trainer.watchdog_minutes",
+    "trainer.max_skipped_steps",
     "checkpoint",
     "evaluation",
     "data.validation",

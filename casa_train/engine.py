@@ -167,6 +167,10 @@ class Engine:
         """Counts a micro-step; at the accumulation boundary clips and updates."""
         self._engine.step()
 
+    def step_applied(self) -> bool:
+        """Whether the last update took place: steps with gradients that are not finite do not."""
+        return bool(self._engine.was_step_applied())
+
     def gradient_norm(self) -> float:
         """The global norm before clipping, of the last update."""
         norm = self._engine.get_global_grad_norm()

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in float32.
+def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every answer token in float32; their sum is what a micro-step trains on.
 
     :param logits: (A, vocabulary) of the tokens that predict an answer token.
     :param targets: (A,) those answer tokens.
-    :return: scalar; zero, with a graph, where A is zero.
+    :return: (A,), with a graph even where A is zero.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

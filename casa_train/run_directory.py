@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ from casa_train.files import write_atomic
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 MODEL_CONFIG_FILE = "model_config.json"
+REQUEUE_FILE = "requeue.json"
+LOCK_FILE = "lock"
 CHECKPOINTS = "checkpoints"
 PACKAGES = (
     "torch",
@@ -36,6 +40,49 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
+
+
+class RunLock:
+    """One job at a time works in a run directory; the lock goes with its process, however it ends.
+
+    :raises UserError: another process holds it, with its host and pid.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (run_dir / LOCK_FILE).open("a+")
+        except OSError as error:
+            raise UserError(unwritable(run_dir, error)) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"run directory {run_dir} is in use by {holder}; expected no other job in it. Wait "
+                "for it, stop it, or choose another name."
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def unwritable(run_dir: Path, error: OSError) -> str:
+    """What to say of a run directory that takes no files."""
+    return (
+        f"run directory {run_dir} cannot be written: {error}; expected a directory of this "
+        "user's. Choose another run_dir=... or mend its permissions."
+    )
+
+
+def request_requeue(run_dir: Path, step: int, reason: str) -> None:
+    """Tells the batch script that this run saved its state and wants to be started again."""
+    write_atomic(run_dir / REQUEUE_FILE, json.dumps({"step": step, "reason": reason}) + "\n")
 
 
 def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> None:
@@ -53,13 +100,10 @@ def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> N
             check_same_run(stored, config)
         write_atomic(stored, OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
+        (run_dir / REQUEUE_FILE).unlink(missing_ok=True)  # the last job's, which is being followed
         write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"run directory {run_dir} cannot be written: {error}; expected a directory of this "
-            "user's. "
-            "Choose another run_dir=... or mend its permissions."
-        ) from error
+        raise UserError(unwritable(run_dir, error)) from error
 
 
 def check_same_run(stored: Path, config: Config) -> None:

@@ -37,6 +37,7 @@ from casa_train.data.plan import Planner
 from casa_train.data.shards import Split
 from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
+from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink, keep_steps
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -49,17 +50,31 @@ from casa_train.optim import (
     rate_factor,
     set_rates,
 )
-from casa_train.run_directory import CHECKPOINTS, METRICS_FILE, Quarantine, prepare_run_directory
+from casa_train.run_directory import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    Quarantine,
+    RunLock,
+    prepare_run_directory,
+    request_requeue,
+)
 from casa_train.trainer import Progress, Trainer
 
 T = TypeVar("T")
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> int:
     """Runs, or goes on with, the run that `config` describes. Every rank calls it.
 
+    :return: the exit code: 0 after the last step, 75 when the run left early and wants to be
+        started again.
     :raises UserError: on every rank alike, whatever the user can mend.
     """
+    with StopRequest(config.trainer.max_hours) as stop:  # a signal may come before the first step
+        return _train(config, stop)
+
+
+def _train(config: Config, stop: StopRequest) -> int:
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
     rank, world, device = init_processes()
@@ -68,6 +83,7 @@ def train(config: Config) -> None:
     model, planner, splits = checked.model, checked.planner, checked.splits
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
+    lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
     agree(lambda: prepare_run_directory(run_dir, config, described) if rank == 0 else None)
     fingerprints = {
         "config": fingerprint(config),
@@ -142,28 +158,43 @@ def train(config: Config) -> None:
             names = {name: group["name"] for group in groups for name in group["names"]}
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
-        Trainer(
-            engine=engine,
-            loader=loader,
-            device=device,
-            world=world,
-            steps=config.trainer.steps,
-            save_every=config.checkpoint.every,
-            max_bad_share=config.data.max_bad_share,
-            set_rates=lambda step: set_rates(engine.param_groups, _factor(config, step)),
-            save=checkpoints.save,
-            quarantine=Quarantine(run_dir / f"quarantine_{rank}.jsonl").add,
-            gather=_gather,
-            sinks=sinks,
-            audit=audit,
-            progress=progress,
-        ).run()
+        watchdog = Watchdog(60 * config.trainer.watchdog_minutes, run_dir / f"stacks_{rank}.txt")
+        with watchdog:
+            reason = Trainer(
+                engine=engine,
+                loader=loader,
+                device=device,
+                world=world,
+                steps=config.trainer.steps,
+                save_every=config.checkpoint.every,
+                max_bad_share=config.data.max_bad_share,
+                set_rates=lambda step: set_rates(engine.param_groups, _factor(config, step)),
+                save=checkpoints.save,
+                quarantine=Quarantine(run_dir / f"quarantine_{rank}.jsonl").add,
+                gather=_gather,
+                sinks=sinks,
+                audit=audit,
+                progress=progress,
+                stop_flags=stop.flags,
+                beat=watchdog.beat,
+                max_skipped=config.trainer.max_skipped_steps,
+                source_every=config.trainer.log_every,
+            ).run()
     finally:
         for sink in sinks:
             sink.close()
+    if reason is not None and rank == 0:
+        request_requeue(run_dir, progress.step, reason)
+        say(
+            f"left after step {progress.step} of {config.trainer.steps} ({reason}); the same "
+            f"command goes on. Exit code {EXIT_REQUEUE}"
+        )
     dist.barrier()
     engine.close()
+    if lock is not None:
+        lock.close()
     dist.barrier()
+    return 0 if reason is None else EXIT_REQUEUE
 
 
 @dataclass(frozen=True)

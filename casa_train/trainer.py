@@ -16,7 +16,7 @@ from torch import Tensor
 
 from casa_train.audit import Audit
 from casa_train.errors import UserError
-from casa_train.loss import answer_loss, sum_over_ranks
+from casa_train.loss import answer_losses, sum_over_ranks
 from casa_train.metrics.sinks import Record, Sink
 
 
@@ -25,6 +25,7 @@ class Batch(Protocol):
 
     inputs: Any
     targets: Tensor
+    answer_sources: list[tuple[str, int]]
     sample_ids: list[str]
     text_tokens: int
     image_tokens: int
@@ -53,6 +54,8 @@ class TrainingEngine(Protocol):
 
     def step(self) -> None: ...
 
+    def step_applied(self) -> bool: ...
+
     def gradient_norm(self) -> float: ...
 
     def save(self, directory: Path) -> None: ...
@@ -68,6 +71,41 @@ class Progress:
     image_tokens: int = 0
     samples: int = 0
     bad_samples: int = 0
+    skipped_steps: int = 0
+
+
+class SourceLosses:
+    """Loss and answer tokens by source, summed on the device until somebody asks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, losses: Tensor, sources: Sequence[tuple[str, int]]) -> None:
+        """:param losses: (A,) of one micro-step; :param sources: (name, answer tokens) in order."""
+        parts = losses.split([tokens for _, tokens in sources])
+        for (name, tokens), part in zip(sources, parts, strict=True):
+            total = part.double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._tokens[name] = self._tokens.get(name, 0) + tokens
+
+    def forget(self) -> None:
+        self._sums, self._tokens = {}, {}
+
+    def collect(self, gather: Callable[[Any], Sequence[Any]]) -> dict[str, dict[str, float]]:
+        """Over all ranks, and starts anew."""
+        local = {name: (float(self._sums[name]), self._tokens[name]) for name in self._sums}
+        self.forget()
+        total: dict[str, list[float]] = {}
+        for rank in gather(local):
+            for name, (loss, tokens) in rank.items():
+                entry = total.setdefault(name, [0.0, 0])
+                entry[0] += loss
+                entry[1] += tokens
+        return {
+            name: {"loss": loss / max(1, tokens), "answer_tokens": tokens}
+            for name, (loss, tokens) in sorted(total.items())
+        }
 
 
 @dataclass
@@ -78,6 +116,10 @@ class Trainer:
     :param save: commits a checkpoint of the engine with this JSON state.
     :param quarantine: called with the failed samples of this rank.
     :param gather: the value of every rank, in rank order.
+    :param stop_flags: asked once a step: was this process asked to stop, is its time nearly up?
+    :param beat: called whenever something went forward; a watchdog listens.
+    :param max_skipped: so many steps without finite numbers in a row end the run.
+    :param source_every: steps between two records of the loss of every source.
     """
 
     engine: TrainingEngine
@@ -94,19 +136,33 @@ class Trainer:
     sinks: Sequence[Sink]
     audit: Audit | None = None
     progress: Progress = field(default_factory=Progress)
+    stop_flags: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+    beat: Callable[[], None] = lambda: None
+    max_skipped: int = 5
+    source_every: int = 10
+    _skipped_in_a_row: int = 0
+    _by_source: SourceLosses = field(default_factory=lambda: SourceLosses())
 
-    def run(self) -> None:
-        """Trains to the last step; saves on the way and at the end."""
+    def run(self) -> str | None:
+        """Trains to the last step; saves on the way and at the end.
+
+        :return: why it left early, the same on every rank; None after the last step.
+        """
         trained = self.progress.step < self.steps
         while self.progress.step < self.steps:
             record = self.train_step(self.progress.step + 1)
             for sink in self.sinks:
                 sink.write(record)
+            self.beat()
             step = self.progress.step
-            if step % self.save_every == 0 or step == self.steps:
+            reason = self._stop_reason() if step < self.steps else None
+            if step % self.save_every == 0 or step == self.steps or reason is not None:
                 state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
                 self.save(step, self.engine.save, state)
                 self._say(f"saved checkpoint of step {step}")
+                self.beat()
+            if reason is not None:
+                return reason
         if trained and self.audit is not None and self.audit.first_step is None:
             self._say(
                 "the audit did not run: no step had a non-zero rate and an image with answers"
@@ -117,6 +173,13 @@ class Trainer:
                 f"{bad} of {bad + good} samples could not be used; the quarantine files in the run "
                 "directory name them"
             )
+        return None
+
+    def _stop_reason(self) -> str | None:
+        """A signal to any rank, or the time of any rank: all ranks leave after the same step."""
+        local = [float(flag) for flag in self.stop_flags()]
+        signalled, late = sum_over_ranks(local, self.device)
+        return "signal" if signalled else "max_hours" if late else None
 
     def train_step(self, step: int) -> Record:
         """One optimiser step over all ranks and micro-steps; returns its record."""
@@ -133,8 +196,10 @@ class Trainer:
         for i, batch in enumerate(batches):
             inputs = _to_device(batch.inputs, self.device)
             logits = self.engine.forward(packed=inputs).logits
-            loss = answer_loss(logits, batch.targets.to(self.device))
+            each = answer_losses(logits, batch.targets.to(self.device))
+            loss = each.sum()
             losses += loss.detach()
+            self._by_source.add(each.detach(), batch.answer_sources)
             self.engine.backward(loss * (self.world / answers))
             if audit is not None and i == len(batches) - 1:
                 audit.before_update(step, rates)
@@ -143,20 +208,17 @@ class Trainer:
             self._say(audit.after_update(step))
         (loss_sum,) = sum_over_ranks([float(losses)], self.device)
         gradient_norm = self.engine.gradient_norm()
-        if not (math.isfinite(loss_sum) and math.isfinite(gradient_norm)):
-            ids = self.gather([i for batch in batches for i in batch.sample_ids])
-            raise UserError(
-                f"step {step}: loss {loss_sum / answers}, gradient norm {gradient_norm}; expected "
-                "finite numbers. Lower the learning rates (optim.groups), or look at its samples: "
-                f"{[i for rank in ids for i in rank][:12]}"
-            )
+        finite = math.isfinite(loss_sum) and math.isfinite(gradient_norm)
+        applied = self.engine.step_applied()
+        self._watch_anomalies(step, finite and applied, batches, loss_sum / answers, gradient_norm)
         self.progress.step = step
         seconds = time.perf_counter() - began
         micro_steps = self.world * len(batches)
         return {
             "step": step,
-            "loss": loss_sum / answers,
-            "gradient_norm": gradient_norm,
+            "loss": loss_sum / answers if finite else None,
+            "gradient_norm": gradient_norm if finite else None,
+            "skipped": not applied,
             "rates": rates,
             "answer_tokens": int(counts["answer_tokens"]),
             "text_tokens": int(counts["text_tokens"]),
@@ -170,7 +232,41 @@ class Trainer:
             "data_seconds": data_seconds,
             "text_tokens_per_second": counts["text_tokens"] / seconds,
             "image_tokens_per_second": counts["image_tokens"] / seconds,
+            **self._sources(step),
         }
+
+    def _sources(self, step: int) -> Record:
+        """Mean loss and answer tokens by source since the last such record, now and then."""
+        if step % self.source_every and step != self.steps:
+            return {}
+        return {"sources": self._by_source.collect(self.gather)}
+
+    def _watch_anomalies(
+        self, step: int, good: bool, batches: Sequence[Batch], loss: float, norm: float
+    ) -> None:
+        """Counts steps that were left out because their numbers are not finite.
+
+        :raises UserError: too many in a row.
+        """
+        if good:
+            self._skipped_in_a_row = 0
+            return
+        self.progress.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        self._by_source.forget()
+        ranks = self.gather([i for batch in batches for i in batch.sample_ids])
+        ids = [i for rank in ranks for i in rank]
+        self._say(
+            f"step {step} was skipped: loss {loss}, gradient norm {norm}; weights stay as they "
+            f"were. Its samples: {ids[:12]}"
+        )
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise UserError(
+                f"step {step}: the numbers of {self._skipped_in_a_row} steps in a row were not "
+                f"finite (loss {loss}, gradient norm {norm}); expected finite numbers. Lower the "
+                "learning rates (optim.groups), or look at the samples of the last step: "
+                f"{ids[:12]}"
+            )
 
     def _count(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Counts of the step over all ranks; also checks the share of bad samples."""

@@ -11,7 +11,7 @@ from torch import nn
 from casa_train.audit import Audit
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.errors import UserError
-from casa_train.loss import answer_loss
+from casa_train.loss import answer_losses
 from casa_train.optim import (
     apply_settings,
     build_groups,
@@ -94,8 +94,8 @@ def test_loss_sums_over_answers_and_keeps_a_graph_without_any() -> None:
     targets = torch.tensor([1, 2, 3, 0])
     rows = torch.log_softmax(logits.detach().double(), -1)
     expected = -rows[torch.arange(4), targets].sum()
-    assert answer_loss(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-    empty = answer_loss(logits[:0], targets[:0])
+    assert answer_losses(logits, targets).sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    empty = answer_losses(logits[:0], targets[:0]).sum()
     empty.backward()
     assert empty.item() == 0 and logits.grad is not None and not logits.grad.any()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.engine import Engine, init_processes, leave_processes
-from casa_train.loss import answer_loss
+from casa_train.loss import answer_losses
 from casa_train.optim import build_groups, build_optimizer, set_rates
 from tests.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs, tiny_model
 
@@ -72,7 +72,8 @@ def pack_loss(forward: Any, samples: list[Sample]) -> tuple[Tensor, int]:
         targets.append(sample.ids[1:])
         first += count
     inputs.logits_index = torch.tensor(rows)
-    return answer_loss(forward(packed=inputs).logits, torch.cat(targets)), len(rows)
+    losses = answer_losses(forward(packed=inputs).logits, torch.cat(targets))
+    return losses.sum(), len(rows)
 
 
 def plain_step(case: dict[str, Any], total: int) -> dict[str, Tensor]:

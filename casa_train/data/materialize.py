@@ -34,6 +34,8 @@ class PackedBatch:
 
     :param inputs: what the model reads; `inputs.logits_index` are the rows that predict answers.
     :param targets: (A,) the token each of those rows must predict.
+    :param answer_sources: for each sample, its source in the mixture and how many of the targets
+        are its own.
     :param sample_ids: "source/key" of every sample, in order.
     :param fills: used share of the text and of the image budget.
     :param pairs: samples with images and answers; where there are none, no gradient reaches vision.
@@ -42,6 +44,7 @@ class PackedBatch:
     index: int
     inputs: PackedInputs
     targets: Tensor
+    answer_sources: list[tuple[str, int]]
     sample_ids: list[str]
     sources: list[str]
     text_tokens: int
@@ -105,6 +108,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
     def __getitem__(self, pack: Pack) -> PackedBatch:
         samples: list[EncodedSample] = []
         names: list[tuple[str, str]] = []
+        answers: list[tuple[str, int]] = []
         failures: list[Failure] = []
         for name, row, text, tokens in pack.items:
             split = self.splits[name]
@@ -121,6 +125,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
                 continue
             samples.append(encoded)
             names.append((source, key))
+            answers.append((name, sum(encoded.answer[1:])))
         pairs = sum(bool(s.images) and any(s.answer) for s in samples)
         chunks = [Chunk(len(s.ids), tuple(s.points), tuple(s.image_tokens)) for s in samples]
         if not has_pair(chunks):
@@ -148,6 +153,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
             index=pack.index,
             inputs=inputs,
             targets=torch.tensor(targets, dtype=torch.long),
+            answer_sources=answers,
             sample_ids=[f"{source}/{key}" for source, key in names],
             sources=[source for source, _ in names],
             text_tokens=text_tokens,

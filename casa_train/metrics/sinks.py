@@ -61,10 +61,10 @@ class ConsoleSink:
 
     def write(self, record: Record) -> None:
         step = record["step"]
-        shown = (
-            f"loss {record['loss']:.4f}  grad {record['gradient_norm']:.2f}  "
-            f"{record['text_tokens_per_second']:.0f} text tok/s"
-        )
+        numbers = "no finite loss"
+        if record["loss"] is not None:
+            numbers = f"loss {record['loss']:.4f}  grad {record['gradient_norm']:.2f}"
+        shown = f"{numbers}  {record['text_tokens_per_second']:.0f} text tok/s"
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(shown, refresh=False)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +48,19 @@ def job_directory(name: str, overrides: Sequence[str]) -> str:
 
 
 OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """What `python -m casa_train OVERRIDES` would train.
+
+    :raises UserError: naming the field or the override.
+    """
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            raw = compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    return to_config(raw)
 
 
 def to_config(raw: DictConfig) -> Config:

@@ -1,0 +1,271 @@
+"""python -m casa_train.inspect TARGET [overrides ...]: a page of the data as training sees it.
+
+TARGET is a prepared split, a run directory or an experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow.compute as pc
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from casa_train.assemble import build_planner, build_processor, open_splits
+from casa_train.compose import CONF_DIR, compose_config, explain, to_config
+from casa_train.config import Config, SourceConfig
+from casa_train.data.materialize import Materializer
+from casa_train.data.plan import Pack, Planner
+from casa_train.data.schemas import BadRow
+from casa_train.data.shards import META_FILE, Split
+from casa_train.errors import UserError
+from casa_train.inspection import pictures
+from casa_train.inspection.packs import view_packs
+from casa_train.inspection.page import MessageView, OneSample, Page, Part, write_page
+from casa_train.inspection.statistics import view_plan
+from casa_train.run_directory import CONFIG_FILE
+
+PLANNED = 1000  # packs that statistics count at least, in whole blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is looked at: its configuration and, if it is one, that it is a run."""
+
+    title: str
+    config: Config
+    run: bool
+
+
+def find_target(name: str, experiment: str | None, overrides: Sequence[str]) -> Target:
+    """The configuration that TARGET stands for.
+
+    :param experiment: whose configuration a prepared split is looked at with.
+    :raises UserError: nothing of that name, or a configuration that does not hold.
+    """
+    path = Path(name)
+    experiments = sorted(file.stem for file in (CONF_DIR / "experiment").glob("*.yaml"))
+    chosen = [] if experiment is None else [f"+experiment={experiment}"]
+    if (path / META_FILE).is_file():
+        return Target(name, _split_config(path, [*chosen, *overrides]), run=False)
+    if experiment is not None:
+        raise UserError(
+            f"--experiment says how to look at a prepared split, but {name!r} is none; expected a "
+            f"directory with {META_FILE}. Leave the option out, or name a split such as DIR/train."
+        )
+    if (path / CONFIG_FILE).is_file():
+        try:
+            stored = OmegaConf.load(path / CONFIG_FILE)
+            raw = OmegaConf.merge(stored, OmegaConf.from_dotlist(list(overrides)))
+        except OmegaConfBaseException as error:
+            raise UserError(explain(error)) from error
+        return Target(name, to_config(raw), run=True)  # type: ignore[arg-type]
+    if name in experiments:
+        return Target(name, compose_config([f"+experiment={name}", *overrides]), run=True)
+    splits = sorted(str(file.parent) for file in path.glob(f"*/{META_FILE}"))
+    raise UserError(
+        f"{name!r} is neither a prepared split (a directory with {META_FILE}), nor a run directory "
+        f"(with {CONFIG_FILE}), nor an experiment ({', '.join(experiments)}). "
+        + (f"It holds the splits {', '.join(splits)}: name one." if splits else "Name one of them.")
+    )
+
+
+def _split_config(path: Path, overrides: Sequence[str]) -> Config:
+    """One split alone as a mixture, with the tokenizer that its recipe left beside it."""
+    config = compose_config(overrides)
+    named = any(o.lstrip("+").startswith(("experiment=", "model", "model.")) for o in overrides)
+    if not named:
+        beside = [path.resolve().parents[i] / "tokenizer" for i in (0, 1)]
+        found = next((directory for directory in beside if directory.is_dir()), None)
+        if found is None:
+            raise UserError(
+                f"there is no tokenizer directory beside {path}: name the experiment that the "
+                "split is for with --experiment, or set model.tokenizer=DIR."
+            )
+        config.model.tokenizer = str(found)
+    split = path.resolve()
+    source = split.parent.name if split.name in ("train", "validation") else split.name
+    config.data.sources = {source: SourceConfig(path=str(path))}
+    return config
+
+
+def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
+    """The mixture, and some packs as training sees them.
+
+    :param packs: how many are drawn; :param first: the first of them, None: spread over the plan.
+    """
+    config = target.config
+    world = config.world_size or 1
+    if config.data.packs_per_step % world:
+        raise UserError(
+            f"data.packs_per_step is {config.data.packs_per_step}, which world_size={world} does "
+            "not divide; expected a multiple of it. Set one of them."
+        )
+    planner, splits, materializer = open_data(config)
+    whole = -(-PLANNED // planner.block_packs) * planner.block_packs
+    planned = list(itertools.islice(planner, max(whole, (first or 0) + packs)))
+    if first is None:
+        packs = min(packs, whole)
+        chosen = [planned[i * whole // packs] for i in range(packs)]
+    else:
+        chosen = planned[first : first + packs]
+    steps = config.trainer.steps * config.data.packs_per_step
+    return Page(
+        title=target.title,
+        settings=_settings(config),
+        packs=view_packs(chosen, materializer),
+        packs_per_step=config.data.packs_per_step,
+        world=world,
+        plan=view_plan(planned[:whole], planner, splits, world, steps if target.run else None),
+    )
+
+
+def inspect_sample(target: Target, wanted: str) -> Page:
+    """One sample: as it is stored, and as it stands in a pack.
+
+    :param wanted: KEY or SOURCE/KEY.
+    :raises UserError: no such sample, or several.
+    """
+    config = target.config
+    planner, splits, materializer = open_data(config)
+    name, row = find_sample(splits, wanted)
+    split, source = splits[name], planner.sources[name]
+    lengths = int(source.text[row]), int(source.images[row])
+    shard = int(split.index.column("shard")[row].as_py())
+    about = [
+        ("source of the mixture", name),
+        ("row of the index", f"{row:,}"),
+        ("shard", str(split.meta["shards"][shard]["name"])),
+        ("text tokens", f"{lengths[0]:,} of {config.data.text_tokens:,}"),
+        ("image tokens", f"{lengths[1]:,} of {config.data.image_tokens:,}"),
+    ]
+    pack = Pack(0, ((name, row, *lengths),), *lengths)
+    return Page(
+        title=target.title,
+        settings=_settings(config),
+        packs=view_packs([pack], materializer),
+        packs_per_step=config.data.packs_per_step,
+        world=1,
+        sample=OneSample(f"{split.source(row)}/{split.key(row)}", about, _messages(split, row)),
+    )
+
+
+def find_sample(splits: Mapping[str, Split], wanted: str) -> tuple[str, int]:
+    """Source of the mixture and row of a sample.
+
+    :param wanted: KEY or SOURCE/KEY; the source is the mixture's or the sample's own.
+    :raises UserError: none, or several.
+    """
+    source, _, key = wanted.rpartition("/")
+    found = []
+    for name, split in splits.items():
+        for row in pc.indices_nonzero(pc.equal(split.index.column("key"), key)).to_pylist():
+            if source in ("", name, split.source(row)):
+                found.append((name, row))
+    if len(found) == 1:
+        return found[0]
+    places = ", ".join(f"{name}/{key} ({splits[name].source(row)})" for name, row in found[:5])
+    raise UserError(
+        f"--sample {wanted}: "
+        + (
+            f"{len(found)} samples have this key: {places}. Name one as SOURCE/KEY."
+            if found
+            else f"no such sample in {', '.join(splits)}; expected KEY or SOURCE/KEY as a pack or "
+            "a quarantine file shows it."
+        )
+    )
+
+
+def open_data(config: Config) -> tuple[Planner, dict[str, Split], Materializer]:
+    """Data as a training run opens it."""
+    processor = build_processor(config)
+    splits = open_splits(config.data.sources, processor)
+    planner = build_planner(config, splits, processor)
+    data = config.data
+    return planner, splits, Materializer(splits, processor, data.text_tokens, data.image_tokens)
+
+
+def _messages(split: Split, row: int) -> list[MessageView] | None:
+    try:
+        sample = split.read(row)
+    except BadRow:
+        return None  # the pack beside it says why
+    messages = []
+    for message in sample.messages(list(sample.images)):
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "text":
+                parts.append(Part("text", part["text"]))
+                continue
+            uri, about = pictures.of_file(part["image"]) or (None, "unreadable image")
+            parts.append(Part("image", f"{about}, {len(part['image']):,} bytes", uri))
+        messages.append(MessageView(message["role"], parts))
+    return messages
+
+
+def _settings(config: Config) -> list[tuple[str, str]]:
+    """The fields that the data depends on."""
+    data = config.data
+    plain = ("text_tokens", "image_tokens", "max_pixels", "packs_per_step", "open_packs")
+    order = ("balance_block", "balance_group", "video_share", "locality")
+    return [
+        ("seed", str(config.seed)),
+        ("model.tokenizer", str(config.model.tokenizer or config.model.backbone.pretrained)),
+        *((f"model.template.{k}", repr(v)) for k, v in config.model.template.items() if v),
+        *((f"data.{field}", f"{getattr(data, field):,}") for field in (*plain, *order)),
+        *((f"data.sources.{name}.path", source.path) for name, source in data.sources.items()),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.inspect", description=__doc__)
+    parser.add_argument("target", help="DIR/train of prepared data, a run, or an experiment")
+    parser.add_argument("overrides", nargs="*", help="fields, such as data.text_tokens=4096")
+    parser.add_argument("--out", type=Path, default=Path("inspect.html"), help="file to write")
+    parser.add_argument("--packs", type=int, default=4, help="packs that are drawn (default: 4)")
+    parser.add_argument("--first", type=int, help="the first of them (default: spread over a plan)")
+    parser.add_argument("--sample", metavar="[SOURCE/]KEY", help="show this sample alone")
+    parser.add_argument("--seed", type=int, help="the order's seed (default: the configuration's)")
+    parser.add_argument("--experiment", help="whose tokenizer, template and budgets a split gets")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.packs < 0 or (arguments.first or 0) < 0:
+        parser.error("--packs and --first must be 0 or more")
+    try:
+        target = find_target(arguments.target, arguments.experiment, arguments.overrides)
+        if arguments.seed is not None:
+            target.config.seed = arguments.seed
+        if arguments.sample is not None:
+            page = inspect_sample(target, arguments.sample)
+        else:
+            page = inspect_plan(target, arguments.packs, arguments.first)
+        write_page(page, arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = arguments.out.stat().st_size / 1e6
+    print(f"{target.title}: {summary(page)}, page {arguments.out} ({size:.1f} MB)")
+    return 0
+
+
+def summary(page: Page) -> str:
+    """The page in a few words."""
+    failures = sum(len(pack.failures) for pack in page.packs)
+    failed = f", {failures} of their samples failed" if failures else ""
+    if page.plan is None:
+        return f"sample {page.sample.id}{failed}" if page.sample else failed
+    plan = page.plan
+    return (
+        f"{plan.packs:,} packs planned of {plan.samples:,} samples, text fill "
+        f"{plan.fills[0]:.1%}, image fill {plan.fills[1]:.1%}, {plan.dropped:,} samples fit no "
+        f"pack; {len(page.packs)} packs drawn{failed}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -104,7 +104,7 @@ def sizes(title: str, widths: np.ndarray, heights: np.ndarray) -> Chart:
             f"{2 ** edges[i]:.0f}–{2 ** edges[i + 1]:.0f} wide, "
             f"{2 ** edges[j]:.0f}–{2 ** edges[j + 1]:.0f} high: {counts[i, j]:,.0f}"
         )
-        strength = 0.25 + 0.75 * math.sqrt(counts[i, j] / most)
+        strength = 0.4 + 0.6 * math.sqrt(counts[i, j] / most)
         rects.append(Rect(x, y, WIDTH / cells, HEIGHT / cells, GREY, label, strength))
     powers = range(math.ceil(low), math.floor(high) + 1)
     note = (
@@ -146,7 +146,7 @@ def _x_ticks(edges: np.ndarray, percent: bool, beyond: bool) -> Iterator[tuple[f
         marks = [(v, _short(v)) for v in ticks(low, high, 6)]
     for value, text in marks:
         x = WIDTH * (value - low) / (high - low)
-        if not (beyond and x > WIDTH - 50):
+        if not (beyond and x > WIDTH - 64):
             yield x, text
     if beyond:
         unit = edges[1] - edges[0] == 1 and edges[0] % 1 == 0.5

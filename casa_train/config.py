@@ -59,7 +59,7 @@ class SourceConfig:
     """One prepared split."""
 
     path: str = "???"
-    """Directory with `index.parquet`, `meta.json` and shards."""
+    """Directory with `index.arrow`, `meta.json` and shards."""
     weight: float | None = None
     """Relative rate. Either every source has one or none has; then rates follow the sizes."""
     repeats: int = 1

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from casa_train.errors import UserError
-from data_recipes import synthetic
+from data_recipes import (
+    finevision,
+    live_whisperx,
+    llava_onevision,
+    llava_video,
+    mixture,
+    synthetic,
+)
 
 
 @dataclass(frozen=True)
@@ -21,10 +28,35 @@ class Recipe:
 
 
 RECIPES = {
+    "finevision": Recipe(
+        "FineVision: about 185 subsets of images with questions, rated turn by turn.",
+        finevision.add_arguments,
+        finevision.run,
+    ),
+    "llava_onevision": Recipe(
+        "LLaVA-OneVision-1.5-Instruct: the subsets that FineVision lacks, and Docmatix.",
+        llava_onevision.add_arguments,
+        llava_onevision.run,
+    ),
+    "llava_video": Recipe(
+        "LLaVA-Video-178K: questions about videos, decoded to 2 frames a second.",
+        llava_video.add_arguments,
+        llava_video.run,
+    ),
+    "live_whisperx": Recipe(
+        "Live-WhisperX-526K: videos with captions word by word, decoded to 2 frames a second.",
+        live_whisperx.add_arguments,
+        live_whisperx.run,
+    ),
     "synthetic": Recipe(
         "Renders small pictures with questions: no download, answers known by construction.",
         synthetic.add_arguments,
         synthetic.run,
+    ),
+    "mixture": Recipe(
+        "Not a dataset: writes the configuration of a mixture of everything that is prepared.",
+        mixture.add_arguments,
+        mixture.run,
     ),
 }
 
@@ -43,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again.", file=sys.stderr)
+        print("interrupted: run the same command again to go on.", file=sys.stderr)
         return 130
     return 0
 

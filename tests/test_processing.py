@@ -186,7 +186,7 @@ def test_a_dtype_moves_pixels_only(tokenizer_path: str) -> None:
         ([{"role": "user", "content": 3}], "content of type int"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "holds the part"),
         ([{"role": "user", "content": [{"type": "video"}]}], "expected a list of frames"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], "holds the part"),
+        ([{"role": "assistant", "content": [{"type": "audio"}]}], "holds the part"),
     ],
 )
 def test_bad_messages_are_named(tokenizer_path: str, messages: list[object], words: str) -> None:

@@ -2,54 +2,141 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+"""What FineVision rates each turn by, from 1 to 5."""
 
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """A place in a user turn where image `index` of the sample stands."""
+    """A place in a turn where image `index` of the sample stands."""
 
     index: int
 
 
+Part = str | ImageSlot
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `user` interleaves text with image slots."""
+    """One question and its answer.
 
-    user: tuple[str | ImageSlot, ...]
+    :param user: text interleaved with image slots; empty where an answer needs no question.
+    :param assistant: the whole answer as text.
+    :param ratings: one for each of `RATINGS`; 0 where the source rates nothing.
+    :param live: an answer that goes on while frames arrive (live captioning): the frames
+        interleaved with the pieces of `assistant` that follow them.
+    """
+
+    user: tuple[Part, ...]
     assistant: str
+    ratings: tuple[int, ...] = (0,) * len(RATINGS)
+    live: tuple[Part, ...] = ()
+
+    @property
+    def answer(self) -> tuple[Part, ...]:
+        """The answer as parts, as `user` is the question."""
+        return self.live or (self.assistant,)
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The images that this turn shows, in order."""
+        return tuple(p.index for p in (*self.user, *self.live) if isinstance(p, ImageSlot))
 
 
 @dataclass(frozen=True)
 class Sample:
     """A conversation about zero or more images, still encoded as the source stored them.
 
+    Every image is shown exactly once, in the order of `images`.
+
     :param key: unique within its dataset directory; it is also the tar member stem.
     :param source: the subset it came from; metrics and mixtures go by this name.
     :param images: original file bytes (JPEG, PNG or WebP).
+    :param video: whether the images are the frames of one video, in order.
+    :param mended: short names of what a schema had to put right; recipes count them.
     """
 
     key: str
     source: str
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...]
+    video: bool = False
+    mended: tuple[str, ...] = ()
+
+    @property
+    def follows(self) -> tuple[bool, ...]:
+        """For each image, whether it is a frame of the same video as the image before it."""
+        return tuple(self.video and i > 0 for i in range(len(self.images)))
 
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
         """The conversation as the processor's messages (casa.md section 8).
 
+        Frames with no text between them are one part of type "video".
+
         :param images: what to put into the image slots, by index; None leaves every slot empty.
         """
+
+        def content(parts: tuple[Part, ...]) -> list[dict[str, Any]]:
+            out: list[dict[str, Any]] = []
+            for part in parts:
+                if isinstance(part, str):
+                    out.append({"type": "text", "text": part})
+                    continue
+                image = None if images is None else images[part.index]
+                if not self.video:
+                    out.append({"type": "image", "image": image})
+                elif out and out[-1]["type"] == "video":
+                    out[-1]["video"].append(image)
+                else:
+                    out.append({"type": "video", "video": [image]})
+            return out
+
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
-            content: list[dict[str, Any]] = []
-            for part in turn.user:
-                if isinstance(part, ImageSlot):
-                    image = None if images is None else images[part.index]
-                    content.append({"type": "image", "image": image})
-                else:
-                    content.append({"type": "text", "text": part})
-            messages.append({"role": "user", "content": content})
-            answer = [{"type": "text", "text": turn.assistant}]
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": content(turn.user)})
+            messages.append({"role": "assistant", "content": content(turn.answer)})
         return messages
+
+
+def keep_images(sample: Sample, kept: Collection[int]) -> Sample:
+    """The sample with only these images; the slots of the others vanish and text stays.
+
+    In a live answer the text of a frame that goes joins the window of the frame before it.
+    """
+    order = sorted(kept)
+    new = {old: ImageSlot(position) for position, old in enumerate(order)}
+
+    def parts(old: tuple[Part, ...]) -> tuple[Part, ...]:
+        moved = (new.get(part.index) if isinstance(part, ImageSlot) else part for part in old)
+        return tuple(part for part in moved if part is not None)
+
+    turns = tuple(replace(t, user=parts(t.user), live=parts(t.live)) for t in sample.turns)
+    return replace(sample, turns=turns, images=tuple(sample.images[i] for i in order))
+
+
+def filter_turns(sample: Sample, minimum: Mapping[str, int]) -> Sample:
+    """The sample without the turns that are rated below `minimum`; turns may be empty after it.
+
+    A turn that is not rated stays. The images of a dropped turn move to the next kept turn if that
+    shows none of its own, since it asks about what was shown last; otherwise they go with their
+    turn. `data.ratings` computes the same from an index.
+
+    :param minimum: by name of the rating, out of `RATINGS`.
+    """
+    turns: list[Turn] = []
+    shown: list[int] = []
+    carried: list[int] = []
+    for turn in sample.turns:
+        if any(0 < turn.ratings[RATINGS.index(name)] < least for name, least in minimum.items()):
+            carried += turn.images
+            continue
+        if carried and not turn.images:
+            turn = replace(turn, user=(*map(ImageSlot, carried), *turn.user))
+        shown += turn.images
+        carried = []
+        turns.append(turn)
+    return keep_images(replace(sample, turns=tuple(turns)), shown)

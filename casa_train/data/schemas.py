@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from casa_train.data.sample import ImageSlot, Sample, Turn
+from casa_train.data.conversation import (
+    PLACEHOLDER,
+    BadRow,
+    Exchange,
+    build_turns,
+    exchanges_of,
+)
+from casa_train.data.sample import RATINGS, Sample
+from casa_train.data.video_schemas import live_whisperx, llava_video
 
-PLACEHOLDER = "<image>"
-
-
-class BadRow(ValueError):
-    """A row that holds no usable sample; `reason` is a short name that statistics count by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+__all__ = ["MODALITIES", "PLACEHOLDER", "SCHEMAS", "BadRow", "finevision", "llava_onevision"]
 
 
 def finevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sample:
     """FineVision (`HuggingFaceM4/FineVision`): columns `images`, `texts` [{user, assistant}],
-    `source`.
+    `source`, and for each of `RATINGS` `{name}_ratings` (a number from 1 to 5 for each turn).
 
-    The images belong to the sample as a whole and stand before the first question. Where the user
-    texts hold exactly one literal `<image>` for each image, the images stand at those places
-    instead; any other number of placeholders is noise and is removed. Empty turns are dropped.
+    Ratings that do not match the turns in number cannot be told apart and count as unrated.
 
     :raises BadRow: without a source, or without a single non-empty turn.
     """
@@ -35,35 +33,66 @@ def finevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sam
     if not isinstance(texts, Sequence) or isinstance(texts, str):
         found = type(texts).__name__
         raise BadRow("no_texts", f"column 'texts' of sample {key} is {found}, expected a list")
-    pairs = [(_text(t, "user"), _text(t, "assistant")) for t in texts if isinstance(t, Mapping)]
-    literal = bool(images) and sum(user.count(PLACEHOLDER) for user, _ in pairs) == len(images)
-    remaining = iter(range(len(images)))
-    carried: list[ImageSlot] = [] if literal else [ImageSlot(i) for i in remaining]
-    turns: list[Turn] = []
-    for user, assistant in pairs:
-        parts: list[str | ImageSlot] = []
-        pieces = user.split(PLACEHOLDER) if literal else [user.replace(PLACEHOLDER, "")]
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                parts.append(ImageSlot(next(remaining)))
-            if piece.strip():
-                parts.append(piece.strip())
-        if not assistant.strip() or not any(isinstance(part, str) for part in parts):
-            # The turn goes, but its images do not shift: the next kept turn shows them.
-            carried += [part for part in parts if isinstance(part, ImageSlot)]
-            continue
-        turns.append(Turn((*carried, *parts), assistant.strip()))
-        carried = []
-    if not turns:
-        raise BadRow("no_turns", f"sample {key} has no turn with both a question and an answer")
-    return Sample(key=key, source=source, turns=tuple(turns), images=tuple(images))
+    mended: set[str] = set()
+    ratings = [_ratings(row.get(f"{name}_ratings"), len(texts), mended) for name in RATINGS]
+    exchanges = [
+        Exchange(_text(turn, "user"), _text(turn, "assistant"), tuple(rated))
+        for turn, *rated in zip(texts, *ratings, strict=True)
+    ]
+    turns = build_turns(key, exchanges, len(images), mended)
+    return Sample(key, source, turns, tuple(images), mended=tuple(sorted(mended)))
 
 
-def _text(turn: Mapping[str, Any], field: str) -> str:
-    value = turn.get(field)
+def llava_onevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sample:
+    """LLaVA-OneVision-1.5-Instruct: `id`, `image` (one, or null), `conversations` and
+    `data_source`, which sometimes stands in a turn; a recipe adds `subset`, the fallback.
+
+    :raises BadRow: no usable turn, no source, or a question about an image that is not there.
+    """
+    mended: set[str] = set()
+    conversations = row.get("conversations")
+    exchanges = exchanges_of(key, conversations, mended)
+    if not images and any(PLACEHOLDER in exchange.user for exchange in exchanges):
+        raise BadRow("missing_image", f"sample {key} asks about an image, column 'image' is empty")
+    source = row.get("data_source")
+    if not isinstance(source, str) or not source:
+        inner = [m.get("data_source") for m in conversations or () if isinstance(m, Mapping)]
+        source = next((s for s in [*inner, row.get("subset")] if isinstance(s, str) and s), None)
+        if source is None:
+            raise BadRow("no_source", f"sample {key} has no 'data_source', in no turn either")
+        mended.add("source_from_elsewhere")
+    turns = build_turns(key, exchanges, len(images), mended)
+    return Sample(key, source, turns, tuple(images), mended=tuple(sorted(mended)))
+
+
+def _text(turn: Any, field: str) -> str:
+    value = turn.get(field) if isinstance(turn, Mapping) else None
     return value if isinstance(value, str) else ""
+
+
+def _ratings(values: Any, turns: int, mended: set[str]) -> list[int]:
+    """A rating for each turn, 0 where there is none."""
+    if values is None:
+        return [0] * turns
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != turns:
+        mended.add("ratings_ignored")
+        return [0] * turns
+    rated = [v if isinstance(v, int) and 1 <= v <= 5 else 0 for v in values]
+    if any(v is not None and not r for v, r in zip(values, rated, strict=True)):
+        mended.add("ratings_ignored")
+    return rated
 
 
 SCHEMAS: dict[str, Callable[[str, Mapping[str, Any], Sequence[bytes]], Sample]] = {
     "finevision": finevision,
+    "llava_onevision": llava_onevision,
+    "llava_video": llava_video,
+    "live_whisperx": live_whisperx,
 }
+MODALITIES = {
+    "finevision": "image",
+    "llava_onevision": "image",
+    "llava_video": "video",
+    "live_whisperx": "video",
+}
+"""Whether the images of a sample are images, or the frames of one video."""

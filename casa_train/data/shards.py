@@ -3,10 +3,13 @@
 A dataset directory holds one folder a split::
 
     DIR/train/shard-000000.tar     KEY.json (the row without its images) + KEY.0.png, KEY.1.jpg ...
-    DIR/train/index.parquet        one row a sample: where its members lie, how long it is
+    DIR/train/index.arrow          one row a sample: where its members lie, how long it is
     DIR/train/meta.json            schema, tokenizer fingerprint, every shard with its size
 
 The tars open with plain webdataset. Training reads members by offset and never scans a tar.
+
+A shard is finished when its index part, shard-000000.arrow, lies beside it. It also holds what the
+shard was made from, so writing can go on after the last finished shard, however it was ended.
 """
 
 from __future__ import annotations
@@ -16,68 +19,59 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import webdataset
 from PIL import Image
 
-from casa_train.data.sample import Sample
-from casa_train.data.schemas import SCHEMAS, BadRow
-from casa_train.errors import UserError
-from casa_train.files import sha256, write_atomic
-
-INDEX_FILE = "index.parquet"
-META_FILE = "meta.json"
-FORMAT_VERSION = 1
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("shard", pa.int32()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int32()),
-        ("image_offsets", pa.list_(pa.int64())),
-        ("image_sizes", pa.list_(pa.int32())),
-        ("widths", pa.list_(pa.int32())),
-        ("heights", pa.list_(pa.int32())),
-        ("user_tokens", pa.list_(pa.int32())),
-        ("assistant_tokens", pa.list_(pa.int32())),
-    ]
+from casa_train.data.sample import RATINGS, ImageSlot, Part, Sample
+from casa_train.data.schemas import MODALITIES, SCHEMAS, BadRow
+from casa_train.data.shard_index import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    merge_parts,
+    open_index,
+    part_path,
+    read_part,
+    write_part,
 )
+from casa_train.errors import UserError
+from casa_train.files import sha256, sync_file, write_atomic
+
+META_FILE = "meta.json"
+FORMAT_VERSION = 2
+OPEN_SHARDS = 64  # files that a process keeps open
+
+CountTokens = Callable[[str], int]
 
 
-class ShardWriter:
-    """Writes rows of one split as tar shards and, on `close`, their index.
+class Shard:
+    """Writes one tar shard and its index part. Nothing is finished before `finish`.
 
+    :param number: of the shard, from 0; a shard of that number is overwritten.
     :param count_tokens: text -> number of tokens, without special tokens.
-    :param tokenizer_fingerprint: what identifies that tokenizer; training refuses another one.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        schema: str,
-        count_tokens: Callable[[str], int],
-        tokenizer_fingerprint: str,
-        samples_per_shard: int = 2000,
+        self, directory: Path, number: int, schema: str, count_tokens: CountTokens
     ) -> None:
-        self.directory = directory
+        self.directory, self.number = directory, number
         self.schema = schema
         self.count_tokens = count_tokens
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.samples_per_shard = samples_per_shard
-        self.skipped: dict[str, int] = {}
-        self._shards: list[dict[str, Any]] = []
+        self.skipped: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
-        self._open_rows: list[dict[str, Any]] = []
-        self._writer: webdataset.TarWriter | None = None
+        self._keys: set[str] = set()
+        self._tar: webdataset.TarWriter | None = None
         directory.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def write(self, key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> bool:
         """Adds one row; `row` is the dataset's row without its images.
@@ -85,65 +79,84 @@ class ShardWriter:
         :return: False when the row cannot be used; it is counted in `skipped` by its reason.
         """
         try:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", key):
-                raise BadRow("bad_key", f"{key!r} cannot name a tar member")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or key in self._keys:
+                raise BadRow("bad_key", f"{key!r} cannot name a tar member, or does already")
             sample = SCHEMAS[self.schema](key, row, images)
-            sizes = [_header_size(key, i, data) for i, data in enumerate(images)]
+            headers = [_header(key, i, data) for i, data in enumerate(images)]
+            tokens = self._count_turns(sample)
         except BadRow as error:
-            self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
+            self.skipped[error.reason] += 1
             return False
-        if self._writer is None:
-            self._writer = webdataset.TarWriter(str(self._path(".tmp")), mtime=0, user="", group="")
+        if self._tar is None:
+            self._tar = webdataset.TarWriter(str(self._path(".tmp")), mtime=0, user="", group="")
         members: dict[str, Any] = {"__key__": key, "json": json.dumps(row, sort_keys=True).encode()}
-        for i, (data, (image_format, _, _)) in enumerate(zip(images, sizes, strict=True)):
-            members[f"{i}.{image_format}"] = data
-        self._writer.write(members)
-        self._open_rows.append(
+        for i, (data, (extension, _, _)) in enumerate(zip(images, headers, strict=True)):
+            members[f"{i}.{extension}"] = data
+        self._tar.write(members)
+        self._keys.add(key)
+        self.mended.update(sample.mended)
+        turn_of = {i: number for number, turn in enumerate(sample.turns) for i in turn.images}
+        self._rows.append(
             {
                 "key": key,
                 "source": sample.source,
-                "shard": len(self._shards),
-                "widths": [width for _, width, _ in sizes],
-                "heights": [height for _, _, height in sizes],
-                "user_tokens": [
-                    sum(self.count_tokens(part) for part in turn.user if isinstance(part, str))
-                    for turn in sample.turns
-                ],
-                "assistant_tokens": [self.count_tokens(turn.assistant) for turn in sample.turns],
+                "shard": 0,
+                "widths": [width for _, width, _ in headers],
+                "heights": [height for _, _, height in headers],
+                "image_turns": [turn_of[i] for i in range(len(images))],
+                **tokens,
+                **{
+                    name: [turn.ratings[i] for turn in sample.turns]
+                    for i, name in enumerate(RATINGS)
+                },
             }
         )
-        if len(self._open_rows) >= self.samples_per_shard:
-            self._finish_shard()
         return True
 
-    def close(self) -> int:
-        """Finishes the last shard, writes index and meta; returns the number of samples."""
-        self._finish_shard()
-        table = pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA)
-        pq.write_table(table, self.directory / (INDEX_FILE + ".tmp"))
-        os.replace(self.directory / (INDEX_FILE + ".tmp"), self.directory / INDEX_FILE)
-        meta = {
-            "format": FORMAT_VERSION,
-            "schema": self.schema,
-            "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            "samples": len(self._rows),
-            "skipped": self.skipped,
-            "shards": self._shards,
-            "index_sha256": sha256(self.directory / INDEX_FILE),
-        }
-        write_atomic(self.directory / META_FILE, json.dumps(meta, indent=1) + "\n")
-        return len(self._rows)
+    def finish(self, consumed: Mapping[str, Any]) -> None:
+        """Closes the shard and writes its part; a shard without a sample has no tar.
+
+        :param consumed: what the shard was made from; `finished_shard` returns it.
+        """
+        size = self._close_tar()
+        tokens = sum(sum(row["user_tokens"]) + sum(row["assistant_tokens"]) for row in self._rows)
+        write_part(
+            self.directory,
+            self.number,
+            self._rows,
+            {
+                "bytes": size,
+                "samples": len(self._rows),
+                "images": sum(len(row["widths"]) for row in self._rows),
+                "text_tokens": tokens,
+                "skipped": self.skipped,
+                "mended": self.mended,
+                "consumed": consumed,
+            },
+        )
+
+    def _count_turns(self, sample: Sample) -> dict[str, list[int]]:
+        try:
+            return {
+                "user_tokens": [self._count(turn.user) for turn in sample.turns],
+                "assistant_tokens": [self._count(turn.answer) for turn in sample.turns],
+            }
+        except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
+            raise BadRow("bad_text", f"sample {sample.key} cannot be tokenized: {error}") from error
+
+    def _count(self, parts: Sequence[Part]) -> int:
+        return sum(self.count_tokens(part) for part in parts if not isinstance(part, ImageSlot))
 
     def _path(self, suffix: str = "") -> Path:
-        return self.directory / f"shard-{len(self._shards):06d}.tar{suffix}"
+        return self.directory / (shard_name(self.number) + suffix)
 
-    def _finish_shard(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._writer = None
-        rows = {row["key"]: row for row in self._open_rows}
-        for row in self._open_rows:
+    def _close_tar(self) -> int:
+        """Closes the tar, notes where its members lie and gives it its name; returns its size."""
+        if self._tar is None:
+            return 0
+        self._tar.close()
+        rows = {row["key"]: row for row in self._rows}
+        for row in self._rows:
             row["image_offsets"] = [0] * len(row["widths"])
             row["image_sizes"] = [0] * len(row["widths"])
         with tarfile.open(self._path(".tmp")) as tar:
@@ -156,17 +169,136 @@ class ShardWriter:
                     image = int(extension.partition(".")[0])
                     row["image_offsets"][image] = member.offset_data
                     row["image_sizes"][image] = member.size
+        sync_file(self._path(".tmp"))
         os.replace(self._path(".tmp"), self._path())
-        self._rows += self._open_rows
-        self._open_rows = []
-        self._shards.append({"name": self._path().name, "bytes": self._path().stat().st_size})
+        return self._path().stat().st_size
 
 
-def _header_size(key: str, i: int, data: bytes) -> tuple[str, int, int]:
+class ShardWriter:
+    """Writes the rows of one split, one after the other, as shards; `close` makes the index.
+
+    In a directory where an unfinished writer was ended, it goes on after the last finished shard.
+
+    :ivar consumed: rows given to `write` that the finished shards cover; skip as many.
+    :param count_tokens: text -> number of tokens, without special tokens.
+    :param tokenizer_fingerprint: what identifies that tokenizer; training refuses another one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        schema: str,
+        count_tokens: CountTokens,
+        tokenizer_fingerprint: str,
+        samples_per_shard: int = 2000,
+    ) -> None:
+        self.directory, self.schema = directory, schema
+        self.count_tokens = count_tokens
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.samples_per_shard = samples_per_shard
+        self._skipped: Counter[str] = Counter()
+        self.consumed = number = 0
+        while (shard := finished_shard(directory, number)) is not None:
+            self.consumed = int(shard["consumed"]["rows"])
+            self._skipped.update(shard["skipped"])
+            number += 1
+        self._seen = self.consumed
+        self._shard = Shard(directory, number, schema, count_tokens)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows that could not be used, by reason."""
+        return self._skipped + self._shard.skipped
+
+    def write(self, key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> bool:
+        """Adds one row; see `Shard.write`."""
+        self._seen += 1
+        written = self._shard.write(key, row, images)
+        if len(self._shard) >= self.samples_per_shard:
+            self._next_shard()
+        return written
+
+    def close(self) -> int:
+        """Finishes the last shard, writes index and meta; returns the number of samples."""
+        self._next_shard()
+        meta = finish_split(
+            self.directory, self._shard.number, self.schema, self.tokenizer_fingerprint
+        )
+        return int(meta["samples"])
+
+    def _next_shard(self) -> None:
+        self._shard.finish({"rows": self._seen})
+        self._skipped.update(self._shard.skipped)
+        self._shard = Shard(self.directory, self._shard.number + 1, self.schema, self.count_tokens)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard's tar."""
+    return f"shard-{number:06d}.tar"
+
+
+def finished_shard(directory: Path, number: int) -> dict[str, Any] | None:
+    """What is known of a finished shard of an unfinished split: `consumed`, `skipped`, ...
+
+    None where the shard has to be written; a tar without its part, or of another size, has to.
+    """
+    shard = read_part(directory, number)
+    if shard is None:
+        return None
+    path = directory / shard_name(number)
+    whole = not shard["bytes"] or (path.is_file() and path.stat().st_size == shard["bytes"])
+    return shard if whole else None
+
+
+def finish_split(
+    directory: Path,
+    shards: int,
+    schema: str,
+    tokenizer_fingerprint: str,
+    origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Makes index and meta file out of `shards` finished shards; the parts go.
+
+    :param tokenizer_fingerprint: what identifies the tokenizer; training refuses another one.
+    :param origin: `dataset` and `subset`, by which double counting is found.
+    :return: the content of the meta file.
+    """
+    parts = []
+    for number in range(shards):
+        part = finished_shard(directory, number)
+        if part is None:
+            raise ValueError(f"shard {number} of {directory} is not finished")
+        parts.append(part)
+    filled = [number for number, part in enumerate(parts) if part["samples"]]
+    merge_parts(directory, filled)
+    totals: dict[str, Counter[str]] = {"skipped": Counter(), "mended": Counter()}
+    for name, total in totals.items():
+        for part in parts:
+            total.update(part[name])
+    meta = {
+        "format": FORMAT_VERSION,
+        "schema": schema,
+        "modality": MODALITIES[schema],
+        "origin": dict(origin or {}),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        **{name: sum(part[name] for part in parts) for name in ("samples", "images")},
+        "text_tokens": sum(part["text_tokens"] for part in parts),
+        **{name: dict(sorted(total.items())) for name, total in totals.items()},
+        "shards": [{"name": shard_name(n), "bytes": parts[n]["bytes"]} for n in filled],
+        "index_sha256": sha256(directory / INDEX_FILE),
+    }
+    write_atomic(directory / META_FILE, json.dumps(meta, indent=1) + "\n")
+    for number in range(shards):
+        part_path(directory, number).unlink()
+    return meta
+
+
+def _header(key: str, i: int, data: bytes) -> tuple[str, int, int]:
     """(file extension, width, height) from the image header, without decoding pixels."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return (image.format or "img").lower().replace("jpeg", "jpg"), *image.size
+            extension = (image.format or "img").lower()
+            return {"jpeg": "jpg", "mpo": "jpg"}.get(extension, extension), *image.size
     except Exception as error:  # Pillow raises many types on damaged headers
         raise BadRow("unreadable_image", f"image {i} of sample {key}: {error}") from error
 
@@ -174,23 +306,31 @@ def _header_size(key: str, i: int, data: bytes) -> tuple[str, int, int]:
 class Split:
     """One split of a prepared dataset: validated at construction, then read at random.
 
-    Pickles as its path, so that loader workers open their own files.
+    The index stays on disk and is read by memory map, so any number of processes share it. Pickles
+    as its path; what was validated once is not validated again.
 
     :raises UserError: a missing or empty directory, or an index that does not match its shards.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, check: bool = True) -> None:
         self.directory = Path(directory)
         self.meta = self._read_meta()
-        self.index = self._read_index()
-        self._check_shards()
-        self._files: dict[int, io.BufferedReader] = {}
-        self._columns = {
-            name: self.index.column(name).combine_chunks() for name in INDEX_SCHEMA.names
+        self.index = self._read_index(check)
+        columns = {n: self.index.column(n).chunk(0) for n in INDEX_SCHEMA.names}
+        self._keys, self._sources = columns["key"], columns["source"]
+        self._numbers = {n: columns[n].to_numpy() for n in ("shard", "json_offset", "json_size")}
+        self._lists = {
+            field.name: (columns[field.name].flatten().to_numpy(), columns[field.name].offsets)
+            for field in INDEX_SCHEMA
+            if pa.types.is_list(field.type)
         }
+        self._lists = {n: (values, o.to_numpy()) for n, (values, o) in self._lists.items()}
+        self._files: OrderedDict[int, io.BufferedReader] = OrderedDict()
+        if check:
+            self._check_shards()
 
-    def __reduce__(self) -> tuple[type[Split], tuple[Path]]:
-        return Split, (self.directory,)
+    def __reduce__(self) -> tuple[type[Split], tuple[Path, bool]]:
+        return Split, (self.directory, False)
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
@@ -204,33 +344,48 @@ class Split:
     def tokenizer_fingerprint(self) -> str:
         return str(self.meta["tokenizer_fingerprint"])
 
+    @property
+    def modality(self) -> str:
+        """ "image", or "video" where the images of a sample are frames of one video."""
+        return str(self.meta["modality"])
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """`dataset` and `subset` that a recipe prepared; empty for other data."""
+        return dict(self.meta["origin"])
+
     def key(self, row: int) -> str:
-        return str(self._columns["key"][row].as_py())
+        return str(self._keys[row].as_py())
 
     def source(self, row: int) -> str:
-        return str(self._columns["source"][row].as_py())
+        return str(self._sources[row].as_py())
 
     def list_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A list column as (values, offsets): sample i owns values[offsets[i]:offsets[i + 1]]."""
-        column = self._columns[name]
-        return column.flatten().to_numpy(), column.offsets.to_numpy()
+        return self._lists[name]
+
+    def turn_ratings(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(values, offsets) of one of `RATINGS`: a number from 1 to 5 a turn, 0 if not rated."""
+        return self._lists[name]
 
     def read(self, row: int) -> Sample:
         """Reads one sample by its byte offsets.
 
         :raises BadRow: when the bytes do not hold what the index says.
         """
-        get = {name: column[row].as_py() for name, column in self._columns.items()}
-        key = get["key"]
-        raw = self._pread(get["shard"], get["json_offset"], get["json_size"])
+        shard, offset, size = (int(self._numbers[n][row]) for n in self._numbers)
+        key = self.key(row)
+        raw = self._pread(shard, offset, size)
         try:
             record = json.loads(raw)
         except ValueError as error:
-            name = self.meta["shards"][get["shard"]]["name"]
+            name = self.meta["shards"][shard]["name"]
             raise BadRow("unreadable_json", f"sample {key} in {name}: {error}") from error
+        offsets, bounds = self._lists["image_offsets"]
+        sizes, _ = self._lists["image_sizes"]
         images = [
-            self._pread(get["shard"], offset, size)
-            for offset, size in zip(get["image_offsets"], get["image_sizes"], strict=True)
+            self._pread(shard, int(offsets[i]), int(sizes[i]))
+            for i in range(bounds[row], bounds[row + 1])
         ]
         return SCHEMAS[self.meta["schema"]](key, record, images)
 
@@ -238,11 +393,18 @@ class Split:
         return (self.read(row) for row in range(len(self)))
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = (self.directory / self.meta["shards"][shard]["name"]).open("rb")
-        data = os.pread(self._files[shard].fileno(), size, offset)
+        name = self.meta["shards"][shard]["name"]
+        try:
+            if shard in self._files:
+                self._files.move_to_end(shard)
+            else:
+                self._files[shard] = (self.directory / name).open("rb")
+                if len(self._files) > OPEN_SHARDS:
+                    self._files.popitem(last=False)[1].close()
+            data = os.pread(self._files[shard].fileno(), size, offset)
+        except OSError as error:
+            raise BadRow("unreadable_shard", f"{name}: {error}") from error
         if len(data) != size:
-            name = self.meta["shards"][shard]["name"]
             raise BadRow("cut_shard", f"{name} ends before byte {offset + size}")
         return data
 
@@ -267,18 +429,18 @@ class Split:
             )
         return meta
 
-    def _read_index(self) -> pa.Table:
+    def _read_index(self, check: bool) -> pa.Table:
         path = self.directory / INDEX_FILE
         if not path.is_file():
             raise UserError(f"{path} is missing; run the recipe again to rebuild shards and index.")
-        digest = sha256(path)
+        digest = sha256(path) if check else self.meta["index_sha256"]
         if digest != self.meta["index_sha256"]:
             raise UserError(
                 f"{path} does not belong to {self.directory / META_FILE}: its sha256 is "
                 f"{digest[:12]}..., the meta file expects {self.meta['index_sha256'][:12]}.... "
                 "Run the recipe again."
             )
-        table = pq.read_table(path)
+        table = open_index(path)
         if table.num_rows == 0:
             raise UserError(
                 f"{path} lists no sample (skipped by the recipe: {self.meta['skipped']}); "
@@ -287,7 +449,8 @@ class Split:
         return table
 
     def _check_shards(self) -> None:
-        numbers = self.index.column("shard").to_numpy()
+        # Shards follow each other in the index.
+        bounds = np.searchsorted(self._numbers["shard"], np.arange(len(self.meta["shards"]) + 1))
         for number, shard in enumerate(self.meta["shards"]):
             path = self.directory / shard["name"]
             found = path.stat().st_size if path.is_file() else None
@@ -298,19 +461,18 @@ class Split:
                     f"the index expects {shard['bytes']} bytes. Copy the shard again or run the "
                     "recipe again."
                 )
-            rows = np.flatnonzero(numbers == number)
-            for row in {int(rows[0]), int(rows[-1])} if len(rows) else ():
+            for row in {int(bounds[number]), int(bounds[number + 1]) - 1}:
                 self._check_member(path, row)
 
     def _check_member(self, path: Path, row: int) -> None:
         """Sizes can agree by chance, since tars are padded: the names of members do not."""
-        record = self.index.slice(row, 1).to_pylist()[0]
+        key = self.key(row)
         with path.open("rb") as file:
-            file.seek(record["json_offset"] - tarfile.BLOCKSIZE)
+            file.seek(int(self._numbers["json_offset"][row]) - tarfile.BLOCKSIZE)
             found = file.read(100).split(b"\0")[0].decode(errors="replace")
-        if found != f"{record['key']}.json":
+        if found != f"{key}.json":
             raise UserError(
                 f"index and shards of {self.directory} do not match: the index expects "
-                f"{record['key']}.json in {path.name}, found is {found[:60]!r}. Copy the shard "
+                f"{key}.json in {path.name}, found is {found[:60]!r}. Copy the shard "
                 "again or run the recipe again."
             )

@@ -51,7 +51,7 @@ def runs(parts: list[dict[str, Any]], i: int) -> Iterator[tuple[str, Any]]:
         else:
             raise ValueError(
                 f"message {i} holds the part {part!r}; expected {{'type': 'text', 'text': ...}}, "
-                "or in a user's message {'type': 'image', 'image': ...} or "
+                "or for user and assistant {'type': 'image', 'image': ...} or "
                 "{'type': 'video', 'video': [frame, ...]}"
             )
     if text:
@@ -63,7 +63,7 @@ def text_of(parts: list[dict[str, Any]], i: int) -> str:
         if part.get("type") != "text":
             raise ValueError(
                 f"message {i} holds the part {part!r}; images and videos belong into messages of "
-                "the user, others hold {'type': 'text', 'text': ...} only"
+                "user and assistant, others hold {'type': 'text', 'text': ...} only"
             )
     return "".join(text for _, text in runs(parts, i))
 

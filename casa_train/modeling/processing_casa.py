@@ -117,7 +117,7 @@ class CasaProcessor(ProcessorMixin):
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
             string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
             (also under "url", "path" or "base64") and `{"type": "video", "video": [frame, ...]}`.
-            Texts that touch are one text.
+            Texts that touch are one text. Images in an answer are frames that arrive meanwhile.
         :param generation_prompt: open the assistant's turn if the last message is not its own.
         :param continue_final: leave the assistant's last message open, so that it goes on.
         :raises ValueError: unknown roles or parts.
@@ -136,15 +136,11 @@ class CasaProcessor(ProcessorMixin):
                 out.extend(self._ids["system_end"])
             elif role == "user":
                 out.extend(self._ids["user_start"])
-                for kind, value in runs(parts, i):
-                    if kind == "text":
-                        out.extend(self._encode(value))
-                    else:
-                        self._place(out, value)
+                self._fill(out, runs(parts, i))
                 out.extend(self._ids["user_end"])
             elif role == "assistant":
                 out.extend(self.asst_start_tokens)
-                out.extend(self._encode(text_of(parts, i)), answer=True)
+                self._fill(out, runs(parts, i), answer=True)
                 if not (continue_final and i == len(messages) - 1):
                     out.extend(self.asst_end_tokens, answer=True)
             else:
@@ -362,6 +358,16 @@ class CasaProcessor(ProcessorMixin):
             if image is not None
         ]
         return CasaBatch(batch)
+
+    def _fill(
+        self, out: Encoded, parts: Iterator[tuple[str, Any]], answer: bool = False
+    ) -> None:
+        """Appends texts and images; the tokens around an image are never an answer."""
+        for kind, value in parts:
+            if kind == "text":
+                out.extend(self._encode(value), answer)
+            else:
+                self._place(out, value)
 
     def _place(self, out: Encoded, images: Sequence[Any]) -> None:
         """Appends images with the tokens around them; the second and later follow the first."""

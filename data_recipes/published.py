@@ -1,0 +1,169 @@
+"""What the recipes of published datasets have in common: options, tokenizer, one folder a subset.
+
+A subset is written to OUT/SUBSET/train with OUT/SUBSET/summary.json, so that subsets can be
+prepared by separate commands, at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from casa_train.errors import UserError
+from data_recipes.pipeline import (
+    SplitPlan,
+    finished,
+    only_writer,
+    print_summary,
+    save_summary,
+    slug,
+    summary_of,
+    write_split,
+)
+
+VERSION = 1  # raise when the same arguments would write something else
+
+
+def add_arguments(parser: argparse.ArgumentParser, source: str, tokenizer: str) -> None:
+    """Declares the options that every recipe of a published dataset has."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where SUBSET/train, SUBSET/summary.json and tokenizer/ go",
+    )
+    parser.add_argument(
+        "--source",
+        default=source,
+        metavar="HUB_ID_OR_DIR",
+        help=f"the hub's dataset, or a directory with the same files (default: {source})",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default=tokenizer,
+        metavar="DIR_OR_HUB_ID",
+        help=f"the model's tokenizer: the index holds its token counts (default: {tokenizer})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; the result does not depend on them (default: one a core)",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N rows of a subset, to try it out"
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="end when more than this share of the rows (of at least 1000) holds no usable sample",
+    )
+
+
+def add_subset_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declares --subset."""
+    parser.add_argument(
+        "--subset", nargs="+", metavar="NAME", help=f"subsets to prepare (default: {default})"
+    )
+
+
+def prepare(
+    arguments: argparse.Namespace,
+    recipe: str,
+    subset: str | None,
+    plan: Callable[[Path], SplitPlan],
+) -> dict[str, Any]:
+    """Writes one subset, or goes on with it, or says that it is there; returns its summary.
+
+    :param subset: None for a dataset without subsets, which goes straight to --out.
+    :param plan: the directory of the split -> what to write there.
+    :raises UserError: bad numbers, a directory that holds something else, an unreadable source.
+    """
+    for name, value in (("--workers", arguments.workers), ("--limit", arguments.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; expected a whole number of at least 1.")
+    tokenizer, fingerprint = _tokenizer(arguments.out, arguments.tokenizer)
+    out = arguments.out if subset is None else arguments.out / slug(subset)
+    wanted = {
+        "version": VERSION,
+        "recipe": recipe,
+        "source": arguments.source,
+        "subset": subset,
+        "tokenizer": fingerprint,
+        "limit": arguments.limit,
+    }
+    with only_writer(out):
+        if (done := _summary_there(out, wanted)) is not None:
+            print(f"{out} already holds this dataset: nothing to do.")
+            return done
+        header = {"recipe": recipe, "arguments": wanted}
+        save_summary(out, {**header, "finished": False})
+        meta = write_split(
+            plan(out / "train"),
+            tokenizer,
+            arguments.workers,
+            arguments.limit,
+            arguments.max_bad_share,
+        )
+        summary = summary_of(meta)
+        save_summary(out, {**header, "finished": True, "train": summary})
+    print_summary(out, {"train": summary})
+    return summary
+
+
+def _summary_there(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    import json
+
+    if not finished(out, wanted):
+        return None
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())["train"]
+    return found
+
+
+def _tokenizer(out: Path, name: str) -> tuple[Path, str]:
+    """A copy of the tokenizer beside the data, which every process loads; and its fingerprint.
+
+    :raises UserError: nothing loadable, or the directory was prepared with another one.
+    """
+    from casa_train.data.tokens import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(name)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    copy = out / "tokenizer"
+    if not copy.exists():
+        temporary = out / f".tokenizer-{os.getpid()}"
+        try:
+            save_tokenizer(tokenizer, temporary)
+            temporary.rename(copy)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not copy.exists():  # otherwise a command beside this one was faster
+                raise UserError(f"--out {out} cannot be written: {error}") from error
+    there = tokenizer_fingerprint(load_tokenizer(str(copy)))
+    if there != fingerprint:
+        raise UserError(
+            f"{copy} is another tokenizer ({there[:12]}...) than --tokenizer {name} "
+            f"({fingerprint[:12]}...); choose another --out, or repeat the tokenizer."
+        )
+    return copy, fingerprint
+
+
+def print_total(summaries: list[dict[str, Any]]) -> None:
+    """One line over several subsets."""
+    if len(summaries) > 1:
+        total = {
+            name: sum(summary[name] for summary in summaries)
+            for name in ("samples", "images", "text_tokens")
+        }
+        print(
+            f"{len(summaries)} subsets: {total['samples']} samples, {total['images']} images, "
+            f"{total['text_tokens']} text tokens"
+        )

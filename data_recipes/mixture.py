@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.errors import UserError
+from data_recipes import finevision, llava_onevision
 from data_recipes.pipeline import slug
 
 REPEATS = {("llava_onevision", "Docmatix"): 6}
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="the directory that holds the --out directories of recipes",
+        help="take what is prepared here: the directory that holds the --out directories of "
+        "recipes (default: everything published, wherever CASA_DATA will point)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="for example conf/data/mine.yaml"
@@ -38,20 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Collects the prepared subsets and writes the file.
+    """Writes the file.
 
     :raises UserError: nothing prepared, or the same samples twice.
     """
-    found = prepared(arguments.data)
-    if not found:
-        raise UserError(
-            f"--data {arguments.data} holds no finished dataset (DATASET/SUBSET/train/meta.json); "
-            "run recipes with --out below it first."
+    text = published_mixture()
+    if arguments.data is not None:
+        found = prepared(arguments.data)
+        if not found:
+            raise UserError(
+                f"--data {arguments.data} holds no finished dataset of images "
+                "(DATASET/SUBSET/train/meta.json); run recipes with --out below it first."
+            )
+        command = f"python -m data_recipes mixture --data {arguments.data} --out {arguments.out}"
+        text = mixture_yaml(
+            {name: (origin, str(path)) for name, (origin, path) in found.items()}, f"# {command}"
         )
-    text = mixture_yaml(
-        {name: (origin, str(path)) for name, (origin, path) in found.items()},
-        f"# python -m data_recipes mixture --data {arguments.data} --out {arguments.out}",
-    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
     print(f"{arguments.out}: {text.count('path:')} sources")
@@ -97,11 +100,11 @@ def mixture_yaml(sources: Mapping[str, tuple[Origin, str]], *comment: str) -> st
     return "\n".join([*lines, *budgets, "packs_per_step: 128", ""])
 
 
-def published_mixture(finevision: Iterable[str], onevision: Iterable[str]) -> str:
+def published_mixture() -> str:
     """The full mixture, with paths below the environment's CASA_DATA (default: ./data)."""
     origins = [
-        *(("finevision", name) for name in finevision),
-        *(("llava_onevision", name) for name in onevision),
+        *(("finevision", name) for name in finevision.SUBSETS),
+        *(("llava_onevision", name) for name in llava_onevision.DEFAULT),
     ]
     return mixture_yaml(
         {

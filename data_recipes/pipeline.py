@@ -330,7 +330,9 @@ def finished(out: Path, wanted: Mapping[str, Any]) -> bool:
         raise UserError(f"--out {out} is a file; expected a directory to write to.")
     path = out / "summary.json"
     if not path.is_file():
-        if out.is_dir() and any(name != ".lock" for name in os.listdir(out)):
+        # The tokenizer may come before the summary; the lock and half a tokenizer are hidden.
+        names = os.listdir(out) if out.is_dir() else []
+        if any(name != "tokenizer" and not name.startswith(".") for name in names):
             raise UserError(
                 f"--out {out} is not empty and was not written by this recipe; choose another "
                 "directory or empty it."
@@ -354,9 +356,13 @@ def finished(out: Path, wanted: Mapping[str, Any]) -> bool:
             f"--out {out} holds a different dataset: {'; '.join(different)}. Choose another --out, "
             "delete the directory, or repeat the arguments it was made with."
         )
-    if not done:
-        print(f"{out} was left unfinished: going on after its last finished shard.")
     return done
+
+
+def stored_summary(out: Path) -> dict[str, Any]:
+    """What `save_summary` stored."""
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
 
 
 def save_summary(out: Path, summary: Mapping[str, Any]) -> None:
@@ -383,14 +389,17 @@ def print_summary(label: object, splits: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 @contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """Holds a directory, so that two runs do not write the same shards.
+def writing(out: Path, wanted: Mapping[str, Any]) -> Iterator[bool]:
+    """Holds a directory, so that two runs do not write the same shards; yields `finished`.
 
-    :raises UserError: another process writes there, or nobody may.
+    :raises UserError: something else is there, another process writes there, or nobody may.
     """
+    if finished(out, wanted):  # nothing will be written, so nothing is held
+        yield True
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock = (out / ".lock").open("a")
     except OSError as error:  # no permission, a file in the way
         raise UserError(f"--out {out} cannot be written: {error}") from error
     with lock:
@@ -400,4 +409,10 @@ def only_writer(out: Path) -> Iterator[None]:
             raise UserError(
                 f"another recipe is writing to {out}; wait for it, or end it."
             ) from error
-        yield
+        done = finished(out, wanted)
+        if (out / "summary.json").exists() and not done:
+            print(f"{out} was left unfinished: going on after its last finished shard.")
+        try:
+            yield done
+        except OSError as error:  # no space
+            raise UserError(f"--out {out} cannot be written: {error}") from error

@@ -16,13 +16,13 @@ from typing import Any
 from casa_train.errors import UserError
 from data_recipes.pipeline import (
     SplitPlan,
-    finished,
-    only_writer,
     print_summary,
     save_summary,
     slug,
+    stored_summary,
     summary_of,
     write_split,
+    writing,
 )
 
 VERSION = 1  # raise when the same arguments would write something else
@@ -100,10 +100,11 @@ def prepare(
         "tokenizer": fingerprint,
         "limit": arguments.limit,
     }
-    with only_writer(out):
-        if (done := _summary_there(out, wanted)) is not None:
+    with writing(out, wanted) as done:
+        if done:
             print(f"{out} already holds this dataset: nothing to do.")
-            return done
+            found: dict[str, Any] = stored_summary(out)["train"]
+            return found
         header = {"recipe": recipe, "arguments": wanted}
         save_summary(out, {**header, "finished": False})
         meta = write_split(
@@ -117,15 +118,6 @@ def prepare(
         save_summary(out, {**header, "finished": True, "train": summary})
     print_summary(out, {"train": summary})
     return summary
-
-
-def _summary_there(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    import json
-
-    if not finished(out, wanted):
-        return None
-    found: dict[str, Any] = json.loads((out / "summary.json").read_text())["train"]
-    return found
 
 
 def _tokenizer(out: Path, name: str) -> tuple[Path, str]:

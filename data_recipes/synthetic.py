@@ -1,40 +1,37 @@
 """Synthetic question answering about small rendered pictures, in FineVision's schema.
 
 What samples show and ask is in `synthetic_scenes`. Here they are rendered by several processes and
-written as shards, with a tokenizer and a summary; an interrupted run starts over.
+written as shards, with a tokenizer and a summary.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import multiprocessing
 import os
-import shutil
-import signal
-import sys
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from functools import lru_cache, partial
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 from casa_train.errors import UserError
-from data_recipes.synthetic_scenes import SPLITS, TASK_NAMES, Example, corpus, example
+from data_recipes.pipeline import (
+    Row,
+    SplitPlan,
+    print_summary,
+    save_summary,
+    summary_of,
+    write_split,
+    writing,
+)
+from data_recipes.synthetic_scenes import SPLITS, TASK_NAMES, Example, corpus, digest, example
 
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
-VERSION = 1  # raise when the same arguments would render something else
-CHUNK = 64  # samples a process draws at a time
+VERSION = 2  # raise when the same arguments would render something else
+SHARD = 2000  # samples
 
 VOCABULARY = 512  # bytes, special tokens and room for every answer as one token or two
 PAD, BOS, USER, ASSISTANT, END = "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -142,29 +139,27 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": tasks,
         "tokenizer": arguments.tokenizer,
     }
-    try:
-        _prepare(arguments.out, wanted, arguments.workers)
-    except OSError as error:  # no permission, no space
-        raise UserError(f"--out {arguments.out} cannot be written: {error}") from error
+    _prepare(arguments.out, wanted, arguments.workers)
 
 
 def _prepare(out: Path, wanted: dict[str, Any], workers: int) -> None:
-    if _finished(out, wanted):
-        print(f"{out} already holds this dataset: nothing to do.")
-        return
     from casa_train.data.tokens import load_tokenizer, save_tokenizer
 
     name = wanted["tokenizer"]
-    tokenizer = build_tokenizer() if name is None else load_tokenizer(name)
-    out.mkdir(parents=True, exist_ok=True)
-    header = {"recipe": "synthetic", "arguments": wanted}
-    _save_summary(out, {**header, "finished": False})
-    for part in (*SPLITS, "tokenizer"):  # what an interrupted run left
-        shutil.rmtree(out / part, ignore_errors=True)
-    save_tokenizer(tokenizer, out / "tokenizer")
-    summary = _write_splits(out, wanted, tokenizer, workers)
-    _save_summary(out, {**header, "finished": True, **summary})
-    _print_summary(out, summary)
+    given = None if name is None else load_tokenizer(name)
+    with writing(out, wanted) as done:
+        if done:
+            print(f"{out} already holds this dataset: nothing to do.")
+            return
+        header = {"recipe": "synthetic", "arguments": wanted}
+        save_summary(out, {**header, "finished": False})
+        save_tokenizer(given or build_tokenizer(), out / "tokenizer")
+        summary = _write_splits(out, wanted, workers)
+        save_summary(out, {**header, "finished": True, **summary})
+    print_summary(out, summary)
+    for split, found in summary.items():
+        tasks = ", ".join(f"{task} {number}" for task, number in found["per_task"].items())
+        print(f"  {split}: {tasks}")
 
 
 def _tasks(names: str) -> list[str]:
@@ -181,99 +176,70 @@ def _tasks(names: str) -> list[str]:
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
 
 
-def _finished(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` holds this dataset; False when it is free or an earlier run was interrupted.
+@dataclass(frozen=True)
+class DrawJob:
+    """Samples `start` to `stop` of a split.
 
-    :raises UserError: when anything else is there.
+    :param held_out: pictures that they must not show.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; expected a directory to write to.")
-    path = out / "summary.json"
-    if not path.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(
-                f"--out {out} is not empty and was not written by this recipe; choose another "
-                "directory or empty it."
-            )
-        return False
-    try:
-        found = json.loads(path.read_text())
-        there, finished = dict(found["arguments"]), bool(found["finished"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the summary of a synthetic dataset ({error!r}); choose another --out "
-            "or delete the directory."
-        ) from error
-    different = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
-        if there.get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"--out {out} holds a different dataset: {'; '.join(different)}. Choose another --out, "
-            "delete the directory, or repeat the arguments it was made with."
-        )
-    if not finished:
-        print(f"{out} was left unfinished: starting over.")
-    return finished
+
+    split: Literal["validation", "train"]
+    seed: int
+    tasks: tuple[str, ...]
+    start: int
+    stop: int
+    held_out: frozenset[bytes]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split} {self.start} to {self.stop}"
+
+    @property
+    def weight(self) -> int:
+        return self.stop - self.start
+
+    def rows(self) -> Iterator[Row]:
+        draw = partial(example, self.seed, self.split, list(self.tasks))
+        for i in range(self.start, self.stop):
+            sample, _ = draw_apart(draw, i, draw(i), self.held_out)
+            yield Row(f"{self.split}-{i:07d}", sample.row(), sample.images)
 
 
-def _save_summary(out: Path, summary: dict[str, Any]) -> None:
-    temporary = out / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(temporary, out / "summary.json")
-
-
-def _write_splits(
-    out: Path, wanted: dict[str, Any], tokenizer: Any, workers: int
-) -> dict[str, Any]:
+def _write_splits(out: Path, wanted: dict[str, Any], workers: int) -> dict[str, Any]:
     """Validation, then training without its pictures; returns what was written, by split."""
-    from casa_train.data.shards import ShardWriter, Split
-    from casa_train.data.tokens import count_tokens, tokenizer_fingerprint
+    from casa_train.data.shards import Split
 
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    count = lru_cache(maxsize=1 << 16)(partial(count_tokens, tokenizer))
-    seed, tasks = wanted["seed"], wanted["tasks"]
-
-    digests: dict[str, set[bytes]] = {split: set() for split in SPLITS}
     summary: dict[str, Any] = {}
+    held_out: frozenset[bytes] = frozenset()
     for split, size in zip(SPLITS, (wanted["validation"], wanted["samples"]), strict=True):
         if size == 0:
             continue
-        writer = ShardWriter(out / split, "finevision", count, fingerprint)
-        per_task: Counter[str] = Counter()
-        images = redrawn = 0
-        draw = partial(example, seed, split, tasks)
-        with closing(_in_order(draw, size, workers)) as drawn:
-            for i, sample in enumerate(_progress(drawn, size, split)):
-                if split == "train":
-                    sample, attempts = draw_apart(draw, i, sample, digests["validation"])
-                    redrawn += attempts > 0
-                digests[split] |= sample.digests
-                if writer.write(f"{split}-{i:07d}", sample.row(), sample.images):
-                    per_task[sample.task] += 1
-                    images += len(sample.images)
-        writer.close()
+        jobs = [
+            DrawJob(
+                split,
+                wanted["seed"],
+                tuple(wanted["tasks"]),
+                start,
+                min(start + SHARD, size),
+                held_out,
+            )
+            for start in range(0, size, SHARD)
+        ]
+        plan = SplitPlan(out / split, "finevision", split, jobs, size, "samples")
+        meta = write_split(plan, out / "tokenizer", min(workers, len(jobs)))
         written = Split(out / split)
-        summary[split] = {
-            "samples": len(written),
-            "images": images,
-            "text_tokens": sum(
-                int(written.list_column(column)[0].sum())
-                for column in ("user_tokens", "assistant_tokens")
-            ),
-            "skipped": writer.skipped,
-            "redrawn": redrawn,
-            "per_task": dict(sorted(per_task.items())),
-        }
-    if shared := digests["validation"] & digests["train"]:
-        raise RuntimeError(f"{len(shared)} pictures are in both splits")
+        tasks = Counter(written.source(i).removeprefix("synthetic_") for i in range(len(written)))
+        summary[split] = {**summary_of(meta), "per_task": dict(sorted(tasks.items()))}
+        if split == "validation":
+            held_out = frozenset(digest(image) for sample in written for image in sample.images)
     return summary
 
 
 def draw_apart(
-    draw: Callable[[int, int], Example], index: int, sample: Example, held_out: set[bytes]
+    draw: Callable[[int, int], Example],
+    index: int,
+    sample: Example,
+    held_out: frozenset[bytes] | set[bytes],
 ) -> tuple[Example, int]:
     """`sample`, or the first later attempt at it without a held-out picture; and the attempts."""
     attempt = 0
@@ -281,69 +247,3 @@ def draw_apart(
         attempt += 1
         sample = draw(index, attempt)
     return sample, attempt
-
-
-def _in_order(
-    draw: Callable[[int], Example], size: int, workers: int
-) -> Generator[Example, None, None]:
-    """Examples 0 to size - 1, drawn by several processes."""
-    workers = min(workers, math.ceil(size / CHUNK))
-    if workers == 1:
-        yield from map(draw, range(size))
-        return
-    with ProcessPoolExecutor(
-        workers,
-        # Not forked: the tokenizer's threads do not survive a fork.
-        mp_context=multiprocessing.get_context("spawn"),
-        # Ctrl-C reaches every process of the terminal; only this one has something to say.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:
-        starts = iter(range(0, size, CHUNK))
-        pending: deque[Future[list[Example]]] = deque()
-        try:
-            while True:
-                # A bounded number of chunks ahead of the writer: memory stays flat in long runs.
-                for start in islice(starts, 3 * workers - len(pending)):
-                    chunk = range(start, min(start + CHUNK, size))
-                    pending.append(pool.submit(_draw_chunk, draw, chunk))
-                if not pending:
-                    return
-                yield from pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a rendering process was ended from outside (out of memory?); run the same "
-                "command again with a smaller --workers."
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _draw_chunk(draw: Callable[[int], Example], chunk: range) -> list[Example]:
-    return [draw(i) for i in chunk]
-
-
-def _progress(items: Iterator[Example], total: int, label: str) -> Iterator[Example]:
-    """A bar on a terminal; in a log a line every ten seconds and one at the end."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, unit="sample")
-        return
-    start = last = time.monotonic()
-    for i, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if i == total or now - last > 10:
-            last = now
-            rate = i / max(now - start, 1e-9)
-            print(f"{label}: {i}/{total} samples, {rate:.0f} a second", flush=True)
-
-
-def _print_summary(out: Path, summary: dict[str, Any]) -> None:
-    print(f"finished: {out}")
-    for split, found in summary.items():
-        tasks = ", ".join(f"{task} {number}" for task, number in found["per_task"].items())
-        skipped = ", ".join(f"{reason} {n}" for reason, n in found["skipped"].items()) or "none"
-        print(
-            f"  {split}: {found['samples']} samples, {found['images']} images, "
-            f"{found['text_tokens']} text tokens; skipped: {skipped}; {tasks}"
-        )

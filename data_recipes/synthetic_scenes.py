@@ -76,6 +76,11 @@ class Scene:
     distinct: bool = True
 
 
+def digest(image: bytes) -> bytes:
+    """What identifies a picture."""
+    return hashlib.blake2b(image, digest_size=16).digest()
+
+
 @dataclass(frozen=True)
 class Example:
     """One sample before it is written: encoded pictures and (question, answer) turns."""
@@ -91,7 +96,7 @@ class Example:
     @property
     def digests(self) -> frozenset[bytes]:
         """What identifies the pictures."""
-        return frozenset(hashlib.blake2b(image, digest_size=16).digest() for image in self.images)
+        return frozenset(map(digest, self.images))
 
     def row(self) -> dict[str, Any]:
         """FineVision's columns, without `images`. Ratings say whether a turn needs a picture."""

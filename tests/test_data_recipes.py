@@ -434,7 +434,7 @@ def test_foreign_directories_are_refused(
     assert "cannot be written" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text("[]")
     assert _recipe(tmp_path) == 2
-    assert "is not the summary of a synthetic dataset" in capsys.readouterr().err
+    assert "is not the summary of a prepared dataset" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_starts_over(dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""The index by memory map, restart after any moment, ratings from the index alone."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+
+from casa_train.data import ratings
+from casa_train.data.materialize import encode_sample
+from casa_train.data.plan import sample_lengths
+from casa_train.data.sample import filter_turns
+from casa_train.data.shard_index import INDEX_FILE
+from casa_train.data.shards import Shard, ShardWriter, Split, finish_split, finished_shard
+from casa_train.data.tokens import load_tokenizer
+from casa_train.errors import UserError
+from casa_train.modeling.processing_casa import CasaProcessor
+from tests.commands import TEMPLATE
+from tests.published import live_line, picture
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def row(i: int) -> tuple[str, dict[str, object], list[bytes]]:
+    """Samples of every kind: turns with one, two or no image, some of them badly rated."""
+    rng = np.random.default_rng(i)
+    counts = rng.integers(0, 3, size=1 + i % 4).tolist()
+    texts = [{"user": "<image>" * n + f"q{i} {t}", "assistant": "a"} for t, n in enumerate(counts)]
+    rated = [int(r) or None for r in rng.integers(0, 6, size=len(texts))]
+    images = [picture(20 + i % 9, 20 + j) for j in range(sum(counts))]
+    record = {"texts": texts, "source": f"s{i % 3}", "relevance_ratings": rated}
+    return f"k-{i}", record, images
+
+
+def write(directory: Path, start: int, stop: int, close: bool = True) -> ShardWriter:
+    writer = ShardWriter(directory, "finevision", words, "t", samples_per_shard=4)
+    for i in range(start, stop):
+        assert writer.write(*row(i))
+    if close:
+        writer.close()
+    return writer
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+def test_writing_goes_on_after_the_last_finished_shard(tmp_path: Path) -> None:
+    write(tmp_path / "whole", 0, 11)
+    write(tmp_path / "cut", 0, 10, close=False)  # shards 0 and 1 are finished, 2 is half written
+    before = (tmp_path / "cut" / "shard-000001.tar").stat()
+    writer = ShardWriter(tmp_path / "cut", "finevision", words, "t", samples_per_shard=4)
+    assert writer.consumed == 8
+    for i in range(writer.consumed, 11):
+        writer.write(*row(i))
+    writer.close()
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert (tmp_path / "cut" / "shard-000001.tar").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_shard_is_finished_only_with_its_part_and_its_size(tmp_path: Path) -> None:
+    assert finished_shard(tmp_path, 0) is None
+    shard = Shard(tmp_path, 0, "finevision", words)
+    shard.write(*row(1))
+    shard.skipped["elsewhere"] += 2
+    shard.finish({"unit": "file 7", "rows": 3})
+    found = finished_shard(tmp_path, 0)
+    assert found is not None
+    assert found["consumed"] == {"unit": "file 7", "rows": 3}
+    assert found["skipped"] == {"elsewhere": 2}
+    with (tmp_path / "shard-000000.tar").open("ab") as file:
+        file.write(b"more")
+    assert finished_shard(tmp_path, 0) is None
+
+
+def test_a_shard_without_samples_has_no_tar(tmp_path: Path) -> None:
+    for number, usable in enumerate((True, False, True)):
+        shard = Shard(tmp_path, number, "finevision", words)
+        shard.write(f"k-{number}", row(number)[1] if usable else {}, row(number)[2])
+        shard.finish({"rows": 1})
+    finish_split(tmp_path, 3, "finevision", "t", {"dataset": "d", "subset": "s"})
+    split = Split(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.tar")) == [
+        "shard-000000.tar",
+        "shard-000002.tar",
+    ]
+    assert [sample.key for sample in split] == ["k-0", "k-2"]
+    assert split.meta["skipped"] == {"no_source": 1}
+    assert split.origin == {"dataset": "d", "subset": "s"}
+    assert split.modality == "image"
+
+
+def test_keys_are_unique_in_a_shard_and_texts_can_be_tokenized(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(data_dir / "tokenizer"))
+    shard = Shard(tmp_path, 0, "finevision", lambda t: len(tokenizer.encode(t)))
+    assert shard.write(*row(1))
+    assert not shard.write(*row(1))
+    half = {"texts": [{"user": "q \ud83d", "assistant": "a"}], "source": "s"}
+    assert not shard.write("k-2", half, [])
+    assert shard.skipped == {"bad_key": 1, "bad_text": 1}
+
+
+def test_the_tars_open_with_plain_webdataset(tmp_path: Path) -> None:
+    write(tmp_path, 0, 4)
+    found = list(webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [f"k-{i}" for i in range(4)]
+    assert found[3]["0.png"] == row(3)[2][0]
+
+
+def test_the_index_is_read_by_memory_map(tmp_path: Path) -> None:
+    write(tmp_path, 0, 40)
+    before = pa.total_allocated_bytes()
+    split = Split(tmp_path)
+    assert pa.total_allocated_bytes() - before < 4096  # but for headers, nothing was copied
+    values, offsets = split.list_column("widths")
+    assert not values.flags.owndata and not offsets.flags.owndata
+    assert not values.flags.writeable
+    assert values.dtype == np.int32 and split.turn_ratings("relevance")[0].dtype == np.int8
+
+
+def test_a_pickled_split_is_not_checked_again(tmp_path: Path) -> None:
+    write(tmp_path, 0, 9)
+    pickled = pickle.dumps(Split(tmp_path))
+    assert len(pickled) < 300
+    meta = tmp_path / "meta.json"
+    digest = Split(tmp_path).fingerprint
+    meta.write_text(meta.read_text().replace(digest, "0" * 64))
+    copy = pickle.loads(pickled)  # would be refused if it were hashed
+    assert [sample.key for sample in copy] == [f"k-{i}" for i in range(9)]
+
+
+def test_shards_stay_bounded_in_number_of_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 0, 20)
+    monkeypatch.setattr("casa_train.data.shards.OPEN_SHARDS", 2)
+    split = Split(tmp_path)
+    for i in (0, 19, 5, 10, 0, 19):
+        assert split.read(i).key == f"k-{i}"
+    assert len(split._files) == 2
+
+
+def test_ratings_filter_the_index_as_they_filter_samples(tmp_path: Path) -> None:
+    write(tmp_path, 0, 60)
+    split = Split(tmp_path)
+    for minimum in ({"relevance": 3}, {"relevance": 5}, {"formatting": 5}, {}):
+        turns = ratings.kept_turns(split, minimum)
+        images = ratings.kept_images(split, turns)
+        _, turn_offsets = split.list_column("user_tokens")
+        sizes, image_offsets = split.list_column("image_sizes")
+        for i, sample in enumerate(split):
+            left = filter_turns(sample, minimum)
+            assert turns[turn_offsets[i] : turn_offsets[i + 1]].sum() == len(left.turns)
+            kept = images[image_offsets[i] : image_offsets[i + 1]]
+            mine = sizes[image_offsets[i] : image_offsets[i + 1]][kept]
+            assert mine.tolist() == [len(image) for image in left.images]
+
+
+def test_planned_lengths_of_live_captions_are_the_processor_s(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    processor = CasaProcessor(load_tokenizer(str(data_dir / "tokenizer")), 7056, TEMPLATE)
+
+    def count(text: str) -> int:
+        return len(processor.tokenizer.encode(text, add_special_tokens=False))
+
+    shard = Shard(tmp_path, 0, "live_whisperx", count)
+    messages = live_line("x.mp4", 0, 2, [[0, 0.2, "It"], [0.2, 0.9, "starts"], [1, 1.5, "now"]])
+    times = [0.0, 0.5, 1.0, 1.5]
+    frames = [picture(56, 28 + 28 * i, "JPEG") for i in range(4)]
+    assert shard.write("k", {"messages": messages, "frame_times": times}, frames)
+    shard.finish({})
+    finish_split(tmp_path, 1, "live_whisperx", "t")
+    split = Split(tmp_path)
+    assert split.modality == "video"
+    encoded = encode_sample(split.read(0), processor)
+    text, images = sample_lengths(split, processor)
+    assert (text[0], images[0]) == (len(encoded.ids), sum(encoded.image_tokens))
+    # The answer goes on over the frames: what stands between two of them is learned.
+    decoded = [
+        processor.tokenizer.decode(
+            [t for t, a in zip(encoded.ids[s:e], encoded.answer[s:e], strict=True) if a]
+        )
+        for s, e in zip(encoded.points, [*encoded.points[1:], len(encoded.ids)], strict=True)
+    ]
+    assert decoded[:3] == [" ...", " It ...", " starts ..."]
+    assert decoded[3].startswith(" now")
+
+
+def test_an_index_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2)
+    (tmp_path / INDEX_FILE).unlink()
+    with pytest.raises(UserError, match="index.arrow is missing"):
+        Split(tmp_path)

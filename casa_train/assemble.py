@@ -16,6 +16,7 @@ from casa_train import __version__
 from casa_train.config import Config, SourceConfig
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.mixture import SourceSize
+from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.plan import Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
@@ -67,7 +68,8 @@ def build_processor(config: Config) -> CasaProcessor:
 def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -> dict[str, Split]:
     """Opens prepared splits by source name.
 
-    :raises UserError: a missing, empty or damaged split, or one prepared with another tokenizer.
+    :raises UserError: a missing, empty or damaged split, one prepared with another tokenizer, or
+        two that hold the same samples.
     """
     splits = {}
     expected = tokenizer_fingerprint(processor.tokenizer)
@@ -78,8 +80,11 @@ def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -
                 f"data source {name!r} ({source.path}) was prepared with another tokenizer "
                 f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
                 f"({expected[:12]}...): "
-                "run its recipe again with --tokenizer, or set model.tokenizer to the one it used."
+                "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
+                "or set model.tokenizer to the one it used."
             )
+    origins = {f"data.sources.{name}": split.origin for name, split in splits.items()}
+    refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
     return splits
 
 

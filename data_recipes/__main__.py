@@ -14,6 +14,7 @@ from data_recipes import (
     llava_onevision,
     llava_video,
     mixture,
+    retokenize,
     synthetic,
 )
 
@@ -57,6 +58,11 @@ RECIPES = {
         "Not a dataset: writes the configuration of a mixture of everything that is prepared.",
         mixture.add_arguments,
         mixture.run,
+    ),
+    "retokenize": Recipe(
+        "Not a dataset: a second index, for another tokenizer, over data that is prepared.",
+        retokenize.add_arguments,
+        retokenize.run,
     ),
 }
 

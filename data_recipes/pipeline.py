@@ -131,7 +131,7 @@ def write_split(
     progress = Progress(plan.label, plan.total, plan.unit)
     seen: Counter[str] = Counter()
     number = 0
-    with _Pool(workers if limit is None else 1) as pool:
+    with Pool(workers if limit is None else 1) as pool:
         waiting: deque[tuple[int, Job, Future[dict[str, Any]] | dict[str, Any]]] = deque()
         jobs = enumerate(plan.jobs)
 
@@ -176,7 +176,7 @@ def _write_shard(
 ) -> dict[str, Any]:
     from casa_train.data.shards import Shard, finished_shard
 
-    shard = Shard(directory, number, schema, _counter(tokenizer))
+    shard = Shard(directory, number, schema, token_counter(tokenizer))
     rows = 0
     for item in islice(job.rows(), limit):
         if isinstance(item, Skip):
@@ -192,7 +192,7 @@ def _write_shard(
 
 
 @lru_cache(maxsize=1)
-def _counter(tokenizer: str) -> Callable[[str], int]:
+def token_counter(tokenizer: str) -> Callable[[str], int]:
     """Counts tokens; texts that return, as synthetic questions do, are counted once."""
     from casa_train.data.tokens import count_tokens, load_tokenizer
 
@@ -210,7 +210,7 @@ def _check_share(plan: SplitPlan, seen: Counter[str], max_bad_share: float) -> N
         )
 
 
-class _Pool:
+class Pool:
     """Processes that write shards; with one worker this process does."""
 
     def __init__(self, workers: int) -> None:
@@ -218,7 +218,7 @@ class _Pool:
         self.ahead = 1 if workers == 1 else 2 * workers
         self._executor: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> _Pool:
+    def __enter__(self) -> Pool:
         if self.workers > 1:
             self._executor = ProcessPoolExecutor(
                 self.workers,

@@ -90,7 +90,7 @@ def prepare(
     for name, value in (("--workers", arguments.workers), ("--limit", arguments.limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number of at least 1.")
-    tokenizer, fingerprint = _tokenizer(arguments.out, arguments.tokenizer)
+    tokenizer, fingerprint = copy_tokenizer(arguments.out, arguments.tokenizer)
     out = arguments.out if subset is None else arguments.out / slug(subset)
     wanted = {
         "version": VERSION,
@@ -120,7 +120,7 @@ def prepare(
     return summary
 
 
-def _tokenizer(out: Path, name: str) -> tuple[Path, str]:
+def copy_tokenizer(out: Path, name: str) -> tuple[Path, str]:
     """A copy of the tokenizer beside the data, which every process loads; and its fingerprint.
 
     :raises UserError: nothing loadable, or the directory was prepared with another one.

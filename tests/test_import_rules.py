@@ -18,6 +18,7 @@ HOMES = {
     "wandb": {"casa_train/metrics/sinks.py"},
     "webdataset": {"casa_train/data/shards.py"},
     "datasets": {"casa_train/data/stream.py"},
+    "av": {"data_recipes/video.py"},
     "hydra": {"casa_train/__main__.py", "casa_train/compose.py"},
 }
 MODELING_MAY = {"torch", "transformers", "einops", "PIL", "numpy", "flash_attn"}

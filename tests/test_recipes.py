@@ -14,16 +14,21 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from casa_train.assemble import open_splits
+from casa_train.config import SourceConfig
 from casa_train.data.overlap import IN_FINEVISION, LACKING_IN_FINEVISION, refuse_double_counting
 from casa_train.data.sample import ImageSlot
 from casa_train.data.shards import Shard, Split
+from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
+from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes import finevision, llava_onevision
 from data_recipes.__main__ import main
 from data_recipes.mixture import published_mixture
 from data_recipes.pipeline import slug
+from data_recipes.synthetic import build_tokenizer
 from tests import published
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, TEMPLATE, environment
 
 FOUR_FILES = [[published.fine_row(10 * file + i) for i in range(10)] for file in range(4)]
 
@@ -447,3 +452,36 @@ def test_a_mixture_of_what_is_prepared(
     assert len(Split(Path(sources.chartqa.path))) == 40
     assert main(["mixture", "--data", str(tmp_path / "empty"), "--out", str(out)]) == 2
     assert "holds no finished dataset" in capsys.readouterr().err
+
+
+def test_a_second_index_for_another_tokenizer(
+    prepared: Path, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = build_tokenizer()
+    other.add_tokens(["question", "answer"])
+    other.save_pretrained(tmp_path / "other")
+    command = ["retokenize", "--data", str(prepared / "out"), "--workers", "1", "--out"]
+    options = ["--tokenizer", str(tmp_path / "other")]
+    assert main([*command, str(tmp_path / "out"), *options]) == 0
+    old, new = Split(prepared / "out" / "chartqa" / "train"), Split(tmp_path / "out/chartqa/train")
+    for i, sample in enumerate(new):
+        assert sample == old.read(i)
+    tokens, _ = new.list_column("assistant_tokens")
+    expected = [
+        len(other.encode(turn.assistant, add_special_tokens=False))
+        for sample in old
+        for turn in sample.turns
+    ]
+    assert tokens.tolist() == expected != old.list_column("assistant_tokens")[0].tolist()
+    assert new.tokenizer_fingerprint == tokenizer_fingerprint(other) != old.tokenizer_fingerprint
+    assert new.origin == old.origin and new.fingerprint != old.fingerprint
+    assert main([*command, str(tmp_path / "out"), "--tokenizer", tokenizer]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_training_refuses_the_same_samples_twice(prepared: Path, tokenizer: str) -> None:
+    processor = CasaProcessor(load_tokenizer(tokenizer), 7056, TEMPLATE)
+    path = str(prepared / "out" / "chartqa" / "train")
+    assert len(open_splits({"a": SourceConfig(path)}, processor)["a"]) == 40
+    with pytest.raises(UserError, match=r"data.sources.a .* and data.sources.b .*same subset"):
+        open_splits({"a": SourceConfig(path), "b": SourceConfig(path)}, processor)

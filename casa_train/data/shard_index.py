@@ -77,8 +77,13 @@ def merge_parts(directory: Path, numbers: Sequence[int]) -> int:
             ).replace_schema_metadata()
         )
     merged = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
-    _write(directory / INDEX_FILE, merged.unify_dictionaries().combine_chunks())
+    write_index(directory, merged)
     return int(merged.num_rows)
+
+
+def write_index(directory: Path, table: pa.Table) -> None:
+    """Writes the index of a split as one record batch."""
+    _write(directory / INDEX_FILE, table.unify_dictionaries().combine_chunks())
 
 
 def open_index(path: Path) -> pa.Table:

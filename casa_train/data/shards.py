@@ -38,6 +38,7 @@ from casa_train.data.shard_index import (
     open_index,
     part_path,
     read_part,
+    write_index,
     write_part,
 )
 from casa_train.errors import UserError
@@ -83,7 +84,7 @@ class Shard:
                 raise BadRow("bad_key", f"{key!r} cannot name a tar member, or does already")
             sample = SCHEMAS[self.schema](key, row, images)
             headers = [_header(key, i, data) for i, data in enumerate(images)]
-            tokens = self._count_turns(sample)
+            tokens = count_turns(sample, self.count_tokens)
         except BadRow as error:
             self.skipped[error.reason] += 1
             return False
@@ -134,18 +135,6 @@ class Shard:
                 "consumed": consumed,
             },
         )
-
-    def _count_turns(self, sample: Sample) -> dict[str, list[int]]:
-        try:
-            return {
-                "user_tokens": [self._count(turn.user) for turn in sample.turns],
-                "assistant_tokens": [self._count(turn.answer) for turn in sample.turns],
-            }
-        except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
-            raise BadRow("bad_text", f"sample {sample.key} cannot be tokenized: {error}") from error
-
-    def _count(self, parts: Sequence[Part]) -> int:
-        return sum(self.count_tokens(part) for part in parts if not isinstance(part, ImageSlot))
 
     def _path(self, suffix: str = "") -> Path:
         return self.directory / (shard_name(self.number) + suffix)
@@ -293,6 +282,60 @@ def finish_split(
     return meta
 
 
+def recount(
+    split: Split, directory: Path, count_tokens: CountTokens, tokenizer_fingerprint: str
+) -> dict[str, Any]:
+    """Makes another index of a split, with the lengths of another tokenizer, in a new directory.
+
+    The shards are linked, not copied.
+
+    :return: the content of the meta file.
+    :raises BadRow: a sample that cannot be read.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, list[list[int]]] = {"user_tokens": [], "assistant_tokens": []}
+    for row in range(len(split)):
+        for name, values in count_turns(split.read(row, with_images=False), count_tokens).items():
+            counts[name].append(values)
+    table = split.index
+    for name, lists in counts.items():
+        field = INDEX_SCHEMA.field(name)
+        table = table.set_column(
+            INDEX_SCHEMA.get_field_index(name), field, pa.array(lists, field.type)
+        )
+    write_index(directory, table)
+    for shard in split.meta["shards"]:
+        link = directory / shard["name"]
+        link.unlink(missing_ok=True)
+        link.symlink_to((split.directory / shard["name"]).resolve())
+    meta = {
+        **split.meta,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "text_tokens": sum(sum(values) for lists in counts.values() for values in lists),
+        "index_sha256": sha256(directory / INDEX_FILE),
+    }
+    write_atomic(directory / META_FILE, json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
+def count_turns(sample: Sample, count_tokens: CountTokens) -> dict[str, list[int]]:
+    """Tokens of question and answer of each turn, every piece encoded alone.
+
+    :raises BadRow: a text that the tokenizer refuses.
+    """
+
+    def count(parts: Sequence[Part]) -> int:
+        return sum(count_tokens(part) for part in parts if not isinstance(part, ImageSlot))
+
+    try:
+        return {
+            "user_tokens": [count(turn.user) for turn in sample.turns],
+            "assistant_tokens": [count(turn.answer) for turn in sample.turns],
+        }
+    except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
+        raise BadRow("bad_text", f"sample {sample.key} cannot be tokenized: {error}") from error
+
+
 def _header(key: str, i: int, data: bytes) -> tuple[str, int, int]:
     """(file extension, width, height) from the image header, without decoding pixels."""
     try:
@@ -368,9 +411,10 @@ class Split:
         """(values, offsets) of one of `RATINGS`: a number from 1 to 5 a turn, 0 if not rated."""
         return self._lists[name]
 
-    def read(self, row: int) -> Sample:
+    def read(self, row: int, with_images: bool = True) -> Sample:
         """Reads one sample by its byte offsets.
 
+        :param with_images: otherwise every image is empty, and only the text is read.
         :raises BadRow: when the bytes do not hold what the index says.
         """
         shard, offset, size = (int(self._numbers[n][row]) for n in self._numbers)
@@ -384,7 +428,7 @@ class Split:
         offsets, bounds = self._lists["image_offsets"]
         sizes, _ = self._lists["image_sizes"]
         images = [
-            self._pread(shard, int(offsets[i]), int(sizes[i]))
+            self._pread(shard, int(offsets[i]), int(sizes[i])) if with_images else b""
             for i in range(bounds[row], bounds[row + 1])
         ]
         return SCHEMAS[self.meta["schema"]](key, record, images)

@@ -1,0 +1,71 @@
+"""A second index over prepared data, for another tokenizer: images are neither read nor copied."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from casa_train.errors import UserError
+from data_recipes.pipeline import Pool, Progress, token_counter
+from data_recipes.published import copy_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="an --out directory of a recipe"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the same folders go"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR_OR_HUB_ID", help="the tokenizer to count with"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes, each with one subset at a time (default: one a core)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes an index for every split below --data; those that are there stay.
+
+    :raises UserError: nothing prepared, or data that cannot be read.
+    """
+    data, out = arguments.data, arguments.out
+    found = sorted(meta.parent.relative_to(data) for meta in data.glob("**/meta.json"))
+    if not found:
+        raise UserError(f"--data {data} holds no prepared split (SUBSET/train/meta.json).")
+    if arguments.workers < 1:
+        raise UserError(f"--workers is {arguments.workers}; expected at least 1.")
+    tokenizer, fingerprint = copy_tokenizer(out, arguments.tokenizer)
+    progress = Progress("retokenize", len(found), "splits")
+    with Pool(min(arguments.workers, len(found))) as pool:
+        tasks = [
+            pool.submit(partial(_recount, data / name, out / name, str(tokenizer), fingerprint))
+            for name in found
+        ]
+        for task in tasks:
+            progress.update(1, pool.result(task))
+    progress.close()
+
+
+def _recount(data: Path, out: Path, tokenizer: str, fingerprint: str) -> dict[str, Any]:
+    from casa_train.data.schemas import BadRow
+    from casa_train.data.shards import Split, recount
+
+    if (out / "meta.json").is_file():
+        there = Split(out)
+        if there.tokenizer_fingerprint != fingerprint:
+            raise UserError(f"{out} was made with another tokenizer; choose another --out.")
+        return there.meta
+    try:
+        return recount(Split(data), out, token_counter(tokenizer), fingerprint)
+    except BadRow as error:
+        raise UserError(f"{data}: {error}. Run the recipe again.") from error

@@ -218,6 +218,8 @@ def test_the_frames_of_a_video_stand_at_its_placeholder() -> None:
     (turn,) = sample.turns
     assert turn.user == (*map(ImageSlot, range(3)), "Please describe the video.")
     assert sample.video and sample.follows == (False, True, True)
+    (user, _) = sample.messages(list("xyz"))
+    assert user["content"][0] == {"type": "video", "video": ["x", "y", "z"]}
     assert sample.source == "0_30_s_academic_v0_1" and sample.mended == ()
 
 
@@ -267,8 +269,10 @@ def test_captions_follow_the_frame_at_which_they_have_been_spoken() -> None:
     assert turn.assistant == f" We{FRAME_END} start here.{FRAME_END}{FRAME_END}{FRAME_END} End"
     assert turn.images == tuple(range(5)) and sample.follows == (False, True, True, True, True)
     user, assistant = sample.messages(list("abcde"))
-    assert [part["type"] for part in assistant["content"][:3]] == ["image", "text", "image"]
-    assert [p["image"] for p in assistant["content"] if p["type"] == "image"] == list("abcde")
+    assert [part["type"] for part in assistant["content"][:3]] == ["video", "text", "video"]
+    assert [p["video"] for p in assistant["content"] if p["type"] == "video"] == [
+        *map(list, "abcde")
+    ]
     assert user["content"] == [{"type": "text", "text": "Comment on it.\nA grey wall"}]
 
 

@@ -11,8 +11,8 @@ import pytest
 import webdataset
 
 from casa_train.data import ratings
+from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import encode_sample
-from casa_train.data.plan import sample_lengths
 from casa_train.data.sample import filter_turns
 from casa_train.data.shard_index import INDEX_FILE
 from casa_train.data.shards import Shard, ShardWriter, Split, finish_split, finished_shard

@@ -359,9 +359,7 @@ class CasaProcessor(ProcessorMixin):
         ]
         return CasaBatch(batch)
 
-    def _fill(
-        self, out: Encoded, parts: Iterator[tuple[str, Any]], answer: bool = False
-    ) -> None:
+    def _fill(self, out: Encoded, parts: Iterator[tuple[str, Any]], answer: bool = False) -> None:
         """Appends texts and images; the tokens around an image are never an answer."""
         for kind, value in parts:
             if kind == "text":

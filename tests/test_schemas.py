@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casa_train.data.sample import RATINGS, ImageSlot, Sample, Turn, filter_turns, keep_images
-from casa_train.data.schemas import BadRow, finevision, llava_onevision
+from casa_train.data.schemas import SCHEMAS, BadRow, finevision, llava_onevision
 from casa_train.data.video_schemas import FRAME_END, live_whisperx, llava_video
 from tests.published import live_line, video_row
 
@@ -310,3 +310,57 @@ def test_leaving_out_frames_keeps_every_word() -> None:
         " two" + FRAME_END,
         ImageSlot(1),
     )
+
+
+# ------------------------------------------------------------------------------ anything
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.floats(0, 9) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "user", "assistant", "type", "video"]
+                + ["text", "text_stream", "data_source"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+columns = st.sampled_from(
+    ["texts", "source", "conversations", "data_source", "video", "messages", "frame_times"]
+    + ["subset", *(f"{name}_ratings" for name in RATINGS)]
+)
+spoken = st.builds(
+    lambda words: live_line("a.mp4", 0, 9, words), st.lists(json_values | st.none(), max_size=4)
+) | st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": json_values}),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(sorted(SCHEMAS)),
+    st.dictionaries(columns, json_values, max_size=6),
+    st.none() | spoken,
+    st.integers(0, 3),
+    st.none() | json_values,
+)
+def test_no_row_does_more_than_be_refused(
+    schema: str, row: dict[str, Any], messages: Any, images: int, time: Any
+) -> None:
+    if messages is not None:
+        times = [i / 2 if time is None else time for i in range(images)]
+        video = row.get("video", "a.mp4")
+        row = {**row, "messages": messages, "frame_times": times, "video": video}
+    try:
+        sample = SCHEMAS[schema]("k", row, [b"image"] * images)
+    except BadRow as error:
+        assert error.reason.isidentifier()
+        return
+    assert sample.turns and sample.source
+    assert [i for turn in sample.turns for i in turn.images] == list(range(images))
+    sample.messages([None] * images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from casa_train.data import ratings
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import encode_sample
 from casa_train.data.sample import filter_turns
+from casa_train.data.schemas import BadRow
 from casa_train.data.shard_index import INDEX_FILE
 from casa_train.data.shards import Shard, ShardWriter, Split, finish_split, finished_shard
 from casa_train.data.tokens import load_tokenizer
@@ -200,3 +203,31 @@ def test_an_index_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).unlink()
     with pytest.raises(UserError, match="index.arrow is missing"):
         Split(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path, _: os.truncate(path, 600), "cut_shard"),
+        (lambda path, _: path.unlink(), "unreadable_shard"),
+        (lambda path, offset: overwrite(path, offset, b"\0\0\0\0"), "unreadable_json"),
+        (lambda path, offset: overwrite(path, offset, b"1" + b" " * 300), "unreadable_json"),
+    ],
+)
+def test_shards_damaged_during_a_run_cost_single_samples(
+    tmp_path: Path, damage: Callable[[Path, int], None], reason: str
+) -> None:
+    write(tmp_path, 0, 8)
+    split = Split(tmp_path)
+    offset = split.index["json_offset"][5].as_py()
+    damage(tmp_path / "shard-000001.tar", offset)
+    with pytest.raises(BadRow) as caught:
+        split.read(5)
+    assert caught.value.reason == reason
+    assert [split.read(i).key for i in range(4)] == [f"k-{i}" for i in range(4)]
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)

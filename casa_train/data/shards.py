@@ -422,6 +422,8 @@ class Split:
         raw = self._pread(shard, offset, size)
         try:
             record = json.loads(raw)
+            if not isinstance(record, dict):
+                raise ValueError(f"holds {type(record).__name__}, expected an object")
         except ValueError as error:
             name = self.meta["shards"][shard]["name"]
             raise BadRow("unreadable_json", f"sample {key} in {name}: {error}") from error

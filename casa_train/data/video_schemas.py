@@ -101,8 +101,9 @@ def live_parts(
     messages = row.get("messages")
     contents: dict[str, dict[str, Mapping[str, Any]]] = {"user": {}, "assistant": {}}
     for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, Mapping) and message.get("role") in contents:
-            for part in message.get("content") or ():
+        if isinstance(message, Mapping) and message.get("role") in ("user", "assistant"):
+            content = message.get("content")
+            for part in content if isinstance(content, list) else ():
                 if isinstance(part, Mapping) and isinstance(part.get("type"), str):
                     contents[message["role"]].setdefault(part["type"], part)
     clip, answer = contents["user"].get("video"), contents["assistant"].get("text_stream")
@@ -137,7 +138,7 @@ def _word(entry: Any) -> tuple[float, str] | None:
         return None
     # A word that could not be aligned has no times of its own.
     last = end if isinstance(end, int | float) else start
-    if not isinstance(last, int | float):
+    if not isinstance(last, int | float) or not math.isfinite(last):
         return None
     return float(last), re.sub(r"\s+", " ", word.strip())
 
@@ -149,4 +150,6 @@ def _check_frames(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> 
         raise BadRow(
             "no_frames", f"sample {key} has {len(images)} frames and {found} 'frame_times'"
         )
+    if not all(isinstance(time, int | float) for time in times):
+        raise BadRow("no_frames", f"'frame_times' of sample {key} are {times!r:.60}")
     return [float(time) for time in times]

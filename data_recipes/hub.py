@@ -55,7 +55,10 @@ def subset_names(source: str) -> list[str]:
             f"--source {source} has no README.md, which names the subsets of a published dataset; "
             "copy it from the dataset's page, too."
         )
-    return list(_asked(lambda: datasets.get_dataset_config_names(load_path(source)), source))
+    try:
+        return list(_asked(lambda: datasets.get_dataset_config_names(load_path(source)), source))
+    except (FileNotFoundError, ValueError) as error:  # no such dataset, a card without subsets
+        raise UserError(f"--source {source}: {_first_line(error)}") from error
 
 
 def chosen_subsets(source: str, wanted: Sequence[str] | None, default: Sequence[str]) -> list[str]:

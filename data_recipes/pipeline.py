@@ -7,6 +7,7 @@ moment repeats only the jobs whose shard was not finished.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -130,7 +131,7 @@ def write_split(
         temporary.unlink()
     progress = Progress(plan.label, plan.total, plan.unit)
     seen: Counter[str] = Counter()
-    number = 0
+    shards = 0
     with Pool(workers if limit is None else 1) as pool:
         waiting: deque[tuple[int, Job, Future[dict[str, Any]] | dict[str, Any]]] = deque()
         jobs = enumerate(plan.jobs)
@@ -140,10 +141,11 @@ def write_split(
             shard = result if isinstance(result, dict) else pool.result(result)
             rows = int(shard["consumed"]["rows"])
             seen.update({"rows": rows, **{f"skipped {r}": n for r, n in shard["skipped"].items()}})
-            progress.update(job.weight, shard)
+            progress.update(job.weight, shard, new=not isinstance(result, dict))
             _check_share(plan, seen, max_bad_share)
 
         for number, job in jobs:
+            shards = number + 1
             shard = finished_shard(plan.directory, number)
             if shard is not None and shard["consumed"]["unit"] != job.name:
                 raise UserError(
@@ -168,7 +170,7 @@ def write_split(
             collect()
     progress.close()
     fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer)))
-    return finish_split(plan.directory, number + 1, plan.schema, fingerprint, plan.origin)
+    return finish_split(plan.directory, shards, plan.schema, fingerprint, plan.origin)
 
 
 def _write_shard(
@@ -273,13 +275,17 @@ class Progress:
     def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.samples = self.done = 0
+        self._old = self._old_samples = 0  # of an earlier run: they say nothing about the speed
         self._start = self._last = time.monotonic()
         self._bar = tqdm(total=total, desc=label, unit=" " + unit) if sys.stderr.isatty() else None
 
-    def update(self, weight: int, shard: Mapping[str, Any]) -> None:
-        """Counts a finished shard."""
+    def update(self, weight: int, shard: Mapping[str, Any], new: bool = True) -> None:
+        """Counts a finished shard; one of an earlier run is not `new`."""
         self.done += weight
         self.samples += int(shard["samples"])
+        if not new:
+            self._old += weight
+            self._old_samples += int(shard["samples"])
         if self._bar is not None:
             self._bar.update(weight)
             self._bar.set_postfix(samples=self.samples)
@@ -299,9 +305,11 @@ class Progress:
         line = f"{self.label}: {self.done} {self.unit}"
         if self.total:
             line = f"{self.label}: {self.done}/{self.total} {self.unit}"
-        line += f", {self.samples} samples, {self.samples / passed:.0f} a second"
-        if self.total and 0 < self.done < self.total:
-            line += f", about {_duration(passed * (self.total - self.done) / self.done)} left"
+        rate = (self.samples - self._old_samples) / passed
+        line += f", {self.samples} samples, {rate:.0f} a second"
+        if self.total and self._old < self.done < self.total:
+            left = passed * (self.total - self.done) / (self.done - self._old)
+            line += f", about {_duration(left)} left"
         print(line, flush=True)
 
 
@@ -405,14 +413,18 @@ def writing(out: Path, wanted: Mapping[str, Any]) -> Iterator[bool]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another recipe is writing to {out}; wait for it, or end it."
             ) from error
+        except OSError:  # a file system without locks
+            pass
         done = finished(out, wanted)
         if (out / "summary.json").exists() and not done:
             print(f"{out} was left unfinished: going on after its last finished shard.")
         try:
             yield done
-        except OSError as error:  # no space
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
             raise UserError(f"--out {out} cannot be written: {error}") from error

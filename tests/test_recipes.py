@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes import finevision, llava_onevision
 from data_recipes.__main__ import main
 from data_recipes.mixture import published_mixture
-from data_recipes.pipeline import slug
+from data_recipes.pipeline import Progress, slug
 from data_recipes.synthetic import build_tokenizer
 from tests import published
 from tests.commands import ROOT, TEMPLATE, environment
@@ -228,9 +229,8 @@ def kill_after(process: subprocess.Popen[bytes], train: Path, shards: int) -> No
     process.wait()
 
 
-@pytest.mark.parametrize(
-    ("workers", "kills"), [(1, (2, 7)), pytest.param(2, (3,), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(1, (2, 7)), (2, (3,))])
 def test_a_killed_recipe_goes_on_at_the_last_finished_shard(
     tmp_path: Path, tokenizer: str, workers: int, kills: tuple[int, ...]
 ) -> None:
@@ -485,3 +485,39 @@ def test_training_refuses_the_same_samples_twice(prepared: Path, tokenizer: str)
     assert len(open_splits({"a": SourceConfig(path)}, processor)["a"]) == 40
     with pytest.raises(UserError, match=r"data.sources.a .* and data.sources.b .*same subset"):
         open_splits({"a": SourceConfig(path), "b": SourceConfig(path)}, processor)
+
+
+def test_two_recipes_do_not_write_one_directory(
+    prepared: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chartqa").mkdir()
+    with (tmp_path / "chartqa" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert recipe("finevision", prepared / "source", tmp_path, tokenizer) == 2
+    assert "another recipe is writing to" in capsys.readouterr().err
+    assert recipe("finevision", prepared / "source", tmp_path, tokenizer) == 0
+
+
+def test_progress_says_when_it_will_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("data_recipes.pipeline.time.monotonic", lambda: clock[0])
+    progress = Progress("chartqa", 10, "files")
+    progress.update(5, {"samples": 500}, new=False)  # an earlier run's say nothing of the speed
+    for clock[0] in (5.0, 12.0, 15.0, 24.0):
+        progress.update(1, {"samples": 100})
+    progress.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "chartqa: 7/10 files, 700 samples, 17 a second, about 18 s left",
+        "chartqa: 9/10 files, 900 samples, 17 a second, about 6 s left",
+        "chartqa: 9/10 files, 900 samples, 17 a second, about 6 s left",
+    ]
+
+
+def test_a_source_without_rows_is_finished_and_says_so(tmp_path: Path, tokenizer: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "live_whisperx_526k_with_seeks.jsonl").write_text("[0]\n")
+    assert recipe("live_whisperx", source, tmp_path / "out", tokenizer) == 0
+    assert summary(tmp_path / "out")["samples"] == 0

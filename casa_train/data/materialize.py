@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from casa_train.data.plan import Pack
 from casa_train.data.sample import Sample
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
+from casa_train.errors import UserError
 from casa_train.modeling.image_processing_casa import ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -74,7 +76,10 @@ def encode_sample(sample: Sample, processor: CasaProcessor) -> EncodedSample:
     :raises ImageError: an image that cannot be used.
     """
     encoded = processor.encode(sample.messages(list(sample.images)))
-    images = [processor.image_processor.load(image) for image in encoded.images]
+    images = [
+        processor.image_processor.load(image, f"image {i} of sample {sample.key}")
+        for i, image in enumerate(encoded.images)
+    ]
     return EncodedSample(encoded.ids, encoded.answer, encoded.points, images)
 
 
@@ -85,6 +90,23 @@ def dummy_sample(token: int) -> EncodedSample:
     """
     black = torch.zeros(3, 28, 28, dtype=torch.uint8)
     return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
+
+
+def in_one_storage(images: Sequence[Tensor]) -> list[Tensor]:
+    """The same images as views of one buffer.
+
+    On the way from a worker every storage holds a file descriptor open, in both processes; a few
+    packs of hundreds of small images would reach the usual limit of 1,024. In a worker the buffer
+    is shared memory from the start, as in torch's own collate: that saves a copy.
+    """
+    if not images:
+        return []
+    buffer = torch.empty(0, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info() is not None:
+        buffer.set_(torch.UntypedStorage._new_shared(sum(image.nbytes for image in images)))
+    torch.cat([image.flatten() for image in images], out=buffer)
+    parts = buffer.split([image.numel() for image in images])
+    return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
 
 
 class Materializer(torch.utils.data.Dataset[PackedBatch]):
@@ -106,6 +128,17 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         self.image_budget = image_budget
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
+        """Reads and encodes a pack; a bad sample leaves a hole.
+
+        :raises UserError: the data is gone.
+        :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
+        """
+        with warnings.catch_warnings():
+            # Of odd files, which `python -W error` would turn into failures.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return self._materialize(pack)
+
+    def _materialize(self, pack: Pack) -> PackedBatch:
         samples: list[EncodedSample] = []
         names: list[tuple[str, str]] = []
         answers: list[tuple[str, int]] = []
@@ -118,6 +151,12 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
             except (BadRow, ImageError) as error:
                 failures.append(Failure(source, key, error.reason, str(error)))
                 continue
+            except UserError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"sample {source}/{key} of pack {pack.index}: {type(error).__name__}: {error}"
+                ) from error
             found = len(encoded.ids), sum(encoded.image_tokens)
             if found != (text, tokens):
                 detail = f"{found} text and image tokens, the index promised {(text, tokens)}"
@@ -144,7 +183,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         inputs = PackedInputs(
             input_ids=torch.tensor([i for s in samples for i in s.ids], dtype=torch.long),
             chunks=chunks,
-            images=[image for s in samples for image in s.images],
+            images=in_one_storage([image for s in samples for image in s.images]),
             logits_index=torch.tensor(rows, dtype=torch.long),
         )
         text_tokens = sum(c.text for c in chunks)

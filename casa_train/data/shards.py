@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import webdataset
-from PIL import Image
 
 from casa_train.data.sample import RATINGS, ImageSlot, Part, Sample
 from casa_train.data.schemas import MODALITIES, SCHEMAS, BadRow
@@ -43,9 +42,11 @@ from casa_train.data.shard_index import (
 )
 from casa_train.errors import UserError
 from casa_train.files import sha256, sync_file, write_atomic
+from casa_train.modeling.image_processing_casa import ImageError, read_header
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 2
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # the others' are their names
 OPEN_SHARDS = 64  # files that a process keeps open
 
 CountTokens = Callable[[str], int]
@@ -339,11 +340,10 @@ def count_turns(sample: Sample, count_tokens: CountTokens) -> dict[str, list[int
 def _header(key: str, i: int, data: bytes) -> tuple[str, int, int]:
     """(file extension, width, height) from the image header, without decoding pixels."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            extension = (image.format or "img").lower()
-            return {"jpeg": "jpg", "mpo": "jpg"}.get(extension, extension), *image.size
-    except Exception as error:  # Pillow raises many types on damaged headers
-        raise BadRow("unreadable_image", f"image {i} of sample {key}: {error}") from error
+        image_format, width, height = read_header(data, f"image {i} of sample {key}")
+    except ImageError as error:
+        raise BadRow(error.reason, str(error)) from error
+    return EXTENSIONS.get(image_format, image_format.lower()), width, height
 
 
 class Split:
@@ -440,19 +440,35 @@ class Split:
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         name = self.meta["shards"][shard]["name"]
+        file = self._open(shard)
         try:
-            if shard in self._files:
-                self._files.move_to_end(shard)
-            else:
-                self._files[shard] = (self.directory / name).open("rb")
-                if len(self._files) > OPEN_SHARDS:
-                    self._files.popitem(last=False)[1].close()
-            data = os.pread(self._files[shard].fileno(), size, offset)
+            data = os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise BadRow("unreadable_shard", f"{name}: {error}") from error
         if len(data) != size:
             raise BadRow("cut_shard", f"{name} ends before byte {offset + size}")
         return data
+
+    def _open(self, shard: int) -> io.BufferedReader:
+        """The file of a shard, one of the few that are kept open.
+
+        :raises UserError: it is gone; that is no bad sample but thousands of lost ones.
+        """
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        path = self.directory / self.meta["shards"][shard]["name"]
+        try:
+            self._files[shard] = path.open("rb")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be opened any more: {error.strerror}; it was there when this "
+                "run started. Put it back and give the same command again: the run goes on "
+                "from its last checkpoint."
+            ) from error
+        if len(self._files) > OPEN_SHARDS:
+            self._files.popitem(last=False)[1].close()
+        return self._files[shard]
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.directory / META_FILE

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.compose import CONF_DIR, explain, to_config
-from casa_train.errors import UserError
+from casa_train.errors import RankError, UserError
 from casa_train.leaving import EXIT_REQUEUE
 
 
@@ -41,7 +41,8 @@ def main(raw: DictConfig) -> None:
             raise SystemExit(code)  # a sweep's later jobs wait too, until it is started again
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        report(f"job {raw.run_dir}: {error}" if sweep else str(error))
+        alone = isinstance(error, RankError)
+        report(f"job {raw.run_dir}: {error}" if sweep else str(error), alone)
 
 
 def say(*lines: str) -> None:
@@ -53,10 +54,13 @@ def say(*lines: str) -> None:
 _messages: list[str] = []
 
 
-def report(message: str) -> None:
-    """Prints what the user can mend; every rank has the same message, so the first one speaks."""
+def report(message: str, alone: bool = False) -> None:
+    """Prints what the user can mend.
+
+    :param alone: only this rank has the message; otherwise all have it, and the first one speaks.
+    """
     _messages.append(message)
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+    if alone or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
         print(f"error: {message}", file=sys.stderr)
 
 

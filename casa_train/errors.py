@@ -9,3 +9,7 @@ class UserError(Exception):
     The message names the field or file, what was found, what was expected and what to do. Commands
     print it without a traceback and leave with exit code 2.
     """
+
+
+class RankError(UserError):
+    """A UserError of one rank alone, which has to say it: the others know nothing of it."""

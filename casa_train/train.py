@@ -31,7 +31,7 @@ from casa_train.assemble import (
 from casa_train.audit import Audit
 from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
 from casa_train.config import Config, fingerprint
-from casa_train.data.loader import PackLoader
+from casa_train.data.loader import PackLoader, dead_workers_named
 from casa_train.data.materialize import Materializer
 from casa_train.data.plan import Planner
 from casa_train.data.shards import Split
@@ -159,7 +159,7 @@ def _train(config: Config, stop: StopRequest) -> int:
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
         watchdog = Watchdog(60 * config.trainer.watchdog_minutes, run_dir / f"stacks_{rank}.txt")
-        with watchdog:
+        with watchdog, dead_workers_named(rank):
             reason = Trainer(
                 engine=engine,
                 loader=loader,

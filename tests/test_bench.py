@@ -18,6 +18,7 @@ from casa_train import modeling
 from casa_train.bench.__main__ import BENCHMARKS, main
 from casa_train.bench._timing import interleaved, peak_bytes, tensor_bytes
 from casa_train.bench.attention import LAYOUTS
+from casa_train.bench.images import render
 from casa_train.checkpoint.export import write_export
 from tests.tiny import tiny_model
 
@@ -119,6 +120,25 @@ def test_attention_compares_equal_results(
         assert row["dense_bytes"] >= row["queries"] * row["keys"]  # its mask, if nothing else
         assert row["linear_bytes"] > 0 and row["linear_seconds"] > 0
     assert "time ratio" in capsys.readouterr().out
+
+
+def test_images_keep_their_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes and pixels are the same on every machine."""
+    found = bench(tmp_path, "images", "--images", "1", "--repeats", "1")
+    assert found["share_of_bytes"] <= 1 / 8
+    assert found["mean_difference"] <= 2
+    assert found["images_per_second_and_core"]["ours"] > 0
+    assert found["bytes_per_image"]["ours"] == 3 * 812 * 1092
+    assert "images/s and core" in capsys.readouterr().out
+
+
+def test_images_of_files(tmp_path: Path) -> None:
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(render(1, 300, 200, 90, seed=1)[0])
+    found = bench(tmp_path, "images", "--files", str(file), "--repeats", "1")
+    assert found["images"] == 1 and found["encoded_bytes"] == file.stat().st_size
+    file.write_text("text")
+    assert main(["images", "--files", str(file)]) == 2
 
 
 def test_packing_keeps_its_bars(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -209,7 +209,6 @@ def test_an_index_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     ("damage", "reason"),
     [
         (lambda path, _: os.truncate(path, 600), "cut_shard"),
-        (lambda path, _: path.unlink(), "unreadable_shard"),
         (lambda path, offset: overwrite(path, offset, b"\0\0\0\0"), "unreadable_json"),
         (lambda path, offset: overwrite(path, offset, b"1" + b" " * 300), "unreadable_json"),
     ],
@@ -225,6 +224,14 @@ def test_shards_damaged_during_a_run_cost_single_samples(
         split.read(5)
     assert caught.value.reason == reason
     assert [split.read(i).key for i in range(4)] == [f"k-{i}" for i in range(4)]
+
+
+def test_a_shard_that_is_gone_is_no_bad_sample(tmp_path: Path) -> None:
+    write(tmp_path, 0, 8)
+    split = Split(tmp_path)
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match="shard-000001.tar cannot be opened any more"):
+        split.read(5)
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:

@@ -351,11 +351,9 @@ class CasaProcessor(ProcessorMixin):
         batch["image_embeds_insertion_points"] = points
         if any(f for e in encoded for f in e.follows):
             batch["image_follows"] = [e.follows for e in encoded]
+        pictures = [image for e in encoded for image in e.images if image is not None]
         batch["pixel_values"] = [
-            self.image_processor.load(image)
-            for e in encoded
-            for image in e.images
-            if image is not None
+            self.image_processor.load(image, f"image {i}") for i, image in enumerate(pictures)
         ]
         return CasaBatch(batch)
 

@@ -336,11 +336,11 @@ def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
 def banner(
     config: Config,
     model: CasaForConditionalGeneration,
-    planner: Planner,
+    notes: Sequence[str],
     world: int,
     device: torch.device,
 ) -> list[str]:
-    """What the run is, in a few lines."""
+    """What the run is, in a few lines; `notes` are those of its data."""
     vision, backbone = model.config.vision_config, model.config.text_config
     accumulation = config.data.packs_per_step // world
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
@@ -366,10 +366,4 @@ def banner(
     lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
     if fitted != wanted:
         lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
-    for name, (dropped, total) in planner.dropped().items():
-        if dropped:
-            lines.append(
-                f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
-                "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
-            )
-    return lines
+    return [*lines, *notes]

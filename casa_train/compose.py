@@ -97,7 +97,38 @@ def check(config: Config) -> None:
     """
     data, parallel, optim = config.data, config.parallel, config.optim
     rules = [
-        (bool(data.sources), "data.sources", data.sources, "at least one source"),
+        (
+            bool(data.sources or data.stream.datasets),
+            "data.sources",
+            data.sources,
+            "at least one source, or data.stream.datasets instead",
+        ),
+        (
+            not (data.sources and data.stream.datasets),
+            "data.stream.datasets",
+            sorted(data.stream.datasets),
+            "none beside data.sources: a run is either prepared or streamed",
+        ),
+        (data.stream.lanes >= 1, "data.stream.lanes", data.stream.lanes, "at least 1"),
+        (
+            data.stream.open_units >= 1,
+            "data.stream.open_units",
+            data.stream.open_units,
+            "at least 1",
+        ),
+        (
+            data.stream.memory_mib >= 1,
+            "data.stream.memory_mib",
+            data.stream.memory_mib,
+            "at least 1",
+        ),
+        (data.stream.attempts >= 1, "data.stream.attempts", data.stream.attempts, "at least 1"),
+        (
+            data.stream.retry_seconds >= 0,
+            "data.stream.retry_seconds",
+            data.stream.retry_seconds,
+            "0 or more",
+        ),
         (data.text_tokens >= 2, "data.text_tokens", data.text_tokens, "at least 2"),
         (data.image_tokens >= 2, "data.image_tokens", data.image_tokens, "at least 2"),
         (data.max_pixels >= 784, "data.max_pixels", data.max_pixels, "at least 784 (28x28)"),
@@ -215,6 +246,13 @@ def check(config: Config) -> None:
                 f"data source {name!r} has weight {source.weight} and repeats {source.repeats}; "
                 "expected a positive weight and at least one repeat."
             )
+    for name, dataset in data.stream.datasets.items():
+        for subset, repeats in dataset.repeats.items():
+            if repeats < 1:
+                raise UserError(
+                    f"data.stream.datasets.{name}.repeats.{subset} is {repeats}; expected at least "
+                    "one. To leave a subset out name it in exclude."
+                )
 
 
 def explain(error: Exception) -> str:

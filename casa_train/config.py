@@ -67,11 +67,54 @@ class SourceConfig:
 
 
 @dataclass
+class StreamDatasetConfig:
+    """One published dataset of parquet files, read as it is."""
+
+    source: str = "???"
+    """Hub id, or a directory with the same files, its README.md included."""
+    schema: str = "finevision"
+    """How rows are read: a name in `casa_train.data.schemas`."""
+    subsets: list[str] = field(default_factory=list)
+    """Its subsets (configurations of the dataset card); empty: all of them."""
+    exclude: list[str] = field(default_factory=list)
+    """Subsets that stay out."""
+    repeats: dict[str, int] = field(default_factory=dict)
+    """By subset: passes that count as one epoch (over-sampling), 1 where it is not named."""
+    split: str = "train"
+    """The split to read."""
+    revision: str | None = None
+    """Commit or branch of the hub's repository. null: main, as it is when the run starts; a resumed
+    run whose files have changed since is refused."""
+
+
+@dataclass
+class StreamConfig:
+    """Training from published datasets without preparing them (`data=finevision_stream`)."""
+
+    datasets: dict[str, StreamDatasetConfig] = field(default_factory=dict)
+    """Datasets by name; used where `data.sources` is empty."""
+    lanes: int = 256
+    """Logical lanes, each with its own row groups and packs; the number of ranks must divide it.
+    The order of samples depends on it, so it stays the same for the life of a run."""
+    open_units: int = 4
+    """Row groups that a lane draws rows from at a time: more mix better and take more memory."""
+    memory_mib: int = 4096
+    """Memory of each loader process for row groups and for the samples of unfinished packs; what
+    does not fit is read again. The start prints about how much is needed."""
+    attempts: int = 8
+    """How often a failed read is tried before the run ends."""
+    retry_seconds: float = 1.0
+    """Wait after the first failed read; it doubles with every further one, up to a minute."""
+
+
+@dataclass
 class DataConfig:
     """Sources and budgets."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Training sources by name; an experiment can override or delete one entry."""
+    """Prepared training sources by name; an experiment can override or delete one entry."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """What is read from published datasets instead of prepared sources."""
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     """Held-out splits by name; evaluation reads them, training never does."""
     text_tokens: int = 2048
@@ -236,6 +279,9 @@ FREE_FIELDS = (
     "world_size",
     "data.workers",
     "data.max_bad_share",
+    "data.stream.memory_mib",
+    "data.stream.attempts",
+    "data.stream.retry_seconds",
     "trainer.log_every",
     "trainer.audit",
     "trainer.max_hours",

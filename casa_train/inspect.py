@@ -184,6 +184,12 @@ def find_sample(splits: Mapping[str, Split], wanted: str) -> tuple[str, int]:
 def open_data(config: Config) -> tuple[Planner, dict[str, Split], Materializer]:
     """Data as a training run opens it."""
     processor = build_processor(config)
+    if not config.data.sources:
+        raise UserError(
+            f"run {config.name} streams its data, which has no index; expected prepared sources "
+            "(data.sources). Prepare a part of it with 'python -m data_recipes NAME --limit N' and "
+            "inspect that directory."
+        )
     splits = open_splits(config.data.sources, processor)
     planner = build_planner(config, splits, processor)
     data = config.data

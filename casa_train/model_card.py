@@ -89,6 +89,10 @@ def model_card(config: Config, step: int, model: Any) -> str:
         f"- `{name}` ({source.path})" + (f", {source.repeats} passes" if source.repeats > 1 else "")
         for name, source in config.data.sources.items()
     ]
+    sources += [
+        f"- `{name}` ({dataset.source}), streamed"
+        for name, dataset in config.data.stream.datasets.items()
+    ]
     return CARD.format(
         name=config.name,
         version=__version__,

@@ -21,22 +21,18 @@ from casa_train.assemble import (
     banner,
     build_model,
     build_model_config,
-    build_planner,
     build_processor,
     find_weights,
     open_sources,
-    open_splits,
     start_weights,
 )
 from casa_train.audit import Audit
 from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
 from casa_train.config import Config, fingerprint
-from casa_train.data.loader import PackLoader, dead_workers_named
-from casa_train.data.materialize import Materializer
-from casa_train.data.plan import Planner
-from casa_train.data.shards import Split
+from casa_train.data.loader import dead_workers_named
 from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
+from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink, keep_steps
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -80,14 +76,18 @@ def _train(config: Config, stop: StopRequest) -> int:
     rank, world, device = init_processes()
     say = print if rank == 0 else _silent
     checked = agree(lambda: check_inputs(config, world))
-    model, planner, splits = checked.model, checked.planner, checked.splits
+    model = checked.model
+    # One rank asks the hub, which may take minutes, and tells the others.
+    listed = [agree(lambda: list_streams(config, say) if rank == 0 else {})]
+    dist.broadcast_object_list(listed, src=0)
+    data = agree(lambda: open_data(config, checked.processor, listed[0], world, _gather))
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
     agree(lambda: prepare_run_directory(run_dir, config, described) if rank == 0 else None)
     fingerprints = {
         "config": fingerprint(config),
-        "data": json.dumps({name: split.fingerprint for name, split in sorted(splits.items())}),
+        "data": json.dumps(data.fingerprints, sort_keys=True),
     }
     checkpoints = CheckpointManager(
         run_dir / CHECKPOINTS,
@@ -100,7 +100,7 @@ def _train(config: Config, stop: StopRequest) -> int:
     if found is not None:
         check_resume(found, fingerprints, world, config)
 
-    for line in banner(config, model, planner, world, device):
+    for line in banner(config, model, data.notes, world, device):
         say(line)
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
 
@@ -125,15 +125,7 @@ def _train(config: Config, stop: StopRequest) -> int:
         config.data.packs_per_step // world,
         config.optim.clip,
     )
-    loader = PackLoader(
-        planner,
-        Materializer(splits, checked.processor, config.data.text_tokens, config.data.image_tokens),
-        config.data.packs_per_step,
-        rank,
-        world,
-        config.data.workers,
-        seed=config.seed,
-    )
+    loader = data.loader(rank)
     progress = Progress()
     if found is not None:
         engine.load(found.path)
@@ -202,14 +194,12 @@ class Checked:
     """What a run needs, checked; the model is on the meta device."""
 
     processor: CasaProcessor
-    splits: dict[str, Split]
-    planner: Planner
     model: CasaForConditionalGeneration
     start: Start
 
 
 def check_inputs(config: Config, world: int) -> Checked:
-    """Opens, and checks together, processor, checkpoints, model, parameter groups, data and plan.
+    """Opens, and checks together, processor, checkpoints, model and parameter groups.
 
     :raises UserError: whatever the user can mend.
     """
@@ -225,9 +215,7 @@ def check_inputs(config: Config, world: int) -> Checked:
     model = build_model(config, processor, build_model_config(config, processor, sources))
     start = find_weights(model, sources)
     build_groups(model.named_parameters(), config.optim.groups)
-    splits = open_splits(config.data.sources, processor)
-    planner = build_planner(config, splits, processor)
-    return Checked(processor, splits, planner, model, start)
+    return Checked(processor, model, start)
 
 
 def agree(work: Callable[[], T]) -> T:

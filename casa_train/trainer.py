@@ -32,6 +32,7 @@ class Batch(Protocol):
     fills: tuple[float, float]
     pairs: int
     failures: list[Any]
+    left_out: int
 
 
 class Loader(Protocol):
@@ -71,6 +72,7 @@ class Progress:
     image_tokens: int = 0
     samples: int = 0
     bad_samples: int = 0
+    left_out: int = 0
     skipped_steps: int = 0
 
 
@@ -173,6 +175,11 @@ class Trainer:
                 f"{bad} of {bad + good} samples could not be used; the quarantine files in the run "
                 "directory name them"
             )
+        if self.progress.left_out:
+            self._say(
+                f"{self.progress.left_out} samples exceeded the budgets and were left out; to keep "
+                "them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+            )
         return None
 
     def _stop_reason(self) -> str | None:
@@ -226,6 +233,7 @@ class Trainer:
             "samples": int(counts["samples"]),
             "samples_digest": self._digest(batches),
             "bad_samples": self.progress.bad_samples,
+            "left_out": self.progress.left_out,
             "fill_text": counts["fill_text"] / micro_steps,
             "fill_image": counts["fill_image"] / micro_steps,
             "seconds": seconds,
@@ -276,13 +284,14 @@ class Trainer:
             "image_tokens": float(sum(b.image_tokens for b in batches)),
             "samples": float(sum(len(b.sample_ids) for b in batches)),
             "bad_samples": float(sum(len(b.failures) for b in batches)),
+            "left_out": float(sum(b.left_out for b in batches)),
             "pairs": float(sum(b.pairs for b in batches)),
             "fill_text": sum(b.fills[0] for b in batches),
             "fill_image": sum(b.fills[1] for b in batches),
         }
         total = dict(zip(local, sum_over_ranks(list(local.values()), self.device), strict=True))
         progress = self.progress
-        for name in ("answer_tokens", "text_tokens", "image_tokens", "samples", "bad_samples"):
+        for name in vars(progress).keys() & total.keys():
             setattr(progress, name, getattr(progress, name) + int(total[name]))
         self.quarantine([failure for b in batches for failure in b.failures])
         seen = progress.samples + progress.bad_samples

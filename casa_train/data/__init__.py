@@ -2,6 +2,8 @@
 
     recipe -> shards + index -> mixture -> plan (packs) -> materialize -> PackedBatch -> loader
 
+    published files -> row groups -> lanes (packs) -> PackedBatch -> stream
+
 A split is tar shards with an index (`shards.py`, `shard_index.py`); rows of published datasets
 become `sample.Sample` by a schema (`schemas.py`, `video_schemas.py`, over `conversation.py`).
 `ratings.py` filters turns from the index, `overlap.py` knows which published subsets hold the same

@@ -1,9 +1,13 @@
-"""How long every sample of a split will be, from its index alone."""
+"""How long samples will be: those of a split from its index alone, one sample from its bytes."""
 
 from __future__ import annotations
 
-import numpy as np
+import io
 
+import numpy as np
+from PIL import Image
+
+from casa_train.data.sample import Sample
 from casa_train.data.shards import Split
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -32,6 +36,25 @@ def sample_lengths(split: Split, processor: CasaProcessor) -> tuple[np.ndarray, 
         each = np.array([_image_tokens(processor.image_processor, *map(int, s)) for s in sizes])
         tokens = each[inverse.ravel()]
     return text.astype(np.int32), _segment_sums(tokens, image_offsets).astype(np.int32)
+
+
+def measure(sample: Sample, processor: CasaProcessor) -> tuple[int, int]:
+    """Text and image tokens of one sample; reads the headers of its images, decodes no pixel.
+
+    :raises ImageError: an image whose header cannot be read, or that the image code refuses.
+    """
+    encoded = processor.encode(sample.messages(list(sample.images)))
+    tokens = 0
+    for i, data in enumerate(encoded.images):
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                size = image.size
+        except Exception as error:  # Pillow raises many types on damaged headers
+            raise ImageError(
+                "unreadable_image", f"image {i} of sample {sample.key}: {error}"
+            ) from error
+        tokens += processor.image_processor.token_count(*size)
+    return len(encoded.ids), tokens
 
 
 def _image_tokens(images: CasaImageProcessor, width: int, height: int) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from casa_train.data.fit import Fit, processor_for
 from casa_train.data.plan import Pack
 from casa_train.data.sample import Sample
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import ImageError
+from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk, has_pair
@@ -30,6 +32,22 @@ class Failure:
     detail: str
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A sample that stands in a pack: how long it was planned to be, and how to get it.
+
+    :param name: its source in the mixture; :param source: what its rows call their source.
+    """
+
+    name: str
+    source: str
+    key: str
+    text_tokens: int
+    image_tokens: int
+    read: Callable[[], Sample]
+    shorten: Callable[[Sample], tuple[Sample, int]] | None = None
+
+
 @dataclass
 class PackedBatch:
     """One micro-step's data.
@@ -41,6 +59,8 @@ class PackedBatch:
     :param sample_ids: "source/key" of every sample, in order.
     :param fills: used share of the text and of the image budget.
     :param pairs: samples with images and answers; where there are none, no gradient reaches vision.
+    :param left_out: samples that exceed the budgets; a stream meets them on its way, a plan knows
+        them at the start.
     """
 
     index: int
@@ -54,6 +74,7 @@ class PackedBatch:
     fills: tuple[float, float]
     pairs: int
     failures: list[Failure] = field(default_factory=list)
+    left_out: int = 0
 
 
 @dataclass
@@ -64,23 +85,33 @@ class EncodedSample:
     answer: list[bool]
     points: list[int]
     images: list[Tensor]
+    follows: tuple[bool, ...] = ()
+
+    def chunk(self) -> Chunk:
+        """Its lengths, as the model wants to know them."""
+        tokens = tuple(self.image_tokens)
+        return Chunk(len(self.ids), tuple(self.points), tokens, follows=self.follows)
 
     @property
     def image_tokens(self) -> list[int]:
         return [image.shape[1] * image.shape[2] // 784 for image in self.images]
 
 
-def encode_sample(sample: Sample, processor: CasaProcessor) -> EncodedSample:
+def encode_sample(
+    sample: Sample, processor: CasaProcessor, images: CasaImageProcessor | None = None
+) -> EncodedSample:
     """A training sample through the processor that inference uses.
 
+    :param images: image code with another bound on pixels.
     :raises ImageError: an image that cannot be used.
     """
     encoded = processor.encode(sample.messages(list(sample.images)))
-    images = [
-        processor.image_processor.load(image, f"image {i} of sample {sample.key}")
-        for i, image in enumerate(encoded.images)
+    load = (images or processor.image_processor).load
+    loaded = [
+        load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
-    return EncodedSample(encoded.ids, encoded.answer, encoded.points, images)
+    follows = sample.follows if sample.video else ()
+    return EncodedSample(encoded.ids, encoded.answer, encoded.points, loaded, follows)
 
 
 def dummy_sample(token: int) -> EncodedSample:
@@ -109,10 +140,105 @@ def in_one_storage(images: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(image.shape) for part, image in zip(parts, images, strict=True)]
 
 
+def build_batch(
+    index: int,
+    entries: Iterable[Entry],
+    processor: CasaProcessor,
+    text_budget: int,
+    image_budget: int,
+) -> PackedBatch:
+    """Reads and encodes the samples of one pack; a bad sample leaves a hole.
+
+    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :raises UserError: the data is gone.
+    :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
+    """
+    with warnings.catch_warnings():
+        # Of odd files, which `python -W error` would turn into failures.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return _build(index, entries, processor, text_budget, image_budget)
+
+
+def _build(
+    index: int,
+    entries: Iterable[Entry],
+    processor: CasaProcessor,
+    text_budget: int,
+    image_budget: int,
+) -> PackedBatch:
+    samples: list[EncodedSample] = []
+    names: list[tuple[str, str]] = []
+    answers: list[tuple[str, int]] = []
+    failures: list[Failure] = []
+    for entry in entries:
+        source, key = entry.source, entry.key
+        try:
+            sample, images = entry.read(), processor.image_processor
+            if entry.shorten is not None:
+                sample, max_pixels = entry.shorten(sample)
+                images = processor_for(processor, max_pixels)
+            encoded = encode_sample(sample, processor, images)
+        except (BadRow, ImageError) as error:
+            failures.append(Failure(source, key, error.reason, str(error)))
+            continue
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"sample {source}/{key} of pack {index}: {type(error).__name__}: {error}"
+            ) from error
+        found = len(encoded.ids), sum(encoded.image_tokens)
+        planned = entry.text_tokens, entry.image_tokens
+        if found != planned:
+            detail = f"{found} text and image tokens, the index promised {planned}"
+            failures.append(Failure(source, key, "index_mismatch", detail))
+            continue
+        samples.append(encoded)
+        names.append((sample.source, sample.key))
+        answers.append((entry.name, sum(encoded.answer[1:])))
+    pairs = sum(bool(s.images) and any(s.answer) for s in samples)
+    chunks = [encoded.chunk() for encoded in samples]
+    if not has_pair(chunks):
+        dummy = dummy_sample(processor.tokenizer.eos_token_id or 0)
+        samples.append(dummy)
+        chunks.append(dummy.chunk())
+    rows: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for encoded in samples:
+        for position in range(1, len(encoded.ids)):
+            if encoded.answer[position]:
+                rows.append(start + position - 1)
+                targets.append(encoded.ids[position])
+        start += len(encoded.ids)
+    inputs = PackedInputs(
+        input_ids=torch.tensor([i for s in samples for i in s.ids], dtype=torch.long),
+        chunks=chunks,
+        images=in_one_storage([image for s in samples for image in s.images]),
+        logits_index=torch.tensor(rows, dtype=torch.long),
+    )
+    text_tokens = sum(c.text for c in chunks)
+    image_tokens = sum(sum(c.images) for c in chunks)
+    return PackedBatch(
+        index=index,
+        inputs=inputs,
+        targets=torch.tensor(targets, dtype=torch.long),
+        answer_sources=answers,
+        sample_ids=[f"{source}/{key}" for source, key in names],
+        sources=[source for source, _ in names],
+        text_tokens=text_tokens,
+        image_tokens=image_tokens,
+        fills=(text_tokens / text_budget, image_tokens / image_budget),
+        pairs=pairs,
+        failures=failures,
+    )
+
+
 class Materializer(torch.utils.data.Dataset[PackedBatch]):
     """Turns packs into tensors; `loader[pack]` may run in any process.
 
     :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param fits: by source, what of its samples is trained; the same as for the plan.
     """
 
     def __init__(
@@ -121,83 +247,20 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         processor: CasaProcessor,
         text_budget: int,
         image_budget: int,
+        fits: Mapping[str, Fit] | None = None,
     ) -> None:
         self.splits = splits
         self.processor = processor
         self.text_budget = text_budget
         self.image_budget = image_budget
+        self.fits = dict(fits or {})
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
-        """Reads and encodes a pack; a bad sample leaves a hole.
+        entries = (self._entry(*item) for item in pack.items)
+        return build_batch(pack.index, entries, self.processor, self.text_budget, self.image_budget)
 
-        :raises UserError: the data is gone.
-        :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
-        """
-        with warnings.catch_warnings():
-            # Of odd files, which `python -W error` would turn into failures.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            return self._materialize(pack)
-
-    def _materialize(self, pack: Pack) -> PackedBatch:
-        samples: list[EncodedSample] = []
-        names: list[tuple[str, str]] = []
-        answers: list[tuple[str, int]] = []
-        failures: list[Failure] = []
-        for name, row, text, tokens in pack.items:
-            split = self.splits[name]
-            key, source = split.key(row), split.source(row)
-            try:
-                encoded = encode_sample(split.read(row), self.processor)
-            except (BadRow, ImageError) as error:
-                failures.append(Failure(source, key, error.reason, str(error)))
-                continue
-            except UserError:
-                raise
-            except Exception as error:
-                raise RuntimeError(
-                    f"sample {source}/{key} of pack {pack.index}: {type(error).__name__}: {error}"
-                ) from error
-            found = len(encoded.ids), sum(encoded.image_tokens)
-            if found != (text, tokens):
-                detail = f"{found} text and image tokens, the index promised {(text, tokens)}"
-                failures.append(Failure(source, key, "index_mismatch", detail))
-                continue
-            samples.append(encoded)
-            names.append((source, key))
-            answers.append((name, sum(encoded.answer[1:])))
-        pairs = sum(bool(s.images) and any(s.answer) for s in samples)
-        chunks = [Chunk(len(s.ids), tuple(s.points), tuple(s.image_tokens)) for s in samples]
-        if not has_pair(chunks):
-            dummy = dummy_sample(self.processor.tokenizer.eos_token_id or 0)
-            samples.append(dummy)
-            chunks.append(Chunk(1, (0,), (1,)))
-        rows: list[int] = []
-        targets: list[int] = []
-        start = 0
-        for sample in samples:
-            for position in range(1, len(sample.ids)):
-                if sample.answer[position]:
-                    rows.append(start + position - 1)
-                    targets.append(sample.ids[position])
-            start += len(sample.ids)
-        inputs = PackedInputs(
-            input_ids=torch.tensor([i for s in samples for i in s.ids], dtype=torch.long),
-            chunks=chunks,
-            images=in_one_storage([image for s in samples for image in s.images]),
-            logits_index=torch.tensor(rows, dtype=torch.long),
-        )
-        text_tokens = sum(c.text for c in chunks)
-        image_tokens = sum(sum(c.images) for c in chunks)
-        return PackedBatch(
-            index=pack.index,
-            inputs=inputs,
-            targets=torch.tensor(targets, dtype=torch.long),
-            answer_sources=answers,
-            sample_ids=[f"{source}/{key}" for source, key in names],
-            sources=[source for source, _ in names],
-            text_tokens=text_tokens,
-            image_tokens=image_tokens,
-            fills=(text_tokens / self.text_budget, image_tokens / self.image_budget),
-            pairs=pairs,
-            failures=failures,
-        )
+    def _entry(self, name: str, row: int, text: int, images: int) -> Entry:
+        split, fit = self.splits[name], self.fits.get(name)
+        source, key = split.source(row), split.key(row)
+        shorten = None if fit is None else partial(fit.apply, row)
+        return Entry(name, source, key, text, images, partial(split.read, row), shorten)

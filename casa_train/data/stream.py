@@ -1,0 +1,291 @@
+"""Training from published datasets without preparing them: the loader over a stream's lanes.
+
+Pack i comes from lane i mod L, and rank r of W trains the packs i with i mod W = r. So rank r runs
+the lanes l with l mod W = r if W divides L, for every number G of packs a step that W divides; G
+and L need not divide each other. A rank's worker processes share its lanes. The state is that of
+every lane after its last consumed pack, so ranks and workers may change between runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from casa_train.data.lanes import (
+    Lane,
+    Rows,
+    StreamSettings,
+    StreamSource,
+    packer,
+    unit_mixture,
+)
+from casa_train.data.materialize import PackedBatch, build_batch
+from casa_train.data.row_groups import Retries, list_files
+from casa_train.errors import UserError
+from casa_train.modeling.processing_casa import CasaProcessor
+
+State = dict[str, Any]
+
+
+def subset_names(source: str, revision: str | None, retries: Retries) -> list[str]:
+    """The subsets (configurations) of a dataset, on the hub or in a local directory.
+
+    :raises UserError: a dataset that cannot be reached or read.
+    """
+    import datasets  # takes seconds, and only streams need it
+
+    def work() -> list[str]:
+        return list(
+            datasets.get_dataset_config_names(os.path.expanduser(source), revision=revision)
+        )
+
+    return retries.run(f"dataset {source}", work)
+
+
+def open_subset(
+    source: str,
+    subset: str,
+    schema: str,
+    repeats: int = 1,
+    revision: str | None = None,
+    split: str = "train",
+    retries: Retries | None = None,
+) -> StreamSource:
+    """Lists the parquet files of one subset and their row groups.
+
+    :param source: hub id, or a directory in the published layout.
+    :raises UserError: an unknown subset or split, files of another format, no rows.
+    """
+    import datasets
+
+    retries = retries or Retries(1, 0)
+
+    def work() -> Any:
+        try:
+            place = os.path.expanduser(source)
+            builder = datasets.load_dataset_builder(place, subset, revision=revision)
+        except ValueError as error:  # an unknown subset; the message lists the known ones
+            raise UserError(
+                f"dataset {source} has no subset {subset!r} ({error}). Mend data.stream.datasets."
+            ) from error
+        return builder.config.data_files
+
+    files = retries.run(f"subset {subset} of dataset {source}", work) or {}
+    if split not in files:
+        raise UserError(
+            f"subset {subset} of dataset {source} has the splits {sorted(files)}; expected "
+            f"{split!r}. Set data.stream.datasets.NAME.split to one of them."
+        )
+    urls = sorted(map(str, files[split]))
+    others = [url for url in urls if not url.endswith(".parquet")]
+    if others:
+        raise UserError(
+            f"subset {subset} of dataset {source} holds {others[0]}; a stream reads parquet files "
+            "only. Prepare this dataset with python -m data_recipes, or leave the subset out."
+        )
+    found = StreamSource(schema, subset, tuple(list_files(urls, retries)), repeats)
+    if not found.rows:
+        raise UserError(
+            f"subset {subset} of dataset {source} has no rows; leave it out of "
+            "data.stream.datasets."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A pack on its way to the trainer, with the state of its lane after it."""
+
+    lane: int
+    batch: PackedBatch
+    state: State
+
+
+class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
+    """The packs of some lanes in turn, endlessly, each lane from its state on.
+
+    :param first: for each lane, the index of its next pack.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, StreamSource],
+        settings: StreamSettings,
+        processor: CasaProcessor,
+        retries: Retries,
+        memory: int,
+        lanes: Mapping[int, State | None],
+        first: Mapping[int, int],
+    ) -> None:
+        self.sources, self.settings = sources, settings
+        self.processor = processor
+        self.retries, self.memory = retries, memory
+        self.lanes, self.first = lanes, first
+
+    def __iter__(self) -> Iterator[Streamed | UserError]:
+        # Raised in a worker process, the message would come with the worker's traceback in it.
+        try:
+            yield from self._packs()
+        except UserError as error:
+            yield error
+
+    def _packs(self) -> Iterator[Streamed]:
+        settings = self.settings
+        rows = Rows(self.sources, self.processor, packer(settings).fits, self.retries, self.memory)
+        mixture = unit_mixture(self.sources, settings.seed)
+        lanes: dict[int, Lane] = {}
+        following = dict(self.first)
+        while True:
+            number = min(following, key=lambda lane: following[lane])
+            if number not in lanes:  # read as late as possible
+                lanes[number] = Lane(number, rows, mixture, settings)
+                state = self.lanes[number]
+                if state is not None:
+                    lanes[number].load_state_dict(state)
+            pack = lanes[number].next_pack()
+            batch = build_batch(
+                following[number],
+                pack.entries,
+                self.processor,
+                settings.text_budget,
+                settings.image_budget,
+            )
+            batch.failures = [*pack.failures, *batch.failures]
+            batch.left_out = pack.left_out
+            following[number] += settings.lanes
+            yield Streamed(number, batch, lanes[number].state_dict())
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _alone(value: Any) -> Sequence[Any]:
+    return [value]
+
+
+class StreamLoader:
+    """Endless micro-batches of one rank, in the same order whatever the number of workers.
+
+    :param packs_per_step: packs of an optimiser step over all ranks; a multiple of `world`.
+    :param workers: processes that read and materialise; 0 does it in the training process.
+    :param memory: bytes that one worker may keep, see `Rows`.
+    :param gather: the value of every rank, in rank order; `state_dict` calls it.
+    :raises UserError: ranks that do not divide the lanes.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, StreamSource],
+        settings: StreamSettings,
+        processor: CasaProcessor,
+        packs_per_step: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        retries: Retries | None = None,
+        memory: int = 1 << 31,
+        gather: Callable[[Any], Sequence[Any]] = _alone,
+    ) -> None:
+        check_lanes(settings.lanes, world)
+        self.sources, self.settings, self.processor = sources, settings, processor
+        self.packs_per_step = packs_per_step
+        self.rank, self.world = rank, world
+        self.retries, self.memory = retries or Retries(1, 0), memory
+        self.gather = gather
+        self.prefetch = prefetch
+        self._own = range(rank, settings.lanes, world)
+        self.workers = min(workers, len(self._own))
+        self.steps_consumed = 0
+        # By lane of this rank, the state after its last consumed pack; None before its first.
+        self.lane_states: dict[int, State | None] = dict.fromkeys(self._own)
+        self._iterators: list[Iterator[Streamed | UserError]] = []
+
+    def next_step(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next optimiser step.
+
+        :raises UserError: files that cannot be read, or budgets that nothing fits.
+        """
+        if not self._iterators:
+            self._iterators = self._start()
+        micro_steps = self.packs_per_step // self.world
+        first = self.steps_consumed * micro_steps
+        batches = []
+        for number in range(first, first + micro_steps):
+            place = number % len(self._own)
+            item = next(self._iterators[place % len(self._iterators)])
+            if isinstance(item, UserError):
+                raise item
+            self.lane_states[item.lane] = item.state
+            batches.append(item.batch)
+        self.steps_consumed += 1
+        return batches
+
+    def state_dict(self) -> State:
+        """Position as *consumed*, not as fetched; free of rank and worker counts. Collective."""
+        lanes: dict[int, State | None] = {}
+        for states in self.gather(self.lane_states):
+            lanes.update(states)
+        return {
+            "consumed": self.steps_consumed * self.packs_per_step,
+            "lanes": [lanes[number] for number in range(self.settings.lanes)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues after the last consumed step; call before the first `next_step`."""
+        if self._iterators:
+            raise RuntimeError("load_state_dict after data was read: make a new StreamLoader")
+        if len(state["lanes"]) != self.settings.lanes:
+            raise UserError(
+                f"the checkpoint holds {len(state['lanes'])} lanes, data.stream.lanes is "
+                f"{self.settings.lanes}; expected the same number. Set it back."
+            )
+        self.steps_consumed = int(state["consumed"]) // self.packs_per_step
+        self.lane_states = {number: state["lanes"][number] for number in self._own}
+
+    def _start(self) -> list[Iterator[Streamed | UserError]]:
+        """One iterator a worker; the lane at place p of this rank belongs to p modulo workers."""
+        lanes = self.settings.lanes
+        consumed = self.steps_consumed * self.packs_per_step
+        first = {number: consumed + (number - consumed) % lanes for number in self._own}
+        iterators: list[Iterator[Streamed | UserError]] = []
+        for worker in range(max(1, self.workers)):
+            mine = self._own[worker :: max(1, self.workers)]
+            dataset = _Lanes(
+                self.sources,
+                self.settings,
+                self.processor,
+                self.retries,
+                self.memory,
+                {number: self.lane_states[number] for number in mine},
+                {number: first[number] for number in mine},
+            )
+            if not self.workers:
+                iterators.append(iter(dataset))
+                continue
+            loader = torch.utils.data.DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=1,
+                prefetch_factor=self.prefetch,
+                collate_fn=_as_is,
+                # Its own generator: otherwise making the loader advances torch's.
+                generator=torch.Generator().manual_seed(self.settings.seed),
+            )
+            iterators.append(iter(loader))
+        return iterators
+
+
+def check_lanes(lanes: int, world: int) -> None:
+    """:raises UserError: ranks that do not divide the lanes."""
+    if lanes % world:
+        raise UserError(
+            f"data.stream.lanes is {lanes}, which {world} ranks do not divide; expected a multiple "
+            "of the number of ranks. Start another number of ranks, or a new run with another "
+            "number of lanes."
+        )

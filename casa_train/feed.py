@@ -1,0 +1,195 @@
+"""Configuration -> the data of a run: prepared splits behind a plan, or a stream of lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from casa_train.assemble import build_planner, open_splits
+from casa_train.config import Config, StreamDatasetConfig
+from casa_train.data.lanes import StreamSettings, StreamSource
+from casa_train.data.loader import PackLoader
+from casa_train.data.materialize import Materializer
+from casa_train.data.row_groups import Retries
+from casa_train.data.schemas import SCHEMAS
+from casa_train.data.stream import StreamLoader, check_lanes, open_subset, subset_names
+from casa_train.errors import UserError
+from casa_train.modeling.processing_casa import CasaProcessor
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on.
+
+    :param fingerprints: by source, what identifies its content.
+    :param notes: lines for the start of the run.
+    :param loader: makes the loader of a rank.
+    """
+
+    fingerprints: Mapping[str, str]
+    notes: Sequence[str]
+    loader: Callable[[int], PackLoader | StreamLoader]
+
+
+def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, StreamSource]:
+    """The published subsets that the configuration streams, their files and row groups.
+
+    :param say: prints one line for the user, since a hub may take minutes.
+    :raises UserError: datasets, subsets or files that are not there.
+    """
+    retries = _retries(config)
+    streams = {}
+    for name, dataset in config.data.stream.datasets.items():
+        if dataset.schema not in SCHEMAS:
+            raise UserError(
+                f"data.stream.datasets.{name}.schema is {dataset.schema!r}; expected one of "
+                f"{sorted(SCHEMAS)}."
+            )
+        subsets = _chosen(name, dataset, retries)
+        say(f"listing the files of {len(subsets)} subsets of {dataset.source}")
+        for subset in subsets:
+            streams[f"{name}/{subset}"] = open_subset(
+                dataset.source,
+                subset,
+                dataset.schema,
+                dataset.repeats.get(subset, 1),
+                dataset.revision,
+                dataset.split,
+                retries,
+            )
+    return streams
+
+
+def open_data(
+    config: Config,
+    processor: CasaProcessor,
+    streams: Mapping[str, StreamSource],
+    world: int,
+    gather: Callable[[Any], Sequence[Any]],
+) -> Data:
+    """The data that the configuration names.
+
+    :param streams: from `list_streams`; :param gather: the value of every rank, in rank order.
+    :raises UserError: sources, budgets or a number of ranks that do not fit.
+    """
+    if streams:
+        return _streamed(config, processor, streams, world, gather)
+    data = config.data
+    splits = open_splits(data.sources, processor)
+    planner = build_planner(config, splits, processor)
+    notes = [
+        f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
+        "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+        for name, (dropped, total) in planner.dropped().items()
+        if dropped
+    ]
+
+    def loader(rank: int) -> PackLoader:
+        return PackLoader(
+            planner,
+            Materializer(splits, processor, data.text_tokens, data.image_tokens),
+            data.packs_per_step,
+            rank,
+            world,
+            data.workers,
+            seed=config.seed,
+        )
+
+    return Data({name: split.fingerprint for name, split in splits.items()}, notes, loader)
+
+
+def _streamed(
+    config: Config,
+    processor: CasaProcessor,
+    streams: Mapping[str, StreamSource],
+    world: int,
+    gather: Callable[[Any], Sequence[Any]],
+) -> Data:
+    data, stream = config.data, config.data.stream
+    check_lanes(stream.lanes, world)
+    settings = StreamSettings(
+        text_budget=data.text_tokens,
+        image_budget=data.image_tokens,
+        seed=config.seed,
+        lanes=stream.lanes,
+        open_units=stream.open_units,
+        open_packs=data.open_packs,
+        # The same number of packs is sorted together as in a plan.
+        block=max(1, data.balance_block * data.packs_per_step // stream.lanes),
+    )
+
+    def loader(rank: int) -> StreamLoader:
+        return StreamLoader(
+            streams,
+            settings,
+            processor,
+            data.packs_per_step,
+            rank,
+            world,
+            data.workers,
+            retries=_retries(config),
+            memory=stream.memory_mib * MIB,
+            gather=gather,
+        )
+
+    fingerprints = {name: source.fingerprint for name, source in streams.items()}
+    return Data(fingerprints, _notes(config, streams, settings, world), loader)
+
+
+def _notes(
+    config: Config, streams: Mapping[str, StreamSource], settings: StreamSettings, world: int
+) -> list[str]:
+    """How much is streamed, and whether a loader process has the memory for its lanes."""
+    files = [file for source in streams.values() for file in source.files]
+    sizes = [size for file in files for size in file.sizes]
+    rows = sum(source.rows for source in streams.values())
+    per_process = -(-settings.lanes // world // max(1, config.data.workers))
+    # Of row groups alone: what the samples of open packs weigh shows once they are read.
+    need = per_process * settings.open_units * sum(sizes) // max(1, len(sizes)) // MIB
+    given = config.data.stream.memory_mib
+    lines = [
+        f"streaming {len(streams)} subsets: {rows:,} rows in {len(sizes):,} row groups of "
+        f"{len(files):,} files, {sum(sizes) / 2**30:,.1f} GiB, through {settings.lanes} lanes",
+        f"the {per_process} lanes of a loader process keep about {need:,} MiB of row groups open, "
+        f"{max(sizes) // MIB:,} MiB the largest; data.stream.memory_mib is {given:,}",
+    ]
+    if need > given:
+        lines[-1] += (
+            ": row groups will be read again and again. Raise it, start more ranks or workers, or "
+            "lower data.stream.lanes or data.stream.open_units"
+        )
+    return lines
+
+
+def _chosen(name: str, dataset: StreamDatasetConfig, retries: Retries) -> list[str]:
+    """The subsets to read, each once.
+
+    :raises UserError: names that the dataset does not have, or none left.
+    """
+    there = subset_names(dataset.source, dataset.revision, retries)
+    wanted = dataset.subsets or there
+    for field, names in (
+        ("subsets", dataset.subsets),
+        ("exclude", dataset.exclude),
+        ("repeats", list(dataset.repeats)),
+    ):
+        unknown = [subset for subset in names if subset not in there]
+        if unknown:
+            raise UserError(
+                f"data.stream.datasets.{name}.{field} names {unknown}, which {dataset.source} does "
+                f"not have; its subsets are {there}. Mend the names."
+            )
+    chosen = [subset for subset in dict.fromkeys(wanted) if subset not in dataset.exclude]
+    if not chosen:
+        raise UserError(
+            f"data.stream.datasets.{name} leaves every subset of {dataset.source} out; expected at "
+            "least one. Shorten exclude, or delete the dataset."
+        )
+    return chosen
+
+
+def _retries(config: Config) -> Retries:
+    return Retries(config.data.stream.attempts, config.data.stream.retry_seconds)

@@ -14,10 +14,10 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from casa_train import __version__
 from casa_train.config import Config, SourceConfig
-from casa_train.data.lengths import sample_lengths
+from casa_train.data.fit import Fit
 from casa_train.data.mixture import SourceSize
 from casa_train.data.overlap import refuse_double_counting
-from casa_train.data.plan import Planner, PlanSettings, PlanSource
+from casa_train.data.plan import RESERVED, Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
@@ -88,16 +88,28 @@ def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -
     return splits
 
 
-def build_planner(config: Config, splits: Mapping[str, Split], processor: CasaProcessor) -> Planner:
+def build_fits(
+    config: Config, splits: Mapping[str, Split], processor: CasaProcessor
+) -> dict[str, Fit]:
+    """By source, what of its samples is trained under the budgets and ratings."""
+    data = config.data
+    text, images = data.text_tokens - RESERVED, data.image_tokens - RESERVED
+    return {n: Fit(split, processor, text, images, data.ratings) for n, split in splits.items()}
+
+
+def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
     """The plan of packs over all sources."""
     data = config.data
     sources = {}
-    for name, split in splits.items():
-        text, images = sample_lengths(split, processor)
-        shards = split.index.column("shard").to_numpy() if data.locality else None
-        given = data.sources[name]
-        size = SourceSize(len(split), given.weight, given.repeats, shards)
-        sources[name] = PlanSource(text, images, size)
+    for name, fit in fits.items():
+        given, split = data.sources[name], fit.split
+        count = len(split) if given.limit is None else min(len(split), given.limit)
+        text, images, counts = fit.lengths(count)
+        shards = split.index.column("shard").to_numpy()[:count] if data.locality else None
+        size = SourceSize(count, given.weight, given.repeats, shards)
+        sources[name] = PlanSource(
+            text, images, size, split.modality, counts["shortened"], counts["ratings"]
+        )
     settings = PlanSettings(
         text_budget=data.text_tokens,
         image_budget=data.image_tokens,

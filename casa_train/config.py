@@ -64,6 +64,8 @@ class SourceConfig:
     """Relative rate. Either every source has one or none has; then rates follow the sizes."""
     repeats: int = 1
     """Passes over this source that count as one epoch (over-sampling)."""
+    limit: int | None = None
+    """Use only the first so many samples. null: all."""
 
 
 @dataclass
@@ -123,6 +125,10 @@ class DataConfig:
     """Image-token budget of a packed sequence."""
     max_pixels: int = 952 * 952
     """Upper bound on the pixels of an image; larger ones are shrunk, aspect kept."""
+    ratings: dict[str, int] = field(default_factory=dict)
+    """Least rating, 1 to 5, of a turn to be trained, by name: relevance, image_correspondence,
+    visual_dependency, formatting. Turns without a rating stay. FineVision's authors found that
+    filtering by them hurts, so nothing is filtered unless asked."""
     packs_per_step: int = 128
     """Packed sequences of one optimiser step over all ranks; accumulation is this over the world
     size, which must divide it."""

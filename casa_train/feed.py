@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from casa_train.assemble import build_planner, open_splits
+from casa_train.assemble import build_fits, build_planner, open_splits
 from casa_train.config import Config, StreamDatasetConfig
 from casa_train.data.lanes import StreamSettings, StreamSource
 from casa_train.data.loader import PackLoader
@@ -79,18 +79,26 @@ def open_data(
         return _streamed(config, processor, streams, world, gather)
     data = config.data
     splits = open_splits(data.sources, processor)
-    planner = build_planner(config, splits, processor)
+    fits = build_fits(config, splits, processor)
+    planner = build_planner(config, fits)
     notes = [
         f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
         "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
         for name, (dropped, total) in planner.dropped().items()
         if dropped
     ]
+    for name, source in planner.sources.items():
+        for count, fate in (
+            (source.shortened, "exceed the budgets and lose trailing turns or frames"),
+            (source.rated_out, "have no turn left by data.ratings"),
+        ):
+            if count:
+                notes.append(f"source {name}: {count} of {len(source.text)} samples {fate}")
 
     def loader(rank: int) -> PackLoader:
         return PackLoader(
             planner,
-            Materializer(splits, processor, data.text_tokens, data.image_tokens),
+            Materializer(splits, processor, data.text_tokens, data.image_tokens, fits),
             data.packs_per_step,
             rank,
             world,
@@ -109,6 +117,11 @@ def _streamed(
     gather: Callable[[Any], Sequence[Any]],
 ) -> Data:
     data, stream = config.data, config.data.stream
+    if data.ratings:
+        raise UserError(
+            f"data.ratings is {data.ratings}, but a stream of unprepared data knows no ratings "
+            "before it reads; expected none. Prepare the data with its recipe, or leave it out."
+        )
     check_lanes(stream.lanes, world)
     settings = StreamSettings(
         text_budget=data.text_tokens,

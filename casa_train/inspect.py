@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.assemble import build_planner, build_processor, open_splits
+from casa_train.assemble import build_fits, build_planner, build_processor, open_splits
 from casa_train.compose import CONF_DIR, compose_config, explain, to_config
 from casa_train.config import Config, SourceConfig
 from casa_train.data.materialize import Materializer
@@ -191,9 +191,9 @@ def open_data(config: Config) -> tuple[Planner, dict[str, Split], Materializer]:
             "inspect that directory."
         )
     splits = open_splits(config.data.sources, processor)
-    planner = build_planner(config, splits, processor)
-    data = config.data
-    return planner, splits, Materializer(splits, processor, data.text_tokens, data.image_tokens)
+    fits = build_fits(config, splits, processor)
+    budgets = config.data.text_tokens, config.data.image_tokens
+    return build_planner(config, fits), splits, Materializer(splits, processor, *budgets, fits)
 
 
 def _messages(split: Split, row: int) -> list[MessageView] | None:
@@ -208,8 +208,9 @@ def _messages(split: Split, row: int) -> list[MessageView] | None:
             if part["type"] == "text":
                 parts.append(Part("text", part["text"]))
                 continue
-            uri, about = pictures.of_file(part["image"]) or (None, "unreadable image")
-            parts.append(Part("image", f"{about}, {len(part['image']):,} bytes", uri))
+            for image in part["video"] if part["type"] == "video" else [part["image"]]:
+                uri, about = pictures.of_file(image) or (None, "unreadable image")
+                parts.append(Part("image", f"{about}, {len(image):,} bytes", uri))
         messages.append(MessageView(message["role"], parts))
     return messages
 

@@ -46,12 +46,16 @@ class PlanSource:
     :param text: (samples,) text tokens of every sample; :param images: its image tokens.
     :param size: its rate in the mixture.
     :param modality: image or video; a pack holds one of the two.
+    :param shortened: samples that lost turns or frames to the budgets; :param rated_out: samples
+        that their ratings left no turn, among those that fit no pack.
     """
 
     text: np.ndarray
     images: np.ndarray
     size: SourceSize
     modality: str = IMAGE
+    shortened: int = 0
+    rated_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,12 @@ class Planner:
         return self._ordered.popleft()
 
     def dropped(self) -> dict[str, tuple[int, int]]:
-        """By source: samples that fit no pack, and all samples."""
+        """By source: samples that fit no pack, and all samples; those rated out not counted."""
         return {
-            name: (int((~self._fits(source.text, source.images)).sum()), len(source.text))
+            name: (
+                int((~self._fits(source.text, source.images)).sum()) - source.rated_out,
+                len(source.text),
+            )
             for name, source in self.sources.items()
         }
 

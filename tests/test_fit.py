@@ -1,0 +1,176 @@
+"""What budgets and ratings leave of a sample; planned lengths are those that are trained."""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
+from casa_train.data.shards import ShardWriter, Split
+from casa_train.data.tokens import count_tokens, load_tokenizer, tokenizer_fingerprint
+from casa_train.modeling.processing_casa import CasaProcessor
+from tests.commands import TEMPLATE
+
+MAX_PIXELS = 140 * 140  # 25 image tokens
+BRACKETS = {**TEMPLATE, "image_start": "<|user|>", "image_end": "<|end|>"}
+
+
+@functools.cache
+def picture(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def processor(data_dir: Path) -> CasaProcessor:
+    return CasaProcessor(load_tokenizer(str(data_dir / "tokenizer")), MAX_PIXELS, BRACKETS)
+
+
+def writer(directory: Path, schema: str, processor: CasaProcessor) -> ShardWriter:
+    tokenizer = processor.tokenizer
+    count = functools.partial(count_tokens, tokenizer)
+    return ShardWriter(directory, schema, count, tokenizer_fingerprint(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def conversations(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Up to five rated turns with up to two images each; the last sample has one long turn."""
+    out, draw = tmp_path_factory.mktemp("conversations"), random.Random(0)
+    shards = writer(out, "finevision", processor)
+    for i in range(60):
+        turns = draw.randint(1, 5)
+        shown = [draw.choice([0, 0, 1, 2]) for _ in range(turns)]
+        texts = [
+            {
+                "user": "<image>" * n + "what is this? " * draw.randint(1, 4),
+                "assistant": "a red square " * draw.randint(1, 6),
+            }
+            for n in shown
+        ]
+        row = {
+            "source": "talk",
+            "texts": texts,
+            "relevance_ratings": [draw.choice([1, 3, 5]) for _ in texts],
+        }
+        images = [picture(draw.randint(20, 200), draw.randint(20, 200)) for _ in range(sum(shown))]
+        assert shards.write(f"s{i}", row, images)
+    texts = [{"user": "how long? ", "assistant": "very " * 400}]
+    assert shards.write("long", {"source": "talk", "texts": texts}, [])
+    shards.close()
+    return Split(out)
+
+
+@pytest.fixture(scope="module")
+def videos(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Videos of 1 to 40 frames, each of one size."""
+    out, draw = tmp_path_factory.mktemp("videos"), random.Random(1)
+    shards = writer(out, "llava_video", processor)
+    for i, frames in enumerate((1, 2, 3, 5, 8, 12, 20, 40)):
+        size = draw.randint(80, 220), draw.randint(80, 220)
+        row = {
+            "video": f"v{i}.mp4",
+            "data_source": "film",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat happens?"},
+                {"from": "gpt", "value": "a square moves"},
+            ],
+            "frame_times": [n / 2 for n in range(frames)],
+        }
+        assert shards.write(f"v{i}", row, [picture(*size)] * frames), shards.skipped
+    shards.close()
+    return Split(out)
+
+
+def trained(fit: Fit, row: int, processor: CasaProcessor) -> tuple[int, int, int]:
+    """Text tokens, image tokens and images of the sample as it is trained."""
+    sample, max_pixels = fit.apply(row, fit.split.read(row))
+    encoded = processor.encode(sample.messages(list(sample.images)))
+    images = [processor_for(processor, max_pixels).load(image) for image in encoded.images]
+    return len(encoded.ids), sum(i.shape[1] * i.shape[2] // 784 for i in images), len(images)
+
+
+@pytest.mark.parametrize("ratings", [{}, {"relevance": 3}, {"relevance": 5}], ids=str)
+@pytest.mark.parametrize("budgets", [(10_000, 10_000), (90, 60), (60, 20)], ids=str)
+def test_lengths_are_those_of_what_is_trained(
+    conversations: Split,
+    processor: CasaProcessor,
+    budgets: tuple[int, int],
+    ratings: dict[str, int],
+) -> None:
+    fit = Fit(conversations, processor, *budgets, ratings)
+    text, images, counts = fit.lengths()
+    shortened = empty = 0
+    for row in range(len(conversations)):
+        whole = conversations.read(row)
+        if text[row] == NEVER:
+            empty += 1
+            assert not fit.apply(row, whole)[0].turns
+            continue
+        if text[row] > budgets[0] or images[row] > budgets[1]:
+            assert fit.cut(row) is None
+            continue
+        assert (text[row], images[row]) == trained(fit, row, processor)[:2]
+        uncut = Fit(conversations, processor, 10**6, 10**6, ratings).apply(row, whole)[0]
+        sample = fit.apply(row, whole)[0]
+        assert sample.turns == uncut.turns[: len(sample.turns)]
+        shortened += len(sample.turns) < len(uncut.turns)
+        if len(sample.turns) < len(uncut.turns):  # one turn more would not have fitted
+            longer = Fit(conversations, processor, 10**6, 10**6, ratings)
+            longer_text = [t for t, _ in longer._turns(row)][: len(sample.turns) + 1]
+            assert len(longer_text) == len(sample.turns) + 1
+    assert counts == {"shortened": shortened, "ratings": empty}
+    assert (shortened > 0) == (budgets[0] < 1000)
+    assert (empty > 0) == (ratings != {})
+
+
+def test_a_single_turn_over_budget_is_left_out_by_the_plan(
+    conversations: Split, processor: CasaProcessor
+) -> None:
+    fit = Fit(conversations, processor, 100, 100)
+    text, _, _ = fit.lengths()
+    assert fit.cut(len(conversations) - 1) is None and text[-1] > 400
+
+
+@pytest.mark.parametrize("budget", [70, 130, 500, 5000])
+def test_frames_shrink_together_then_go_evenly(
+    videos: Split, processor: CasaProcessor, budget: int
+) -> None:
+    """With room for 64 tokens a frame they shrink; with less, some go."""
+    big = CasaProcessor(processor.tokenizer, 280 * 280, BRACKETS)  # 100 tokens a frame at most
+    fit = Fit(videos, big, 10_000, budget)
+    text, images, _ = fit.lengths()
+    for row in range(len(videos)):
+        frames = len(videos.read(row).images)
+        found = trained(fit, row, big)
+        assert found[:2] == (text[row], images[row])
+        assert images[row] <= budget
+        cut = fit.cut(row)
+        assert cut is not None
+        if budget // frames >= LEAST_FRAME_TOKENS:
+            assert cut.images == tuple(range(frames))
+        elif len(cut.images) < frames:
+            assert len(cut.images) == budget // LEAST_FRAME_TOKENS
+            gaps = {b - a for a, b in zip(cut.images, cut.images[1:], strict=False)}
+            assert cut.images[0] == 0 and max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+def test_frames_go_for_lack_of_text_tokens_too(videos: Split, processor: CasaProcessor) -> None:
+    """Two tokens stand around every frame; with one turn nothing else can go."""
+    fit = Fit(videos, processor, 40, 100_000)
+    text, images, counts = fit.lengths()
+    assert (text <= 40).all() and counts["shortened"] >= 1
+    for row in range(len(videos)):
+        assert trained(fit, row, processor)[:2] == (text[row], images[row])
+
+
+def test_conversations_never_shrink_images(conversations: Split, processor: CasaProcessor) -> None:
+    fit = Fit(conversations, processor, 10_000, 30)
+    for row in range(len(conversations)):
+        cut = fit.cut(row)
+        assert cut is None or cut.max_pixels == MAX_PIXELS

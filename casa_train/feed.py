@@ -11,13 +11,16 @@ from casa_train.config import Config, StreamDatasetConfig
 from casa_train.data.lanes import StreamSettings, StreamSource
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer
+from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.row_groups import Retries
-from casa_train.data.schemas import SCHEMAS
+from casa_train.data.schemas import MODALITIES
 from casa_train.data.stream import StreamLoader, check_lanes, open_subset, subset_names
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 
 MIB = 1 << 20
+STREAMED = [schema for schema, modality in MODALITIES.items() if modality == "image"]
+"""Schemas whose rows hold their images; videos are prepared by a recipe."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,43 @@ def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, Stream
     """The published subsets that the configuration streams, their files and row groups.
 
     :param say: prints one line for the user, since a hub may take minutes.
-    :raises UserError: datasets, subsets or files that are not there.
+    :raises UserError: datasets, subsets or files that are not there, or the same samples twice.
     """
     retries = _retries(config)
-    streams = {}
-    for name, dataset in config.data.stream.datasets.items():
-        if dataset.schema not in SCHEMAS:
+    datasets = config.data.stream.datasets
+    if datasets and config.data.ratings:
+        raise UserError(
+            f"data.ratings is {config.data.ratings}, which streams do not filter by; expected none "
+            "with data.stream.datasets. Leave it out, or prepare the data (python -m data_recipes)."
+        )
+    chosen = []
+    for name, dataset in datasets.items():
+        if dataset.schema not in STREAMED:
             raise UserError(
                 f"data.stream.datasets.{name}.schema is {dataset.schema!r}; expected one of "
-                f"{sorted(SCHEMAS)}."
+                f"{STREAMED}."
             )
-        subsets = _chosen(name, dataset, retries)
-        say(f"listing the files of {len(subsets)} subsets of {dataset.source}")
-        for subset in subsets:
-            streams[f"{name}/{subset}"] = open_subset(
-                dataset.source,
-                subset,
-                dataset.schema,
-                dataset.repeats.get(subset, 1),
-                dataset.revision,
-                dataset.split,
-                retries,
-            )
+        chosen += [(name, subset) for subset in _chosen(name, dataset, retries)]
+    refuse_double_counting(
+        {
+            f"data.stream.datasets.{name}.subsets, {subset}": (datasets[name].schema, subset)
+            for name, subset in chosen
+        }
+    )
+    if chosen:
+        say(f"listing the files of {len(chosen)} subsets of {', '.join(datasets)}")
+    streams = {}
+    for name, subset in chosen:
+        dataset = datasets[name]
+        streams[f"{name}/{subset}"] = open_subset(
+            dataset.source,
+            subset,
+            dataset.schema,
+            dataset.repeats.get(subset, 1),
+            dataset.revision,
+            dataset.split,
+            retries,
+        )
     return streams
 
 

@@ -44,6 +44,7 @@ class Packs:
                 fills=(1.0, 1.0),
                 pairs=1,
                 failures=[],
+                left_out=0,
             )
         ]
 

@@ -23,7 +23,7 @@ from casa_train.config import Config, StreamConfig, StreamDatasetConfig
 from casa_train.data.lanes import StreamSource
 from casa_train.data.lengths import measure
 from casa_train.data.row_groups import Retries, list_files, read_row_group
-from casa_train.data.schemas import SCHEMAS, finevision
+from casa_train.data.schemas import finevision
 from casa_train.data.stream import StreamLoader, open_subset
 from casa_train.errors import UserError
 from casa_train.feed import list_streams, open_data
@@ -317,7 +317,6 @@ def test_budgets_that_nothing_fits_are_named(tmp_path: Path) -> None:
         loader.next_step()
 
 
-@pytest.mark.skipif("llava_onevision" not in SCHEMAS, reason="needs that schema")
 def test_llava_onevision_streams_beside_it(tmp_path: Path) -> None:
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -492,7 +491,7 @@ def test_subsets_and_repeats_follow_the_configuration(published: Path) -> None:
     config = configured(source=str(published), repeats={"small": 6})
     streams = list_streams(config, lines.append)
     assert {name: s.repeats for name, s in streams.items()} == {"fv/big": 1, "fv/small": 6}
-    assert lines == [f"listing the files of 2 subsets of {published}"]
+    assert lines == ["listing the files of 2 subsets of fv"]
     config = configured(source=str(published), exclude=["big"])
     assert list(list_streams(config, lines.append)) == ["fv/small"]
     config = configured(source=str(published), subsets=["big"])
@@ -517,6 +516,20 @@ def test_subsets_and_repeats_follow_the_configuration(published: Path) -> None:
 def test_mistakes_are_named(published: Path, fields: dict[str, Any], message: str) -> None:
     config = configured(**{"source": str(published), **fields})
     with pytest.raises(UserError, match=message):
+        list_streams(config, lambda line: None)
+
+
+def test_the_same_samples_twice_are_refused(published: Path) -> None:
+    config = configured(source=str(published))
+    config.data.stream.datasets["copy"] = config.data.stream.datasets["fv"]
+    with pytest.raises(UserError, match=r"count twice: .*fv.subsets, big.*copy.subsets, big"):
+        list_streams(config, lambda line: None)
+
+
+def test_filtering_by_ratings_is_refused(published: Path) -> None:
+    config = configured(source=str(published))
+    config.data.ratings = {"relevance": 3}
+    with pytest.raises(UserError, match=r"data.ratings is .*streams do not filter by"):
         list_streams(config, lambda line: None)
 
 

@@ -25,7 +25,7 @@ from casa_train.data.mixture import Mixture, SourceSize, philox
 from casa_train.data.packing import BestFitPacker, Bin
 from casa_train.data.plan import RESERVED
 from casa_train.data.row_groups import ParquetFile, Retries, read_row_group
-from casa_train.data.sample import ImageSlot, Sample
+from casa_train.data.sample import Sample
 from casa_train.data.schemas import SCHEMAS, BadRow
 from casa_train.errors import UserError
 from casa_train.modeling.image_processing_casa import ImageError
@@ -417,8 +417,7 @@ def shorten(
 def first_turns(sample: Sample, count: int) -> Sample:
     """The first turns of a conversation and their images; images stand in the order of turns."""
     turns = sample.turns[:count]
-    shown = [part.index + 1 for t in turns for part in t.user if isinstance(part, ImageSlot)]
-    return replace(sample, turns=turns, images=sample.images[: max(shown, default=0)])
+    return replace(sample, turns=turns, images=sample.images[: sum(len(t.images) for t in turns)])
 
 
 def _plain(pack: Bin) -> list[Any]:

@@ -23,9 +23,10 @@ from casa_train.data.lanes import (
     packer,
     unit_mixture,
 )
+from casa_train.data.loader import dead_workers_named
 from casa_train.data.materialize import PackedBatch, build_batch
 from casa_train.data.row_groups import Retries, list_files
-from casa_train.errors import UserError
+from casa_train.errors import RankError, UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 
 State = dict[str, Any]
@@ -209,7 +210,7 @@ class StreamLoader:
     def next_step(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next optimiser step.
 
-        :raises UserError: files that cannot be read, or budgets that nothing fits.
+        :raises RankError: files that cannot be read, budgets that nothing fits, or a dead worker.
         """
         if not self._iterators:
             self._iterators = self._start()
@@ -218,9 +219,10 @@ class StreamLoader:
         batches = []
         for number in range(first, first + micro_steps):
             place = number % len(self._own)
-            item = next(self._iterators[place % len(self._iterators)])
+            with dead_workers_named(self.rank):
+                item = next(self._iterators[place % len(self._iterators)])
             if isinstance(item, UserError):
-                raise item
+                raise RankError(f"rank {self.rank}: {item}")
             self.lane_states[item.lane] = item.state
             batches.append(item.batch)
         self.steps_consumed += 1

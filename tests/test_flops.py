@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def dense_pairs(model: CasaForConditionalGeneration, pack: list[Layout]) -> Pair
 
     def dense(segments: Segments | None) -> int:
         groups = [] if segments is None else segments.groups[0]
-        return sum(group.query.numel() * group.key.shape[1] for group in groups)
+        return sum(math.prod(group.query.shape) * group.key.shape[1] for group in groups)
 
     chunks = model.mechanism.compress([layout.chunk() for layout in pack])
     plan = model.mechanism.plan(chunks, None, None, torch.device("cpu"))

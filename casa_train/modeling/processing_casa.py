@@ -353,7 +353,9 @@ class CasaProcessor(ProcessorMixin):
             batch["image_follows"] = [e.follows for e in encoded]
         pictures = [image for e in encoded for image in e.images if image is not None]
         batch["pixel_values"] = [
-            self.image_processor.load(image, f"image {i}") for i, image in enumerate(pictures)
+            # A path or a URL names itself.
+            self.image_processor.load(image, None if isinstance(image, str) else f"image {i}")
+            for i, image in enumerate(pictures)
         ]
         return CasaBatch(batch)
 

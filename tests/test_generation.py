@@ -298,3 +298,30 @@ def test_image_tokens_around_an_appended_image(mechanism: str) -> None:
         written, [image], [[4]], None, max_new_tokens=16, do_sample=False
     )
     assert torch.equal(short, long)
+
+
+@every_mechanism
+def test_without_a_cache_every_token_still_reads_the_images(mechanism: str) -> None:
+    model, batch = shared_model(mechanism), padded_batch(fill(HARD_PACK))
+    answers = [
+        model.generate(**batch, use_cache=use_cache, max_new_tokens=6, do_sample=False)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*answers)
+
+
+def test_what_generation_cannot_do_is_refused_by_name() -> None:
+    """Each of these would change the answer without a word."""
+    model = shared_model("casa", torch.float32)
+    batch, right = (padded_batch(fill(HARD_PACK), left=left) for left in (True, False))
+    with pytest.raises(ValueError, match="ends in padding.*padding_side"):
+        model.generate(**right, max_new_tokens=2)
+    for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", model)):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            model.generate(**batch, **{name: value}, max_new_tokens=2)
+    with pytest.raises(ValueError, match="StaticCache, whose|cache_implementation='static'"):
+        model.generate(**batch, cache_implementation="static", max_new_tokens=2)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(TypeError, match=name):
+            model(**batch, **{name: True})
+        assert model(**batch, **{name: False}).logits is not None

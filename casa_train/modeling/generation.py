@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-# What enters with the first step of `generate` only; later steps bring text.
+# What enters a stream with the first step of `generate`; later steps bring text.
 IMAGE_INPUTS = ("pixel_values", "image_embeds_insertion_points", "image_follows")
 
 
@@ -47,12 +47,16 @@ class StreamingGeneration(GenerationMixin):
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, **kwargs
         )
-        for name in IMAGE_INPUTS:
-            updated.pop(name, None)
+        if updated.get("past_key_values") is not None:  # without a cache every step reads all anew
+            for name in IMAGE_INPUTS:
+                updated.pop(name, None)
         return updated
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`; beams and several return sequences are refused by name."""
+        """As `GenerationMixin.generate`.
+
+        :raises ValueError: beams, several return sequences, speculative decoding, right padding.
+        """
         config = kwargs.get("generation_config") or self.generation_config
         for name in ("num_beams", "num_return_sequences"):
             value = kwargs.get(name, getattr(config, name, None))
@@ -61,6 +65,18 @@ class StreamingGeneration(GenerationMixin):
                     f"{name}={value} is not supported: a stream's state cannot be reordered or "
                     "repeated yet; use greedy decoding or sampling with one sequence"
                 )
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name, getattr(config, name, None)) is not None:
+                raise ValueError(
+                    f"{name} is not supported: a stream's state cannot take tokens back; leave it "
+                    "out"
+                )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask ends in padding, behind which nothing can be generated: pad on the "
+                'left, with processor.tokenizer.padding_side = "left"'
+            )
         return super().generate(*args, **kwargs)
 
     @torch.no_grad()

@@ -53,8 +53,6 @@ TOLERATED = {
     "return_dict",
     "cache_position",
     "token_type_ids",
-    "output_attentions",
-    "output_hidden_states",
     "next_sequence_length",
     "is_first_iteration",
 }
@@ -190,8 +188,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache.
         :raises TypeError: unknown keywords.
         """
-        # What is None asks for nothing: peft names every argument it knows.
-        unknown = sorted(k for k, v in kwargs.items() if k not in TOLERATED and v is not None)
+        # What is None or False asks for nothing: peft names every argument it knows.
+        unknown = sorted(
+            k for k, v in kwargs.items() if k not in TOLERATED and v is not None and v is not False
+        )
         if unknown:
             raise TypeError(f"CasaForConditionalGeneration.forward does not take {unknown}")
         if packed is not None:
@@ -322,6 +322,12 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
     def _state(self, cache: Any, batch: int) -> StreamingState:
         state: StreamingState | None = getattr(cache, "casa", None)
         if state is None:
+            if getattr(cache, "is_compileable", False):  # those return all their slots, used or not
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__}, whose size is fixed; expected a "
+                    "cache that grows with the text: pass DynamicCache(), or no "
+                    "cache_implementation"
+                )
             if cache.get_seq_length() > 0:
                 raise ValueError(
                     f"past_key_values already holds {cache.get_seq_length()} tokens that this "

@@ -3,7 +3,8 @@
 The state lives on the cache object (`cache.casa`): whoever keeps the cache keeps the stream. It
 holds which cache slots are padding, how far each sample is, and for cross-attention mechanisms the
 keys and values of the current window. Earlier images leave nothing behind, so memory does not grow
-with them.
+with them, except where a mechanism reads all earlier images (`history=all`, hyper attention): there
+the window is the whole stream.
 """
 
 from __future__ import annotations

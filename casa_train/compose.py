@@ -6,6 +6,7 @@ loads.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -281,7 +282,9 @@ def explain(error: Exception) -> str:
         name = overridden.group(1) if overridden else (keys or [""])[0]
         parent = name.rpartition(".")[0]
         known = known_fields(parent)
-        if known:
+        if parent == "fusion":
+            message += f" {fusion_options(name)}"
+        elif known:
             message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
         else:
             message += f" To add a new entry write +{name}=VALUE."
@@ -296,3 +299,18 @@ def known_fields(parent: str) -> list[str]:
             return []
         node = node._get_node(name)
     return sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []
+
+
+def fusion_options(name: str) -> str:
+    """What to write for an option that the chosen mechanism does not have, or nobody has."""
+    files = sorted((CONF_DIR / "fusion").glob("*.yaml"))
+    options = {file.stem: [str(key) for key in OmegaConf.load(file)] for file in files}
+    known = sorted({key for keys in options.values() for key in keys})
+    key = name.rpartition(".")[2]
+    owners = [mechanism for mechanism, keys in options.items() if key in keys]
+    if owners:
+        return f"fusion.{key} is an option of {', '.join(owners)}: choose fusion={owners[0]}."
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"Did you mean fusion.{close[0]}?"
+    return f"Options of the mechanisms: {', '.join(known)}; conf/fusion explains them."

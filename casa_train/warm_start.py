@@ -29,6 +29,8 @@ TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VISUAL = re.compile(r"(model\.)?visual\.")
 # Tables that older checkpoints carry along; they are computed, never loaded.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+# What to do about tensors that do not fit.
+SIZES = "Expected its own sizes: leave model.*.config fields to the checkpoint."
 
 
 @dataclass
@@ -40,12 +42,15 @@ class Account:
     loaded: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # settings of an export that this run changes
 
     def line(self) -> str:
         """For the start of a run."""
         new = f", {len(self.new)} newly initialised" if self.new else ""
         unused = f", {len(self.unused)} of the checkpoint unused" if self.unused else ""
-        return f"{self.part}: {len(self.loaded)} tensors loaded from {self.source}{new}{unused}"
+        changed = f"; {', '.join(self.changed)}" if self.changed else ""
+        loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
+        return f"{self.part}: {loaded}{new}{unused}{changed}"
 
 
 class Pretrained:
@@ -268,8 +273,30 @@ def find_export(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
 
     :raises UserError: missing, unexpected or misshapen tensors.
     """
+    theirs = pretrained.config.get("fusion")
+    if not isinstance(theirs, dict) or "mechanism" not in theirs:
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} is of type "
+            f"{pretrained.config.get('model_type')!r}; expected an export of this project. A plain "
+            "backbone is named by model.backbone.pretrained."
+        )
+    if theirs["mechanism"] != model.mechanism.name:
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} holds the fusion mechanism "
+            f"{theirs['mechanism']!r}, this run has {model.mechanism.name!r}; expected the same. "
+            f"Set fusion={theirs['mechanism']}, or leave model.init_from out."
+        )
+    before = {**model.mechanism.options, **theirs}
+    changed = [
+        f"fusion.{key} {before[key]!r} there, {value!r} here"
+        for key, value in model.mechanism.fusion.items()
+        if before[key] != value
+    ]
     names = {name: name for name in pretrained.names}
-    return _find(dict(model.named_parameters()), pretrained, "model", names, stored)
+    hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
+    account = _find(dict(model.named_parameters()), pretrained, "model", names, stored, hint)
+    account.changed = changed
+    return account
 
 
 def _find(
@@ -278,10 +305,12 @@ def _find(
     part: str,
     names: dict[str, str],
     stored: Stored,
+    hint: str = SIZES,
 ) -> Account:
     """Adds to `stored` where every one of the parameters lies.
 
     :param names: checkpoint name -> parameter name, of every tensor that belongs to the part.
+    :param hint: what to do if they do not fit.
     """
     places: dict[str, str] = {}
     problems: list[str] = []
@@ -302,8 +331,7 @@ def _find(
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise UserError(
             f"{pretrained.setting}: {pretrained.name} does not fit the {part} in {len(problems)} "
-            f"tensors: {shown}. Expected its own sizes: leave model.*.config fields to the "
-            "checkpoint."
+            f"tensors: {shown}. {hint}"
         )
     stored.add(pretrained, places)
     return Account(part, pretrained.name, loaded=sorted(places))

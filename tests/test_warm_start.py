@@ -433,3 +433,13 @@ def test_a_later_stage_starts_from_an_export(data_dir: Path, qwen_vl: Path, tmp_
     weights = load_file(tmp_path / "stage1" / "model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
+    # A stage may change how the same weights are used, and says so; other weights are refused.
+    _, (account,) = started(configured(data_dir, *second, "fusion.window_scope=all_frames"))
+    assert "fusion.window_scope 'frame' there, 'all_frames' here" in account.line()
+    for override, words in (
+        ("fusion=cross_attention", "mechanism 'casa', this run has 'cross_attention'.*fusion=casa"),
+        ("fusion.every=2", "unexpected .* differ: fusion.every 1 there, 2 here"),
+        (f"model.init_from={qwen_vl}", "of type 'qwen2_5_vl'; expected an export"),
+    ):
+        with pytest.raises(UserError, match=words):
+            started(configured(data_dir, *second, override))

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from .block import DecoderContext
 from .fusion import FusionMechanism
-from .rope import STATIC_ROPE_TYPES, Rope, rope_settings, rotate_halves, rotate_pairs
+from .rope import (
+    STATIC_ROPE_TYPES,
+    Rope,
+    mrope_section,
+    rope_settings,
+    rotate_halves,
+    rotate_pairs,
+)
 
 # Backbones by model_type; the decoder layers of each have the children that `block.py` uses.
 BACKBONES: dict[str, Rope] = {
@@ -58,6 +65,22 @@ def check_backbone(config: Any) -> None:
         raise ValueError(
             f"backbone {config.model_type!r} with RoPE type {rope_type!r} is not supported; "
             f"choose one of {list(STATIC_ROPE_TYPES)}"
+        )
+    heads, width = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    if config.model_type == "helium" and heads * head_dim != width:
+        raise ValueError(
+            f"backbone 'helium' has {heads} heads of head_dim {head_dim} and hidden_size {width}; "
+            f"its output projection expects heads that fill the width: set head_dim to "
+            f"{width // heads}"
+        )
+    section = mrope_section(config)
+    multimodal = ALIASES.get(config.model_type, config.model_type) == "qwen2_5_vl_text"
+    if multimodal and (section is None or len(section) != 3 or 2 * sum(section) != head_dim):
+        raise ValueError(
+            f"backbone {config.model_type!r} has mrope_section {section}; expected three numbers "
+            f"that add up to {head_dim // 2}, half its head width. Set rope_scaling, for instance "
+            "{type: mrope, mrope_section: [16, 24, 24]}"
         )
 
 

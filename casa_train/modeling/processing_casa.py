@@ -22,6 +22,9 @@ from .chat_template import SLOTS, ChatTemplate, as_jinja, cut
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, ImageError, target_size
 from .messages import Message, as_batch, frames_of, parts_of, runs, slots_of, text_of
 
+# What special tokens look like in the templates of published models.
+SPECIAL = re.compile(r"<\|[^|<>]+\|>|<｜[^<>]+｜>|</?s>|<(?:bos|eos|pad|unk)>|<[a-z]+(?:_[a-z]+)+>")
+
 
 @dataclass
 class Encoded:
@@ -389,7 +392,7 @@ class CasaProcessor(ProcessorMixin):
     def _check_template(self, chat: ChatTemplate) -> None:
         vocabulary = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
         for name, text in asdict(chat).items():
-            for token in re.findall(r"<\|[^|<>]+\|>|<(?:start|end)_of_turn>|</?s>", text):
+            for token in SPECIAL.findall(text):
                 if token not in vocabulary:
                     raise ValueError(
                         f"chat template field {name!r} uses the special token {token!r}, which the "

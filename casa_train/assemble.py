@@ -193,8 +193,9 @@ def describe_model(
             f"one of {sorted(BACKBONES)}."
         )
     default: Any = CasaConfig(text_config={"model_type": model_type}).text_config
-    rope = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim")
-    refuse_unknown("model.backbone.config", text, [*default.to_dict(), *rope])
+    # Some configurations do not list what their model reads all the same.
+    more = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim", "tie_word_embeddings")
+    refuse_unknown("model.backbone.config", text, [*default.to_dict(), *more])
     refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
     text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
@@ -221,7 +222,7 @@ def describe_model(
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
-            f"{first}. Mend it in conf/model or on the command line."
+            f"{first.rstrip('.')}. Mend it in conf/model or on the command line."
         ) from error
 
 
@@ -345,6 +346,23 @@ def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
         )
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: the rows of every account of sizes."""
+    if name.startswith("visual."):
+        return "vision tower"
+    if ".fusion." in name or name.startswith(("resampler.", "adapter.")):
+        return "fusion"
+    return "text backbone"
+
+
+def part_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of each part; tied ones count once."""
+    sizes = dict.fromkeys(("text backbone", "vision tower", "fusion"), 0)
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] += parameter.numel()
+    return sizes
+
+
 def banner(
     config: Config,
     model: CasaForConditionalGeneration,
@@ -357,16 +375,20 @@ def banner(
     accumulation = config.data.packs_per_step // world
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     backend = choose_backend("auto", device, dtype)
-    parts: dict[str, nn.Module] = {"backbone": model.model, "vision": model.visual}
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    fusion = sum(p.numel() for n, p in model.named_parameters() if ".fusion." in n)
+    sizes = part_sizes(model)
+    adapter = vision.out_hidden_size != backbone.hidden_size
     lines = [
         f"casa_train {__version__}: run {config.name} in {config.run_dir}",
         f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
-        f"{backbone.hidden_size}, {sizes['backbone'] - fusion:,} parameters",
-        f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, {sizes['vision']:,} "
-        f"parameters, {model.visual.frozen_blocks} frozen blocks",
-        f"fusion {config.fusion['mechanism']}: {fusion:,} new parameters",
+        f"{backbone.hidden_size}, {sizes['text backbone']:,} parameters",
+        f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, "
+        f"{sizes['vision tower']:,} parameters, {model.visual.frozen_blocks} frozen blocks",
+        f"fusion {config.fusion['mechanism']}: {sizes['fusion']:,} parameters"
+        + (
+            f", an adapter from width {vision.out_hidden_size} to {backbone.hidden_size} among them"
+            if adapter
+            else ""
+        ),
         f"attention backend: {backend} on {device.type}",
         f"{world} ranks x {accumulation} micro-steps, ZeRO-{config.parallel.zero_stage}, "
         f"{config.parallel.precision}, {torch.get_num_threads()} threads; a pack holds "

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from casa_train.assemble import meta_model
+from casa_train.assemble import meta_model, part_of
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.metrics.flops import (
@@ -133,23 +133,15 @@ def _headline(
     return lines
 
 
-def _part(name: str) -> str:
-    if name.startswith("visual."):
-        return "vision tower"
-    if ".fusion." in name or name.startswith(("resampler.", "adapter.")):
-        return "fusion"
-    return "text backbone"
-
-
 def _parameters(config: Config, model: nn.Module) -> list[str]:
     groups = build_groups(model.named_parameters(), config.optim.groups)
     rates = {name: group["base_lr"] for group in groups for name in group["names"]}
     counts = {part: [0, 0] for part in ("text backbone", "vision tower", "fusion")}
     used: dict[str, set[float]] = {part: set() for part in counts}
     for name, parameter in model.named_parameters():
-        counts[_part(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+        counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
         if parameter.requires_grad:
-            used[_part(name)].add(rates[name])
+            used[part_of(name)].add(rates[name])
     counts["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [["Parameters", "trained", "frozen", "rate"]]
     for part, (trained, frozen) in counts.items():

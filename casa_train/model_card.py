@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from casa_train import __version__
+from casa_train.assemble import part_sizes
 from casa_train.config import Config
 
 # What is known of licences; anything else is left to the base model's own card.
@@ -82,8 +83,7 @@ def model_card(config: Config, step: int, model: Any) -> str:
     :param model: the model that is exported; sizes are counted on it.
     """
     text, vision = model.config.text_config, model.config.vision_config
-    fusion = sum(p.numel() for n, p in model.named_parameters() if ".fusion." in n)
-    backbone = sum(p.numel() for p in model.model.parameters()) - fusion
+    sizes = part_sizes(model)
     inserts = model.mechanism.inserts
     sources = [
         f"- `{name}` ({source.path})" + (f", {source.repeats} passes" if source.repeats > 1 else "")
@@ -105,9 +105,9 @@ def model_card(config: Config, step: int, model: Any) -> str:
         width=text.hidden_size,
         depth=vision.depth,
         vision_width=vision.hidden_size,
-        backbone_size=backbone,
-        vision_size=sum(p.numel() for p in model.visual.parameters()),
-        fusion_size=fusion,
+        backbone_size=sizes["text backbone"],
+        vision_size=sizes["vision tower"],
+        fusion_size=sizes["fusion"],
         step=step,
         steps=config.trainer.steps,
         packs=config.data.packs_per_step,

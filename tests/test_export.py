@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from casa_train.assemble import build_model, build_processor
+from casa_train.assemble import build_model, build_processor, part_sizes
 from casa_train.checkpoint.export import MARKER
 from casa_train.checkpoint.gate import check_export
 from casa_train.data.shards import Split
@@ -26,6 +26,7 @@ from casa_train.export import gate_conversations, load_model_config, load_run_co
 from casa_train.report import report
 from tests import stranger
 from tests.commands import TINY, environment, on_data, run, train_command
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +145,16 @@ def test_evaluation_and_report(export_of: Callable[[str], Path], mechanism: str)
     assert evaluation is not None and evaluation["exact_match"] == result["exact_match"]
     html = page.read_text()
     assert "<svg" in html and "data:image" in html
+
+
+def test_sizes_count_every_parameter_once_and_in_its_part() -> None:
+    model = tiny_model("qformer_insertion", vision_width=48)
+    sizes = part_sizes(model)
+    assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
+    added = [*model.resampler.parameters(), *model.adapter.parameters()]
+    assert sizes["fusion"] == sum(p.numel() for p in added) > 0
+    plain = [*model.model.parameters(), *model.lm_head.parameters()]
+    assert sizes["text backbone"] == sum(p.numel() for p in plain)
 
 
 @pytest.mark.parametrize(

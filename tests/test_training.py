@@ -192,4 +192,4 @@ def test_sweep_gives_each_job_its_directory(data_dir: Path, tmp_path: Path) -> N
     for job in jobs:
         assert job.name.startswith("demo,") and "/" not in job.name
         assert [r["step"] for r in exact(job)] == [1, 2, 3, 4]
-    assert "0 new parameters" in done.stdout  # insertion adds none
+    assert "fusion insertion: 0 parameters" in done.stdout  # insertion adds none

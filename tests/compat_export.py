@@ -1,6 +1,7 @@
 """Writes and reads exports, as a script that each environment of `make test-compat` runs.
 
-`write DIR` exports one tiny model per backbone, tied and untied, with what it computes beside it;
+`write DIR` exports one tiny model per backbone, tied and untied, and one per fusion mechanism, with
+what each computes beside it;
 `read DIR` loads them as a user would, through the code in the export, and compares.
 """
 
@@ -53,13 +54,14 @@ def computed(model: Any, processor: Any) -> dict[str, torch.Tensor]:
 
 
 def write(directory: Path) -> None:
-    """One export per backbone and tying, and `computed` in NAME.safetensors."""
+    """One export per backbone and tying and per mechanism; `computed` in NAME.safetensors."""
     from casa_train import modeling
     from casa_train.checkpoint.export import write_export
     from casa_train.checkpoint.gate import check_export
     from casa_train.data.tokens import portable_tokenizer_config
     from casa_train.modeling.configuration_casa import CasaConfig
     from casa_train.modeling.decoder import BACKBONES
+    from casa_train.modeling.mechanisms import MECHANISMS
     from casa_train.modeling.processing_casa import CasaProcessor
     from data_recipes.synthetic import build_tokenizer
     from tests.commands import TEMPLATE
@@ -71,24 +73,28 @@ def write(directory: Path) -> None:
         processor.save_pretrained(out)
         portable_tokenizer_config(out)
 
-    for backbone in BACKBONES:
-        for tied in (True, False):
-            name = f"{backbone}_{'tied' if tied else 'untied'}"
-            text = {"model_type": backbone, **SIZES, **OWN.get(backbone, {})}
-            text |= {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
-            text |= {"bos_token_id": None, "eos_token_id": None}
-            model = tiny_model(text_config=CasaConfig(text_config=text).text_config)
-            model.generation_config.eos_token_id = processor.asst_end_tokens[0]
-            write_export(
-                directory / name,
-                save_model=model.save_pretrained,
-                save_processor=save_processor,
-                source=Path(str(modeling.__file__)).parent,
-                card="A tiny model.\n",
-                provenance={},
-                gate=lambda out, model=model: check_export(out, model, [conversation()]),
-            )
-            save_file(computed(model, processor), directory / f"{name}.safetensors")
+    cases = {
+        f"{backbone}_{'tied' if tied else 'untied'}": (backbone, tied, "casa")
+        for backbone in BACKBONES
+        for tied in (True, False)
+    }
+    cases |= {mechanism: ("llama", True, mechanism) for mechanism in MECHANISMS}
+    for name, (backbone, tied, mechanism) in cases.items():
+        text = {"model_type": backbone, **SIZES, **OWN.get(backbone, {})}
+        text |= {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
+        text |= {"bos_token_id": None, "eos_token_id": None}
+        model = tiny_model(mechanism, text_config=CasaConfig(text_config=text).text_config)
+        model.generation_config.eos_token_id = processor.asst_end_tokens[0]
+        write_export(
+            directory / name,
+            save_model=model.save_pretrained,
+            save_processor=save_processor,
+            source=Path(str(modeling.__file__)).parent,
+            card="A tiny model.\n",
+            provenance={},
+            gate=lambda out, model=model: check_export(out, model, [conversation()]),
+        )
+        save_file(computed(model, processor), directory / f"{name}.safetensors")
 
 
 def read(directory: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,6 +22,7 @@ from casa_train.compose import to_config
 from casa_train.config import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
+from casa_train.provenance import code_commit
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -136,20 +136,9 @@ def check_same_run(stored: Path, config: Config) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and host, as they stood when the run started."""
-    commit: str | None = None
-    try:
-        root = Path(__file__).resolve().parent.parent
-        git = ["git", "-C", str(root)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
-        )
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-        commit = head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "") or None
-    except OSError:
-        pass  # no git on this machine: the commit stays unknown
     return {
         "casa_train": __version__,
-        "git_commit": commit,
+        "git_commit": code_commit(Path(__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "host": platform.node(),

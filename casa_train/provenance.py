@@ -1,0 +1,25 @@
+"""Which commit the running code comes from."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+# At the root of code that launch/submit.py froze: a snapshot has no git of its own, and one that
+# lies inside a checkout would be taken for that checkout's present state.
+SNAPSHOT_FILE = ".snapshot"
+
+
+def code_commit(root: Path) -> str | None:
+    """The commit of the code at `root`, with "+dirty" if it was changed; None: nobody knows."""
+    try:
+        if (root / SNAPSHOT_FILE).exists():
+            return (root / SNAPSHOT_FILE).read_text().strip()
+        git = ["git", "-C", str(root)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        return head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "") or None
+    except OSError:
+        return None  # no git on this machine

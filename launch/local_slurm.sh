@@ -4,7 +4,7 @@
 #   eval "$(launch/local_slurm.sh env)"    # points sbatch, squeue, ... of this shell at it
 #
 # Needs the packages slurm-wlm and munge; no systemd, no root, nothing outside its directory
-# (CASA_SLURM_DIR) and its ports (CASA_SLURM_PORT and the three above it).
+# (CASA_SLURM_DIR) and its ports (CASA_SLURM_PORT and the two above it).
 #
 # The partition `low` can be pre-empted by jobs in `high`, as on a shared cluster.
 set -euo pipefail

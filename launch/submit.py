@@ -109,7 +109,7 @@ def submit(options: argparse.Namespace) -> None:
     jobs = compose_jobs(options.overrides, options.array)
     settings = sbatch_settings(options, len(jobs), jobs[0].config.name)
     check_jobs(jobs, settings)
-    code = Code.of_checkout()
+    code = Code.of_checkout(ROOT)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = (options.submissions / f"{jobs[0].config.name}-{stamp}").absolute()
     script = batch_script(settings, folder)
@@ -240,25 +240,28 @@ def frozen_yaml(job: Job) -> str:
 class Code:
     """What of the checkout a snapshot holds.
 
-    :param head: the commit that is checked out.
+    :param root: the checkout.
+    :param head: the commit that it has.
     :param tree: the commit to archive: HEAD, or one of HEAD with the changes of tracked files.
     :param left_out: files that git does not know, in the folders that a run reads.
     """
 
+    root: Path
     head: str
     tree: str
     left_out: list[str]
 
     @classmethod
-    def of_checkout(cls) -> Code:
-        head = _git("rev-parse", "--verify", "HEAD").strip()
+    def of_checkout(cls, root: Path) -> Code:
+        """:raises UserError: git, or a commit, is missing."""
+        head = _git(root, "rev-parse", "--verify", "HEAD").strip()
         # Makes a commit object of the working tree; no branch, index or file is touched. An
         # identity is given because not everybody has set one.
         nobody = ["-c", "user.name=submit", "-c", "user.email=submit@localhost"]
-        tree = _git(*nobody, "stash", "create").strip() or head
+        tree = _git(root, *nobody, "stash", "create").strip() or head
         read = ["casa_train", "conf", "data_recipes", "launch"]
-        others = _git("ls-files", "--others", "--exclude-standard", "--", *read)
-        return cls(head, tree, others.splitlines())
+        others = _git(root, "ls-files", "--others", "--exclude-standard", "--", *read)
+        return cls(root, head, tree, others.splitlines())
 
     @property
     def name(self) -> str:
@@ -277,24 +280,31 @@ class Code:
     def write(self, folder: Path) -> None:
         """Writes the snapshot into a new directory `folder`/code."""
         archive = folder / "code.tar"
-        _git("archive", "--format=tar", f"--output={archive}", self.tree)
+        _git(self.root, "archive", "--format=tar", f"--output={archive}", self.tree)
         with tarfile.open(archive) as tar:
             tar.extractall(folder / "code", filter="data")
         archive.unlink()
         (folder / "code" / SNAPSHOT_FILE).write_text(self.name + "\n")
         if self.tree != self.head:
-            _git("diff", "--binary", f"--output={folder}/changes.patch", self.head, self.tree)
+            _git(
+                self.root,
+                "diff",
+                "--binary",
+                f"--output={folder}/changes.patch",
+                self.head,
+                self.tree,
+            )
 
 
-def _git(*arguments: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
         detail = (getattr(error, "stderr", "") or str(error)).strip()
         raise UserError(
-            f"{ROOT} cannot be frozen: {detail}; expected a git checkout. `sbatch {SCRIPT} "
+            f"{root} cannot be frozen: {detail}; expected a git checkout. `sbatch {SCRIPT} "
             "OVERRIDES` runs the code as it lies there."
         ) from error
     return done.stdout

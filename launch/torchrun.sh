@@ -13,6 +13,6 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 options=(--standalone --nproc_per_node="$processes")
 # Older versions pass on SIGTERM, but die of SIGUSR1 and cannot be told otherwise.
 if grep -q signals-to-handle <<<"$("$python" -m torch.distributed.run --help)"; then
-    options+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+    options+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 exec "$python" -m torch.distributed.run "${options[@]}" -m casa_train "$@"

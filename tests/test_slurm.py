@@ -182,30 +182,33 @@ case "$*" in
         ;;
 esac
 """
-SAVE = """echo '{"step": STEP, "reason": "signal"}' >RUN_DIR/requeue.json; exit 75"""
+SAVE = r"""printf "{\"step\": %s, \"reason\": \"signal\"}" STEP >RUN_DIR/requeue.json; exit 75"""
+
+
+def sbatch_stand_in(slurm: Slurm, run_dir: Path, line: str, *options: str) -> str:
+    """Submits launch/slurm.sbatch with a stand-in for python; returns the job."""
+    run_dir.mkdir()
+    (run_dir / "requeue.json").write_text('{"step": 1, "reason": "of an earlier job"}')
+    python = run_dir / "python.sh"
+    line = line.replace("RUN_DIR", str(run_dir))
+    python.write_text(STAND_IN.format(python=sys.executable, run_dir=run_dir, line=line))
+    python.chmod(0o755)
+    printed = slurm.run(
+        *["sbatch", "--parsable", *CPU_NODES, "--mem=1", f"--output={run_dir}/log", *options],
+        *["launch/slurm.sbatch", "+experiment=demo"],
+        CASA_PYTHON=str(python),
+        CASA_MAX_REQUEUES="2",
+    )
+    return printed.strip()
 
 
 def test_requeues_have_a_cap_and_need_progress(slurm: Slurm, tmp_path: Path) -> None:
     cases = {
         "stuck": SAVE.replace("STEP", "5"),
-        "endless": SAVE.replace("STEP", "'$starts'"),
+        "endless": SAVE.replace("STEP", "$starts"),
         "crash": "exit 3",
     }
-    jobs = {}
-    for name, line in cases.items():
-        run_dir = tmp_path / name
-        run_dir.mkdir()
-        (run_dir / "requeue.json").write_text('{"step": 1, "reason": "of an earlier job"}')
-        python = tmp_path / f"{name}.sh"
-        line = line.replace("RUN_DIR", str(run_dir))
-        python.write_text(STAND_IN.format(python=sys.executable, run_dir=run_dir, line=line))
-        python.chmod(0o755)
-        options = ["--parsable", *CPU_NODES, "--mem=1", f"--output={run_dir}/log"]
-        jobs[name] = slurm.run(
-            *["sbatch", *options, "launch/slurm.sbatch", "+experiment=demo"],
-            CASA_PYTHON=str(python),
-            CASA_MAX_REQUEUES="2",
-        ).strip()
+    jobs = {name: sbatch_stand_in(slurm, tmp_path / name, line) for name, line in cases.items()}
     ended = {name: slurm.finish(job) for name, job in jobs.items()}
     logs = {name: (tmp_path / name / "log").read_text() for name in cases}
     starts = {name: len((tmp_path / name / "starts").read_text().split()) for name in cases}
@@ -219,6 +222,19 @@ def test_requeues_have_a_cap_and_need_progress(slurm: Slurm, tmp_path: Path) -> 
     assert "step 5 (signal) is no further than step 5 at the last requeue" in logs["stuck"]
     assert "2 already, CASA_MAX_REQUEUES allows no more; saved at step 3" in logs["endless"]
     assert "srun ended with 143 and nobody asked for a requeue" in logs["crash"]
+
+
+def test_what_somebody_cancels_saves_and_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    save = SAVE.replace("STEP", "5")
+    line = f"trap '{save}' TERM; while true; do sleep 0.1; done"
+    job = sbatch_stand_in(slurm, run_dir, line, "--nodes=1")
+    wait_for((run_dir / "starts").exists, "the start")
+    slurm.run("scancel", job)
+    assert slurm.finish(job)["JobState"] == "CANCELLED"
+    log = (run_dir / "log").read_text()
+    assert "no requeue: the job was cancelled or ran out of time" in log and "step 5" in log
+    assert not (run_dir / "requeues.tsv").exists()
 
 
 def test_a_configuration_that_does_not_compose_stops_before_the_nodes_start(

@@ -12,7 +12,7 @@ CORE := $(addprefix tests/test_,$(addsuffix .py,windows attention fusion generat
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-fast test-compat check clean
+.PHONY: help setup demo test test-fast test-slurm test-compat check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,9 @@ test: setup  ## the whole test suite
 
 test-fast: setup  ## the tests for daily work, under five minutes
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slurm: setup  ## the batch scripts on a SLURM of two nodes on this machine (slurm-wlm, munge)
+	$(BIN)/python -m pytest -q tests/test_slurm.py
 
 test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.51.3, exports to and from 5.x
 	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python -m pytest -q $(CORE)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import RankError, UserError
-from casa_train.leaving import EXIT_REQUEUE
+from casa_train.leaving import EXIT_REQUEUE, StopRequest
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
@@ -35,9 +35,11 @@ def main(raw: DictConfig) -> None:
                 with contextlib.suppress(OSError):  # Hydra made it; a run's own is not empty
                     os.rmdir(config.run_dir)
             return
-        from casa_train.train import train
+        with StopRequest(config.trainer.max_hours) as stop:  # a signal may come from now on
+            from casa_train.train import train
 
-        if code := train(config):
+            code = train(config, stop)
+        if code:
             raise SystemExit(code)  # a sweep's later jobs wait too, until it is started again
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN

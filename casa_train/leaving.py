@@ -68,11 +68,13 @@ class Watchdog:
 
     :param seconds: between two beats; 0 turns it off.
     :param stacks: the file for the stacks.
+    :param ask: called before it leaves, to ask for that start.
     """
 
-    def __init__(self, seconds: float, stacks: Path) -> None:
+    def __init__(self, seconds: float, stacks: Path, ask: Callable[[], None]) -> None:
         self.seconds = seconds
         self.stacks = stacks
+        self.ask = ask
         self._beat = time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -110,5 +112,6 @@ class Watchdog:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            self.ask()
         finally:
             os._exit(EXIT_REQUEUE)

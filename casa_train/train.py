@@ -59,18 +59,14 @@ from casa_train.trainer import Progress, Trainer
 T = TypeVar("T")
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopRequest) -> int:
     """Runs, or goes on with, the run that `config` describes. Every rank calls it.
 
+    :param stop: listens since before the heavy imports.
     :return: the exit code: 0 after the last step, 75 when the run left early and wants to be
         started again.
     :raises UserError: on every rank alike, whatever the user can mend.
     """
-    with StopRequest(config.trainer.max_hours) as stop:  # a signal may come before the first step
-        return _train(config, stop)
-
-
-def _train(config: Config, stop: StopRequest) -> int:
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
     rank, world, device = init_processes()
@@ -150,7 +146,11 @@ def _train(config: Config, stop: StopRequest) -> int:
             names = {name: group["name"] for group in groups for name in group["names"]}
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
-        watchdog = Watchdog(60 * config.trainer.watchdog_minutes, run_dir / f"stacks_{rank}.txt")
+        watchdog = Watchdog(
+            60 * config.trainer.watchdog_minutes,
+            run_dir / f"stacks_{rank}.txt",
+            ask=lambda: request_requeue(run_dir, max(checkpoints.steps(), default=0), "watchdog"),
+        )
         with watchdog, dead_workers_named(rank):
             reason = Trainer(
                 engine=engine,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def main() -> int:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, world, rank == 0, timeout=PATIENCE, wait_for_workers=False
         )
         store.set(f"node{rank}", node)
@@ -76,7 +77,7 @@ def main() -> int:
     return int(slow)
 
 
-def arrivals(store: dist.Store, rank: int, world: int) -> list[str] | None:
+def arrivals(store: Any, rank: int, world: int) -> list[str] | None:
     """The node of every rank; None, after naming who is missing, if some do not come."""
     try:
         store.wait([f"node{r}" for r in range(world)], PATIENCE)

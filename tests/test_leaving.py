@@ -152,6 +152,29 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(data_dir: Path, tmp_pat
     assert source["loss"] == pytest.approx(mean, rel=1e-6)
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_libraries_load_is_not_lost(data_dir: Path, tmp_path: Path) -> None:
+    """On a cluster that takes minutes, and the signal's default would end the job for good."""
+    run_dir = tmp_path / "early"
+    ranks = start_ranks(train_command(arguments(data_dir, run_dir)))
+    deadline = time.monotonic() + 60
+    while not catches(ranks[1].pid, signal.SIGUSR1):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert "libtorch" not in Path(f"/proc/{ranks[1].pid}/maps").read_text()
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
+    assert json.loads((run_dir / "requeue.json").read_text()) == {"step": 1, "reason": "signal"}
+
+
 @pytest.mark.slow
 def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_path: Path) -> None:
     """And a second job in the directory of a running one is told whose it is."""
@@ -172,6 +195,8 @@ def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_pa
         assert "watchdog: no step for" in output
         stacks = (run_dir / "stacks_0.txt").read_text()
         assert "train_step" in stacks and "trainer.py" in stacks
+        asked = json.loads((run_dir / "requeue.json").read_text())
+        assert asked == {"step": 0, "reason": "watchdog"}  # of the last checkpoint; there is none
     finally:
         ranks[1].kill()
         ranks[1].communicate()

@@ -32,7 +32,7 @@ class StopRequest:
         self.deadline = clock() + 3600 * max_hours if max_hours else None
         self.signal: str | None = None
         self._slowest = 0.0
-        self._last = clock()
+        self._last: float | None = None  # starting up is no step
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,10 +48,12 @@ class StopRequest:
     def flags(self) -> tuple[bool, bool]:
         """Whether a signal came, and whether the time limit is near; call once a step.
 
-        Near: less is left than twice the longest step so far took, its save included.
+        Near: less is left than twice the longest step so far took, its save included; the first
+        step after the start is not measured.
         """
         now = self.clock()
-        self._slowest = max(self._slowest, now - self._last)
+        if self._last is not None:
+            self._slowest = max(self._slowest, now - self._last)
         self._last = now
         late = self.deadline is not None and now + 2 * self._slowest >= self.deadline
         return self.signal is not None, late

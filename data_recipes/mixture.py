@@ -97,7 +97,7 @@ def mixture_yaml(sources: Mapping[str, tuple[Origin, str]], *comment: str) -> st
         more = f", repeats: {repeats}" if repeats else ""
         lines.append(f"  {name}: {{path: {_quoted(path)}{more}}}")
     budgets = ("text_tokens: 2048", "image_tokens: 20480", "max_pixels: 906304  # 952x952")
-    return "\n".join([*lines, *budgets, "packs_per_step: 128", ""])
+    return "\n".join([*lines, *budgets, "packs_per_step: 128", "workers: 8", ""])
 
 
 def published_mixture() -> str:

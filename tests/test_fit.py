@@ -13,6 +13,7 @@ from PIL import Image
 from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
 from casa_train.data.shards import ShardWriter, Split
 from casa_train.data.tokens import count_tokens, load_tokenizer, tokenizer_fingerprint
+from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.commands import TEMPLATE
 
@@ -174,3 +175,14 @@ def test_conversations_never_shrink_images(conversations: Split, processor: Casa
     for row in range(len(conversations)):
         cut = fit.cut(row)
         assert cut is None or cut.max_pixels == MAX_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("ratings", "words"),
+    [({"beauty": 3}, "data.ratings.beauty is no rating"), ({"relevance": 9}, "expected .* 1 to 5")],
+)
+def test_ratings_that_do_not_exist_are_refused(
+    conversations: Split, processor: CasaProcessor, ratings: dict[str, int], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        Fit(conversations, processor, 100, 100, ratings).lengths()

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from casa_train.modeling.casa import Casa
-from casa_train.modeling.configuration_casa import ROPE_IN_ONE_DICT
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.tiny import (
     HARD_PACK,
@@ -252,8 +251,4 @@ def test_text_alone_gives_the_plain_backbones_logits(variant: str) -> None:
     ids = torch.randint(0, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
-    older_qwen = not ROPE_IN_ONE_DICT and isinstance(plain, Qwen2_5_VLForConditionalGeneration)
-    if older_qwen:  # transformers 4.51.3 adds a dense mask in its attention
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    else:
-        assert torch.equal(found, expected)
+    assert torch.equal(found, expected)

@@ -95,12 +95,7 @@ class Casa(WindowedMechanism):
         self.last_fused = depth // self.every * self.every - 1
 
     def _refuse_contradictions(self) -> None:
-        depth = self.text_config.num_hidden_layers
-        if type(self.every) is not int or not 1 <= self.every <= depth:
-            raise ValueError(
-                f"fusion.every is {self.every!r}; expected a number of blocks from 1 to {depth}, "
-                "the depth of the backbone"
-            )
+        self.check_every()
         if self.shared and self.fusion["init"] != "from_self_attention":
             raise ValueError(
                 f"fusion.init is {self.fusion['init']!r}, but with fusion.share_parameters=true "
@@ -121,9 +116,6 @@ class Casa(WindowedMechanism):
                 "fusion.placement=replace with every=1 and without text keys leaves text with no "
                 "way to see other text: set fusion.every=2 or fusion.text_in_window=true"
             )
-
-    def has_fusion(self, layer_idx: int) -> bool:
-        return layer_idx % self.every == self.every - 1
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
         if not self.has_fusion(layer_idx):

@@ -27,16 +27,10 @@ class GatedCrossAttention(WindowedMechanism):
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
-        every, depth = self.fusion["every"], text_config.num_hidden_layers
-        if type(every) is not int or not 1 <= every <= depth:
-            raise ValueError(
-                f"fusion.every is {every!r}; expected a number of blocks from 1 to {depth}, the "
-                "depth of the backbone"
-            )
+        self.check_every()
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
-        every: int = self.fusion["every"]
-        return GatedLayer(layer, layer_idx) if layer_idx % every == every - 1 else None
+        return GatedLayer(layer, layer_idx) if self.has_fusion(layer_idx) else None
 
     def zero_at_start(self, name: str) -> bool:
         # Closed gates let no gradient through to what stands behind them.

@@ -40,6 +40,20 @@ class WindowedMechanism(FusionMechanism):
     leading_reads = False
     positions: str | None = None
 
+    def has_fusion(self, layer_idx: int) -> bool:
+        """Whether option `every` n puts fusion into this block: n-1, 2n-1, ..."""
+        every: int = self.fusion["every"]
+        return layer_idx % every == every - 1
+
+    def check_every(self) -> None:
+        """Refuses an `every` that is no number of blocks."""
+        every, depth = self.fusion["every"], self.text_config.num_hidden_layers
+        if type(every) is not int or not 1 <= every <= depth:
+            raise ValueError(
+                f"fusion.every is {every!r}; expected a number of blocks from 1 to {depth}, the "
+                "depth of the backbone"
+            )
+
     def plan(
         self,
         chunks: Sequence[Chunk],

@@ -9,13 +9,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from casa_train.data.sample import RATINGS
 from data_recipes import published
-from data_recipes.hub import chosen_subsets, image_bytes, parquet_jobs
-from data_recipes.pipeline import SplitPlan
+from data_recipes.hub import chosen_subsets, image_bytes
 
 HUB_ID = "HuggingFaceM4/FineVision"
 TOKENIZER = "kyutai/helium-1-2b"
-RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 COLUMNS = (
     "texts",
     "source",
@@ -65,17 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prepares the chosen subsets, one after the other."""
-    summaries = []
-    for subset in chosen_subsets(arguments.source, arguments.subset, default=()):
-        jobs = parquet_jobs(arguments.source, subset, convert)
-        origin = {"dataset": "finevision", "subset": subset}
-
-        def plan(directory: Any, jobs: Any = jobs, origin: Any = origin) -> SplitPlan:
-            label = origin["subset"]
-            return SplitPlan(directory, "finevision", label, jobs, len(jobs), origin=origin)
-
-        summaries.append(published.prepare(arguments, "finevision", subset, plan))
-    published.print_total(summaries)
+    subsets = chosen_subsets(arguments.source, arguments.subset, default=())
+    published.prepare_parquet(arguments, "finevision", subsets, convert)
 
 
 def convert(row: Mapping[str, Any], subset: str) -> tuple[dict[str, Any], list[bytes]]:

@@ -11,8 +11,7 @@ from typing import Any
 
 from casa_train.data.overlap import LACKING_IN_FINEVISION, refuse_double_counting
 from data_recipes import published
-from data_recipes.hub import chosen_subsets, image_bytes, parquet_jobs
-from data_recipes.pipeline import SplitPlan
+from data_recipes.hub import chosen_subsets, image_bytes
 
 HUB_ID = "mvp-lab/LLaVA-OneVision-1.5-Instruct-Data"
 TOKENIZER = "kyutai/helium-1-2b"
@@ -35,17 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     subsets = chosen_subsets(arguments.source, arguments.subset, DEFAULT)
     refuse_double_counting({f"--subset {name}": ("llava_onevision", name) for name in subsets})
-    summaries = []
-    for subset in subsets:
-        jobs = parquet_jobs(arguments.source, subset, convert)
-        origin = {"dataset": "llava_onevision", "subset": subset}
-
-        def plan(directory: Any, jobs: Any = jobs, origin: Any = origin) -> SplitPlan:
-            label = origin["subset"]
-            return SplitPlan(directory, "llava_onevision", label, jobs, len(jobs), origin=origin)
-
-        summaries.append(published.prepare(arguments, "llava_onevision", subset, plan))
-    published.print_total(summaries)
+    published.prepare_parquet(arguments, "llava_onevision", subsets, convert)
 
 
 def convert(row: Mapping[str, Any], subset: str) -> tuple[dict[str, Any], list[bytes]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
+from data_recipes.hub import Converter, parquet_jobs
 from data_recipes.pipeline import (
     SplitPlan,
     print_summary,
@@ -118,6 +119,26 @@ def prepare(
         save_summary(out, {**header, "finished": True, "train": summary})
     print_summary(out, {"train": summary})
     return summary
+
+
+def prepare_parquet(
+    arguments: argparse.Namespace, recipe: str, subsets: Sequence[str], convert: Converter
+) -> None:
+    """Writes the subsets of a dataset in parquet files, one after the other.
+
+    :param convert: (row, subset) -> the stored columns of the row and its images.
+    """
+    summaries = []
+    for subset in subsets:
+        jobs = parquet_jobs(arguments.source, subset, convert)
+        origin = {"dataset": recipe, "subset": subset}
+
+        def plan(directory: Path, jobs: Any = jobs, origin: Any = origin) -> SplitPlan:
+            label = origin["subset"]
+            return SplitPlan(directory, recipe, label, jobs, len(jobs), origin=origin)
+
+        summaries.append(prepare(arguments, recipe, subset, plan))
+    print_total(summaries)
 
 
 def copy_tokenizer(out: Path, name: str) -> tuple[Path, str]:

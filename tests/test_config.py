@@ -84,6 +84,8 @@ def message_of(
     [
         (["trainer.stepz=5"], ["stepz"]),
         (["+trainer.stepz=5"], ["trainer.stepz", "Fields of trainer", "steps"]),
+        (["data.balance_group=0"], ["data.balance_group is 0", "at least 1"]),
+        (["data.video_share=2"], ["data.video_share", "2", "a share 0..1"]),
         (["trainer.steps=many"], ["trainer.steps", "'many'"]),
         (["fusion=casaa"], ["casaa", "cross_attention"]),
         (["fusion.mechanism=casaa"], ["'casaa' is unknown", "insertion"]),

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from casa_train.errors import UserError
-from casa_train.metrics import report
-from casa_train.metrics.report import RunData, choose_answers, draw_plots, write_report
+from casa_train.metrics.report import RunData, choose_answers, samples, series, text, write_report
+from casa_train.metrics.report.curves import draw_plots
 from casa_train.metrics.sinks import read_metrics
 
 VOID = {"meta", "img", "br"}
@@ -220,7 +220,7 @@ def test_texts_that_no_file_can_hold_or_that_are_endless_are_shown_in_part(tmp_p
     run = _run(metrics=[{"step": 1, "loss": 2.0}], evaluation=_evaluation(answers))
     _, page = _page(run, tmp_path)
     assert "a?b" in page.text
-    assert page.text.count("long ") <= report.LONGEST_TEXT and "…" in page.text
+    assert page.text.count("long ") <= text.LONGEST_TEXT and "…" in page.text
     assert "(empty)" in page.text and "(no image)" in page.text
 
 
@@ -249,7 +249,7 @@ def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: 
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert labels == ["Learning rates by step", "Throughput by step", "Seconds by step"]
-    assert report.MISSING in page.text
+    assert text.MISSING in page.text
 
 
 def test_no_metrics_is_the_users_to_mend(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_records_from_a_file_are_drawn(tmp_path: Path) -> None:
 def test_the_choice_covers_every_source_right_and_wrong() -> None:
     answers = _answers({"a": (500, 5), "b": (300, 40), "c": (2, 0), "d": (0, 9)})
     chosen = choose_answers(answers)
-    assert len(chosen) == report.SAMPLES
+    assert len(chosen) == samples.SAMPLES
     counts = Counter((answer["source"], answer["correct"]) for answer in chosen)
     assert counts["a", True] == counts["b", True] == 4
     assert counts["a", False] >= 3 and counts["b", False] >= 3
@@ -286,7 +286,7 @@ def test_the_choice_covers_every_source_right_and_wrong() -> None:
 
 def test_thumbnails_are_small_and_on_white() -> None:
     def load(data: bytes) -> Image.Image:
-        uri = report._thumbnail(data)
+        uri = samples.thumbnail(data)
         assert uri is not None
         return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
@@ -296,25 +296,25 @@ def test_thumbnails_are_small_and_on_white() -> None:
     assert load(_picture((8, 8), mode="RGBA")).getpixel((4, 4)) == (255, 255, 255)
     assert load(_picture((8, 8), mode="L")).mode == "RGB"
     whole = _picture((400, 400))
-    assert report._thumbnail(b"") is None and report._thumbnail(whole[: len(whole) // 2]) is None
+    assert samples.thumbnail(b"") is None and samples.thumbnail(whole[: len(whole) // 2]) is None
 
 
 def test_long_runs_stay_small_and_keep_their_spikes() -> None:
     count = 50_000
     steps, values = np.arange(1.0, count + 1), np.ones(count)
     values[12_345], values[40_000:41_000] = 99.0, np.nan
-    thin_steps, thin = report._thin(steps, values)
-    assert len(thin) <= report.CURVE_POINTS
+    thin_steps, thin = series.thin(steps, values)
+    assert len(thin) <= series.CURVE_POINTS
     assert thin_steps[np.nanargmax(thin)] == 12_346.0
     assert np.isnan(thin).any()
-    smooth_steps, smooth = report._smooth(steps, values)
-    assert len(smooth) <= report.CURVE_POINTS and np.nanmax(smooth) == 1.0
+    smooth_steps, smooth = series.smooth(steps, values)
+    assert len(smooth) <= series.CURVE_POINTS and np.nanmax(smooth) == 1.0
     assert smooth_steps[0] == 1.0 and smooth_steps[-1] == count
 
 
 def test_smoothing_follows_a_steep_start() -> None:
     values = np.linspace(10.0, 0.0, 101)
-    _, smooth = report._smooth(np.arange(101.0), values)
+    _, smooth = series.smooth(np.arange(101.0), values)
     assert smooth[0] == 10.0
     np.testing.assert_allclose(smooth[:90], values[:90])
 
@@ -331,14 +331,14 @@ def test_groups_far_apart_get_a_logarithmic_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.5, "0.5"), (999, "999"), (1234, "1.2k"), (2.5e6, "2.5M")]
+    ("value", "shown"), [(0, "0"), (0.5, "0.5"), (999, "999"), (1234, "1.2k"), (2.5e6, "2.5M")]
 )
-def test_large_numbers_are_short(value: float, text: str) -> None:
-    assert report._large(value) == text
+def test_large_numbers_are_short(value: float, shown: str) -> None:
+    assert text.large(value) == shown
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1e-4, "1e-4"), (0.00015, "1.5e-4"), (2, "2e0")]
+    ("value", "shown"), [(0, "0"), (1e-4, "1e-4"), (0.00015, "1.5e-4"), (2, "2e0")]
 )
-def test_rates_are_written_as_powers(value: float, text: str) -> None:
-    assert report._power(value) == text
+def test_rates_are_written_as_powers(value: float, shown: str) -> None:
+    assert text.power(value) == shown

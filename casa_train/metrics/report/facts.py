@@ -1,0 +1,54 @@
+"""The numbers at the top of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from casa_train.metrics.report import series, text
+from casa_train.metrics.report.run_data import RunData
+
+
+@dataclass
+class Fact:
+    """A number of the header."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def facts(run: RunData) -> list[Fact]:
+    """The essentials at the top."""
+    columns, last, count = series.Columns(run.metrics), run.metrics[-1], len(run.metrics)
+    loss = columns.column("loss")
+    seconds = columns.column("seconds")
+    waits = columns.column("data_seconds")
+    trained = np.nansum(columns.column("samples"))
+    found = [
+        Fact("steps", f"{last['step']:,}", f"{trained:,.0f} samples" if trained else ""),
+        Fact("last loss", text.number(loss[-1], 4), ""),
+    ]
+    if count >= series.SMOOTH_FROM:
+        _, smoothed = series.smooth(columns.steps, loss)
+        found[-1].note = f"smoothed {text.number(smoothed[-1], 4)}"
+    if run.evaluation is not None:
+        scores = run.evaluation
+        blind, guess = text.percent(scores["blind"]), text.percent(scores["guess"])
+        note = f"of {text.count(scores['questions'], 'question')}"
+        found += [
+            Fact("exact match", text.percent(scores["exact_match"]), note),
+            Fact("blind", blind, "another sample's image"),
+            Fact("image-free guess", guess, "from the question alone"),
+        ]
+    total, waiting = np.nansum(seconds), np.nansum(waits)
+    note = f"{text.percent(waiting / total)} waiting for data" if total else ""
+    found.append(Fact("median step", text.number(series.median(seconds), 3, " s"), note))
+    for kind in ("text", "image"):
+        rate = series.median(columns.column(f"{kind}_tokens_per_second"))
+        tokens = np.nansum(columns.column(f"{kind}_tokens"))
+        note = f"{text.large(tokens)} in all" if tokens else ""
+        shown = f"{rate:,.0f}" if rate == rate else text.MISSING
+        found.append(Fact(f"{kind} tokens/s", shown, note))
+    return found

@@ -1,0 +1,29 @@
+"""What the page is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from casa_train.metrics.sinks import Record
+
+
+@dataclass
+class RunData:
+    """What a run left behind.
+
+    :param metrics: step records in order, as `read_metrics` gives them.
+    :param config_yaml: the run's configuration, shown as it is.
+    :param environment: versions, commit and host.
+    :param evaluation: scores as shares from 0 to 1, over all questions and by family; all answers.
+    :param pictures: encoded image files by answer id; `choose_answers` says which ids are shown.
+    :param quarantine: samples that could not be used: source, key, reason, detail.
+    """
+
+    name: str
+    metrics: list[Record]
+    config_yaml: str
+    environment: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    pictures: dict[str, list[bytes]]
+    quarantine: list[dict[str, Any]]

@@ -1,0 +1,49 @@
+"""Numbers and texts as the page writes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+LONGEST_TEXT = 600  # characters of a question or an answer that are shown
+MISSING = "–"
+
+
+def percent(share: float | None) -> str:
+    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
+
+
+def width(share: float | None) -> str:
+    """A share as a CSS width."""
+    if share is None or not math.isfinite(share):
+        return "0%"
+    return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
+
+
+def number(value: float, digits: int, unit: str = "") -> str:
+    return f"{value:.{digits}g}{unit}" if math.isfinite(value) else MISSING
+
+
+def large(value: float) -> str:
+    """1,234 as 1.2k, and so on."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{round(value / size, 1):g}{unit}"
+    return f"{value:g}"
+
+
+def power(value: float) -> str:
+    """0.00015 as 1.5e-4: no padded exponents, no row of zeros."""
+    if value <= 0:
+        return "0"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    return f"{round(value / 10.0**exponent, 2):g}e{exponent}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def short(value: Any) -> str:
+    text = str(value).strip()
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"

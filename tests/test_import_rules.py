@@ -15,7 +15,7 @@ PACKAGE = ROOT / "casa_train"
 HOMES = {
     "deepspeed": {"casa_train/engine.py"},
     "flash_attn": {"casa_train/modeling/attention.py"},
-    "wandb": {"casa_train/metrics/sinks.py"},
+    "wandb": {"casa_train/metrics/sinks/wandb.py"},
     "webdataset": {"casa_train/data/shards.py"},
     "datasets": {"casa_train/data/stream.py"},
     "av": {"data_recipes/video.py"},

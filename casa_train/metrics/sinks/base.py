@@ -1,0 +1,17 @@
+"""What takes the records of a run."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes one record a step."""
+
+    def write(self, record: Record) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,52 @@
+"""metrics.jsonl: one line a step, written and read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TextIO
+
+from casa_train.files import write_atomic
+from casa_train.metrics.sinks.base import Record
+
+
+class JsonlSink:
+    """Appends one JSON line a step, flushed, so that a killed run keeps what it reported.
+
+    `keep_steps` first removes what a resumed run will report again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def say(self, line: str) -> None:
+        """Messages are not metrics."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a run by step; where a step was repeated after a resume, the last one counts.
+
+    A line cut short by a kill is left out.
+    """
+    records: dict[int, Record] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drops lines of steps after `last`, which a resumed run repeats, and a line cut by a kill."""
+    if path.exists():
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+        write_atomic(path, "".join(kept))

@@ -1,0 +1,334 @@
+"""Training steps of whole experiments at full size and budgets, random weights, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from casa_train.assemble import Start, meta_model, start_weights
+from casa_train.bench._benchmark import (
+    DTYPES,
+    Benchmark,
+    Report,
+    aligned,
+    describe_machine,
+    machine,
+)
+from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
+from casa_train.compose import compose_config
+from casa_train.data.materialize import PackedBatch
+from casa_train.dry_run import H100_FLOPS, full_pack
+from casa_train.engine import Engine, init_processes, leave_processes, shard
+from casa_train.errors import UserError
+from casa_train.metrics.flops import SampleShape, count_operations
+from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.modeling.packed import PackedInputs
+from casa_train.modeling.windows import Chunk
+from casa_train.optim import build_groups, build_optimizer, set_rates
+from casa_train.sizes import size_model, text_sizes, vision_sizes
+from casa_train.trainer import Trainer
+from casa_train.warm_start import Stored
+
+METHOD = """\
+Builds each experiment at its own sizes, with random weights, as a run would: the same engine, loop,
+optimiser, precision and ZeRO stage. Every pack is full in both budgets, with images of the largest
+size and a loss on every text token; the packs are made before the clock starts, so nothing waits
+for data. A rank does as many micro-steps as in the experiment with its own number of ranks
+(world_size). Experiments run one after another, --rounds times in turn; times are medians over all
+steps after the warm-up. Work counts attended pairs and nothing recomputed (metrics/flops.py).
+Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
+
+An experiment is a name in conf/experiment, with overrides behind commas:
+    python -m casa_train.bench step helium_casa helium_insertion
+    python -m casa_train.bench step demo demo,fusion=insertion --set parallel.precision=bf16
+    torchrun --standalone --nproc_per_node=8 -m casa_train.bench step
+"""
+
+DEFAULT = ["helium_casa", "helium_insertion"]
+GIB = 1 << 30
+
+
+class FullPacks:
+    """A loader whose every micro-step is the same full pack."""
+
+    def __init__(self, pack: PackedBatch, micro_steps: int) -> None:
+        self.pack, self.micro_steps = pack, micro_steps
+
+    def next_step(self) -> Sequence[PackedBatch]:
+        return [self.pack] * self.micro_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def batch_of(shapes: Sequence[SampleShape], vocabulary: int, seed: int) -> PackedBatch:
+    """A micro-step of random text and pictures with these lengths; every token is an answer."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = sum(shape.text for shape in shapes)
+    grids = [grid for shape in shapes for grid in shape.grids]
+    chunks = [
+        Chunk(shape.text, shape.points, tuple(rows * columns for rows, columns in shape.grids))
+        for shape in shapes
+    ]
+    images = [
+        torch.randint(256, (3, rows * SIDE, columns * SIDE), generator=generator, dtype=torch.uint8)
+        for rows, columns in grids
+    ]
+    ids = torch.randint(vocabulary, (texts + 1,), generator=generator)
+    return PackedBatch(
+        index=0,
+        inputs=PackedInputs(ids[:-1], chunks, images, torch.arange(texts)),
+        targets=ids[1:],
+        answer_sources=[("random", shape.text) for shape in shapes],
+        sample_ids=[f"random/{i}" for i in range(len(shapes))],
+        sources=["random"] * len(shapes),
+        text_tokens=texts,
+        image_tokens=sum(shape.image_tokens for shape in shapes),
+        fills=(1.0, 1.0),
+        pairs=len(shapes),
+    )
+
+
+class Arm:
+    """One experiment that is measured.
+
+    :param name: an experiment, with overrides behind commas.
+    :param overrides: for every experiment.
+    :raises UserError: naming what does not hold.
+    """
+
+    def __init__(self, name: str, overrides: Sequence[str], world: int) -> None:
+        experiment, *own = name.split(",")
+        # A dry run may leave paths open.
+        more = [*overrides, *own, "dry_run=true"]
+        self.name = name
+        self.config = compose_config([f"+experiment={experiment}", *more])
+        self.notes: list[str] = []
+        self.model_config = size_model(self.config, self.notes)
+        self.pack = full_pack(self.config)
+        packs, ranks = self.config.data.packs_per_step, self.config.world_size or world
+        self.micro_steps = max(1, packs // ranks)
+        model = meta_model(self.config, self.model_config)
+        text: Any = self.model_config.text_config
+        vision: Any = self.model_config.vision_config
+        work = count_operations(
+            text_sizes(text, self.config.model.backbone.trainable),
+            vision_sizes(vision, self.config.model.vision.train_last_blocks),
+            {**model.mechanism.fusion, "mechanism": self.config.fusion["mechanism"]},
+            self.pack,
+            self.config.data.text_tokens,
+        )
+        self.operations = sum(part.total for part in work.values())
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.records: list[dict[str, Any]] = []
+        self.peak = 0
+
+    def measure(
+        self, steps: int, warm_up: int, world: int, device: torch.device, seed: int
+    ) -> None:
+        """Builds the model, takes steps and leaves nothing behind; collective.
+
+        :raises UserError: the memory of the device does not hold it.
+        """
+        try:
+            trainer = self._build(world, device, seed, last=warm_up + steps + 1)
+            for step in range(1, warm_up + steps + 1):
+                synchronise(device)
+                record = trainer.train_step(step)
+                if step > warm_up:
+                    self.records.append(record)
+            self.peak = max(self.peak, _peak(trainer, device))
+            dist.barrier()
+            trainer.engine.close()  # type: ignore[attr-defined]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.name} does not fit: {str(error).splitlines()[0]} Expected enough memory "
+                f"for a pack of {self.config.data.text_tokens} text and "
+                f"{self.config.data.image_tokens} image tokens. Start more ranks with torchrun, or "
+                "lower data.image_tokens and data.text_tokens with --set."
+            ) from error
+
+    def _build(self, world: int, device: torch.device, seed: int, last: int) -> Trainer:
+        parallel = self.config.parallel
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        model = meta_model(self.config, self.model_config)
+        start_weights(
+            model,
+            Start(Stored(), [], copies=True),
+            seed,
+            device,
+            torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+            lambda block: shard(block, parallel.zero_stage, parallel.precision),
+        )
+        groups = build_groups(model.named_parameters(), self.config.optim.groups)
+        engine = Engine(
+            model,
+            build_optimizer(groups, self.config.optim),
+            parallel.zero_stage,
+            parallel.precision,
+            self.micro_steps,
+            self.config.optim.clip,
+        )
+        engine.train()
+        text: Any = self.model_config.text_config
+        batch = batch_of(self.pack, text.vocab_size, seed)
+        return Trainer(
+            engine=engine,
+            loader=FullPacks(batch, self.micro_steps),
+            device=device,
+            world=world,
+            steps=last,
+            save_every=last,
+            max_bad_share=0.0,
+            set_rates=lambda step: set_rates(engine.param_groups, 1.0),
+            save=lambda *checkpoint: None,
+            quarantine=lambda failures: None,
+            gather=gather,
+            sinks=[],
+            source_every=last,
+        )
+
+    def result(self, world: int) -> dict[str, Any]:
+        """What was measured: over all ranks, but memory and TFLOP/s of one."""
+        seconds = statistics.median(record["seconds"] for record in self.records)
+        text, images = (self.records[0][f"{kind}_tokens"] for kind in ("text", "image"))
+        rate = self.operations * self.micro_steps / seconds
+        return {
+            "experiment": self.name,
+            "parameters": self.parameters,
+            "micro_steps": self.micro_steps,
+            "text_tokens": text,
+            "image_tokens": images,
+            "seconds": seconds,
+            "fastest_seconds": min(record["seconds"] for record in self.records),
+            "slowest_seconds": max(record["seconds"] for record in self.records),
+            "text_tokens_per_second": text / seconds,
+            "image_tokens_per_second": images / seconds,
+            "flop_per_pack": self.operations,
+            "tflops": rate / 1e12,
+            "mfu": rate / H100_FLOPS if torch.cuda.is_available() else None,
+            "peak_bytes": self.peak,
+            "loss": self.records[-1]["loss"],
+        }
+
+
+def _peak(trainer: Trainer, device: torch.device) -> int:
+    """The most memory that tensors take; on the CPU of one more step, each allocation counted."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    gc.collect()
+    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    held = tensor_bytes(alive)
+    del alive
+    return held + peak_bytes(lambda: trainer.train_step(trainer.progress.step + 1), device)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """:raises UserError: an experiment that cannot be built or does not fit."""
+    for name in ("steps", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(
+                f"--{name} is {getattr(arguments, name)}; it must be at least 1. Raise it."
+            )
+    for name in ("device", "dtype"):
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name} is {getattr(arguments, name)!r}; expected none: a step runs as a "
+                "run would. Hide the GPUs with CUDA_VISIBLE_DEVICES, or write --set "
+                "parallel.precision=fp32."
+            )
+    rank, world, device = init_processes()
+    arms = [Arm(name, arguments.set, world) for name in arguments.experiments or DEFAULT]
+    threads = arms[0].config.parallel.threads
+    if threads:
+        torch.set_num_threads(threads)
+    for _ in range(arguments.rounds):
+        for arm in arms:
+            arm.measure(arguments.steps, arguments.warm_up, world, device, arguments.seed)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    results = [arm.result(world) for arm in arms]
+    facts = machine(device, DTYPES[arms[0].config.parallel.precision])
+    data = {"machine": facts, "ranks": world, "results": results}
+    dist.barrier()
+    leave_processes()
+    return Report(_table(arms, results, facts, world) if rank == 0 else "", data)
+
+
+def _table(
+    arms: Sequence[Arm], results: Sequence[dict[str, Any]], facts: dict[str, Any], world: int
+) -> str:
+    """A column an experiment; from the second on also its ratio to the first."""
+    measures = (
+        ("seconds a step", "seconds", 1, "{:.3f}"),
+        ("text tokens/s", "text_tokens_per_second", 1, "{:,.0f}"),
+        ("image tokens/s", "image_tokens_per_second", 1, "{:,.0f}"),
+        ("TFLOP of a pack", "flop_per_pack", 1e12, "{:,.3f}"),
+        ("TFLOP/s of a rank", "tflops", 1, "{:,.2f}"),
+        ("MFU, %", "mfu", 0.01, "{:.1f}"),
+        ("peak memory of a rank, GiB", "peak_bytes", GIB, "{:.2f}"),
+        ("parameters, million", "parameters", 1e6, "{:,.1f}"),
+    )
+    first = results[0]
+    rows = [["", first["experiment"]]]
+    for result in results[1:]:
+        rows[0] += [result["experiment"], "ratio"]
+    for label, key, unit, form in measures:
+        if first[key] is None:
+            continue
+        row = [label, form.format(first[key] / unit)]
+        for result in results[1:]:
+            row += [form.format(result[key] / unit), f"{result[key] / first[key]:.2f}"]
+        rows.append(row)
+    notes = [
+        f"{arm.name}: {arm.micro_steps} micro-steps a rank and step, packs of "
+        f"{result['text_tokens'] // arm.micro_steps // world} text and "
+        f"{result['image_tokens'] // arm.micro_steps // world} image tokens; "
+        + "; ".join(dict.fromkeys(arm.notes))
+        for arm, result in zip(arms, results, strict=True)
+    ]
+    ranks = "1 rank" if world == 1 else f"{world} ranks"
+    return "\n".join([aligned(rows), "", *notes, f"{ranks}; {describe_machine(facts)}"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "experiments",
+        nargs="*",
+        metavar="EXPERIMENT",
+        help=f"name,override,... (default: {' '.join(DEFAULT)})",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides for every experiment, such as parallel.zero_stage=3",
+    )
+    parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each (default: 1)")
+
+
+BENCHMARK = Benchmark(
+    measures="training steps of experiments at full size: tokens/s, MFU and peak memory",
+    description=METHOD,
+    add_arguments=add_arguments,
+    run=run,
+)

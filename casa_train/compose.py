@@ -213,6 +213,12 @@ def check(config: Config) -> None:
             "at least 1",
         ),
         (
+            config.metrics.peak_tflops is None or config.metrics.peak_tflops > 0,
+            "metrics.peak_tflops",
+            config.metrics.peak_tflops,
+            "a positive number of TFLOP/s, or null",
+        ),
+        (
             "mechanism" in config.fusion,
             "fusion",
             config.fusion,

@@ -245,6 +245,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class MetricsConfig:
+    """The numbers of a run."""
+
+    peak_tflops: float | None = None
+    """What one device can do at most, in TFLOP/s, for the utilisation (mfu). null: what is known of
+    the GPU in bf16; of CPUs, unknown GPUs and fp32 nothing is."""
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -275,6 +284,8 @@ class Config:
     """Resumable checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Generation on held-out questions."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """The numbers of a run."""
 
 
 # Fields that do not change what the run computes: they may differ on resume.
@@ -296,6 +307,7 @@ FREE_FIELDS = (
     "checkpoint",
     "evaluation",
     "data.validation",
+    "metrics",
 )
 
 

@@ -10,7 +10,7 @@ from casa_train.assemble import build_fits, build_planner, open_splits
 from casa_train.config import Config, StreamDatasetConfig
 from casa_train.data.lanes import StreamSettings, StreamSource
 from casa_train.data.loader import PackLoader
-from casa_train.data.materialize import Materializer
+from casa_train.data.materialize import CountWork, Materializer
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.row_groups import Retries
 from casa_train.data.schemas import MODALITIES
@@ -87,14 +87,16 @@ def open_data(
     streams: Mapping[str, StreamSource],
     world: int,
     gather: Callable[[Any], Sequence[Any]],
+    count_work: CountWork | None = None,
 ) -> Data:
     """The data that the configuration names.
 
     :param streams: from `list_streams`; :param gather: the value of every rank, in rank order.
+    :param count_work: counts the floating-point work of a pack.
     :raises UserError: sources, budgets or a number of ranks that do not fit.
     """
     if streams:
-        return _streamed(config, processor, streams, world, gather)
+        return _streamed(config, processor, streams, world, gather, count_work)
     data = config.data
     splits = open_splits(data.sources, processor)
     fits = build_fits(config, splits, processor)
@@ -116,7 +118,7 @@ def open_data(
     def loader(rank: int) -> PackLoader:
         return PackLoader(
             planner,
-            Materializer(splits, processor, data.text_tokens, data.image_tokens, fits),
+            Materializer(splits, processor, data.text_tokens, data.image_tokens, fits, count_work),
             data.packs_per_step,
             rank,
             world,
@@ -133,6 +135,7 @@ def _streamed(
     streams: Mapping[str, StreamSource],
     world: int,
     gather: Callable[[Any], Sequence[Any]],
+    count_work: CountWork | None,
 ) -> Data:
     data, stream = config.data, config.data.stream
     if data.ratings:
@@ -164,6 +167,7 @@ def _streamed(
             retries=_retries(config),
             memory=stream.memory_mib * MIB,
             gather=gather,
+            count_work=count_work,
         )
 
     fingerprints = {name: source.fingerprint for name, source in streams.items()}

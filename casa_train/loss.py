@@ -30,3 +30,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
         dist.all_reduce(tensor)
     summed: list[float] = tensor.tolist()
     return summed
+
+
+def rows_of_ranks(values: list[float], device: torch.device) -> list[list[float]]:
+    """The values of every rank in float64, in rank order; all give equally many."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    if not dist.is_initialized():
+        return [own.tolist()]
+    everyone = own.new_empty(dist.get_world_size() * len(own))
+    dist.all_gather_into_tensor(everyone, own)
+    rows: list[list[float]] = everyone.view(-1, len(own)).tolist()
+    return rows

@@ -19,7 +19,9 @@ from casa_train.config import Config
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.metrics.flops import TextSizes, VisionSizes
+from casa_train.metrics.work import WorkCounter
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.warm_start import backbone_config, tower_config
 
 # Qwen2.5-VL-3B's as published copies of its config.json have them. Helium1-2B's config.json was not
@@ -57,6 +59,15 @@ def vision_sizes(config: Any, trained: int) -> VisionSizes:
         out=config.out_hidden_size,
         full_blocks=tuple(config.fullatt_block_indexes),
         trained=trained,
+    )
+
+
+def work_counter(config: Config, model: CasaForConditionalGeneration) -> WorkCounter:
+    """Counts the work of the model as this configuration trains it."""
+    return WorkCounter(
+        text_sizes(model.config.text_config, config.model.backbone.trainable),
+        vision_sizes(model.config.vision_config, config.model.vision.train_last_blocks),
+        {**model.mechanism.fusion, "mechanism": config.fusion["mechanism"]},
     )
 
 

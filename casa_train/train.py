@@ -34,7 +34,10 @@ from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
 from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
+from casa_train.metrics.meter import Meter
+from casa_train.metrics.peak import peak_tflops
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink, keep_steps
+from casa_train.metrics.starts import STARTS_FILE, StartLog
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.optim import (
@@ -54,6 +57,7 @@ from casa_train.run_directory import (
     prepare_run_directory,
     request_requeue,
 )
+from casa_train.sizes import work_counter
 from casa_train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -76,7 +80,10 @@ def train(config: Config, stop: StopRequest) -> int:
     # One rank asks the hub, which may take minutes, and tells the others.
     listed = [agree(lambda: list_streams(config, say) if rank == 0 else {})]
     dist.broadcast_object_list(listed, src=0)
-    data = agree(lambda: open_data(config, checked.processor, listed[0], world, _gather))
+    count_work = work_counter(config, model)
+    data = agree(
+        lambda: open_data(config, checked.processor, listed[0], world, _gather, count_work)
+    )
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
@@ -133,6 +140,13 @@ def train(config: Config, stop: StopRequest) -> int:
         say(f"resuming from {found.path} at step {found.step}")
     if progress.step >= config.trainer.steps:
         say(f"nothing to do: {run_dir} holds step {progress.step} of {config.trainer.steps}")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    peak = peak_tflops(gpu, config.parallel.precision, config.metrics.peak_tflops)
+    this_start = StartLog(
+        run_dir / STARTS_FILE if rank == 0 else None,
+        progress,
+        {"ranks": world, "device": gpu or "CPU", "peak_tflops": peak},
+    )
     sinks: list[Sink] = []
     try:
         if rank == 0:
@@ -149,9 +163,9 @@ def train(config: Config, stop: StopRequest) -> int:
         watchdog = Watchdog(
             60 * config.trainer.watchdog_minutes,
             run_dir / f"stacks_{rank}.txt",
-            ask=lambda: request_requeue(run_dir, max(checkpoints.steps(), default=0), "watchdog"),
+            ask=lambda: _hung(run_dir, checkpoints, this_start),
         )
-        with watchdog, dead_workers_named(rank):
+        with watchdog, this_start, dead_workers_named(rank):
             reason = Trainer(
                 engine=engine,
                 loader=loader,
@@ -171,7 +185,9 @@ def train(config: Config, stop: StopRequest) -> int:
                 beat=watchdog.beat,
                 max_skipped=config.trainer.max_skipped_steps,
                 source_every=config.trainer.log_every,
+                meter=Meter(device, peak, this_start.number),
             ).run()
+            this_start.reason = reason
     finally:
         for sink in sinks:
             sink.close()
@@ -262,6 +278,12 @@ def check_resume(found: Found, fingerprints: Mapping[str, str], world: int, conf
             f"{world}. "
             "Start with the same number of ranks."
         )
+
+
+def _hung(run_dir: Path, checkpoints: CheckpointManager, start: StartLog) -> None:
+    """The watchdog's last words."""
+    request_requeue(run_dir, max(checkpoints.steps(), default=0), "watchdog")
+    start.leave("watchdog")
 
 
 def _factor(config: Config, step: int) -> float:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,23 +13,10 @@ from torch import Tensor
 
 from casa_train.audit import Audit
 from casa_train.errors import UserError
-from casa_train.loss import answer_losses, sum_over_ranks
+from casa_train.loss import answer_losses, rows_of_ranks, sum_over_ranks
+from casa_train.metrics.counts import Batch, StepCounts, count_step
+from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks import Record, Sink
-
-
-class Batch(Protocol):
-    """A micro-step's data; see `data.materialize.PackedBatch`."""
-
-    inputs: Any
-    targets: Tensor
-    answer_sources: list[tuple[str, int]]
-    sample_ids: list[str]
-    text_tokens: int
-    image_tokens: int
-    fills: tuple[float, float]
-    pairs: int
-    failures: list[Any]
-    left_out: int
 
 
 class Loader(Protocol):
@@ -121,6 +105,7 @@ class Trainer:
     :param stop_flags: asked once a step: was this process asked to stop, is its time nearly up?
     :param beat: called whenever something went forward; a watchdog listens.
     :param max_skipped: so many steps without finite numbers in a row end the run.
+    :param meter: measures time, memory and work of this rank.
     :param source_every: steps between two records of the loss of every source.
     """
 
@@ -142,6 +127,7 @@ class Trainer:
     beat: Callable[[], None] = lambda: None
     max_skipped: int = 5
     source_every: int = 10
+    meter: Meter = field(default_factory=Meter)
     _skipped_in_a_row: int = 0
     _by_source: SourceLosses = field(default_factory=lambda: SourceLosses())
 
@@ -190,19 +176,20 @@ class Trainer:
 
     def train_step(self, step: int) -> Record:
         """One optimiser step over all ranks and micro-steps; returns its record."""
-        began = time.perf_counter()
+        self.meter.begin()
         batches = self.loader.next_step()
-        data_seconds = time.perf_counter() - began
+        self.meter.data_arrived()
         counts = self._count(batches)
         rates = self.set_rates(step)
-        answers = max(1.0, counts["answer_tokens"])
+        answers = max(1.0, counts.totals["answer_tokens"])
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
         audit = self.audit
-        if audit is not None and not audit.due(step, rates, counts["pairs"]):
+        if audit is not None and not audit.due(step, rates, counts.totals["pairs"]):
             audit = None
         for i, batch in enumerate(batches):
             inputs = _to_device(batch.inputs, self.device)
-            logits = self.engine.forward(packed=inputs).logits
+            with self.meter.forward():
+                logits = self.engine.forward(packed=inputs).logits
             each = answer_losses(logits, batch.targets.to(self.device))
             loss = each.sum()
             losses += loss.detach()
@@ -213,33 +200,23 @@ class Trainer:
             self.engine.step()
         if audit is not None:
             self._say(audit.after_update(step))
-        (loss_sum,) = sum_over_ranks([float(losses)], self.device)
+        rows = rows_of_ranks([float(losses), *self.meter.measured()], self.device)
+        loss_sum = sum(row[0] for row in rows)
         gradient_norm = self.engine.gradient_norm()
         finite = math.isfinite(loss_sum) and math.isfinite(gradient_norm)
         applied = self.engine.step_applied()
         self._watch_anomalies(step, finite and applied, batches, loss_sum / answers, gradient_norm)
         self.progress.step = step
-        seconds = time.perf_counter() - began
-        micro_steps = self.world * len(batches)
         return {
             "step": step,
             "loss": loss_sum / answers if finite else None,
             "gradient_norm": gradient_norm if finite else None,
             "skipped": not applied,
             "rates": rates,
-            "answer_tokens": int(counts["answer_tokens"]),
-            "text_tokens": int(counts["text_tokens"]),
-            "image_tokens": int(counts["image_tokens"]),
-            "samples": int(counts["samples"]),
-            "samples_digest": self._digest(batches),
+            **counts.record(),
             "bad_samples": self.progress.bad_samples,
             "left_out": self.progress.left_out,
-            "fill_text": counts["fill_text"] / micro_steps,
-            "fill_image": counts["fill_image"] / micro_steps,
-            "seconds": seconds,
-            "data_seconds": data_seconds,
-            "text_tokens_per_second": counts["text_tokens"] / seconds,
-            "image_tokens_per_second": counts["image_tokens"] / seconds,
+            **self.meter.record([row[1:] for row in rows], counts.operations, counts.totals),
             **self._sources(step),
         }
 
@@ -276,20 +253,10 @@ class Trainer:
                 f"{ids[:12]}"
             )
 
-    def _count(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def _count(self, batches: Sequence[Batch]) -> StepCounts:
         """Counts of the step over all ranks; also checks the share of bad samples."""
-        local = {
-            "answer_tokens": float(sum(len(b.targets) for b in batches)),
-            "text_tokens": float(sum(b.text_tokens for b in batches)),
-            "image_tokens": float(sum(b.image_tokens for b in batches)),
-            "samples": float(sum(len(b.sample_ids) for b in batches)),
-            "bad_samples": float(sum(len(b.failures) for b in batches)),
-            "left_out": float(sum(b.left_out for b in batches)),
-            "pairs": float(sum(b.pairs for b in batches)),
-            "fill_text": sum(b.fills[0] for b in batches),
-            "fill_image": sum(b.fills[1] for b in batches),
-        }
-        total = dict(zip(local, sum_over_ranks(list(local.values()), self.device), strict=True))
+        counts = count_step(batches, self.device)
+        total = counts.totals
         progress = self.progress
         for name in vars(progress).keys() & total.keys():
             setattr(progress, name, getattr(progress, name) + int(total[name]))
@@ -303,13 +270,7 @@ class Trainer:
                 + f"; expected at most a share of data.max_bad_share = {self.max_bad_share}. See "
                 "the quarantine files in the run directory, mend the data, or raise the limit."
             )
-        return total
-
-    def _digest(self, batches: Sequence[Batch]) -> str:
-        """Identifies the samples of the step, in global order."""
-        ids = self.gather([batch.sample_ids for batch in batches])
-        in_order = [ids[r][m] for m in range(len(batches)) for r in range(self.world)]
-        return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()[:16]
+        return counts
 
     def _say(self, line: str) -> None:
         for sink in self.sinks:

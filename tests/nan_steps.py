@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +26,19 @@ from tests.tiny import HARD_PACK, fill, packed_inputs, tiny_model
 
 
 class Packs:
-    """The same pack in every step, a sample name of its own for each rank."""
+    """The same pack in every step, a sample name of its own for each rank.
+
+    Rank 1 waits for that of step 5.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self.step = 0
 
     def next_step(self) -> list[Any]:
+        self.step += 1
+        if self.rank == 1 and self.step == 5:
+            time.sleep(0.1)
         inputs = packed_inputs(fill(HARD_PACK, seed=self.rank))
         inputs.logits_index = torch.arange(4)
         return [
@@ -45,6 +53,7 @@ class Packs:
                 pairs=1,
                 failures=[],
                 left_out=0,
+                operations=1 + self.rank,
             )
         ]
 

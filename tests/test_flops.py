@@ -17,6 +17,7 @@ from casa_train.metrics.memory import activation_bytes
 from casa_train.modeling.attention import Segments
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.windows import Chunk
 from casa_train.sizes import text_sizes, vision_sizes
 from tests.tiny import (
     HIDDEN,
@@ -75,15 +76,14 @@ def frozen_model(config: CasaConfig, trainable: bool, trained: int) -> CasaForCo
     return model
 
 
-def dense_pairs(model: CasaForConditionalGeneration, pack: list[Layout]) -> Pairs:
+def dense_pairs(model: CasaForConditionalGeneration, pack: list[Chunk]) -> Pairs:
     """The pairs that torch's plain attention works through: masked and padded ones too."""
 
     def dense(segments: Segments | None) -> int:
         groups = [] if segments is None else segments.groups[0]
         return sum(math.prod(group.query.shape) * group.key.shape[1] for group in groups)
 
-    chunks = model.mechanism.compress([layout.chunk() for layout in pack])
-    plan = model.mechanism.plan(chunks, None, None, torch.device("cpu"))
+    plan = model.mechanism.plan(model.mechanism.compress(pack), None, None, torch.device("cpu"))
     return Pairs(dense(plan.self_attention), dense(plan.cross), dense(plan.image_cross))
 
 
@@ -106,7 +106,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
         model.mechanism.fusion | {"mechanism": fusion["mechanism"]},
         shapes(PACK),
         answers=sum(layout.text for layout in PACK),
-        pairs=dense_pairs(model, PACK),
+        pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
     )
     inputs = packed_inputs(fill(PACK))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:

@@ -16,10 +16,14 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
+from casa_train.metrics.flops import SampleShape
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk, has_pair
+
+CountWork = Callable[[Sequence[SampleShape], int], int]
+"""Samples of a pack and its rows with logits -> floating-point operations."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class PackedBatch:
     :param pairs: samples with images and answers; where there are none, no gradient reaches vision.
     :param left_out: samples that exceed the budgets; a stream meets them on its way, a plan knows
         them at the start.
+    :param operations: floating-point operations of its forward and backward pass; 0: not counted.
     """
 
     index: int
@@ -75,6 +80,7 @@ class PackedBatch:
     pairs: int
     failures: list[Failure] = field(default_factory=list)
     left_out: int = 0
+    operations: int = 0
 
 
 @dataclass
@@ -91,6 +97,11 @@ class EncodedSample:
         """Its lengths, as the model wants to know them."""
         tokens = tuple(self.image_tokens)
         return Chunk(len(self.ids), tuple(self.points), tokens, follows=self.follows)
+
+    def shape(self) -> SampleShape:
+        """Its lengths, as counting its work wants to know them."""
+        grids = tuple((image.shape[1] // 28, image.shape[2] // 28) for image in self.images)
+        return SampleShape(len(self.ids), tuple(self.points), grids, self.follows)
 
     @property
     def image_tokens(self) -> list[int]:
@@ -146,17 +157,19 @@ def build_batch(
     processor: CasaProcessor,
     text_budget: int,
     image_budget: int,
+    count_work: CountWork | None = None,
 ) -> PackedBatch:
     """Reads and encodes the samples of one pack; a bad sample leaves a hole.
 
     :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param count_work: counts the pack's work here, where it delays nobody.
     :raises UserError: the data is gone.
     :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
     """
     with warnings.catch_warnings():
         # Of odd files, which `python -W error` would turn into failures.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _build(index, entries, processor, text_budget, image_budget)
+        return _build(index, entries, processor, text_budget, image_budget, count_work)
 
 
 def _build(
@@ -165,6 +178,7 @@ def _build(
     processor: CasaProcessor,
     text_budget: int,
     image_budget: int,
+    count_work: CountWork | None,
 ) -> PackedBatch:
     samples: list[EncodedSample] = []
     names: list[tuple[str, str]] = []
@@ -231,6 +245,7 @@ def _build(
         fills=(text_tokens / text_budget, image_tokens / image_budget),
         pairs=pairs,
         failures=failures,
+        operations=0 if count_work is None else count_work([s.shape() for s in samples], len(rows)),
     )
 
 
@@ -239,6 +254,7 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
 
     :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
     :param fits: by source, what of its samples is trained; the same as for the plan.
+    :param count_work: counts the floating-point work of a pack.
     """
 
     def __init__(
@@ -248,16 +264,19 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         text_budget: int,
         image_budget: int,
         fits: Mapping[str, Fit] | None = None,
+        count_work: CountWork | None = None,
     ) -> None:
         self.splits = splits
         self.processor = processor
         self.text_budget = text_budget
         self.image_budget = image_budget
         self.fits = dict(fits or {})
+        self.count_work = count_work
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
         entries = (self._entry(*item) for item in pack.items)
-        return build_batch(pack.index, entries, self.processor, self.text_budget, self.image_budget)
+        budgets = self.text_budget, self.image_budget
+        return build_batch(pack.index, entries, self.processor, *budgets, self.count_work)
 
     def _entry(self, name: str, row: int, text: int, images: int) -> Entry:
         split, fit = self.splits[name], self.fits.get(name)

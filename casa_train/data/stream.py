@@ -24,7 +24,7 @@ from casa_train.data.lanes import (
     unit_mixture,
 )
 from casa_train.data.loader import dead_workers_named
-from casa_train.data.materialize import PackedBatch, build_batch
+from casa_train.data.materialize import CountWork, PackedBatch, build_batch
 from casa_train.data.row_groups import Retries, list_files
 from casa_train.errors import RankError, UserError
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -121,11 +121,13 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
         memory: int,
         lanes: Mapping[int, State | None],
         first: Mapping[int, int],
+        count_work: CountWork | None,
     ) -> None:
         self.sources, self.settings = sources, settings
         self.processor = processor
         self.retries, self.memory = retries, memory
         self.lanes, self.first = lanes, first
+        self.count_work = count_work
 
     def __iter__(self) -> Iterator[Streamed | UserError]:
         # Raised in a worker process, the message would come with the worker's traceback in it.
@@ -154,6 +156,7 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
                 self.processor,
                 settings.text_budget,
                 settings.image_budget,
+                self.count_work,
             )
             batch.failures = [*pack.failures, *batch.failures]
             batch.left_out = pack.left_out
@@ -176,6 +179,7 @@ class StreamLoader:
     :param workers: processes that read and materialise; 0 does it in the training process.
     :param memory: bytes that one worker may keep, see `Rows`.
     :param gather: the value of every rank, in rank order; `state_dict` calls it.
+    :param count_work: counts the floating-point work of a pack.
     :raises UserError: ranks that do not divide the lanes.
     """
 
@@ -192,13 +196,14 @@ class StreamLoader:
         retries: Retries | None = None,
         memory: int = 1 << 31,
         gather: Callable[[Any], Sequence[Any]] = _alone,
+        count_work: CountWork | None = None,
     ) -> None:
         check_lanes(settings.lanes, world)
         self.sources, self.settings, self.processor = sources, settings, processor
         self.packs_per_step = packs_per_step
         self.rank, self.world = rank, world
         self.retries, self.memory = retries or Retries(1, 0), memory
-        self.gather = gather
+        self.gather, self.count_work = gather, count_work
         self.prefetch = prefetch
         self._own = range(rank, settings.lanes, world)
         self.workers = min(workers, len(self._own))
@@ -266,6 +271,7 @@ class StreamLoader:
                 self.memory,
                 {number: self.lane_states[number] for number in mine},
                 {number: first[number] for number in mine},
+                self.count_work,
             )
             if not self.workers:
                 iterators.append(iter(dataset))

@@ -11,7 +11,7 @@ way as those of an imagined one.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -251,10 +251,14 @@ def _tower(paper: _Paper, sizes: VisionSizes, grids: Sequence[Grid]) -> bool:
     """uint8 images -> image tokens."""
     tokens = sum(rows * columns for rows, columns in grids)
     patches = tokens * sizes.cell
-    full = sum((rows * columns * sizes.cell) ** 2 for rows, columns in grids)
+    sizes_of_images = Counter(grids)  # packs hold hundreds of images of a few sizes
+    full = sum(
+        count * (rows * columns * sizes.cell) ** 2
+        for (rows, columns), count in sizes_of_images.items()
+    )
     windowed = sum(
-        (height * width * sizes.cell) ** 2
-        for rows, columns in grids
+        count * (height * width * sizes.cell) ** 2
+        for (rows, columns), count in sizes_of_images.items()
         for height in _cut(rows, sizes.window)
         for width in _cut(columns, sizes.window)
     )

@@ -1,0 +1,107 @@
+"""Times, memory and work of a step: measured on each rank, put together for the record."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from casa_train.metrics.sinks import Record
+
+Timer = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+class Meter:
+    """Measures the steps of one rank.
+
+    :param peak_tflops: of one device; None: unknown, then there is no utilisation.
+    :param start: which start of the run this is, from 1.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        peak_tflops: float | None = None,
+        start: int = 1,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.peak_tflops, self.start = peak_tflops, start
+        self._began = self._data_seconds = self._forward_seconds = 0.0
+        self._timers: list[Timer] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began, self._forward_seconds, self._timers = time.perf_counter(), 0.0, []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def data_arrived(self) -> None:
+        self._data_seconds = time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Times a forward pass; on a GPU without waiting for it."""
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._forward_seconds += time.perf_counter() - began
+            return
+        timer = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        timer[0].record()
+        yield
+        timer[1].record()
+        self._timers.append(timer)
+
+    def measured(self) -> list[float]:
+        """What this rank measured, for `record`; call once the device has finished the step."""
+        forward = self._forward_seconds
+        forward += sum(begin.elapsed_time(end) for begin, end in self._timers) / 1000
+        return [self._data_seconds, self._data_seconds + forward, *memory_bytes(self.device)]
+
+    def record(
+        self,
+        measured: Sequence[Sequence[float]],
+        operations: Sequence[float],
+        counts: Mapping[str, float],
+    ) -> Record:
+        """The fields that this file is about; the step ends here.
+
+        :param measured: of every rank; :param operations: of every rank in this step.
+        :param counts: tokens over all ranks.
+        """
+        seconds = time.perf_counter() - self._began
+        waits, own, memory, peak = zip(*measured, strict=True)
+        total, most = sum(operations), max(operations)
+        tflops = total / len(operations) / seconds / 1e12
+        return {
+            "start": self.start,
+            "time": round(time.time(), 3),
+            "seconds": seconds,
+            "data_seconds": max(waits),
+            "rank_seconds_min": min(own),
+            "rank_seconds_max": max(own),
+            "slowest_rank": own.index(max(own)),
+            "text_tokens_per_second": counts["text_tokens"] / seconds,
+            "image_tokens_per_second": counts["image_tokens"] / seconds,
+            "operations": int(total),
+            "tflops": tflops,
+            "mfu": None if self.peak_tflops is None else tflops / self.peak_tflops,
+            "balance": total / len(operations) / most if most else None,
+            "memory_bytes": int(max(memory)),
+            "memory_peak_bytes": int(max(peak)),
+        }
+
+
+def memory_bytes(device: torch.device) -> tuple[float, float]:
+    """Now, and at the peak: torch's on a GPU (of this step), the process's on a CPU."""
+    if device.type == "cuda":
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return float(now), float(peak)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/statm")  # of Linux alone
+    now = int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak
+    return float(now), float(max(now, peak))

@@ -24,15 +24,17 @@ from casa_train.bench._benchmark import (
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
 from casa_train.compose import compose_config
 from casa_train.data.materialize import PackedBatch
-from casa_train.dry_run import H100_FLOPS, full_pack
+from casa_train.dry_run import full_pack
 from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.metrics.flops import SampleShape, count_operations
+from casa_train.metrics.flops import SampleShape
+from casa_train.metrics.meter import Meter
+from casa_train.metrics.peak import peak_tflops
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.windows import Chunk
 from casa_train.optim import build_groups, build_optimizer, set_rates
-from casa_train.sizes import size_model, text_sizes, vision_sizes
+from casa_train.sizes import size_model, work_counter
 from casa_train.trainer import Trainer
 from casa_train.warm_start import Stored
 
@@ -68,7 +70,9 @@ class FullPacks:
         return {}
 
 
-def batch_of(shapes: Sequence[SampleShape], vocabulary: int, seed: int) -> PackedBatch:
+def batch_of(
+    shapes: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
+) -> PackedBatch:
     """A micro-step of random text and pictures with these lengths; every token is an answer."""
     generator = torch.Generator().manual_seed(seed)
     texts = sum(shape.text for shape in shapes)
@@ -93,6 +97,7 @@ def batch_of(shapes: Sequence[SampleShape], vocabulary: int, seed: int) -> Packe
         image_tokens=sum(shape.image_tokens for shape in shapes),
         fills=(1.0, 1.0),
         pairs=len(shapes),
+        operations=operations,
     )
 
 
@@ -116,16 +121,7 @@ class Arm:
         packs, ranks = self.config.data.packs_per_step, self.config.world_size or world
         self.micro_steps = max(1, packs // ranks)
         model = meta_model(self.config, self.model_config)
-        text: Any = self.model_config.text_config
-        vision: Any = self.model_config.vision_config
-        work = count_operations(
-            text_sizes(text, self.config.model.backbone.trainable),
-            vision_sizes(vision, self.config.model.vision.train_last_blocks),
-            {**model.mechanism.fusion, "mechanism": self.config.fusion["mechanism"]},
-            self.pack,
-            self.config.data.text_tokens,
-        )
-        self.operations = sum(part.total for part in work.values())
+        self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.records: list[dict[str, Any]] = []
         self.peak = 0
@@ -179,7 +175,8 @@ class Arm:
         )
         engine.train()
         text: Any = self.model_config.text_config
-        batch = batch_of(self.pack, text.vocab_size, seed)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        batch = batch_of(self.pack, text.vocab_size, self.operations, seed)
         return Trainer(
             engine=engine,
             loader=FullPacks(batch, self.micro_steps),
@@ -191,32 +188,37 @@ class Arm:
             set_rates=lambda step: set_rates(engine.param_groups, 1.0),
             save=lambda *checkpoint: None,
             quarantine=lambda failures: None,
-            gather=gather,
+            gather=lambda value: [value] * world,  # what differs between ranks is not looked at
             sinks=[],
             source_every=last,
+            meter=Meter(device, peak_tflops(gpu, parallel.precision, None)),
         )
 
-    def result(self, world: int) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """What was measured: over all ranks, but memory and TFLOP/s of one."""
-        seconds = statistics.median(record["seconds"] for record in self.records)
-        text, images = (self.records[0][f"{kind}_tokens"] for kind in ("text", "image"))
-        rate = self.operations * self.micro_steps / seconds
+
+        def median(field: str) -> float | None:
+            values = [record[field] for record in self.records]
+            return None if None in values else statistics.median(values)
+
+        seconds = [record["seconds"] for record in self.records]
+        last = self.records[-1]
         return {
             "experiment": self.name,
             "parameters": self.parameters,
             "micro_steps": self.micro_steps,
-            "text_tokens": text,
-            "image_tokens": images,
-            "seconds": seconds,
-            "fastest_seconds": min(record["seconds"] for record in self.records),
-            "slowest_seconds": max(record["seconds"] for record in self.records),
-            "text_tokens_per_second": text / seconds,
-            "image_tokens_per_second": images / seconds,
-            "flop_per_pack": self.operations,
-            "tflops": rate / 1e12,
-            "mfu": rate / H100_FLOPS if torch.cuda.is_available() else None,
+            "text_tokens": last["text_tokens"],
+            "image_tokens": last["image_tokens"],
+            "seconds": statistics.median(seconds),
+            "fastest_seconds": min(seconds),
+            "slowest_seconds": max(seconds),
+            "text_tokens_per_second": median("text_tokens_per_second"),
+            "image_tokens_per_second": median("image_tokens_per_second"),
+            "operations_per_pack": self.operations,
+            "tflops": median("tflops"),
+            "mfu": median("mfu"),
             "peak_bytes": self.peak,
-            "loss": self.records[-1]["loss"],
+            "loss": last["loss"],
         }
 
 
@@ -229,13 +231,6 @@ def _peak(trainer: Trainer, device: torch.device) -> int:
     held = tensor_bytes(alive)
     del alive
     return held + peak_bytes(lambda: trainer.train_step(trainer.progress.step + 1), device)
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -263,7 +258,7 @@ def run(arguments: argparse.Namespace) -> Report:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    results = [arm.result(world) for arm in arms]
+    results = [arm.result() for arm in arms]
     facts = machine(device, DTYPES[arms[0].config.parallel.precision])
     data = {"machine": facts, "ranks": world, "results": results}
     dist.barrier()
@@ -279,7 +274,7 @@ def _table(
         ("seconds a step", "seconds", 1, "{:.3f}"),
         ("text tokens/s", "text_tokens_per_second", 1, "{:,.0f}"),
         ("image tokens/s", "image_tokens_per_second", 1, "{:,.0f}"),
-        ("TFLOP of a pack", "flop_per_pack", 1e12, "{:,.3f}"),
+        ("TFLOP of a pack", "operations_per_pack", 1e12, "{:,.3f}"),
         ("TFLOP/s of a rank", "tflops", 1, "{:,.2f}"),
         ("MFU, %", "mfu", 0.01, "{:.1f}"),
         ("peak memory of a rank, GiB", "peak_bytes", GIB, "{:.2f}"),

@@ -216,6 +216,17 @@ def test_memory_of_a_process_grows_with_it() -> None:
     assert now - before > 0.9 * held.nbytes and peak >= now
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_peak_of_a_step_forgets_what_was_before() -> None:
+    """A sweep runs its jobs in one process."""
+    held = torch.ones(256 << 20, dtype=torch.uint8)
+    del held
+    before, past = memory_bytes(torch.device("cpu"))
+    Meter().begin()
+    _, peak = memory_bytes(torch.device("cpu"))
+    assert past - before > 200 << 20 and peak - before < 50 << 20
+
+
 def test_a_start_says_where_it_came_from_and_why_it_left(tmp_path: Path) -> None:
     path, progress = tmp_path / "starts.jsonl", Progress()
     assert read_starts(path) == []

@@ -43,7 +43,8 @@ FIELDS: dict[str, str] = {
     "where the peak is not known",
     "memory_bytes": "at the end of the step, most of any rank: allocated by torch on a GPU, "
     "resident set size on a CPU",
-    "memory_peak_bytes": "most of any rank: peak of the step on a GPU, of the process on a CPU",
+    "memory_peak_bytes": "peak of the step, most of any rank: of torch on a GPU, of the process "
+    "on a CPU",
 }
 """What every field means, by name."""
 

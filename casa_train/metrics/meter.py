@@ -36,8 +36,7 @@ class Meter:
     def begin(self) -> None:
         """A step begins."""
         self._began, self._forward_seconds, self._timers = time.perf_counter(), 0.0, []
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
 
     def data_arrived(self) -> None:
         self._data_seconds = time.perf_counter() - self._began
@@ -96,12 +95,27 @@ class Meter:
         }
 
 
+def reset_peak(device: torch.device) -> None:
+    """The peak that `memory_bytes` tells begins anew; on a CPU where the system is Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Else the peak of a sweep's first job would be that of all jobs in its process.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory_bytes(device: torch.device) -> tuple[float, float]:
-    """Now, and at the peak: torch's on a GPU (of this step), the process's on a CPU."""
+    """Now, and at the peak since `reset_peak`: torch's tensors on a GPU, the process on a CPU."""
     if device.type == "cuda":
         now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         return float(now), float(peak)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/statm")  # of Linux alone
-    now = int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak
-    return float(now), float(max(now, peak))
+    status = Path("/proc/self/status")
+    if not status.exists():  # no Linux
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return float(peak), float(peak)
+    pairs = (line.partition(":") for line in status.read_text().splitlines())
+    sizes = {
+        name: 1024.0 * int(rest.split()[0]) for name, _, rest in pairs if name.startswith("Vm")
+    }
+    return sizes["VmRSS"], max(sizes["VmRSS"], sizes["VmHWM"])

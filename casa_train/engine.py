@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from casa_train.errors import UserError
+from casa_train.tensor_file import save_tensors
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import (  # noqa: E402
     get_fp32_state_dict_from_zero_checkpoint,
@@ -112,6 +115,36 @@ def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
     return settings
 
 
+class FileWriter(TorchCheckpointEngine):  # type: ignore[misc]
+    """Writes DeepSpeed's files; keeps an error of this rank's disk for later.
+
+    Raised where it comes up, it would leave the other ranks at the barriers of `save_checkpoint`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._error: OSError | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._attempt(lambda: save_tensors(state_dict, Path(path)))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
+
+    def raise_kept(self) -> None:
+        """:raises OSError: the first error since the last call."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                work()
+            except OSError as error:
+                self._error = error
+
+
 class Engine:
     """A model under DeepSpeed ZeRO 1, 2 or 3.
 
@@ -140,6 +173,10 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self._writer = FileWriter()
+        self._engine.checkpoint_engine = self._writer
+        # Scripts for turning a checkpoint into weights, which export does.
+        self._engine._copy_recovery_script = lambda save_path: None
 
     @property
     def module(self) -> nn.Module:
@@ -193,8 +230,12 @@ class Engine:
         return value
 
     def save(self, directory: Path) -> None:
-        """Every rank writes its part of model and optimiser state into `directory`."""
+        """Every rank writes its part of model and optimiser state into `directory`; collective.
+
+        :raises OSError: this rank's part could not be written; the others are done by then.
+        """
         self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        self._writer.raise_kept()
 
     def load(self, directory: Path) -> None:
         """Loads what `save` wrote at the same world size."""

@@ -13,3 +13,7 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A UserError of one rank alone, which has to say it: the others know nothing of it."""
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written, which every rank knows; training itself can go on."""

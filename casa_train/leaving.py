@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -78,13 +79,14 @@ class Watchdog:
         self.stacks = stacks
         self.ask = ask
         self._beat = time.monotonic()
+        self._doing = "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self.beat()
+            self.beat(self._doing)
             self._thread.start()
         return self
 
@@ -93,8 +95,12 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
 
-    def beat(self) -> None:
-        """The run is alive."""
+    def beat(self, doing: str = "training") -> None:
+        """The run is alive.
+
+        :param doing: what comes next, for the message.
+        """
+        self._doing = doing
         self._beat = time.monotonic()
 
     def _watch(self) -> None:
@@ -105,15 +111,20 @@ class Watchdog:
 
     def _leave(self, late: float) -> None:
         message = (
-            f"watchdog: no step for {late:.0f} s, more than trainer.watchdog_minutes allows; "
-            f"leaving with code {EXIT_REQUEUE}. Stacks of all threads: {self.stacks}\n"
+            f"watchdog: no step for {late:.0f} s ({self._doing}), more than "
+            f"trainer.watchdog_minutes allows; leaving with code {EXIT_REQUEUE}. Stacks of all "
+            f"threads: {self.stacks}\n"
         )
         try:
-            os.write(2, message.encode())
-            with self.stacks.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            with contextlib.suppress(OSError):
+                os.write(2, message.encode())
+            try:
+                with self.stacks.open("a") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+            except OSError:  # a full disk
+                faulthandler.dump_traceback(2, all_threads=True)
             self.ask()
         finally:
             os._exit(EXIT_REQUEUE)

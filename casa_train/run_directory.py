@@ -81,8 +81,18 @@ def unwritable(run_dir: Path, error: OSError) -> str:
 
 
 def request_requeue(run_dir: Path, step: int, reason: str) -> None:
-    """Tells the batch script that this run saved its state and wants to be started again."""
-    write_atomic(run_dir / REQUEUE_FILE, json.dumps({"step": step, "reason": reason}) + "\n")
+    """Tells the batch script that this run saved its state and wants to be started again.
+
+    :raises UserError: it cannot be told.
+    """
+    path = run_dir / REQUEUE_FILE
+    try:
+        write_atomic(path, json.dumps({"step": step, "reason": reason}) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error}, so no batch script will start this run again "
+            f"({reason}). Make room and give the same command; it goes on from step {step}."
+        ) from error
 
 
 def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> None:

@@ -92,12 +92,18 @@ def train(config: Config, stop: StopRequest) -> int:
         "config": fingerprint(config),
         "data": json.dumps(data.fingerprints, sort_keys=True),
     }
+    watchdog = Watchdog(
+        60 * config.trainer.watchdog_minutes,
+        run_dir / f"stacks_{rank}.txt",
+        ask=lambda: _hung(run_dir, checkpoints, this_start),
+    )
     checkpoints = CheckpointManager(
         run_dir / CHECKPOINTS,
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
         fingerprints,
         say,
+        phase=watchdog.beat,
     )
     found = checkpoints.latest()
     if found is not None:
@@ -160,11 +166,6 @@ def train(config: Config, stop: StopRequest) -> int:
             names = {name: group["name"] for group in groups for name in group["names"]}
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
-        watchdog = Watchdog(
-            60 * config.trainer.watchdog_minutes,
-            run_dir / f"stacks_{rank}.txt",
-            ask=lambda: _hung(run_dir, checkpoints, this_start),
-        )
         with watchdog, this_start, dead_workers_named(rank):
             reason = Trainer(
                 engine=engine,
@@ -191,11 +192,12 @@ def train(config: Config, stop: StopRequest) -> int:
     finally:
         for sink in sinks:
             sink.close()
-    if reason is not None and rank == 0:
-        request_requeue(run_dir, progress.step, reason)
+    if reason is not None:
+        saved = max(checkpoints.steps(), default=0)  # of an earlier step, if this save failed
+        agree(lambda: request_requeue(run_dir, saved, reason) if rank == 0 else None)
         say(
             f"left after step {progress.step} of {config.trainer.steps} ({reason}); the same "
-            f"command goes on. Exit code {EXIT_REQUEUE}"
+            f"command goes on from step {saved}. Exit code {EXIT_REQUEUE}"
         )
     dist.barrier()
     engine.close()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from casa_train.audit import Audit
-from casa_train.errors import UserError
+from casa_train.errors import SaveError, UserError
 from casa_train.loss import answer_losses, rows_of_ranks, sum_over_ranks
 from casa_train.metrics.counts import Batch, StepCounts, count_step
 from casa_train.metrics.meter import Meter
@@ -145,9 +145,7 @@ class Trainer:
             step = self.progress.step
             reason = self._stop_reason() if step < self.steps else None
             if step % self.save_every == 0 or step == self.steps or reason is not None:
-                state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
-                self.save(step, self.engine.save, state)
-                self._say(f"saved checkpoint of step {step}")
+                self._save(step, leaving=reason is not None)
                 self.beat()
             if reason is not None:
                 return reason
@@ -167,6 +165,22 @@ class Trainer:
                 "them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
             )
         return None
+
+    def _save(self, step: int, leaving: bool) -> None:
+        """A checkpoint; before the last step, a disk may refuse it.
+
+        :raises SaveError: the last step's could not be written.
+        """
+        state = {"progress": vars(self.progress), "data": self.loader.state_dict()}
+        try:
+            self.save(step, self.engine.save, state)
+        except SaveError as error:
+            if step == self.steps:
+                raise
+            hope = "" if leaving else " Training goes on; the next save tries again."
+            self._say(f"warning: {error}{hope}")
+        else:
+            self._say(f"saved checkpoint of step {step}")
 
     def _stop_reason(self) -> str | None:
         """A signal to any rank, or the time of any rank: all ranks leave after the same step."""
@@ -209,7 +223,7 @@ class Trainer:
         self.progress.step = step
         return {
             "step": step,
-            "loss": loss_sum / answers if finite else None,
+            "loss": loss_sum / answers if finite and counts.totals["answer_tokens"] else None,
             "gradient_norm": gradient_norm if finite else None,
             "skipped": not applied,
             "rates": rates,

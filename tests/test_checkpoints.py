@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from casa_train.checkpoint.manager import CheckpointManager, rng_state, set_rng_state
-from casa_train.errors import UserError
+from casa_train.errors import SaveError, UserError
 
 
 def manager(directory: Path, said: list[str] | None = None, **keep: int) -> CheckpointManager:
@@ -97,6 +97,39 @@ def test_a_kill_in_mid_save_leaves_the_older_one(tmp_path: Path) -> None:
 def test_pruning_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     save(tmp_path, 2, 4, 6, 8, 10, keep_last=2, keep_every=4)
     assert sorted(json.loads(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10]
+
+
+def test_what_a_kill_left_of_a_deletion_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step_5.deleted").mkdir(parents=True)
+    assert manager(tmp_path).latest() is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_one_goes_when_enough_newer_ones_exist(tmp_path: Path) -> None:
+    save(tmp_path, 5, 10)
+    (tmp_path / "step_10/state.json").write_text("{}")
+    manager(tmp_path).latest()
+    save(tmp_path, 11, 12, keep_last=2)
+    (tmp_path / "step_13.tmp").mkdir()  # of a save that failed on a read-only disk
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_11", "step_12", "step_13.tmp"]
+    save(tmp_path, 14, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_12", "step_14"]
+
+
+def test_phases_are_told_in_their_order(tmp_path: Path) -> None:
+    phases: list[str] = []
+    checkpoints = CheckpointManager(tmp_path, 1, 0, {}, print, phase=phases.append)
+    for step in (1, 2):
+        checkpoints.save(step, lambda path: None, {})
+    whole = ["writing", "hashing", "committing", "renaming", "pruning"]
+    first, second = ([f"saving step {step}: {name}" for name in whole] for step in (1, 2))
+    assert phases == [*first, *second, "saving step 2: deleting step_1"]
+
+
+def test_a_directory_that_is_a_file_ends_the_save_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(SaveError, match="step 5 could not be saved .* no older one"):
+        save(tmp_path / "checkpoints", 5)
 
 
 def test_a_second_job_on_the_run_is_stopped(tmp_path: Path) -> None:

@@ -54,10 +54,11 @@ TEXT_ONLY = [Layout(6), Layout(1, (0,), ((1, 1),))]
 
 
 def packs() -> list[list[list[Sample]]]:
-    """Two micro-steps of two ranks; rank 1 first has text alone."""
+    """Three micro-steps of two ranks; rank 1 first has text alone, and at last nothing to learn."""
     return [
         [fill(HARD_PACK, 1), fill(TEXT_ONLY, 2)],
         [fill(HARD_PACK[:2], 3), fill(HARD_PACK[1:3], 4)],
+        [fill(HARD_PACK[:1], 5), fill(HARD_PACK[3:], 6)],
     ]
 
 
@@ -71,7 +72,7 @@ def pack_loss(forward: Any, samples: list[Sample]) -> tuple[Tensor, int]:
         rows += range(first, first + count - 1)
         targets.append(sample.ids[1:])
         first += count
-    inputs.logits_index = torch.tensor(rows)
+    inputs.logits_index = torch.tensor(rows, dtype=torch.long)
     losses = answer_losses(forward(packed=inputs).logits, torch.cat(targets))
     return losses.sum(), len(rows)
 
@@ -93,7 +94,7 @@ def engine_step(case: dict[str, Any], stage: int, rank: int, total: int) -> dict
     """The same through the project's engine, each rank with its own packs."""
     model = tiny_model(**case)
     groups = build_groups(model.named_parameters(), OPTIM.groups)
-    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", 2, CLIP)
+    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), CLIP)
     set_rates(engine.param_groups, 1.0)
     engine.train()
     for step in packs():

@@ -7,6 +7,8 @@ matches its manifest is taken; broken ones are renamed to `step_N.broken` and na
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
@@ -15,18 +17,26 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from casa_train.errors import UserError
+from casa_train.errors import SaveError, UserError
 from casa_train.files import sha256, sync_directory, sync_file, write_atomic
+from casa_train.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d+)$")
+DELETED = ".deleted"
+
+T = TypeVar("T")
+
+
+class _DiskError(Exception):
+    """A disk failed one rank; every rank has this."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class CheckpointManager:
     :param directory: holds `step_N/` directories; on a file system all ranks see.
     :param fingerprints: identify configuration and data; stored with every checkpoint.
     :param say: prints one line for the user (rank 0).
+    :param phase: told what a save is about to do, on every rank; a watchdog listens.
     """
 
     def __init__(
@@ -54,78 +65,81 @@ class CheckpointManager:
         keep_every: int,
         fingerprints: dict[str, str],
         say: Callable[[str], None],
+        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.directory = directory
         self.keep_last, self.keep_every = keep_last, keep_every
         self.fingerprints = fingerprints
         self.say = say
+        self.phase = phase
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
     def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
         """Commits one checkpoint; collective.
 
-        :param write: writes this rank's engine state into the given directory.
+        :param write: writes this rank's engine state into the given directory; an OSError of one
+            rank must come after the others have what they need of it, as `Engine.save` does.
         :param state: JSON-able state that is the same on every rank.
+        :raises SaveError: on every rank alike, if a disk failed any of them; nothing is left of it
+            and older checkpoints stay as they are.
         :raises UserError: the step was saved already, which only another job on it can have done.
         """
         temporary = self.directory / f"step_{step}.tmp"
         final = self.directory / f"step_{step}"
-        if final.exists():
+        if any(_gather(self.rank == 0 and final.exists())):
             raise UserError(
                 f"{final} exists already, so another job writes into this run; expected to be the "
                 "only one. Stop the other one."
             )
+        try:
+            self._together(lambda: self._make_anew(temporary))
+            self.phase(f"saving step {step}: writing")
+            self._together(lambda: self._write(temporary, write, {"step": step, **state}))
+            self.phase(f"saving step {step}: hashing")
+            shares = self._together(lambda: self._hash_share(temporary, sync=True))
+            self.phase(f"saving step {step}: committing")
+            self._together(lambda: self._commit(temporary, final, shares))
+        except _DiskError as error:
+            message = self._failed(step, error)
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise SaveError(message) from error
+        self.phase(f"saving step {step}: pruning")
         if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        _barrier()
-        write(temporary)
-        torch.save(rng_state(), temporary / f"rng_{self.rank}.pt")
-        if self.rank == 0:
-            (temporary / STATE).write_text(json.dumps({"step": step, **state}))
-        _barrier()
-        entries = _gather(self._hash_share(temporary, sync=True))
-        if self.rank == 0:
-            manifest = {
-                "step": step,
-                "world_size": self.world,
-                "fingerprints": self.fingerprints,
-                "files": dict(sorted(pair for share in entries for pair in share.items())),
-            }
-            write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            os.rename(temporary, final)
-            sync_directory(self.directory)
-        _barrier()
-        if self.rank == 0:
-            self._prune()
+            try:
+                # The older ones go only once the rename is on the disk.
+                sync_directory(self.directory)
+                self._prune()
+            except OSError as error:
+                self.say(f"older checkpoints could not be deleted: {error}")
         return final
 
     def latest(self) -> Found | None:
         """The newest valid checkpoint, None where none was ever saved; collective.
 
-        :raises UserError: checkpoints exist, but none is valid.
+        :raises UserError: checkpoints exist, but none is valid; or the directory takes no changes.
         """
-        if self.rank == 0:
-            for leftover in self.directory.glob("step_*.tmp"):
-                self.say(f"removing unfinished checkpoint {leftover.name}")
-                shutil.rmtree(leftover)
-        _barrier()
-        steps = self.steps()
-        broken: list[str] = []
-        for step in reversed(steps):
-            path = self.directory / f"step_{step}"
-            problems = [p for share in _gather(self._problems(path)) for p in share]
-            if not problems:
-                return _found(step, path)
-            broken.append(f"{path.name}: {problems[0]}")
-            if self.rank == 0:
-                self.say(f"checkpoint {path.name} is broken ({problems[0]}); trying an older one")
-                target = self.directory / f"{path.name}.broken"
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(path, target)
-            _barrier()
-        older = sorted(p.name for p in self.directory.glob("step_*.broken"))
+        try:
+            self._together(self._clear)
+            broken: list[str] = []
+            for step in reversed(_gather(self.steps())[0]):  # others may see an older listing
+                path = self.directory / f"step_{step}"
+                problems = [p for share in _gather(self._problems(path)) for p in share]
+                if not problems:
+                    return _found(step, path)
+                broken.append(f"{path.name}: {problems[0]}")
+                if self.rank == 0:
+                    self.say(
+                        f"checkpoint {path.name} is broken ({problems[0]}); trying an older one"
+                    )
+                self._together(functools.partial(self._put_aside, path))
+        except _DiskError as error:
+            raise UserError(
+                f"{self.directory} cannot be changed: {error}; expected a directory of this user's "
+                "on a disk that can be written. Mend that, or choose another run_dir=..."
+            ) from error
+        older = _gather(sorted(p.name for p in self.directory.glob("step_*.broken")))[0]
         if broken or older:
             raise UserError(
                 f"{self.directory} holds checkpoints, but none is valid "
@@ -178,21 +192,115 @@ class CheckpointManager:
             problems.append(f"{MANIFEST} is that of step {manifest.get('step')}, or lacks {STATE}")
         for name, entry in files[self.rank :: self.world]:
             file = path / name
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size != entry["bytes"]:
-                size = file.stat().st_size
-                problems.append(f"{name} has {size} bytes, expected {entry['bytes']}")
-            elif sha256(file) != entry["sha256"]:
-                problems.append(f"{name} does not match its sha256")
+            try:
+                if not file.is_file():
+                    problems.append(f"{name} is missing")
+                elif (size := file.stat().st_size) != entry["bytes"]:
+                    problems.append(f"{name} has {size} bytes, expected {entry['bytes']}")
+                elif sha256(file) != entry["sha256"]:
+                    problems.append(f"{name} does not match its sha256")
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error})")
         return problems
 
+    def _make_anew(self, directory: Path) -> None:
+        """An empty directory, whatever was there."""
+        if self.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+
+    def _put_aside(self, path: Path) -> None:
+        """Takes a broken checkpoint's name away, so that its step can be saved again."""
+        if self.rank == 0:
+            target = path.with_name(f"{path.name}.broken")
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(path, target)
+
+    def _write(self, temporary: Path, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        write(temporary)
+        save_tensors(rng_state(), temporary / f"rng_{self.rank}.pt")
+        if self.rank == 0:
+            (temporary / STATE).write_text(json.dumps(state))
+
+    def _commit(
+        self, temporary: Path, final: Path, shares: Sequence[dict[str, dict[str, Any]]]
+    ) -> None:
+        """Manifest and rename, by rank 0."""
+        if self.rank != 0:
+            return
+        step = int(final.name.removeprefix("step_"))
+        manifest = {
+            "step": step,
+            "world_size": self.world,
+            "fingerprints": self.fingerprints,
+            "files": dict(sorted(pair for share in shares for pair in share.items())),
+        }
+        for directory in {path.parent for path in temporary.rglob("*")}:
+            sync_directory(directory)
+        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        self.phase(f"saving step {step}: renaming")
+        os.rename(temporary, final)
+
     def _prune(self) -> None:
-        """Deletes what no longer has to be kept; runs only after a newer commit."""
+        """Deletes what no longer has to be kept; runs only after a newer commit.
+
+        A checkpoint loses its name first, so that a kill in between leaves nothing that looks like
+        one. A broken one stays for a look at it until enough newer ones exist.
+        """
+        self._empty()
         steps = self.steps()
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.directory / f"step_{step}")
+                path = self.directory / f"step_{step}"
+                os.rename(path, path.with_name(f"step_{step}{DELETED}"))
+                self.phase(f"saving step {steps[-1]}: deleting {path.name}")
+        for path in self.directory.glob("step_*.broken"):
+            match = re.match(r"step_(\d+)", path.name)
+            if len(steps) >= self.keep_last and match and int(match[1]) < steps[-self.keep_last]:
+                os.rename(path, path.with_name(path.name + DELETED))
+        self._empty()
+
+    def _empty(self) -> None:
+        """Deletes what has lost its name, and what a read-only disk kept of a failed save."""
+        for ending in (DELETED, ".tmp"):
+            for path in self.directory.glob(f"step_*{ending}"):
+                shutil.rmtree(path)
+
+    def _clear(self) -> None:
+        """Removes what a kill left of a save or of a deletion."""
+        if self.rank != 0:
+            return
+        for leftover in self.directory.glob("step_*.tmp"):
+            self.say(f"removing unfinished checkpoint {leftover.name}")
+        self._empty()
+
+    def _failed(self, step: int, error: _DiskError) -> str:
+        """What to say of a save that a disk refused."""
+        steps = self.steps()
+        newest = f"The newest one is step_{steps[-1]}" if steps else "There is no older one"
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({shutil.disk_usage(self.directory).free / 2**30:.2f} GiB are free)"
+        return (
+            f"the checkpoint of step {step} could not be saved in {self.directory}{free}: {error}. "
+            f"{newest}. Make room there, or lower checkpoint.keep_last."
+        )
+
+    def _together(self, work: Callable[[], T]) -> Sequence[T]:
+        """Every rank does something with the disk; the results of all, on every rank.
+
+        :raises _DiskError: on every rank alike, if one failed: none waits for another one.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except OSError as error:
+            failure = str(error)
+        pairs = _gather((result, failure))
+        for rank, (_, message) in enumerate(pairs):
+            if message is not None:
+                raise _DiskError(f"rank {rank}: {message}" if self.world > 1 else message)
+        return [pair[0] for pair in pairs]
 
 
 def _found(step: int, path: Path) -> Found:
@@ -224,11 +332,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _gather(value: Any) -> Sequence[Any]:

@@ -246,8 +246,19 @@ class EvaluationConfig:
 
 @dataclass
 class MetricsConfig:
-    """The numbers of a run."""
+    """Where the numbers of a run go beside metrics.jsonl and the console."""
 
+    tensorboard: bool = True
+    """Write `tensorboard/` in the run directory."""
+    wandb: bool = False
+    """Report to Weights & Biases; without a login (WANDB_API_KEY or netrc), or where its server is
+    out of reach, into `wandb/` in the run directory, which `wandb sync` uploads later."""
+    wandb_project: str = "casa_train"
+    """Project of the run there."""
+    wandb_entity: str | None = None
+    """User or team there. null: the login's own."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run there."""
     peak_tflops: float | None = None
     """What one device can do at most, in TFLOP/s, for the utilisation (mfu). null: what is known of
     the GPU in bf16; of CPUs, unknown GPUs and fp32 nothing is."""
@@ -285,7 +296,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Generation on held-out questions."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """The numbers of a run."""
+    """Where numbers go."""
 
 
 # Fields that do not change what the run computes: they may differ on resume.

@@ -36,7 +36,7 @@ from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
-from casa_train.metrics.sinks import ConsoleSink, JsonlSink, Sink, keep_steps
+from casa_train.metrics.sinks import Sink, open_sinks
 from casa_train.metrics.starts import STARTS_FILE, StartLog
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -156,11 +156,7 @@ def train(config: Config, stop: StopRequest) -> int:
     sinks: list[Sink] = []
     try:
         if rank == 0:
-            keep_steps(run_dir / METRICS_FILE, progress.step)
-            sinks = [
-                JsonlSink(run_dir / METRICS_FILE),
-                ConsoleSink(config.trainer.steps, progress.step, config.trainer.log_every),
-            ]
+            sinks = open_sinks(config, run_dir / METRICS_FILE, progress.step)
         audit = None
         if config.trainer.audit:
             names = {name: group["name"] for group in groups for name in group["names"]}

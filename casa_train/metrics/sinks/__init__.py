@@ -1,7 +1,61 @@
-"""Where the record of a step goes."""
+"""Where the record of a step goes: metrics.jsonl, the console, TensorBoard, wandb.
 
+None of them can end a training: what fails is switched off with one warning, except metrics.jsonl,
+whose lines wait for room on the disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from casa_train.config import Config
 from casa_train.metrics.sinks.base import Record, Sink
 from casa_train.metrics.sinks.console import ConsoleSink
+from casa_train.metrics.sinks.guarded import Guarded
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, read_metrics
+from casa_train.metrics.sinks.tensorboard import TensorBoardSink
+from casa_train.metrics.sinks.wandb import WandbSink
 
-__all__ = ["ConsoleSink", "JsonlSink", "Record", "Sink", "keep_steps", "read_metrics"]
+__all__ = ["ConsoleSink", "JsonlSink", "Record", "Sink", "keep_steps", "open_sinks", "read_metrics"]
+
+
+def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:
+    """All sinks of a run as its configuration has them; what it reported earlier is continued.
+
+    :param metrics: the file of metrics.jsonl.
+    :param after_step: last step that is not repeated; lines of later ones are dropped.
+    """
+    keep_steps(metrics, after_step)
+    wanted, run_dir = config.metrics, metrics.parent
+    console = Guarded(
+        "the console",
+        lambda: ConsoleSink(config.trainer.steps, after_step, config.trainer.log_every),
+        warn=lambda line: None,  # there is nobody left to tell
+    )
+    sinks: list[Sink] = [JsonlSink(metrics, warn=console.say), console]
+    if wanted.tensorboard:
+        sinks.append(
+            Guarded(
+                "metrics.tensorboard",
+                lambda: TensorBoardSink(run_dir / "tensorboard", after_step),
+                warn=console.say,
+            )
+        )
+    if wanted.wandb:
+        sinks.append(
+            Guarded(
+                "metrics.wandb",
+                lambda: WandbSink(
+                    run_dir,
+                    config.name,
+                    wanted.wandb_project,
+                    wanted.wandb_entity,
+                    wanted.wandb_tags,
+                    asdict(config),
+                    console.say,
+                ),
+                warn=console.say,
+            )
+        )
+    return sinks

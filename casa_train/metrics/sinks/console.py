@@ -30,7 +30,7 @@ class ConsoleSink:
         numbers = "no finite loss"
         if record["loss"] is not None:
             numbers = f"loss {record['loss']:.4f}  grad {record['gradient_norm']:.2f}"
-        shown = f"{numbers}  {record['text_tokens_per_second']:.0f} text tok/s"
+        shown = f"{numbers}  {record['text_tokens_per_second']:.0f} text tok/s  {_work(record)}"
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(shown, refresh=False)
@@ -63,6 +63,13 @@ def _sized_terminal(stream: TextIO) -> bool:
         return False
     size = os.get_terminal_size(stream.fileno())
     return size.columns > 0 and size.lines > 0
+
+
+def _work(record: Record) -> str:
+    """Utilisation where the device's peak is known; otherwise the work that a rank does."""
+    if record["mfu"] is not None:
+        return f"MFU {record['mfu']:.1%}"
+    return f"{record['tflops']:.3g} TFLOP/s"
 
 
 def _clock(seconds: float) -> str:

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from casa_train.files import write_atomic
 from casa_train.metrics.sinks.base import Record
 
+MOST_WAITING = 64 << 20  # bytes of lines that wait for room: some 50,000 steps
+
 
 class JsonlSink:
-    """Appends one JSON line a step, flushed, so that a killed run keeps what it reported.
+    """Appends one JSON line a step at once, so that a killed run keeps what it reported.
 
-    `keep_steps` first removes what a resumed run will report again.
+    What a full disk does not take waits in memory and is written, in order, when there is room
+    again. `keep_steps` first removes what a resumed run will report again.
+
+    :param warn: called once each time the disk begins to refuse.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, warn: Callable[[str], None] = print) -> None:
+        self.path, self.warn = path, warn
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        self._refused = False
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        if len(self._waiting) + len(line) <= MOST_WAITING:
+            self._waiting += line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                self.warn(
+                    f"{self.path} cannot be written: {error}; training goes on, and its lines "
+                    "wait in memory until they can be"
+                )
 
     def say(self, line: str) -> None:
         """Messages are not metrics."""
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -1,0 +1,190 @@
+"""Sinks: TensorBoard and wandb continue a run, a full disk loses no line, and none ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casa_train.config import Config, MetricsConfig
+from casa_train.metrics.fields import FIELDS, scalars
+from casa_train.metrics.sinks import ConsoleSink, JsonlSink, open_sinks, read_metrics
+from casa_train.metrics.sinks.guarded import Guarded
+from tests.commands import ROOT
+
+
+def record(step: int, **changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = dict.fromkeys(FIELDS, 1.0)
+    made |= {"step": step, "time": 1e9 + step, "loss": 10.0 - step, "skipped": False, "mfu": None}
+    made |= {"rates": {"fusion": 1e-4}, "samples_digest": "abc"}
+    made |= {"sources": {"docs/a": {"loss": 2.0, "answer_tokens": 7}}}
+    return made | changes
+
+
+def config(**metrics: Any) -> Config:
+    made = Config(name="unit", metrics=MetricsConfig(**metrics))
+    made.trainer.steps, made.trainer.log_every = 6, 1
+    return made
+
+
+def start(run_dir: Path, first: int, last: int, settings: Config) -> None:
+    """One start of a run that reports these steps."""
+    sinks = open_sinks(settings, run_dir / "metrics.jsonl", first - 1)
+    for step in range(first, last + 1):
+        for sink in sinks:
+            sink.write(record(step, loss=float(10 * first + step)))
+    for sink in sinks:
+        sink.close()
+
+
+def test_numbers_are_named_by_section() -> None:
+    found = scalars(record(3, loss=None, gradient_norm=float("nan")))
+    assert found["training/rates/fusion"] == 1e-4
+    assert found["training/sources/docs/a/loss"] == 2.0
+    assert found["speed/tflops"] == 1.0 and found["training/skipped"] == 0.0
+    absent = {"training/loss", "training/gradient_norm", "data/samples_digest", "speed/mfu"}
+    assert not absent & found.keys()
+
+
+def test_a_resumed_run_continues_its_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start(tmp_path, 1, 5, config())
+    start(tmp_path, 4, 6, config())  # steps 4 and 5 came behind the checkpoint
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    events.Reload()
+    losses = [(e.step, e.value) for e in events.Scalars("training/loss")]
+    assert losses == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 44.0), (5, 45.0), (6, 46.0)]
+    assert events.Scalars("training/loss")[0].wall_time == 1e9 + 1
+    assert "switched off" not in capsys.readouterr().out
+
+
+def test_what_is_switched_off_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.test_sinks import config, start;"
+        "start(Path(sys.argv[1]), 1, 1, config(tensorboard=False));"
+        "assert not {'tensorboard', 'wandb'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment in which nobody is logged in to wandb."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(home))
+    return monkeypatch
+
+
+def test_wandb_without_a_login_writes_one_run_into_files(
+    tmp_path: Path, nobody: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    settings = config(tensorboard=False, wandb=True, wandb_tags=["a", "b"])
+    start(run_dir, 1, 3, settings)
+    start(run_dir, 4, 6, settings)
+    output = capsys.readouterr().out
+    assert output.count("wandb is offline (nobody is logged in") == 2
+    assert "switched off" not in output
+    directories = sorted((run_dir / "wandb").glob("offline-run-*"))
+    run_id = (run_dir / "wandb_id").read_text().strip()
+    assert len(directories) == 2 and all(d.name.endswith(run_id) for d in directories)
+    for directory in directories:
+        (log,) = directory.glob("run-*.wandb")
+        content = log.read_bytes()
+        assert b"training/loss" in content and b"casa_train" in content
+
+
+@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_wandb_does_not_wait_for_a_server_that_does_not_answer(
+    tmp_path: Path, nobody: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], listens: bool
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen(50)  # and says nothing, ever
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        nobody.setenv("WANDB_BASE_URL", f"http://{address}")
+        nobody.setenv("WANDB_API_KEY", "0" * 40)
+        began = time.monotonic()
+        start(tmp_path, 1, 2, config(tensorboard=False, wandb=True))
+    assert time.monotonic() - began < 90  # with the start of wandb's service on a busy machine
+    output = capsys.readouterr().out
+    reason = "CommError" if listens else re.escape(f"{address} is out of reach")
+    assert re.search(rf"wandb is offline \({reason}", output) and "switched off" not in output
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_sink_that_fails_is_switched_off_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    start(tmp_path, 1, 3, config())
+    output = capsys.readouterr().out
+    assert output.count("metrics.tensorboard is switched off") == 1
+    assert "training goes on" in output and "step 3/6" in output
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_sink_that_fails_later_is_closed() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        warnings: list[str] = []
+        console = Guarded("the console", lambda: ConsoleSink(6, 0, 1, stream), warnings.append)
+        console.write(record(1))
+        assert os.read(read, 10_000).startswith(b"step 1/6")
+        os.close(read)  # the terminal goes away
+        console.write(record(2))
+        console.write(record(3))
+        console.say("anything")
+        console.close()
+        assert len(warnings) == 1 and "BrokenPipeError" in warnings[0]
+        read = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(read, stream.fileno())  # what the file still holds goes nowhere
+    os.close(read)
+
+
+def test_lines_wait_until_a_full_disk_has_room(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk")
+    try:
+        warnings: list[str] = []
+        sink = JsonlSink(disk / "metrics.jsonl", warnings.append)
+        sink.write(record(1))
+        (disk / "filler").write_bytes(b"x" * 56_000)
+        written = 1
+        while not warnings:
+            written += 1
+            assert written < 100, "the disk never filled up"
+            sink.write(record(written))
+        sink.write(record(written + 1))
+        assert len(warnings) == 1 and "No space left" in warnings[0]
+        (disk / "filler").unlink()
+        sink.write(record(written + 2))
+        sink.close()
+        lines = (disk / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, written + 3))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

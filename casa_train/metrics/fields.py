@@ -17,7 +17,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "time": "Unix time at the end of the step, in seconds",
     },
     "training": {
-        "loss": "mean cross-entropy of the answer tokens of the step; null if not finite or no answers",
+        "loss": "mean cross-entropy of the answer tokens; null if not finite, or if there are none",
         "sources": (
             "by source, every trainer.log_every steps: `loss`, the mean over its answer tokens "
             "since the last such record, and `answer_tokens`, their number"

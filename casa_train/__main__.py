@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,6 +45,10 @@ def main(raw: DictConfig) -> None:
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         alone = isinstance(error, RankError)
+        if sweep:
+            from casa_train.run_directory import record_failure
+
+            record_failure(Path(raw.run_dir), str(error))
         report(f"job {raw.run_dir}: {error}" if sweep else str(error), alone)
 
 

@@ -1,5 +1,5 @@
 """python -m casa_train.evaluate RUN [--export DIR]: exact match of an export on the validation
-sets.
+sets; with --sweep DIR of every job of a sweep, exported first where it is not.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from casa_train.evaluation.exact_match import (
     generate_answers,
     readable,
 )
-from casa_train.export import load_run_config
+from casa_train.export import export as write_export
+from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import sha256, write_atomic
-
-EVALUATION_FILE = "evaluation.json"
+from casa_train.run_directory import EVALUATION_FILE
+from casa_train.sweep import run_directories
 
 
 def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     )
     result = {
         "export": str(export),
+        "step": _step(export / MARKER),
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
@@ -80,6 +82,38 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     }
     write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def evaluate_sweep(sweep: Path, only: str = "*") -> int:
+    """Exports and evaluates the newest checkpoint of every job, where that is not done yet.
+
+    :return: how many jobs could not be evaluated; each is named with its reason.
+    :raises UserError: there is no run.
+    """
+    failures = 0
+    for run in run_directories(sweep, only):
+        try:
+            step = find_checkpoint(run, None).step
+            if _step(run / "export" / MARKER) != step:
+                write_export(run, run / "export")
+            done = "already evaluated"
+            if _step(run / EVALUATION_FILE) != step:
+                result = evaluate_run(run, run / "export")
+                done = f"exact match {result['exact_match']:.3f}, blind {result['blind']:.3f}"
+            print(f"{run.name}: step {step}, {done}", flush=True)
+        except UserError as error:
+            failures += 1
+            print(f"error: {run.name}: {error}", file=sys.stderr)
+    return failures
+
+
+def _step(path: Path) -> int | None:
+    """The step that a JSON file says it is of; None without one."""
+    try:
+        step = json.loads(path.read_text())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return int(step)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -101,10 +135,15 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run directory, such as runs/demo")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("run", type=Path, nargs="?", help="a run directory, such as runs/demo")
+    what.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
+    parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=Path, help="the export (default: RUN/export)")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.sweep is not None:
+            return 2 if evaluate_sweep(arguments.sweep, arguments.only) else 0
         result = evaluate_run(arguments.run, arguments.export or arguments.run / "export")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

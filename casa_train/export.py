@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
+from yaml import YAMLError
 
 from casa_train import modeling
 from casa_train.assemble import build_model, build_processor
@@ -83,7 +84,11 @@ def load_run_config(run: Path) -> Config:
             f"{run} is not a run directory: {CONFIG_FILE} is missing. Expected the run_dir of a "
             "training, such as runs/demo."
         )
-    return to_config(OmegaConf.load(path))  # type: ignore[arg-type]
+    try:
+        stored = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Restore it from a backup.") from error
+    return to_config(stored)  # type: ignore[arg-type]
 
 
 def load_model_config(run: Path) -> CasaConfig:

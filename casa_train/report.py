@@ -1,4 +1,6 @@
-"""python -m casa_train.report RUN: one self-contained HTML page about a run."""
+"""python -m casa_train.report RUN, or --sweep DIR: one self-contained HTML page about a run, or
+about the jobs of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,13 @@ from typing import Any
 from casa_train.config import Config
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
-from casa_train.evaluate import EVALUATION_FILE
 from casa_train.evaluation.exact_match import first_questions
 from casa_train.export import load_run_config
 from casa_train.metrics.report import RunData, choose_answers, write_report
+from casa_train.metrics.report.sweep import markdown, write_sweep
 from casa_train.metrics.sinks import read_metrics
-from casa_train.run_directory import CONFIG_FILE, METRICS_FILE
-
-REPORT_FILE = "report.html"
+from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE
+from casa_train.sweep import REPORT_FILE, read_sweep
 
 
 def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -76,9 +77,17 @@ def _quarantine(run: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run directory, such as runs/demo")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("run", type=Path, nargs="?", help="a run directory, such as runs/demo")
+    what.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
+    parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.sweep is not None:
+            jobs = read_sweep(arguments.sweep, arguments.only)
+            page = write_sweep(jobs, arguments.sweep.resolve().name, arguments.sweep)
+            print(*markdown(jobs), "", f"report {page}", sep="\n")
+            return 0
         path, evaluation = report(arguments.run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -28,6 +29,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 MODEL_CONFIG_FILE = "model_config.json"
 REQUEUE_FILE = "requeue.json"
+FAILURE_FILE = "failure.txt"
+EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = "lock"
 CHECKPOINTS = "checkpoints"
 PACKAGES = (
@@ -93,6 +96,12 @@ def request_requeue(run_dir: Path, step: int, reason: str) -> None:
             f"{path} cannot be written: {error}, so no batch script will start this run again "
             f"({reason}). Make room and give the same command; it goes on from step {step}."
         ) from error
+
+
+def record_failure(run_dir: Path, message: str) -> None:
+    """Leaves a sweep's job the reason of its failure, for the sweep's report."""
+    with contextlib.suppress(OSError):  # it is printed, too
+        (run_dir / FAILURE_FILE).write_text(message + "\n", encoding="utf-8")
 
 
 def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> None:

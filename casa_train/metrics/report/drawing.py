@@ -54,11 +54,16 @@ class Plot:
     svg: Markup
 
 
-def plot(title: str, note: str, figure: Figure, curves: Iterable[Array]) -> Plot | None:
-    """The card of a figure; None if `curves`, which it shows, have not one finite value."""
+def plot(
+    title: str, note: str, figure: Figure, curves: Iterable[Array], by: str = " by step"
+) -> Plot | None:
+    """The card of a figure; None if `curves`, which it shows, have not one finite value.
+
+    :param by: ends the title for those who cannot see the figure.
+    """
     if not any(np.isfinite(values).any() for values in curves):
         return None
-    return Plot(title, note, svg(figure, title))
+    return Plot(title, note, svg(figure, title, title + by))
 
 
 def figure(steps: Array, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -160,7 +165,7 @@ def crop(axes: Axes, values: Array, unit: str) -> None:
         axes.set_title(told, loc="right", fontsize=8, color=GREY, pad=3)
 
 
-def svg(figure: Figure, title: str) -> Markup:
+def svg(figure: Figure, title: str, label: str) -> Markup:
     """The figure as an element for HTML: no prolog, no styles of its own, ids of its own."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -170,6 +175,6 @@ def svg(figure: Figure, title: str) -> Markup:
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     # Ids follow from content, so two figures may share one, and a page has one name space.
-    prefix = title.lower().replace(" ", "-")
+    prefix = re.sub(r"[^a-z0-9]+", "-", title.lower())
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title} by step"', 1))
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))

@@ -33,7 +33,7 @@ def write_report(run: RunData, path: Path) -> None:
             f"run {run.name!r} has no metrics: no step has been reported yet. Check the run's name "
             "and that its metrics.jsonl has at least one line, or train it first."
         )
-    html = _template().render(
+    html = template("page.html.j2").render(
         name=run.name,
         facts=facts(run),
         plots=draw_plots(run.metrics),
@@ -55,7 +55,8 @@ def write_report(run: RunData, path: Path) -> None:
         raise UserError(f"report {path} cannot be written: {error}") from error
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; what it is filled with is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -66,7 +67,7 @@ def _template() -> jinja2.Template:
     environment.filters.update(
         percent=text.percent, width=text.width, short=text.short, count=text.count
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

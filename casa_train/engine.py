@@ -11,6 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def init_processes() -> tuple[int, int, torch.device]:
+def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]:
     """Joins the process group that torchrun, SLURM or nobody (one process) set up.
 
+    :param timeout_minutes: longest wait of a rank for the others.
     :return: rank, world size and this rank's device.
     """
     env = os.environ
@@ -65,7 +67,10 @@ def init_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
         )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device

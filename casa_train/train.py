@@ -73,7 +73,9 @@ def train(config: Config, stop: StopRequest) -> int:
     """
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
-    rank, world, device = init_processes()
+    # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
+    # would abort the processes without a word of that.
+    rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
     say = print if rank == 0 else _silent
     checked = agree(lambda: check_inputs(config, world))
     model = checked.model

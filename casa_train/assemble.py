@@ -65,9 +65,12 @@ def build_processor(config: Config) -> CasaProcessor:
         raise UserError(f"model.template: {error}") from error
 
 
-def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -> dict[str, Split]:
+def open_splits(
+    sources: Mapping[str, SourceConfig], processor: CasaProcessor, section: str = "data.sources"
+) -> dict[str, Split]:
     """Opens prepared splits by source name.
 
+    :param section: of the configuration, for messages.
     :raises UserError: a missing, empty or damaged split, one prepared with another tokenizer, or
         two that hold the same samples.
     """
@@ -77,13 +80,13 @@ def open_splits(sources: Mapping[str, SourceConfig], processor: CasaProcessor) -
         split = splits[name] = Split(Path(source.path))
         if split.tokenizer_fingerprint != expected:
             raise UserError(
-                f"data source {name!r} ({source.path}) was prepared with another tokenizer "
+                f"{section}.{name} ({source.path}) was prepared with another tokenizer "
                 f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
                 f"({expected[:12]}...): "
                 "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
                 "or set model.tokenizer to the one it used."
             )
-    origins = {f"data.sources.{name}": split.origin for name, split in splits.items()}
+    origins = {f"{section}.{name}": split.origin for name, split in splits.items()}
     refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
     return splits
 

@@ -194,6 +194,31 @@ def check(config: Config) -> None:
             parallel.zero_stage,
             "2 or 3: DeepSpeed's stage-1 bf16 optimiser writes checkpoints that cannot be exported",
         ),
+        (config.evaluation.every >= 0, "evaluation.every", config.evaluation.every, "0 or more"),
+        (
+            config.evaluation.loss_samples >= 1,
+            "evaluation.loss_samples",
+            config.evaluation.loss_samples,
+            "at least 1",
+        ),
+        (
+            config.evaluation.questions >= 0,
+            "evaluation.questions",
+            config.evaluation.questions,
+            "0 or more",
+        ),
+        (
+            config.export.every >= 0 and config.export.every % config.checkpoint.every == 0,
+            "export.every",
+            config.export.every,
+            f"0 or a multiple of checkpoint.every = {config.checkpoint.every}",
+        ),
+        (
+            not config.export.best or bool(config.evaluation.every and data.validation),
+            "export.best",
+            config.export.best,
+            "false where nothing is validated (evaluation.every and data.validation)",
+        ),
         (
             config.evaluation.batch_size >= 1,
             "evaluation.batch_size",

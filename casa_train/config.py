@@ -118,7 +118,7 @@ class DataConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     """What is read from published datasets instead of prepared sources."""
     validation: dict[str, SourceConfig] = field(default_factory=dict)
-    """Held-out splits by name; evaluation reads them, training never does."""
+    """Held-out splits by name; validation and evaluation read them, training never does."""
     text_tokens: int = 2048
     """Text budget of a packed sequence."""
     image_tokens: int = 20480
@@ -234,14 +234,34 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Generation on the validation splits."""
+    """Held-out samples: during training, and by `python -m casa_train.evaluate`."""
 
+    every: int = 0
+    """Steps between two validations during training, the last step is one, too; 0: none. They need
+    `data.validation`."""
+    loss_samples: int = 512
+    """Held-out samples at most whose loss and exact match every validation computes: the same ones
+    each time, in even shares of the sources. They cost about a third of training on as many."""
+    questions: int = 8
+    """Fixed questions that every validation answers, for the report; 0: none."""
     batch_size: int = 32
-    """Questions answered at once."""
+    """Questions that `evaluate` answers at once."""
     max_samples: int = 1000
-    """Questions at most."""
+    """Questions of `evaluate` at most."""
     max_new_tokens: int = 16
-    """Longest answer."""
+    """Longest generated answer."""
+
+
+@dataclass
+class ExportConfig:
+    """Exports that a run makes of itself, by a process in the background without a GPU."""
+
+    every: int = 0
+    """Export the checkpoint of every n-th step to RUN/exports/step_N, a multiple of
+    checkpoint.every; 0: none."""
+    best: bool = False
+    """Save the step whenever a validation's loss is the lowest so far, and export it to
+    RUN/exports/best."""
 
 
 @dataclass
@@ -294,7 +314,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Resumable checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Generation on held-out questions."""
+    """Held-out samples."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Exports while the run goes on."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Where numbers go."""
 
@@ -317,6 +339,7 @@ FREE_FIELDS = (
     "trainer.max_skipped_steps",
     "checkpoint",
     "evaluation",
+    "export",
     "data.validation",
     "metrics",
 )

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,16 @@ class Engine:
 
     def train(self) -> None:
         self._engine.train()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Runs the model in eval mode and without gradients meanwhile."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def forward(self, **inputs: Any) -> Any:
         return self._engine(**inputs)

@@ -33,6 +33,9 @@ FAILURE_FILE = "failure.txt"
 EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = "lock"
 CHECKPOINTS = "checkpoints"
+EXPORTS = "exports"
+EXPORT_LOG = "exports.log"
+VALIDATION_FILE = "validation.jsonl"
 PACKAGES = (
     "torch",
     "transformers",

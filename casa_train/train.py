@@ -6,6 +6,7 @@ before the run directory is touched and before the first weight is made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,16 @@ from casa_train.assemble import (
     start_weights,
 )
 from casa_train.audit import Audit
+from casa_train.background_exports import BackgroundExports
 from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import dead_workers_named
 from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
+from casa_train.evaluation.held_out import open_held_out
+from casa_train.evaluation.questions import Questions
+from casa_train.evaluation.validation import Validator
+from casa_train.evaluation.validation import describe as describe_validation
 from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.metrics.meter import Meter
@@ -52,6 +58,7 @@ from casa_train.optim import (
 from casa_train.run_directory import (
     CHECKPOINTS,
     METRICS_FILE,
+    VALIDATION_FILE,
     Quarantine,
     RunLock,
     prepare_run_directory,
@@ -86,6 +93,7 @@ def train(config: Config, stop: StopRequest) -> int:
     data = agree(
         lambda: open_data(config, checked.processor, listed[0], world, _gather, count_work)
     )
+    held_out = agree(lambda: open_held_out(config, checked.processor, world))
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
@@ -156,15 +164,61 @@ def train(config: Config, stop: StopRequest) -> int:
         {"ranks": world, "device": gpu or "CPU", "peak_tflops": peak},
     )
     sinks: list[Sink] = []
+    validator: Validator | None = None
+    exports: BackgroundExports | None = None
+    reason: str | None = "failure"
+
+    def tell(line: str) -> None:
+        for sink in sinks:
+            sink.say(line)
+
+    def beat() -> None:
+        watchdog.beat()
+        if exports is not None:
+            exports.proceed()
+
+    def validate(step: int) -> bool:
+        return validator is not None and validator(step) and config.export.best
+
+    def save(step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        checkpoints.save(step, write, state)
+        if exports is not None:
+            exports.saved(step, validator is not None and validator.best.step == step)
+
     try:
         if rank == 0:
             sinks = open_sinks(config, run_dir / METRICS_FILE, progress.step)
+            exports = BackgroundExports(run_dir, config.export, tell)
+            checkpoints.pinned = exports.pinned
         audit = None
         if config.trainer.audit:
             names = {name: group["name"] for group in groups for name in group["names"]}
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
         with watchdog, this_start, dead_workers_named(rank):
+            if held_out is not None:
+                questions = Questions(held_out, checked.processor, config)
+                for line in describe_validation(held_out, questions, config, data.fingerprints):
+                    tell(line)
+                validator = Validator(
+                    engine,
+                    held_out,
+                    questions,
+                    run_dir / VALIDATION_FILE,
+                    config.evaluation.every,
+                    config.trainer.steps,
+                    progress.step,
+                    rank,
+                    world,
+                    device,
+                    _gather,
+                    sinks,
+                    beat,
+                )
+                validator.catch_up(progress.step)
+            if exports is not None:
+                best_step = validator.best.step if validator is not None else 0
+                exports.catch_up(checkpoints.steps(), best_step)
             reason = Trainer(
                 engine=engine,
                 loader=loader,
@@ -174,20 +228,23 @@ def train(config: Config, stop: StopRequest) -> int:
                 save_every=config.checkpoint.every,
                 max_bad_share=config.data.max_bad_share,
                 set_rates=lambda step: set_rates(engine.param_groups, _factor(config, step)),
-                save=checkpoints.save,
+                save=save,
                 quarantine=Quarantine(run_dir / f"quarantine_{rank}.jsonl").add,
                 gather=_gather,
                 sinks=sinks,
                 audit=audit,
                 progress=progress,
                 stop_flags=stop.flags,
-                beat=watchdog.beat,
+                beat=beat,
+                validate=validate,
                 max_skipped=config.trainer.max_skipped_steps,
                 source_every=config.trainer.log_every,
                 meter=Meter(device, peak, this_start.number),
             ).run()
             this_start.reason = reason
     finally:
+        if exports is not None and reason is not None:
+            exports.close()
         for sink in sinks:
             sink.close()
     if reason is not None:
@@ -199,9 +256,15 @@ def train(config: Config, stop: StopRequest) -> int:
         )
     dist.barrier()
     engine.close()
-    if lock is not None:
+    if lock is not None and (exports is None or not exports.pinned()):
         lock.close()
     dist.barrier()
+    if exports is not None:  # the others have left by now: no collective waits for an export
+        exports.finish(lambda: any(stop.flags()))
+        with contextlib.suppress(OSError):  # what an export kept; the next save tries again
+            checkpoints.prune()
+    if lock is not None:
+        lock.close()
     return 0 if reason is None else EXIT_REQUEUE
 
 

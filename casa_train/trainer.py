@@ -104,6 +104,7 @@ class Trainer:
     :param gather: the value of every rank, in rank order.
     :param stop_flags: asked once a step: was this process asked to stop, is its time nearly up?
     :param beat: called whenever something went forward; a watchdog listens.
+    :param validate: called after each step; whether it is to be saved: the best so far.
     :param max_skipped: so many steps without finite numbers in a row end the run.
     :param meter: measures time, memory and work of this rank.
     :param source_every: steps between two records of the loss of every source.
@@ -125,6 +126,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     stop_flags: Callable[[], tuple[bool, bool]] = lambda: (False, False)
     beat: Callable[[], None] = lambda: None
+    validate: Callable[[int], bool] = lambda step: False
     max_skipped: int = 5
     source_every: int = 10
     meter: Meter = field(default_factory=Meter)
@@ -144,7 +146,9 @@ class Trainer:
             self.beat()
             step = self.progress.step
             reason = self._stop_reason() if step < self.steps else None
-            if step % self.save_every == 0 or step == self.steps or reason is not None:
+            # Who has to leave saves at once; the run's next life validates then.
+            best = reason is None and self.validate(step)
+            if best or step % self.save_every == 0 or step == self.steps or reason is not None:
                 self._save(step, leaving=reason is not None)
                 self.beat()
             if reason is not None:
@@ -201,7 +205,7 @@ class Trainer:
         if audit is not None and not audit.due(step, rates, counts.totals["pairs"]):
             audit = None
         for i, batch in enumerate(batches):
-            inputs = _to_device(batch.inputs, self.device)
+            inputs = to_device(batch.inputs, self.device)
             with self.meter.forward():
                 logits = self.engine.forward(packed=inputs).logits
             each = answer_losses(logits, batch.targets.to(self.device))
@@ -291,7 +295,7 @@ class Trainer:
             sink.say(line)
 
 
-def _to_device(inputs: Any, device: torch.device) -> Any:
+def to_device(inputs: Any, device: torch.device) -> Any:
     """Moves a pack's tensors; images stay uint8 and are normalised on the device."""
     inputs.input_ids = inputs.input_ids.to(device, non_blocking=True)
     inputs.logits_index = inputs.logits_index.to(device, non_blocking=True)

@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,8 @@ class CheckpointManager:
         self.fingerprints = fingerprints
         self.say = say
         self.phase = phase
+        self.pinned: Callable[[], Collection[int]] = tuple
+        """Steps that somebody reads just now; pruning leaves them."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -110,7 +112,7 @@ class CheckpointManager:
             try:
                 # The older ones go only once the rename is on the disk.
                 sync_directory(self.directory)
-                self._prune()
+                self.prune()
             except OSError as error:
                 self.say(f"older checkpoints could not be deleted: {error}")
         return final
@@ -241,16 +243,16 @@ class CheckpointManager:
         self.phase(f"saving step {step}: renaming")
         os.rename(temporary, final)
 
-    def _prune(self) -> None:
-        """Deletes what no longer has to be kept; runs only after a newer commit.
+    def prune(self) -> None:
+        """Deletes what no longer has to be kept; rank 0 calls it after a newer commit.
 
         A checkpoint loses its name first, so that a kill in between leaves nothing that looks like
         one. A broken one stays for a look at it until enough newer ones exist.
         """
         self._empty()
-        steps = self.steps()
+        steps, pinned = self.steps(), self.pinned()
         for step in steps[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0):
+            if not (self.keep_every and step % self.keep_every == 0) and step not in pinned:
                 path = self.directory / f"step_{step}"
                 os.rename(path, path.with_name(f"step_{step}{DELETED}"))
                 self.phase(f"saving step {steps[-1]}: deleting {path.name}")

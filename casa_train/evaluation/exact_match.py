@@ -73,18 +73,26 @@ def first_questions(
         for sample in readable(split, skipped):
             if len(questions) >= limit:
                 return questions
-            turn = sample.turns[0]
-            images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
             try:
-                for image in images:
-                    CasaImageProcessor().load(image)
+                question = question_of(f"{name}/{sample.key}", sample)
             except ImageError as error:
                 skipped[error.reason] += 1
                 continue
-            if images:
-                key = f"{name}/{sample.key}"
-                questions.append(Question(key, sample.source, turn.user, turn.assistant, images))
+            if question is not None:
+                questions.append(question)
     return questions
+
+
+def question_of(key: str, sample: Sample) -> Question | None:
+    """The first turn of a sample with its own images; None where it shows none.
+
+    :raises ImageError: an image that cannot be used.
+    """
+    turn = sample.turns[0]
+    images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
+    for image in images:
+        CasaImageProcessor().load(image)
+    return Question(key, sample.source, turn.user, turn.assistant, images) if images else None
 
 
 def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[bytes, ...]]:

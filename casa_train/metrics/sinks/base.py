@@ -8,9 +8,11 @@ Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Takes one record a step."""
+    """Takes one record a step, and one of each validation after its step."""
 
     def write(self, record: Record) -> None: ...
+
+    def validated(self, record: Record) -> None: ...
 
     def say(self, line: str) -> None: ...
 

@@ -46,6 +46,9 @@ class ConsoleSink:
                 flush=True,
             )
 
+    def validated(self, record: Record) -> None:
+        """A line says it."""
+
     def say(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line, file=self.stream)

@@ -44,6 +44,9 @@ class JsonlSink:
                     "wait in memory until they can be"
                 )
 
+    def validated(self, record: Record) -> None:
+        """Validations have a file of their own."""
+
     def say(self, line: str) -> None:
         """Messages are not metrics."""
 

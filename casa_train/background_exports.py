@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,10 +114,11 @@ class BackgroundExports:
         return self.run_dir / EXPORTS / name
 
     def _start(self, name: str, step: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "casa_train.export", str(self.run_dir)]
-        command += ["--step", str(step), "--out", str(self._target(name)), "--background"]
+        export = ["casa_train.export", str(self.run_dir), "--step", str(step)]
+        export += ["--out", str(self._target(name))]
+        command = [sys.executable, "-m", "casa_train.background", str(os.getpid()), *export]
         with (self.run_dir / EXPORT_LOG).open("ab") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command[1:])}\n".encode())
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(export)}\n".encode())
             log.flush()
             return subprocess.Popen(
                 command,

@@ -5,10 +5,7 @@ directory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +29,6 @@ from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -155,15 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the run's precision")
-    parser.add_argument(
-        "--background",
-        action="store_true",
-        help="leave the processor to others, and end with the process that started this",
-    )
     arguments = parser.parse_args(argv)
-    if arguments.background:
-        os.nice(10)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         print(export(arguments.run, arguments.out, arguments.step, arguments.dtype))
     except UserError as error:

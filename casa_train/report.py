@@ -5,6 +5,7 @@ about the jobs of a sweep.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -13,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.config import Config
+from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
-from casa_train.evaluation.exact_match import first_questions
+from casa_train.evaluation.exact_match import first_questions, question_of
 from casa_train.export import load_run_config
 from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.report.sweep import markdown, write_sweep
-from casa_train.metrics.sinks import read_metrics
-from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE
+from casa_train.metrics.sinks import Record, read_metrics
+from casa_train.modeling.image_processing_casa import ImageError
+from casa_train.run_directory import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+)
 from casa_train.sweep import REPORT_FILE, read_sweep
 
 
@@ -36,14 +44,18 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
     evaluation: dict[str, Any] | None = None
     if (run / EVALUATION_FILE).is_file():
         evaluation = json.loads((run / EVALUATION_FILE).read_text())
+    validations: list[Record] = []
+    if (run / VALIDATION_FILE).is_file():
+        validations = read_metrics(run / VALIDATION_FILE)
     data = RunData(
         name=config.name,
         metrics=read_metrics(metrics),
         config_yaml=(run / CONFIG_FILE).read_text(),
         environment=json.loads((run / "environment.json").read_text()),
         evaluation=evaluation,
-        pictures=_pictures(config, evaluation),
+        pictures={**_pictures(config, evaluation), **_asked(config, validations)},
         quarantine=_quarantine(run),
+        validations=validations,
     )
     path = run / REPORT_FILE
     write_report(data, path)
@@ -63,6 +75,19 @@ def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, li
     wanted = {answer["id"] for answer in choose_answers(evaluation["answers"])}
     questions = first_questions(splits, config.evaluation.max_samples, Counter())
     return {q.id: list(q.images) for q in questions if q.id in wanted}
+
+
+def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[bytes]]:
+    """The images of the questions of the last validation, by id; none where the data has gone."""
+    pictures: dict[str, list[bytes]] = {}
+    for asked in validations[-1]["questions"] if validations else []:
+        name = asked["split"]
+        with contextlib.suppress(UserError, BadRow, ImageError, KeyError, IndexError):
+            sample = Split(Path(config.data.validation[name].path), check=False).read(asked["row"])
+            question = question_of(f"{name}/{sample.key}", sample)
+            if question is not None and question.id == asked["id"]:  # the data may be another now
+                pictures[question.id] = list(question.images)
+    return pictures
 
 
 def _quarantine(run: Path) -> list[dict[str, Any]]:

@@ -245,6 +245,8 @@ def train(config: Config, stop: StopRequest) -> int:
     finally:
         if exports is not None and reason is not None:
             exports.close()
+        if validator is not None:
+            validator.close()
         for sink in sinks:
             sink.close()
     if reason is not None:

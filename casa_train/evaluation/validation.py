@@ -78,14 +78,15 @@ class Validator:
         beat: Callable[[], None],
     ) -> None:
         self.engine, self.held_out, self.questions = engine, held_out, questions
-        self.path = path
         self.every, self.steps = every, steps
         self.rank, self.world, self.device = rank, world, device
         self.gather, self.sinks, self.beat = gather, sinks, beat
         earlier: list[Record] = []
+        self._file: JsonlSink | None = None
         if rank == 0:
             keep_steps(path, done)
             earlier = read_metrics(path) if path.exists() else []
+            self._file = JsonlSink(path, self._say)
         known = gather([(r["step"], r["loss"]) for r in earlier if self._comparable(r)])[0]
         self.best = Best()
         for step, loss in known:
@@ -101,6 +102,14 @@ class Validator:
     def __call__(self, step: int) -> bool:
         """Validates if it is time to; whether the step is the best so far."""
         return self._due(step) and self._validate(step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _say(self, line: str) -> None:
+        for sink in self.sinks:
+            sink.say(line)
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.steps
@@ -124,9 +133,10 @@ class Validator:
             answers = self.questions.answer(self.engine.forward, self.device, self.beat)
         set_rng_state(generators)
         best = self.best.takes(step, scores["loss"])
-        if self.rank == 0:
+        if self._file is not None:
             record = {
                 "step": step,
+                "time": time.time(),
                 **scores,
                 "best_step": self.best.step,
                 "best_loss": self.best.loss,
@@ -134,12 +144,11 @@ class Validator:
                 "samples_digest": self.held_out.digest,
                 "questions": answers,
             }
-            file = JsonlSink(self.path)
-            file.write(record)
-            file.close()
+            self._file.write(record)
             for sink in self.sinks:
                 sink.validated(record)
-                sink.say(line(record))
+                sink.validated(record)
+            self._say(line(record))
         return best
 
 

@@ -21,6 +21,7 @@ from casa_train.metrics.report.curves import draw_plots
 from casa_train.metrics.report.facts import facts
 from casa_train.metrics.report.run_data import RunData
 from casa_train.metrics.report.samples import PICTURE_SIDE, sample_rows
+from casa_train.metrics.report.validations import validations
 
 
 def write_report(run: RunData, path: Path) -> None:
@@ -40,6 +41,7 @@ def write_report(run: RunData, path: Path) -> None:
         evaluation=run.evaluation,
         smoothed=len(run.metrics) >= series.SMOOTH_FROM,
         samples=sample_rows(run),
+        validation=validations(run),
         picture_side=PICTURE_SIDE,
         bad=bad_samples(run.quarantine),
         failures=len(run.quarantine),

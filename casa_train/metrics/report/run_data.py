@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from casa_train.metrics.sinks import Record
@@ -18,6 +18,7 @@ class RunData:
     :param evaluation: scores as shares from 0 to 1, over all questions and by family; all answers.
     :param pictures: encoded image files by answer id; `choose_answers` says which ids are shown.
     :param quarantine: samples that could not be used: source, key, reason, detail.
+    :param validations: their records in order; the questions of the last one are shown.
     """
 
     name: str
@@ -27,3 +28,4 @@ class RunData:
     evaluation: dict[str, Any] | None
     pictures: dict[str, list[bytes]]
     quarantine: list[dict[str, Any]]
+    validations: list[Record] = field(default_factory=list)

@@ -27,6 +27,10 @@ class Guarded:
         if self.sink is not None:
             self._try(self.sink.write, record)
 
+    def validated(self, record: Record) -> None:
+        if self.sink is not None:
+            self._try(self.sink.validated, record)
+
     def say(self, line: str) -> None:
         if self.sink is not None:
             self._try(self.sink.say, line)

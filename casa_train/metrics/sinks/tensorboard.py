@@ -23,6 +23,10 @@ class TensorBoardSink:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
+    def validated(self, record: Record) -> None:
+        for name, value in scalars({"validation": record}).items():
+            self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
+
     def say(self, line: str) -> None:
         """Messages are not metrics."""
 

@@ -78,6 +78,9 @@ class WandbSink:
         # wandb leaves out steps that it has already: a resumed run repeats them bit for bit.
         self._run.log(scalars(record), step=record["step"])
 
+    def validated(self, record: Record) -> None:
+        self._run.log(scalars({"validation": record}), step=record["step"])
+
     def say(self, line: str) -> None:
         """Messages are not metrics."""
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import RankError, UserError
 from casa_train.leaving import EXIT_REQUEUE, StopRequest
+from casa_train.lines import drop_unwritten
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
@@ -92,6 +93,7 @@ def run() -> int:
     finally:
         if engine := sys.modules.get("casa_train.engine"):  # only if a job got that far
             engine.leave_processes()
+        drop_unwritten()
     return 2 if _messages else 0
 
 

@@ -32,11 +32,18 @@ def sync_directory(path: Path) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old content or the new, never a part."""
+    """Writes a text file so that readers see the old content or the new, never a part.
+
+    :raises OSError: it could not be written; the old one is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     sync_directory(path.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from casa_train.compose import to_config
 from casa_train.config import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
+from casa_train.lines import LineFile, warn
 from casa_train.provenance import code_commit
 
 CONFIG_FILE = "config.yaml"
@@ -51,18 +53,22 @@ PACKAGES = (
 class RunLock:
     """One job at a time works in a run directory; the lock goes with its process, however it ends.
 
-    :raises UserError: another process holds it, with its host and pid.
+    Between hosts it holds where the file system passes flock on: NFS does, Lustre with its mount
+    option `flock`.
+
+    :raises UserError: another process holds it, with its host and pid; or the directory is unfit.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        path = run_dir / LOCK_FILE
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / LOCK_FILE).open("a+")
+            self._file = path.open("a+")
         except OSError as error:
             raise UserError(unwritable(run_dir, error)) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
@@ -70,9 +76,19 @@ class RunLock:
                 f"run directory {run_dir} is in use by {holder}; expected no other job in it. Wait "
                 "for it, stop it, or choose another name."
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-        self._file.flush()
+        except OSError as error:
+            warn(
+                f"{path} cannot be locked: {error}. This file system has no locks, so nothing "
+                "stops a second job in this directory: make sure that there is none"
+            )
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = f"host {socket.gethostname()}, pid {os.getpid()}" + (f", job {job}" if job else "")
+        try:
+            self._file.truncate(0)
+            self._file.write(holder + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(unwritable(run_dir, error)) from error
 
     def close(self) -> None:
         self._file.close()
@@ -80,6 +96,11 @@ class RunLock:
 
 def unwritable(run_dir: Path, error: OSError) -> str:
     """What to say of a run directory that takes no files."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"run directory {run_dir} takes no more files: {error}. Make room there, or choose "
+            "another run_dir=..."
+        )
     return (
         f"run directory {run_dir} cannot be written: {error}; expected a directory of this "
         "user's. Choose another run_dir=... or mend its permissions."
@@ -184,18 +205,20 @@ class Quarantine:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._file = LineFile(path, warn)
 
     def add(self, failures: Sequence[Any]) -> None:
-        if failures:
-            with self.path.open("a", encoding="utf-8") as file:
-                for failure in failures:
-                    file.write(json.dumps(dataclasses.asdict(failure)) + "\n")
+        self._file.add([json.dumps(dataclasses.asdict(failure)) for failure in failures])
 
 
 def _move_away(run_dir: Path) -> None:
     """Moves an earlier run into `previous_N`, its checkpoints first: they are what resumes."""
-    earlier = [p for p in run_dir.iterdir() if not p.name.startswith("previous_")]
+    earlier = [
+        p
+        for p in run_dir.iterdir()
+        # The lock is this job's own: a new file of that name would let a second job in.
+        if not p.name.startswith("previous_") and p.name != LOCK_FILE
+    ]
     if not earlier:
         return
     number = 1

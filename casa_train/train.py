@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from casa_train import lines
 from casa_train.assemble import (
     Start,
     banner,
@@ -32,6 +33,7 @@ from casa_train.background_exports import BackgroundExports
 from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import dead_workers_named
+from casa_train.disk_room import check_room, check_writable
 from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
 from casa_train.evaluation.held_out import open_held_out
@@ -83,7 +85,7 @@ def train(config: Config, stop: StopRequest) -> int:
     # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
     # would abort the processes without a word of that.
     rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
-    say = print if rank == 0 else _silent
+    say = lines.say if rank == 0 else _silent
     checked = agree(lambda: check_inputs(config, world))
     model = checked.model
     # One rank asks the hub, which may take minutes, and tells the others.
@@ -118,6 +120,9 @@ def train(config: Config, stop: StopRequest) -> int:
     found = checkpoints.latest()
     if found is not None:
         check_resume(found, fingerprints, world, config)
+    agree(lambda: check_writable(run_dir, rank))
+    step = found.step if found is not None else 0
+    agree(lambda: check_room(config, model.parameters(), step, len(checkpoints.steps())))
 
     for line in banner(config, model, data.notes, world, device):
         say(line)

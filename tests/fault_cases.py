@@ -8,7 +8,6 @@ tiny model with the real trainer, engine and checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +15,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -30,12 +28,14 @@ import torch
 
 from casa_train.checkpoint.manager import CheckpointManager, seed_all
 from casa_train.config import GroupConfig, OptimConfig
+from casa_train.disk_room import checkpoint_bytes
 from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import JsonlSink, keep_steps, read_metrics
 from casa_train.optim import apply_settings, build_groups, build_optimizer, set_rates
 from casa_train.train import _gather
 from casa_train.trainer import Progress, Trainer
+from tests.small_disk import Filler, remount
 from tests.tiny import HARD_PACK, fill, packed_inputs, tiny_model
 
 STEPS, EVERY = 8, 2
@@ -150,7 +150,11 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     digest = hashlib.sha256()
     for _, parameter in sorted(engine.module.named_parameters()):
         digest.update(engine.full_parameter(parameter).numpy().tobytes())
-    result |= {"step": progress.step, "weights": digest.hexdigest()[:16]}
+    result |= {
+        "step": progress.step,
+        "weights": digest.hexdigest()[:16],
+        "checkpoint_bytes": checkpoint_bytes(engine.module.parameters(), stage, "fp32"),
+    }
     engine.close()
     leave_processes()
     return result
@@ -329,23 +333,6 @@ def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
     return {"early": json.loads((run / "early").read_text()), **compare(run, results, whole)}
 
 
-class Filler:
-    """Takes a file system's last byte, and gives it all back."""
-
-    def __init__(self, disk: Path) -> None:
-        self.path = disk / "filler"
-
-    def fill(self) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            for size in (1 << 16, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(bytes(size))
-
-    def empty(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
 def full_for(disk: Path, steps: Sequence[int], alone: bool = False) -> list[Life]:
     """Rank 1 finds the disk full once rank 0 has written its part of the engine in these steps.
 
@@ -379,16 +366,13 @@ def full_for(disk: Path, steps: Sequence[int], alone: bool = False) -> list[Life
 def remounts(disk: Path) -> Life:
     """The disk turns read-only during the save of step 4, and comes back after it."""
 
-    def mount(options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
-
     def phase(name: str) -> None:
         if name == "saving step 4: hashing":
-            mount("ro")
+            remount(disk, "ro")
 
     def after(step: int) -> None:
         if step == 4:
-            mount("rw")
+            remount(disk, "rw")
 
     return Life(phase=phase, after_save=after)
 
@@ -438,7 +422,13 @@ def main() -> None:
     undisturbed = base / "undisturbed"
     first = pair(undisturbed, [Life(), Life()])
     whole = {"weights": first[0]["weights"], "metrics": exact(undisturbed)}
-    report("undisturbed", "", {"held": held(undisturbed), "steps": len(whole["metrics"])})
+    files = [p for p in (undisturbed / "checkpoints" / "step_8").rglob("*") if p.is_file()]
+    facts = {
+        "held": held(undisturbed),
+        "bytes": sum(path.stat().st_size for path in files),
+        "expected_bytes": first[0]["checkpoint_bytes"],
+    }
+    report("undisturbed", "", facts)
 
     def damaged(run: Path, names: Sequence[str], damage: Callable[[Path], None]) -> dict[str, Any]:
         shutil.copytree(undisturbed, run)

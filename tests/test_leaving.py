@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def start_ranks(command: list[str]) -> list[subprocess.Popen[str]]:
+def start_ranks(command: list[str], stdout: Any = subprocess.PIPE) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher, so that each has an exit code of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,7 +104,7 @@ def start_ranks(command: list[str]) -> list[subprocess.Popen[str]]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
         )

@@ -58,7 +58,7 @@ def packs() -> list[list[list[Sample]]]:
     return [
         [fill(HARD_PACK, 1), fill(TEXT_ONLY, 2)],
         [fill(HARD_PACK[:2], 3), fill(HARD_PACK[1:3], 4)],
-        [fill(HARD_PACK[:1], 5), fill(HARD_PACK[3:], 6)],
+        [fill(HARD_PACK[:1], 5), fill([Layout(1, (0,), ((1, 2),))], 6)],
     ]
 
 

@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from casa_train.errors import UserError
+from casa_train.files import sync_file
 
 ARCHITECTURE = "modeling_casa.CasaForConditionalGeneration"
 AUTO_MAP = {
@@ -47,9 +50,11 @@ def write_export(
     out = out.resolve()  # so that it has a name, even where it was given as "."
     check_target(out)
     # transformers turns the directory's name into a Python module: a dot would break the import.
-    temporary = out.with_name(out.name + "_unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, stale = (out.with_name(out.name + ending) for ending in ("_unfinished", "_stale"))
     try:
+        if (stale / MARKER).is_file() and not out.exists():  # killed between the renames below
+            os.rename(stale, out)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(temporary)
         save_processor(temporary)
@@ -62,22 +67,25 @@ def write_export(
             file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
-    except OSError as error:
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        verdict = gate(temporary)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"export to {out} failed: {error}. Nothing was left behind; choose a --out that can be "
-            "written."
+            f"export to {out} failed: {error}. Nothing was left behind, and an earlier export is "
+            "as it was; choose a directory that can be written, on a disk with room."
         ) from error
-    verdict = gate(temporary)
     shutil.rmtree(temporary / "__pycache__", ignore_errors=True)
-    if out.exists():
-        stale = out.with_name(out.name + "_stale")
+    try:
         shutil.rmtree(stale, ignore_errors=True)
-        os.rename(out, stale)
+        if out.exists():
+            os.rename(out, stale)
         os.rename(temporary, out)
-        shutil.rmtree(stale)
-    else:
-        os.rename(temporary, out)
+    except OSError as error:
+        raise UserError(f"the finished export {temporary} cannot become {out}: {error}") from error
+    shutil.rmtree(stale, ignore_errors=True)
     return verdict
 
 

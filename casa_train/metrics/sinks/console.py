@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from casa_train.lines import say
 from casa_train.metrics.sinks.base import Record
 
 
@@ -39,11 +40,10 @@ class ConsoleSink:
             left = elapsed / max(1, step - self.start) * (self.steps - step)
             rates = " ".join(f"{name} {rate:.1e}" for name, rate in record["rates"].items())
             fills = record["fill_text"], record["fill_image"]
-            print(
+            say(
                 f"step {step}/{self.steps}  {shown}  {record['seconds']:.2f} s  rates {rates}  "
                 f"fill {fills[0]:.2f}/{fills[1]:.2f}  left {_clock(left)}",
-                file=self.stream,
-                flush=True,
+                self.stream,
             )
 
     def validated(self, record: Record) -> None:
@@ -53,7 +53,7 @@ class ConsoleSink:
         if self._bar is not None:
             self._bar.write(line, file=self.stream)
         else:
-            print(line, file=self.stream, flush=True)
+            say(line, self.stream)
 
     def close(self) -> None:
         if self._bar is not None:

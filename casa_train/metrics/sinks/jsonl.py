@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from casa_train.files import write_atomic
+from casa_train.lines import LineFile, warn
 from casa_train.metrics.sinks.base import Record
-
-MOST_WAITING = 64 << 20  # bytes of lines that wait for room: some 50,000 steps
 
 
 class JsonlSink:
@@ -19,30 +17,14 @@ class JsonlSink:
     What a full disk does not take waits in memory and is written, in order, when there is room
     again. `keep_steps` first removes what a resumed run will report again.
 
-    :param warn: called once each time the disk begins to refuse.
+    :param warn: called when the disk begins to refuse, and when it takes lines again.
     """
 
-    def __init__(self, path: Path, warn: Callable[[str], None] = print) -> None:
-        self.path, self.warn = path, warn
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._waiting = b""
-        self._refused = False
+    def __init__(self, path: Path, warn: Callable[[str], None] = warn) -> None:
+        self._file = LineFile(path, warn)
 
     def write(self, record: Record) -> None:
-        line = json.dumps(record).encode() + b"\n"
-        if len(self._waiting) + len(line) <= MOST_WAITING:
-            self._waiting += line
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-            self._refused = False
-        except OSError as error:
-            if not self._refused:
-                self._refused = True
-                self.warn(
-                    f"{self.path} cannot be written: {error}; training goes on, and its lines "
-                    "wait in memory until they can be"
-                )
+        self._file.add([json.dumps(record)])
 
     def validated(self, record: Record) -> None:
         """Validations have a file of their own."""
@@ -51,7 +33,7 @@ class JsonlSink:
         """Messages are not metrics."""
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -148,6 +148,12 @@ def check(config: Config) -> None:
             parallel.precision,
             "bf16 or fp32",
         ),
+        (
+            parallel.activation_checkpointing in ("none", "decoder", "vision", "all"),
+            "parallel.activation_checkpointing",
+            parallel.activation_checkpointing,
+            "none, decoder, vision or all",
+        ),
         (parallel.threads >= 0, "parallel.threads", parallel.threads, "0 or more"),
         (
             config.world_size is None or config.world_size >= 1,

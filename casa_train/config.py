@@ -191,6 +191,10 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
     precision: str = "bf16"
     """bf16 (fp32 masters and accumulation) or fp32."""
+    activation_checkpointing: str = "none"
+    """Blocks that keep only their inputs for the backward pass and run again there: none, decoder
+    (fusion included), vision (the trained blocks) or all. Less memory, more work, the same
+    numbers."""
     threads: int = 0
     """CPU threads of each rank's torch; 0 leaves torch's choice. Results depend on it."""
 
@@ -327,6 +331,7 @@ FREE_FIELDS = (
     "run_dir",
     "dry_run",
     "world_size",
+    "parallel.activation_checkpointing",
     "data.workers",
     "data.max_bad_share",
     "data.stream.memory_mib",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from math import isqrt
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from casa_train.assemble import meta_model, part_of
 from casa_train.config import Config
 from casa_train.errors import UserError
+from casa_train.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.metrics.flops import (
     Operations,
     SampleShape,
@@ -24,8 +24,8 @@ from casa_train.metrics.flops import (
     VisionSizes,
     count_operations,
     fused_layers,
+    repeated_operations,
 )
-from casa_train.metrics.memory import activation_bytes, logits_bytes, state_bytes
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.optim import build_groups, fit_schedule
 from casa_train.sizes import size_model, text_sizes, vision_sizes
@@ -59,31 +59,18 @@ def dry_run(config: Config) -> list[str]:
     fusion = {**model.mechanism.fusion, "mechanism": config.fusion["mechanism"]}
     pack = full_pack(config)
     work = count_operations(text, vision, fusion, pack, config.data.text_tokens)
+    repeated = repeated_operations(
+        text, vision, fusion, pack, config.parallel.activation_checkpointing
+    )
     sections = [
         _headline(config, text, vision, fusion, model.mechanism.options, seconds),
         _parameters(config, model),
-        _memory(config, model, text, vision, fusion, pack, world),
-        _work(work),
-        _step(config, world, pack, sum(part.total for part in work.values())),
+        _memory(config, memory_of_rank(config, model, world), world),
+        _work(work, repeated),
+        _step(config, world, pack, sum(part.total for part in work.values()), repeated),
         _assumptions(config, pack, notes),
     ]
     return [line for section in sections for line in (*section, "")][:-1]
-
-
-def full_pack(config: Config) -> list[SampleShape]:
-    """A pack at both budgets: square images of the largest size, a smaller one for the rest.
-
-    Each is a sample, with an even share of the text behind it.
-    """
-    budget = config.data.image_tokens
-    side = max(1, isqrt(config.data.max_pixels) // SIDE)
-    side = min(side, isqrt(budget))
-    grids = [(side, side)] * (budget // side**2)
-    if rest := (budget - len(grids) * side**2) // side:
-        grids.append((rest, side))
-    count, text = len(grids), config.data.text_tokens
-    shares = [text * (i + 1) // count - text * i // count for i in range(count)]
-    return [SampleShape(share, (0,), (grid,)) for share, grid in zip(shares, grids, strict=True)]
 
 
 def _table(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> list[str]:
@@ -150,47 +137,31 @@ def _parameters(config: Config, model: nn.Module) -> list[str]:
     return _table(rows, rules=[1, len(rows) - 1])
 
 
-def _memory(
-    config: Config,
-    model: nn.Module,
-    text: TextSizes,
-    vision: VisionSizes,
-    fusion: Mapping[str, Any],
-    pack: Sequence[SampleShape],
-    world: int,
-) -> list[str]:
+def _memory(config: Config, memory: MemoryOfRank, world: int) -> list[str]:
     stage, precision = config.parallel.zero_stage, config.parallel.precision
-    bf16 = precision == "bf16"
-    groups = build_groups(model.named_parameters(), config.optim.groups)
-    sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
-    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
-    state = state_bytes(sizes, frozen, stage, world, bf16)
-    saved = activation_bytes(text, vision, fusion, pack, bf16)
-    saved["logits"] = logits_bytes(config.data.text_tokens, text.vocabulary, bf16)
-    exact, estimate = sum(state.values()), sum(saved.values())
 
     def row(name: str, size: int) -> list[str]:
         return [name, f"{size / GIB:.2f}"]
 
     title = f"Memory of a rank: ZeRO-{stage}, {precision}, {_count(world, 'rank')}"
     rows = [[title, "GiB"]]
-    rows += [row(name, size) for name, size in state.items()]
+    rows += [row(name, size) for name, size in memory.state.items()]
     first_sum = len(rows)
-    rows.append(row("state", exact))
-    rows += [row(f"{name}, estimate", size) for name, size in saved.items()]
-    rows.append(row("total, estimate", exact + estimate))
+    rows.append(row("state", sum(memory.state.values())))
+    rows += [row(f"{name}, estimate", size) for name, size in memory.activations.items()]
+    rows.append(row("total, estimate", memory.total))
     lines = _table(rows, rules=[1, first_sum, first_sum + 1, len(rows) - 1])
-    if exact + estimate > H100_BYTES:
-        lines += [
-            "",
-            f"  More than the {H100_BYTES // GIB} GiB of an H100: lower data.image_tokens and "
-            "data.text_tokens, and",
-            "  raise data.packs_per_step by as much.",
-        ]
+    if memory.total > H100_BYTES:
+        text = (
+            f"More than the {H100_BYTES // GIB} GiB of an H100: set parallel.activation_"
+            "checkpointing=all, or lower data.image_tokens and data.text_tokens and raise "
+            "data.packs_per_step by as much."
+        )
+        lines += ["", *textwrap.wrap(text, 88, initial_indent="  ", subsequent_indent="  ")]
     return lines
 
 
-def _work(work: Mapping[str, Operations]) -> list[str]:
+def _work(work: Mapping[str, Operations], repeated: int) -> list[str]:
     total = Operations(
         sum(part.forward for part in work.values()), sum(part.backward for part in work.values())
     )
@@ -203,10 +174,19 @@ def _work(work: Mapping[str, Operations]) -> list[str]:
     rows = [[f"Work of a pack, {name}", "forward", "backward", "total", "share"]]
     rows += [row(label, part) for label, part in work.items()]
     rows.append(row("total", total))
-    return _table(rows, rules=[1, len(rows) - 1])
+    lines = _table(rows, rules=[1, len(rows) - 1])
+    if repeated:
+        lines += [
+            "",
+            f"  activation checkpointing repeats {repeated / unit:,.2f} {name} of the forward "
+            "pass; MFU does not count them",
+        ]
+    return lines
 
 
-def _step(config: Config, world: int, pack: Sequence[SampleShape], operations: int) -> list[str]:
+def _step(
+    config: Config, world: int, pack: Sequence[SampleShape], operations: int, repeated: int
+) -> list[str]:
     packs, steps = config.data.packs_per_step, config.trainer.steps
     warmup, decay = fit_schedule(steps, config.optim.warmup_steps, config.optim.decay_steps)
     images = sum(sample.image_tokens for sample in pack)
@@ -215,7 +195,9 @@ def _step(config: Config, world: int, pack: Sequence[SampleShape], operations: i
         rows.append([label, f"{one:,}", f"{one * packs:,}", _short(one * packs * steps)])
     total = operations * packs
     rows.append(["work", *(_flop(n) for n in (operations, total, total * steps))])
+    # What is repeated takes its time, too.
     rate = UTILISATION * H100_FLOPS
+    operations, total = operations + repeated, total + repeated * packs
     times = (operations / rate, total / world / rate, total * steps / world / rate)
     rows.append([f"H100s at {UTILISATION:.0%}", *map(_duration, times)])
     rows[0][0] = "Size"
@@ -259,10 +241,12 @@ def _assumptions(config: Config, pack: Sequence[SampleShape], notes: Sequence[st
         f"full packs: {len(pack)} images of up to {rows * SIDE}x{columns * SIDE} pixels "
         f"({rows * columns:,} tokens), each a sample with an even share of the text behind it",
         "every text token needs logits, though only answers do",
-        "work: attended pairs alone, nothing recomputed; an H100's peak is 989 TFLOP/s in bf16",
+        "work: attended pairs alone, nothing recomputed; an H100's peak is 989 TFLOP/s in bf16, "
+        "and its hours include what activation checkpointing repeats",
         "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at the default of 500 "
         "million elements; fragmentation and communication buffers come on top",
-        "estimates: what eager code saves for the backward pass; compiled code saves less",
+        "estimates: what eager code saves for the backward pass, counted on the model itself; "
+        "compiled code saves less, and tensors that live for one operation come on top",
     ]
     wrapped = [
         line

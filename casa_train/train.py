@@ -134,6 +134,7 @@ def train(config: Config, stop: StopRequest) -> int:
     # A checkpoint replaces everything, so then nothing is read or drawn before.
     start = checked.start if found is None else None
     start_weights(model, start, config.seed, device, dtype, finish)
+    model.recompute_activations(config.parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
         say(account.line())
     # The weights above are the same on every rank; what is drawn from here on may differ.

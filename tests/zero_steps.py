@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,49 @@ from torch import Tensor
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.loss import answer_losses
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.optim import build_groups, build_optimizer, set_rates
-from tests.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs, tiny_model
+from tests.tiny import (
+    HARD_PACK,
+    HIDDEN,
+    Layout,
+    Sample,
+    fill,
+    packed_inputs,
+    tiny_model,
+    tiny_text_config,
+)
 
-CASES: dict[str, dict[str, Any]] = {
+CLIP = 0.5
+# ZeRO-3 keeps tensors below 100,000 numbers whole; the projections of so wide a model are cut.
+WIDE = 320
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and how it is trained.
+
+    :param recompute: blocks whose activations are checkpointed.
+    """
+
+    model: dict[str, Any]
+    clip: float = CLIP
+    recompute: str = "none"
+    frozen: bool = False
+
+    def build(self) -> CasaForConditionalGeneration:
+        options = dict(self.model)
+        width = options.pop("width", HIDDEN)
+        text = tiny_text_config(hidden_size=width, head_dim=width // 4)
+        model = tiny_model(text_config=text, vision_width=width, **options)
+        if self.frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".fusion." in name)
+            model.visual.set_trainable(1)
+        return model
+
+
+MODELS: dict[str, dict[str, Any]] = {
     "casa": {"mechanism": "casa"},
     "casa zero output": {"mechanism": "casa", "init": "zero_output"},
     "casa shared, images updated": {
@@ -48,7 +88,22 @@ OPTIM = OptimConfig(
     # A first Adam step is the sign of the gradient; so large an epsilon makes it see the size.
     eps=1e-2,
 )
-CLIP = 0.5
+CASES = {
+    **{name: Case(model) for name, model in MODELS.items()},
+    "casa, frozen": Case({"mechanism": "casa", "every": 2}, clip=0.1, frozen=True),
+    "casa, not clipped": Case({"mechanism": "casa"}, clip=0.0),
+    **{
+        f"{name}, recomputed": Case(MODELS[name], recompute="all")
+        for name in ("casa", "casa shared, images updated", "gated_cross_attention", "insertion")
+    },
+    "casa, frozen and recomputed": Case(
+        {"mechanism": "casa", "every": 2}, clip=0.1, recompute="all", frozen=True
+    ),
+    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, recompute="all"),
+    "casa, wide, frozen and recomputed": Case(
+        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, recompute="all", frozen=True
+    ),
+}
 # What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
 TEXT_ONLY = [Layout(6), Layout(1, (0,), ((1, 1),))]
 
@@ -77,24 +132,25 @@ def pack_loss(forward: Any, samples: list[Sample]) -> tuple[Tensor, int]:
     return losses.sum(), len(rows)
 
 
-def plain_step(case: dict[str, Any], total: int) -> dict[str, Tensor]:
-    """The weights after one step of torch's own AdamW on all four packs."""
-    model = tiny_model(**case).train()
+def plain_step(case: Case, total: int) -> tuple[dict[str, Tensor], float]:
+    """The weights after one step of torch's own AdamW on all four packs, and the gradient norm."""
+    model = case.build().train()
     groups = build_groups(model.named_parameters(), OPTIM.groups)
     optimizer = build_optimizer(groups, OPTIM)
     set_rates(optimizer.param_groups, 1.0)
     loss = sum(pack_loss(model, samples)[0] for step in packs() for samples in step)
     (loss / total).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or math.inf)
     optimizer.step()
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, float(norm)
 
 
-def engine_step(case: dict[str, Any], stage: int, rank: int, total: int) -> dict[str, Tensor]:
+def engine_step(case: Case, stage: int, rank: int, total: int) -> tuple[dict[str, Tensor], float]:
     """The same through the project's engine, each rank with its own packs."""
-    model = tiny_model(**case)
+    model = case.build()
+    model.recompute_activations(case.recompute)
     groups = build_groups(model.named_parameters(), OPTIM.groups)
-    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), CLIP)
+    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), case.clip)
     set_rates(engine.param_groups, 1.0)
     engine.train()
     for step in packs():
@@ -102,8 +158,9 @@ def engine_step(case: dict[str, Any], stage: int, rank: int, total: int) -> dict
         engine.backward(loss * (2 / total))
         engine.step()
     weights = {n: engine.full_parameter(p).clone() for n, p in engine.module.named_parameters()}
+    norm = engine.gradient_norm()
     engine.close()
-    return weights
+    return weights, norm
 
 
 def main() -> None:
@@ -112,15 +169,25 @@ def main() -> None:
     assert world == 2
     total = sum(len(s.ids) - 1 for step in packs() for samples in step for s in samples)
     for name, case in CASES.items():
-        expected = plain_step(case, total)
+        expected, norm = plain_step(case, total)
         for stage in (1, 2, 3):
-            found = engine_step(case, stage, rank, total)
-            start = dict(tiny_model(**case).named_parameters())
+            found, found_norm = engine_step(case, stage, rank, total)
+            start = dict(case.build().named_parameters())
             worst = max(float((found[n] - expected[n]).abs().max()) for n in expected)
-            moved = min(float((expected[n] - start[n]).detach().abs().max()) for n in expected)
+            moves = {n: float((expected[n] - p).detach().abs().max()) for n, p in start.items()}
             if rank == 0:
                 assert math.isfinite(worst)
-                line = {"case": name, "stage": stage, "error": worst, "least_move": moved}
+                line = {
+                    "case": name,
+                    "stage": stage,
+                    "error": worst,
+                    "least_move": min(moves[n] for n, p in start.items() if p.requires_grad),
+                    "frozen_move": max(
+                        [moves[n] for n, p in start.items() if not p.requires_grad], default=0.0
+                    ),
+                    "norm": found_norm,
+                    "plain_norm": norm,
+                }
                 print(json.dumps(line), flush=True)
     leave_processes()
 

@@ -24,9 +24,9 @@ from casa_train.bench._benchmark import (
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
 from casa_train.compose import compose_config
 from casa_train.data.materialize import PackedBatch
-from casa_train.dry_run import full_pack
 from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
+from casa_train.full_pack import full_pack
 from casa_train.metrics.flops import SampleShape
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
@@ -164,6 +164,7 @@ class Arm:
             torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
+        model.recompute_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(
             model,

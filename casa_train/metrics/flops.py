@@ -197,6 +197,10 @@ class _Paper:
 
     parts: dict[str, Operations] = field(default_factory=lambda: defaultdict(Operations))
 
+    def forward(self) -> int:
+        """Operations of the forward pass so far."""
+        return sum(part.forward for part in self.parts.values())
+
     def linear(
         self, part: str, tokens: int, inputs: int, outputs: int, trains: bool, x: bool
     ) -> bool:
@@ -245,6 +249,40 @@ def count_operations(
     h = _Decoder(paper, text, fusion, pack, pairs or attended_pairs(fusion, pack)).run(z)
     paper.linear("logits", answers, text.width, text.vocabulary, text.trainable, h)
     return dict(paper.parts)
+
+
+def repeated_operations(
+    text: TextSizes,
+    vision: VisionSizes,
+    fusion: Mapping[str, Any],
+    pack: Sequence[SampleShape],
+    blocks: str,
+    pairs: Pairs | None = None,
+) -> int:
+    """Operations that activation checkpointing runs twice; they are no part of the model's work.
+
+    :param blocks: whose activations are checkpointed: none, decoder, vision or all.
+    :param pairs: as in `count_operations`.
+    """
+    paper = _Paper()
+    z = _tower(paper, vision, [grid for sample in pack for grid in sample.grids])
+    z |= vision.out != text.width or fusion["mechanism"] == "qformer_insertion"
+    repeated = 0
+    if blocks in ("vision", "all"):
+        patches = sum(sample.image_tokens for sample in pack) * vision.cell
+        trained = vision.depth if vision.trained < 0 else vision.trained
+        repeated += sum(
+            part.forward for name, part in paper.parts.items() if "trained blocks" in name
+        )
+        repeated -= trained * 2 * patches * vision.ffn * vision.width  # as in `_Decoder`
+        if vision.trained < 0:
+            repeated -= 2 * patches * vision.patch * vision.width  # the patch embedding
+    if blocks in ("decoder", "all"):
+        pairs = pairs or attended_pairs(fusion, pack)
+        decoder = _Decoder(_Paper(), text, fusion, pack, pairs)
+        decoder.run(z)
+        repeated += decoder.repeated
+    return repeated
 
 
 def _tower(paper: _Paper, sizes: VisionSizes, grids: Sequence[Grid]) -> bool:
@@ -327,6 +365,9 @@ class _Decoder:
         self.shared = bool(fusion.get("share_parameters", False))
         self.text_keys = fusion["mechanism"] == "casa" and fusion.get("text_in_window", True)
         self.q_width, self.kv_width = sizes.q_width, sizes.kv_width
+        # Of the forward pass, what activation checkpointing runs again: all of a block but its last
+        # product, behind which nothing is saved.
+        self.repeated = 0
 
     def run(self, z: bool) -> bool:
         """Whether the hidden states carry a gradient at the end.
@@ -337,6 +378,7 @@ class _Decoder:
         fused = set(fused_layers(self.fusion, self.sizes.layers))
         h = self.sizes.trainable or (z and self.stream > self.text)
         for layer in range(self.sizes.layers):
+            before = self.paper.forward()
             if layer not in fused:
                 h = self._ffn(self._self_attention(h))
             elif mechanism == "gated_cross_attention":
@@ -345,6 +387,9 @@ class _Decoder:
                 h = self._ffn(self._hyper(h, z))
             else:
                 h, z = self._casa(h, z, updates=layer < max(fused))
+            if h:  # otherwise the block keeps nothing, and nothing of it is needed again
+                self.repeated += self.paper.forward() - before
+                self.repeated -= 2 * self.stream * self.sizes.ffn * self.sizes.width
         return h
 
     def _linear(

@@ -1,16 +1,21 @@
-"""Memory of a rank: the state that DeepSpeed keeps, to the byte, and an estimate of activations.
+"""Memory of a rank: the state that DeepSpeed keeps, and what autograd saves for a backward pass.
 
-The state follows DeepSpeed 0.19's ZeRO optimisers. The estimate counts what autograd saves for the
-backward pass of eager code with varlen attention, one pack at a time; a compiled block saves less.
+The state follows DeepSpeed 0.19's ZeRO optimisers, to the byte. Saved tensors are counted while the
+model itself runs forward, on any device: on the meta device that takes no memory and no time, and
+counts what eager code with varlen attention saves; a compiled block saves less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
-from casa_train.metrics.flops import SampleShape, TextSizes, VisionSizes, fused_layers
+import torch
+from torch import Tensor, nn
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
@@ -65,111 +70,61 @@ def logits_bytes(answers: int, vocabulary: int, bf16: bool) -> int:
     return answers * vocabulary * ((2 if bf16 else FP32) + 3 * FP32)
 
 
-def activation_bytes(
-    text: TextSizes,
-    vision: VisionSizes,
-    fusion: Mapping[str, Any],
-    pack: Sequence[SampleShape],
-    bf16: bool,
-) -> dict[str, int]:
-    """Bytes that autograd keeps of one pack's forward pass, by part; logits are left out."""
-    saved = _Saved(2 if bf16 else FP32)
-    images = sum(sample.image_tokens for sample in pack)
-    texts = sum(sample.text for sample in pack)
-    parts = {"vision tower": _tower(saved, vision, images)}
-    # Whether image tokens carry a gradient when they reach the decoder.
-    grad = vision.trained != 0 or vision.out != text.width
-    stream = texts
-    if fusion["mechanism"] == "insertion":
-        stream += images
-    if fusion["mechanism"] == "qformer_insertion":
-        queries = int(fusion.get("queries", 128)) * sum(len(sample.grids) for sample in pack)
-        stream += queries
-        layer = _resampler_layer(saved, text.width, queries, images, grad)
-        parts["fusion"] = int(fusion.get("layers", 2)) * layer
-    fused = fused_layers(fusion, text.layers)
-    # Blocks that a frozen decoder runs before any gradient is in its stream save nothing.
-    silent = 0 if text.trainable or not fused else fused[0]
-    attentions = text.layers - silent - (len(fused) if fusion.get("placement") == "replace" else 0)
-    if not text.trainable and fused and fusion.get("placement") != "before":
-        attentions -= 1  # beside or before the first fusion
-    attention = saved.norm(text.width, text.trainable) + saved.attention(
-        text.q_width, text.kv_width
-    )
-    ffn = saved.norm(text.width, text.trainable) + saved.mlp(text.ffn, text.trainable)
-    parts["text decoder"] = stream * ((text.layers - silent) * ffn + attentions * attention)
-    if fused:
-        parts["fusion"] = len(fused) * _fused_layer(saved, text, fusion, texts, images, grad)
-    return parts
+class _Held:
+    """A saved tensor and the module that saved it; it lives as long as autograd needs it."""
+
+    __slots__ = ("__weakref__", "module", "tensor")
+
+    def __init__(self, tensor: Tensor, module: str) -> None:
+        self.tensor, self.module = tensor, module
 
 
-def _tower(saved: _Saved, vision: VisionSizes, images: int) -> int:
-    """The trained blocks and the merger; the frozen blocks run without autograd."""
-    patches = images * vision.cell
-    wide = vision.width * vision.cell
-    block = 2 * saved.norm(vision.width, True) + saved.mlp(vision.ffn, True)
-    block += saved.attention(vision.width, vision.width)
-    if vision.trained == 0:
-        return 0
-    merger = images * (saved.norm(wide, True) + 2 * saved.width * wide)
-    if vision.trained < 0:
-        return vision.depth * patches * block + merger + patches * vision.patch * saved.width
-    return vision.trained * patches * block + merger
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that autograd keeps between a forward pass and its backward pass.
 
+    Every storage counts once, for the module that saved it first; parameters do not count. Of a
+    checkpointed block that is its inputs.
 
-def _resampler_layer(saved: _Saved, width: int, queries: int, images: int, grad: bool) -> int:
-    own = 3 * saved.norm(width, True) + 2 * saved.attention(width, 0) + saved.attention(0, width)
-    return queries * (own + saved.mlp(2 * width, True)) + images * (
-        saved.norm(width, True, grad) + saved.attention(0, width)
-    )
-
-
-def _fused_layer(
-    saved: _Saved,
-    text: TextSizes,
-    fusion: Mapping[str, Any],
-    texts: int,
-    images: int,
-    grad: bool,
-) -> int:
-    """What the fusion of one layer adds."""
-    base = text.trainable
-    own = base or not fusion.get("share_parameters", False)
-    text_keys = fusion["mechanism"] == "casa" and fusion.get("text_in_window", True)
-    size = texts * saved.attention(text.q_width, text.kv_width if text_keys else 0)
-    size += images * (saved.norm(text.width, own, grad) + saved.attention(0, text.kv_width))
-    if fusion.get("placement") in ("before", "after", "replace"):
-        size += texts * saved.norm(text.width, own)
-    if fusion["mechanism"] == "gated_cross_attention":
-        size += texts * (2 * saved.norm(text.width, True) + saved.mlp(text.ffn, True))
-    update = fusion.get("update_image_tokens", "none")
-    if update != "none" and (grad or base or update != "ffn"):
-        size += images * (saved.norm(text.width, base, grad) + saved.mlp(text.ffn, base))
-    if update == "ffn_and_attention":
-        size += images * saved.attention(text.q_width, 0)
-    return size
-
-
-class _Saved:
-    """Bytes that autograd saves for one token.
-
-    :param width: bytes of a number in the model's precision.
+    :param forward: runs `model` and returns what the backward pass would start from.
+    :return: by name of the innermost module that was running.
     """
+    running = [""]
+    held: list[weakref.ref[_Held]] = []
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def pack(tensor: Tensor) -> _Held:
+        holder = _Held(tensor, running[-1])
+        held.append(weakref.ref(holder))
+        return holder
 
-    def norm(self, size: int, trains: bool, grad: bool = True) -> int:
-        """An RMS norm: its fp32 input; the normalised and the scaled one, if weights train.
+    def leave(*_: Any) -> None:
+        running.pop()
 
-        :param grad: whether its input carries a gradient.
-        """
-        return size * ((FP32 if grad else 0) + (2 * self.width if trains else 0))
+    handles = []
+    for name, module in model.named_modules():
+        enter = partial(_enter, running, name)
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+            graph = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    counted = {_storage(p) for p in model.parameters()}
+    found: dict[str, int] = defaultdict(int)
+    for holder in (reference() for reference in held):
+        if holder is not None and _storage(holder.tensor) not in counted:
+            counted.add(_storage(holder.tensor))
+            found[holder.module] += holder.tensor.untyped_storage().nbytes()
+    del graph  # until here, or nothing would be kept
+    return dict(found)
 
-    def attention(self, q: int, kv: int) -> int:
-        """Queries and what they read, `q` wide; keys and values, `kv` wide."""
-        return self.width * 2 * (q + kv)
 
-    def mlp(self, ffn: int, trains: bool) -> int:
-        """Gate, its SiLU and the up projection; their product, if the last linear trains."""
-        return self.width * ffn * (4 if trains else 3)
+def _enter(running: list[str], name: str, *_: Any) -> None:
+    running.append(name)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identifies a storage; on the meta device none has an address."""
+    address: int = tensor.untyped_storage()._cdata
+    return address

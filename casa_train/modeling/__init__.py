@@ -16,6 +16,7 @@ numpy only: it is copied whole into every export, so training and inference run 
     gated, hyper      Flamingo's gated cross-attention, mPLUG-Owl3's hyper attention
     insertion         image tokens in the stream; qformer: compressed first
     decoder           Hugging Face decoder layers as weight containers, our own loop over them
+    recompute         activation checkpointing of blocks
     streaming         what generation remembers beside the KV cache
     generation        generate, generate_from_image, streams
     modeling_casa     CasaForConditionalGeneration: the parts put together

@@ -141,8 +141,10 @@ class Segments:
         return len(joined) if _is_identity(joined, len(joined)) else -1
 
     @functools.cached_property
-    def groups(self) -> tuple[list[_Group], Tensor]:
-        """SDPA batches, and for every query its row in their flattened, concatenated outputs."""
+    def groups(self) -> tuple[list[_Group], Tensor | None]:
+        """SDPA batches, and for every query its row in their flattened, concatenated outputs; None
+        where they come in order.
+        """
         shapes = list(zip(self.key_lengths, self.query_lengths, strict=True))
         groups: list[list[int]] = []
         members: list[int] = []
@@ -196,7 +198,8 @@ class Segments:
                     causal=square and q_max > 1,
                 )
             )
-        return built, self._tensor(positions)
+        in_order = _is_identity(positions, row)
+        return built, None if in_order else self._tensor(positions)
 
     def _table(self, rows: np.ndarray) -> _Rows:
         flat = rows.ravel()
@@ -245,13 +248,16 @@ def varlen_attention(
     """
     if len(segments) == 0:
         return q[:0]
-    chosen = choose_backend(backend, q.device, q.dtype)
+    chosen = "meta" if q.is_meta else choose_backend(backend, q.device, q.dtype)
     if chosen == "sdpa":
         return _sdpa(q, k, v, segments)
     if not segments.covers(q.shape[0]):
         q = q.index_select(0, segments.query_index)
     if segments.identity_keys != k.shape[0]:
         k, v = (x.index_select(0, segments.key_index) for x in (k, v))
+    if chosen == "meta":
+        shape: Tensor = _OnMeta.apply(q, k, v)
+        return shape
     cu_q, cu_k = segments.cu_seqlens
     # A query length of 1 makes some kernels reshape GQA groups into the query axis, which fails for
     # segments of other lengths; any upper bound is allowed.
@@ -263,6 +269,24 @@ def varlen_attention(
         return out
     window = (-1, 0) if segments.causal else (-1, -1)
     return _torch_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, window)
+
+
+class _OnMeta(torch.autograd.Function):
+    """Attention on the meta device: nothing is computed, and autograd saves what it does for the
+    varlen kernels, so that memory can be counted without any.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(q.shape)
+        log_sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x.new_empty(x.shape) for x in ctx.saved_tensors[:3])
+        return q, k, v
 
 
 @functools.cache
@@ -315,7 +339,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         out = out.reshape(out.shape[0], q.shape[1], -1, out.shape[-1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.index_select(0, positions)
+    return joined if positions is None else joined.index_select(0, positions)
 
 
 def _rows(ranges: Sequence[Range]) -> np.ndarray:

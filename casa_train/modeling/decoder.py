@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .block import DecoderContext
 from .fusion import FusionMechanism
+from .recompute import run_block
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,
@@ -113,11 +114,14 @@ def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
     del backbone.rotary_emb
 
 
-def run_decoder(backbone: Any, text: Tensor, images: Tensor, context: DecoderContext) -> Tensor:
+def run_decoder(
+    backbone: Any, text: Tensor, images: Tensor, context: DecoderContext, recompute: bool = False
+) -> Tensor:
     """Runs the fused layers and the final norm.
 
     :param text: (T, C) text embeddings.
     :param images: (N, C) image tokens.
+    :param recompute: layers keep their inputs only and run again in the backward pass.
     :return: (T, C) hidden states of the text tokens.
     """
     plan = context.plan
@@ -125,7 +129,7 @@ def run_decoder(backbone: Any, text: Tensor, images: Tensor, context: DecoderCon
     if plan.stream_index is not None:
         h = torch.cat([text, images.to(text.device)]).index_select(0, plan.stream_index)
     for layer in backbone.layers:
-        h, images = layer(h, images, context)
+        h, images = run_block(layer, h, images, context, recompute=recompute)
     if plan.text_index is not None:
         h = h.index_select(0, plan.text_index.to(h.device))
     out: Tensor = backbone.norm(h)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -40,6 +41,7 @@ from .messages import Message
 from .packed import PackedInputs
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
+from .recompute import check_recomputed
 from .rope import rope_table
 from .streaming import FlatCache, StreamingState
 from .vision import VisionTower
@@ -63,7 +65,7 @@ BACKEND_OF = {"flash_attention_2": "flash_attn", "sdpa": "auto", "eager": "sdpa"
 class CasaPreTrainedModel(PreTrainedModel):
     config_class = CasaConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -122,6 +124,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if vision.out_hidden_size != text.hidden_size:
             self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
         self.resampler: nn.Module | None = self.mechanism.make_resampler()
+        # A matter of the run, not of the model: no configuration and no export carries it.
+        self.recomputed = "none"
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -149,6 +153,42 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         """
         for layer in self.model.layers:
             self.mechanism.initialise(layer)
+
+    def recompute_activations(self, blocks: str) -> None:
+        """Trades memory for work: these blocks keep only their inputs for the backward pass.
+
+        :param blocks: none, decoder (fusion included), vision (the trained blocks) or all. In
+            training mode alone; values and gradients stay what they are.
+        """
+        check_recomputed(blocks)
+        self.recomputed = blocks
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers' `is_gradient_checkpointing` reads."""
+        return self.recomputed != "none"
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What `gradient_checkpointing_enable` comes down to in both transformers generations: all
+        blocks or none, always without re-entering autograd.
+        """
+        wanted = getattr(gradient_checkpointing_func, "func", checkpoint)
+        if every_n_layers != 1 or wanted is not checkpoint:
+            raise ValueError(
+                f"activation checkpointing with every_n_layers={every_n_layers} or with "
+                "offload=True is not supported: leave both out, or choose blocks with "
+                "recompute_activations('decoder') or ('vision')"
+            )
+        self.recompute_activations("all" if enable else "none")
+
+    def _recomputes(self, part: str) -> bool:
+        """Whether the blocks of a part run again in the backward pass of this forward pass."""
+        return self.training and torch.is_grad_enabled() and self.recomputed in (part, "all")
 
     @property
     def attention_backend(self) -> str:
@@ -269,7 +309,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         text = self.model.embed_tokens(ids)
         backend = self.attention_backend
         if images:
-            tokens = self.adapter(self.visual(images, backend))
+            tokens = self.adapter(self.visual(images, backend, self._recomputes("vision")))
             if self.resampler is not None:
                 tokens = self.resampler(tokens, counts, backend)
         else:
@@ -305,7 +345,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             state=state,
             keep_index=keep,
         )
-        hidden = run_decoder(self.model, text, tokens, context)
+        recompute = cache is None and self._recomputes("decoder")
+        hidden = run_decoder(self.model, text, tokens, context, recompute)
         if state is not None and cache is not None:
             cache.commit()
             spans = [sum(image_spans(chunk, mechanism.multimodal)) for chunk in chunks]

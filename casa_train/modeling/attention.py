@@ -141,10 +141,8 @@ class Segments:
         return len(joined) if _is_identity(joined, len(joined)) else -1
 
     @functools.cached_property
-    def groups(self) -> tuple[list[_Group], Tensor | None]:
-        """SDPA batches, and for every query its row in their flattened, concatenated outputs; None
-        where they come in order.
-        """
+    def groups(self) -> tuple[list[_Group], Tensor]:
+        """SDPA batches, and for every query its row in their flattened, concatenated outputs."""
         shapes = list(zip(self.key_lengths, self.query_lengths, strict=True))
         groups: list[list[int]] = []
         members: list[int] = []
@@ -198,8 +196,7 @@ class Segments:
                     causal=square and q_max > 1,
                 )
             )
-        in_order = _is_identity(positions, row)
-        return built, None if in_order else self._tensor(positions)
+        return built, self._tensor(positions)
 
     def _table(self, rows: np.ndarray) -> _Rows:
         flat = rows.ravel()
@@ -339,7 +336,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         out = out.reshape(out.shape[0], q.shape[1], -1, out.shape[-1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined if positions is None else joined.index_select(0, positions)
+    return joined.index_select(0, positions)
 
 
 def _rows(ranges: Sequence[Range]) -> np.ndarray:

@@ -94,10 +94,14 @@ class Reference:
     :param logits: (T, vocabulary) float64.
     :param fusion: for every fused block, the (T, C) that it adds to the text beside its
         self-attention and its feed-forward network; empty for the insertions.
+    :param reads: for every block that reads images, how much of what each text token reads there
+        comes from them, (T,): the share of attention, mean over heads, NaN where it reads nothing;
+        for hyper_attention the gate; empty where it is nothing but images.
     """
 
     logits: Tensor
     fusion: list[Tensor] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
 
 
 # Where tokens stand, and who sees whom
@@ -263,28 +267,34 @@ def reference(
         "gated_cross_attention": run_gated_cross_attention,
         "hyper_attention": run_hyper_attention,
     }[settings.mechanism]
-    h, fusion = run(state, settings, tokens, text, y)
+    h, fusion, reads = run(state, settings, tokens, text, y)
     logits = rms_norm(state, "model.norm", settings, h) @ state["lm_head.weight"].T
-    return Reference(logits, fusion)
+    return Reference(logits, fusion, reads)
 
 
 def run_insertion(
     state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Image tokens join the stream; what the text tokens (T, C) are after the last block."""
     h = torch.stack([y[t.row] if t.kind == "image" else text[t.row] for t in tokens])
     positions = [interleaved_position(token, settings) for token in tokens]
     mask = pairs(tokens, tokens, sees_inserted)
+    texts = [token.place for token in tokens if token.kind == "text"]
+    reads = []
     for n in range(settings.layers):
         layer = f"model.layers.{n}."
+        x = rms_norm(state, layer + "input_layernorm", settings, h)
+        q = project(state, layer + "self_attn.q_proj", settings, x, positions)
+        k = project(state, layer + "self_attn.k_proj", settings, x, positions)
+        reads.append(image_share(q, k, mask, tokens)[texts])
         h = h + self_attention(state, layer, settings, h, mask, positions)
         h = h + feed_forward(state, layer, settings, h)
-    return torch.stack([h[t.place] for t in tokens if t.kind == "text"]), []
+    return h[texts], [], reads
 
 
 def run_casa(
     state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """CASA and plain cross-attention with the switches D1 to D5."""
     texts = [token for token in tokens if token.kind == "text"]
     images = [token for token in tokens if token.kind == "image"]
@@ -300,6 +310,7 @@ def run_casa(
 
     h, z = text, y
     fusion = []
+    shares = []
     for n in range(settings.layers):
         layer = f"model.layers.{n}."
 
@@ -328,6 +339,8 @@ def run_casa(
         q = project(state, own + "q_proj", settings, x, positions)
         k = project(state, own + "k_proj", settings, x, positions)
         v = project(state, own + "v_proj", settings, x)
+        if settings.text_in_window:
+            shares.append(image_share(q[: len(texts)], k, mask, keys))
         read = attend(q[: len(readers)], k, v, mask)
         out = project_out(state, own + "o_proj", read, mask)
         fused = out[: len(texts)]
@@ -347,12 +360,12 @@ def run_casa(
         if updated:
             z = z + feed_forward(state, layer, settings, z)
         fusion.append(fused)
-    return h, fusion
+    return h, fusion, shares
 
 
 def run_gated_cross_attention(
     state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Flamingo: new cross-attention and feed-forward layers before blocks, behind tanh gates."""
     texts = [token for token in tokens if token.kind == "text"]
     images = [token for token in tokens if token.kind == "image"]
@@ -380,12 +393,12 @@ def run_gated_cross_attention(
             h = passed
         h = h + self_attention(state, layer, settings, h, self_mask, text_positions)
         h = h + feed_forward(state, layer, settings, h)
-    return h, fusion
+    return h, fusion, []
 
 
 def run_hyper_attention(
     state: State, settings: Settings, tokens: Sequence[Token], text: Tensor, y: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """mPLUG-Owl3: a gate on each text token mixes what it reads in images and in text."""
     texts = [token for token in tokens if token.kind == "text"]
     images = [token for token in tokens if token.kind == "image"]
@@ -396,6 +409,7 @@ def run_hyper_attention(
     after_image = torch.tensor([[float(token.window is not None)] for token in texts]).double()
     h = text
     fusion = []
+    gates = []
     for n in range(settings.layers):
         layer = f"model.layers.{n}."
         attended = self_attention(state, layer, settings, h, self_mask, text_positions)
@@ -411,12 +425,13 @@ def run_hyper_attention(
             v = project(state, own + "v_proj", settings, normed)
             read_images = attend(q, k, v, mask)
             gate = after_image * torch.sigmoid(linear(state, own + "gate", x))
+            gates.append(gate[:, 0])
             mixed = (1 - gate) * read_text + gate * read_images
             fusion.append(linear(state, shared + "o_proj", mixed) - attended)
             attended = linear(state, shared + "o_proj", mixed)
         h = h + attended
         h = h + feed_forward(state, layer, settings, h)
-    return h, fusion
+    return h, fusion, gates
 
 
 def resample(state: State, settings: Settings, y: Tensor) -> Tensor:
@@ -478,6 +493,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Sequence[Sequence[bool]]) -> T
         scores = torch.einsum("hd,mhd->hm", query, k[seen]) / q.shape[-1] ** 0.5
         read.append(torch.einsum("hm,mhd->hd", scores.softmax(-1), v[seen]).flatten())
     return torch.stack(read)
+
+
+def image_share(
+    q: Tensor, k: Tensor, mask: Sequence[Sequence[bool]], keys: Sequence[Token]
+) -> Tensor:
+    """(n,): how much of the attention of q (n, H, D) over k (m, Hkv, D) falls on image keys."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    shares = []
+    for query, row in zip(q, mask, strict=False):
+        seen = [j for j, visible in enumerate(row) if visible]
+        if not seen:
+            shares.append(torch.tensor(torch.nan).double())
+            continue
+        scores = torch.einsum("hd,mhd->hm", query, k[seen]) / q.shape[-1] ** 0.5
+        on_images = torch.tensor([keys[j].kind == "image" for j in seen]).double()
+        shares.append((scores.softmax(-1) @ on_images).mean())
+    return torch.stack(shares)
 
 
 def project(

@@ -286,6 +286,39 @@ class _OnMeta(torch.autograd.Function):
         return q, k, v
 
 
+def attention_on(q: Tensor, k: Tensor, segments: Segments, rows: Tensor, marked: Tensor) -> Tensor:
+    """How much of their attention some queries pay to marked keys, mean over heads.
+
+    From the scores themselves, segment by segment: slower than `varlen_attention`, for a look.
+
+    :param q: (Tq, H, D); :param k: (Tk, Hkv, D), as for `varlen_attention`.
+    :param rows: (R,) int64, the queries asked for.
+    :param marked: (Tk,) bool.
+    :return: (R,) shares from 0 to 1, at least float32; NaN for queries of no segment.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    wanted = rows.cpu().numpy()
+    shares = torch.full(rows.shape, torch.nan, dtype=wide, device=q.device)
+    for queries, keys in zip(segments._queries, segments._keys, strict=True):
+        asked = np.flatnonzero(np.isin(wanted, queries))
+        if not len(asked):
+            continue
+        of_keys = torch.from_numpy(keys).to(q.device)
+        of_asked = torch.from_numpy(asked).to(q.device)
+        scores = torch.einsum("rhd,khd->hrk", q[rows[of_asked]].to(wide), k[of_keys].to(wide))
+        if segments.causal:
+            # Where each asked row stands in its segment, whose last query sees every key.
+            order = np.argsort(queries)
+            place = order[np.searchsorted(queries, wanted[asked], sorter=order)]
+            last = place + (len(keys) - len(queries))
+            hidden = torch.from_numpy(np.arange(len(keys)) > last[:, None]).to(q.device)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        shares[of_asked] = (weights * marked[of_keys]).sum(-1).mean(0)
+    return shares
+
+
 @functools.cache
 def _torch_varlen() -> Callable[..., Tensor]:
     """torch's varlen_attn under one signature: 2.10 and 2.11 know neither window_size nor gqa

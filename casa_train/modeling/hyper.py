@@ -23,6 +23,7 @@ from .block import (
     query_mask,
     self_attention,
 )
+from .reads import IMAGE_GATE
 from .windowed import WindowedMechanism, linear_like, read_windows
 
 # sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.
@@ -107,5 +108,7 @@ class HyperLayer(nn.Module):
         gate = self.gate(x).sigmoid()
         if not cross.covers(len(x)):
             gate = gate * query_mask(cross, len(x), gate.dtype)
+        if context.reads is not None:
+            context.reads.gate(self.layer_idx, IMAGE_GATE, gate)
         mixed: Tensor = read + gate * (seen - read)
         return mixed

@@ -41,6 +41,7 @@ from .messages import Message
 from .packed import PackedInputs
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
+from .reads import ImageReads
 from .recompute import check_recomputed
 from .rope import rope_table
 from .streaming import FlatCache, StreamingState
@@ -287,12 +288,26 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         chunk = Chunk(len(input_ids), tuple(points), counts)
         return PackedInputs(input_ids, [chunk], list(images))
 
+    @torch.no_grad()
+    def image_reads(self, packed: PackedInputs) -> ImageReads:
+        """How much of what text reads in each layer comes from images, in a pack.
+
+        For the rows of `packed.logits_index`, or all text.
+        """
+        rows = packed.logits_index
+        if rows is None:
+            rows = torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+        reads = ImageReads(rows)
+        self._hidden(packed.input_ids, packed.chunks, packed.images, reads=reads)
+        return reads
+
     def _hidden(
         self,
         ids: Tensor,
         chunks: Sequence[Chunk],
         images: Sequence[Tensor],
         past_key_values: Any = None,
+        reads: ImageReads | None = None,
     ) -> Tensor:
         """(T, C) final hidden states of the packed text tokens."""
         counts = self.visual.token_counts(images)
@@ -344,6 +359,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             cache=cache,
             state=state,
             keep_index=keep,
+            reads=reads,
         )
         recompute = cache is None and self._recomputes("decoder")
         hidden = run_decoder(self.model, text, tokens, context, recompute)
@@ -464,6 +480,7 @@ __all__ = [
     "GatedCrossAttention",
     "HyperAttention",
     "ChatTemplate",
+    "ImageReads",
     "Insertion",
     "Message",
     "PackedInputs",

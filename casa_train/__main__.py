@@ -46,7 +46,7 @@ def main(raw: DictConfig) -> None:
     except UserError as error:  # Hydra would print the whole command line in front of it
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         alone = isinstance(error, RankError)
-        if sweep:
+        if sweep and raw.get("dry_run") is not True:
             from casa_train.run_directory import record_failure
 
             record_failure(Path(raw.run_dir), str(error))

@@ -244,6 +244,12 @@ def check(config: Config) -> None:
             "at least 1",
         ),
         (
+            config.evaluation.attention_samples >= 0,
+            "evaluation.attention_samples",
+            config.evaluation.attention_samples,
+            "0 (off) or more",
+        ),
+        (
             config.metrics.peak_tflops is None or config.metrics.peak_tflops > 0,
             "metrics.peak_tflops",
             config.metrics.peak_tflops,

@@ -266,6 +266,10 @@ class ExportConfig:
     best: bool = False
     """Save the step whenever a validation's loss is the lowest so far, and export it to
     RUN/exports/best."""
+    """Longest answer."""
+    attention_samples: int = 64
+    """Questions over which it is measured how much answers read from the image, layer by layer; 0:
+    not at all."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from casa_train.evaluation.exact_match import (
     generate_answers,
     readable,
 )
+from casa_train.evaluation.reads import image_reads
 from casa_train.export import export as write_export
 from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import sha256, write_atomic
@@ -78,6 +79,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
+        "attention": image_reads(model, processor, questions, config.evaluation.attention_samples),
         **result,
     }
     write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")

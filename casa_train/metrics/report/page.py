@@ -19,6 +19,7 @@ from casa_train.metrics.report import series, text
 from casa_train.metrics.report.bad_samples import bad_samples
 from casa_train.metrics.report.curves import draw_plots
 from casa_train.metrics.report.facts import facts
+from casa_train.metrics.report.reads import draw_reads
 from casa_train.metrics.report.run_data import RunData
 from casa_train.metrics.report.samples import PICTURE_SIDE, sample_rows
 from casa_train.metrics.report.validations import validations
@@ -40,6 +41,7 @@ def write_report(run: RunData, path: Path) -> None:
         plots=draw_plots(run.metrics),
         evaluation=run.evaluation,
         smoothed=len(run.metrics) >= series.SMOOTH_FROM,
+        reads=draw_reads(run.evaluation),
         samples=sample_rows(run),
         validation=validations(run),
         picture_side=PICTURE_SIDE,

@@ -254,6 +254,9 @@ class EvaluationConfig:
     """Questions of `evaluate` at most."""
     max_new_tokens: int = 16
     """Longest generated answer."""
+    attention_samples: int = 64
+    """Questions over which `evaluate` measures how much answers read from the image, layer by layer;
+    0: not at all."""
 
 
 @dataclass
@@ -266,10 +269,6 @@ class ExportConfig:
     best: bool = False
     """Save the step whenever a validation's loss is the lowest so far, and export it to
     RUN/exports/best."""
-    """Longest answer."""
-    attention_samples: int = 64
-    """Questions over which it is measured how much answers read from the image, layer by layer; 0:
-    not at all."""
 
 
 @dataclass

@@ -255,8 +255,8 @@ class EvaluationConfig:
     max_new_tokens: int = 16
     """Longest generated answer."""
     attention_samples: int = 64
-    """Questions over which `evaluate` measures how much answers read from the image, layer by layer;
-    0: not at all."""
+    """Questions over which `evaluate` measures how much answers read from the image, layer by
+    layer; 0: not at all."""
 
 
 @dataclass

@@ -16,9 +16,9 @@ from yaml import YAMLError
 
 from casa_train.assemble import meta_model, part_sizes
 from casa_train.config import Config, flatten
-from casa_train.dry_run import full_pack
 from casa_train.errors import UserError
 from casa_train.export import load_model_config, load_run_config
+from casa_train.full_pack import full_pack
 from casa_train.metrics.report.sweep import Job
 from casa_train.metrics.sinks import read_metrics
 from casa_train.metrics.starts import STARTS_FILE, read_starts

@@ -22,6 +22,7 @@ from casa_train.export import load_run_config
 from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.report.sweep import markdown, write_sweep
 from casa_train.metrics.sinks import Record, read_metrics
+from casa_train.metrics.starts import STARTS_FILE, read_starts
 from casa_train.modeling.image_processing_casa import ImageError
 from casa_train.run_directory import (
     CONFIG_FILE,
@@ -56,6 +57,7 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
         pictures={**_pictures(config, evaluation), **_asked(config, validations)},
         quarantine=_quarantine(run),
         validations=validations,
+        starts=read_starts(run / STARTS_FILE),
     )
     path = run / REPORT_FILE
     write_report(data, path)

@@ -44,7 +44,7 @@ from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
-from casa_train.metrics.sinks import Sink, open_sinks
+from casa_train.metrics.sinks import Sink, last_step, open_sinks
 from casa_train.metrics.starts import STARTS_FILE, StartLog
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -168,6 +168,7 @@ def train(config: Config, stop: StopRequest) -> int:
         run_dir / STARTS_FILE if rank == 0 else None,
         progress,
         {"ranks": world, "device": gpu or "CPU", "peak_tflops": peak},
+        last_step(run_dir / METRICS_FILE),
     )
     sinks: list[Sink] = []
     validator: Validator | None = None

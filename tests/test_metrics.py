@@ -233,7 +233,7 @@ def test_a_start_says_where_it_came_from_and_why_it_left(tmp_path: Path) -> None
     with StartLog(path, progress, {"ranks": 2, "device": "CPU"}) as start:
         progress.step, start.reason = 5, "max_hours"
     # Killed: no word of leaving, its last line cut.
-    StartLog(path, progress, {}).__enter__()
+    StartLog(path, progress, {}, found_step=8).__enter__()
     with path.open("a") as file:
         file.write('{"start": 2, "le')
     with pytest.raises(ValueError), StartLog(path, progress, {}) as start:
@@ -248,6 +248,7 @@ def test_a_start_says_where_it_came_from_and_why_it_left(tmp_path: Path) -> None
     assert starts[0]["after_step"] == 0 and starts[0]["ranks"] == 2 and starts[0]["step"] == 5
     assert starts[0]["pid"] == os.getpid() and starts[0]["left_time"] >= starts[0]["time"]
     assert "left" not in starts[1] and starts[1]["after_step"] == 5
+    assert [s["found_step"] for s in starts[:2]] == [None, 8]
     left = [s.get("left") for s in starts]
     assert left == ["max_hours", None, "ValueError: no more", "watchdog"]
     with StartLog(None, progress, {}) as start:  # another rank

@@ -63,6 +63,7 @@ def _record(step: int, **changes: Any) -> dict[str, Any]:
         "step": step,
         "loss": 0.5 + 5 * math.exp(-step / 10),
         "gradient_norm": 0.4 + 1 / step,
+        **_new_fields(step, seconds),
         "rates": {"fusion": 1e-4 * min(1, step / 5), "backbone": 1e-4 * min(1, step / 5)},
         "answer_tokens": 100,
         "text_tokens": 1000,
@@ -78,6 +79,29 @@ def _record(step: int, **changes: Any) -> dict[str, Any]:
         "image_tokens_per_second": 5000 / seconds,
         **changes,
     }
+
+
+def _new_fields(step: int, seconds: float) -> dict[str, Any]:
+    """What records of early runs lack; the run is started again after step 20."""
+    start = 1 if step <= 20 else 2
+    return {
+        "start": start,
+        "time": 1.7e9 + step + 3600 * start,
+        "rank_seconds_min": 0.3,
+        "rank_seconds_max": 0.4,
+        "slowest_rank": 5 if step % 4 else 0,
+        "operations": 4 * 10**12,
+        "tflops": 2 / seconds,
+        "mfu": 0.4 / seconds,
+        "balance": 0.9,
+        "memory_bytes": 40 << 30,
+        "memory_peak_bytes": 61 << 30,
+        "pack_efficiency": 0.99,
+    }
+
+
+def _old(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in _new_fields(1, 1.0)}
 
 
 def _answers(sources: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
@@ -130,6 +154,17 @@ def _page(run: RunData, tmp_path: Path) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def _rows(html: str) -> list[list[str]]:
+    """The texts of all cells, row by row."""
+
+    def text(cell: str) -> str:
+        return " ".join(re.sub("<[^>]*>", " ", cell).split())
+
+    rows = re.findall(r"<tr[ >].*?</tr>", html, re.DOTALL)
+    cell = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
+    return [[text(found) for found in cell.findall(row)] for row in rows]
+
+
 def test_a_full_page_shows_everything(tmp_path: Path) -> None:
     answers = _answers({"colour": (9, 3), "shape": (8, 0)})
     pictures = {
@@ -147,8 +182,12 @@ def test_a_full_page_shows_everything(tmp_path: Path) -> None:
         "Gradient norm by step",
         "Learning rates by step",
         "Throughput by step",
+        "Model FLOPs utilisation by step",
         "Seconds by step",
+        "Ranks by step",
+        "Memory by step",
         "Pack fill by step",
+        "Steps over time",
     ]
     for shown in ("87.5 %", "25.0 %", "31.2 %", "1,200", "step_40", "colour", "shape"):
         assert shown in page.text
@@ -167,6 +206,70 @@ def test_a_full_page_shows_everything(tmp_path: Path) -> None:
 
     again, _ = _page(run, tmp_path)
     assert again == html
+
+
+def test_a_run_of_an_early_version_is_shown_as_it_is(tmp_path: Path) -> None:
+    _, page = _page(_run(metrics=[_old(_record(step)) for step in range(1, 41)]), tmp_path)
+    assert len(page.all("svg")) == 6
+    for absent in ("Starts", "dashed", "MFU", "FLOP/s", "GiB", "Ranks"):
+        assert absent not in page.text
+
+
+def test_restarts_stand_in_every_curve_and_in_a_table(tmp_path: Path) -> None:
+    starts: list[dict[str, Any]] = [
+        {"start": 1, "time": 1.7e9, "after_step": 0, "host": "n0", "ranks": 8, "device": "H100"},
+        {"start": 2, "time": 1.7e9 + 4000, "after_step": 20, "found_step": 23, "ranks": 1},
+        {"start": 3, "time": 1.7e9 + 9000, "after_step": 40, "found_step": 40},
+    ]
+    starts[1] |= {"left": "max_hours", "step": 40, "left_time": 1.7e9 + 4000 + 3 * 3600 + 61}
+    starts[2] |= {"left": f"UserError: {HOSTILE}", "step": 40, "left_time": 1.7e9 + 9000.25}
+    html, page = _page(_run(starts=starts), tmp_path)
+    figures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    dashes = [len(re.findall("stroke-dasharray", figure)) for figure in figures]
+    titles = [str(svg["aria-label"]) for svg in page.all("svg")]
+    assert dashes == [2 if title.startswith("Throughput") else 1 for title in titles]
+    assert "A dashed line stands where the run was started again." in page.text
+    assert "in 3 starts" in page.text and "61 GiB" in page.text
+    assert "rank 5 in 75.0 % of steps" in page.text
+    rows = [row for row in _rows(html) if row[1].endswith(" UTC")]
+    began = ["2023-11-14 22:13:20 UTC", "2023-11-14 23:20:00 UTC", "2023-11-15 00:43:20 UTC"]
+    killed = "killed, without a word 3 steps repeated by the next start"
+    assert rows[0] == ["1", began[0], "n0, 8 ranks, H100", "1", "23", "–", killed]
+    assert rows[1][:6] == ["2", began[1], "1 rank", "21", "40", "3 h 1 min"]
+    assert rows[1][6] == "its time was up (trainer.max_hours)"
+    assert rows[2][:6] == ["3", began[2], "–", "41", "40", "0.25 s"]
+    assert rows[2][6].endswith("no step was done")
+    assert "<script" not in html.lower()
+    _, page = _page(_run(starts=starts[:1]), tmp_path)
+    assert "still runs, or was killed" in page.text
+
+
+def test_losses_by_source_are_drawn_and_listed(tmp_path: Path) -> None:
+    names = [f"subset_{i}" for i in range(9)] + [HOSTILE]
+    metrics = [_record(step) for step in range(1, 41)]
+    for record in metrics[::10]:
+        record["sources"] = {
+            name: {"loss": 4.0 / record["step"] + i, "answer_tokens": 100 - i}
+            for i, name in enumerate(names)
+        }
+    metrics[10]["sources"]["subset_0"] = {"loss": math.nan, "answer_tokens": 0}
+    html, page = _page(_run(metrics=metrics), tmp_path)
+    assert "Loss by source by step" in [svg["aria-label"] for svg in page.all("svg")]
+    assert "of those with most answer tokens" in page.text
+    assert "Loss by source: 10 sources" in page.text
+    assert ["subset_0", "300", "4", "0.129"] in _rows(html)  # one record had none of it
+    assert ["subset_1", "396", "5", "1.129"] in _rows(html)  # answer tokens, first and last loss
+    assert HOSTILE in page.text and "<script" not in html.lower()
+    assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
+
+
+def test_what_was_lost_is_drawn_only_if_something_was(tmp_path: Path) -> None:
+    metrics = [_record(step, bad_samples=step // 10, left_out=0) for step in range(1, 41)]
+    bad = [{"source": "web", "key": "a", "reason": "too_long", "detail": "9 tokens"}]
+    _, page = _page(_run(metrics=metrics, quarantine=bad), tmp_path)
+    assert "Samples lost by step" in [svg["aria-label"] for svg in page.all("svg")]
+    assert "unusable" in page.text and "beyond the budgets" not in page.text
+    assert "left 4 holes in packs so far" in page.text
 
 
 def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
@@ -227,7 +330,7 @@ def test_texts_that_no_file_can_hold_or_that_are_endless_are_shown_in_part(tmp_p
 def test_one_step_is_enough(tmp_path: Path) -> None:
     run = _run(metrics=[_record(1)], config_yaml="", environment={})
     html, page = _page(run, tmp_path)
-    assert len(page.all("svg")) == 6
+    assert len(page.all("svg")) == 10
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     assert "has not been evaluated" in page.text and page.text.count("Not recorded.") == 2
     for absent in ("Validation samples", "Bad samples", "moving average"):
@@ -238,11 +341,19 @@ def test_one_step_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 60])
 def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: Path) -> None:
     broken = [
-        _record(s, loss=math.nan, gradient_norm=math.inf, rates={"a": 0.0}, data_seconds=None)
+        _record(
+            s,
+            **dict.fromkeys(_new_fields(1, 1.0)),
+            loss=math.nan,
+            gradient_norm=math.inf,
+            rates={"a": 0.0},
+            data_seconds=None,
+        )
         for s in range(1, count + 1)
     ]
     for record in broken:
         del record["fill_text"], record["fill_image"]
+        record.update(dict.fromkeys(_new_fields(1, 1.0)))
     evaluation = _evaluation(_answers({"colour": (1, 1)}))
     evaluation["families"]["colour"].update(exact_match=math.nan, guess=None)
     html, page = _page(_run(metrics=broken, evaluation=evaluation), tmp_path)

@@ -17,7 +17,7 @@ import pytest
 
 from casa_train.config import Config, MetricsConfig
 from casa_train.metrics.fields import FIELDS, scalars
-from casa_train.metrics.sinks import ConsoleSink, JsonlSink, open_sinks, read_metrics
+from casa_train.metrics.sinks import ConsoleSink, JsonlSink, last_step, open_sinks, read_metrics
 from casa_train.metrics.sinks.guarded import Guarded
 from tests.commands import ROOT
 from tests.small_disk import Filler, small_disk
@@ -171,6 +171,15 @@ def test_a_console_that_goes_away_ends_nothing_and_comes_back(tmp_path: Path) ->
             filler.empty()
             console.write(record(2))
         assert (disk / "log").read_text().splitlines()[-1].startswith("step 2/6")
+
+
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) is None
+    path.write_text("")
+    assert last_step(path) is None
+    path.write_text('{"step": 8}\n{"step": 9, "filler": "' + "x" * 100_000 + '"}\n{"step": 10, "l')
+    assert last_step(path) == 9
 
 
 def test_lines_wait_until_a_full_disk_has_room(tmp_path: Path) -> None:

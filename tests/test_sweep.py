@@ -26,7 +26,7 @@ from casa_train.sizes import size_model
 from casa_train.sweep import differing_fields, job_labels, read_sweep
 from casa_train.trainer import Progress
 from tests.commands import ROOT, TINY, environment, on_data, run, train_command
-from tests.test_report import HOSTILE, Page, _record
+from tests.test_report import HOSTILE, Page, _old, _record
 from tests.test_training import wait_for_step
 
 
@@ -197,7 +197,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def jobs_of_a_sweep() -> list[Job]:
     def job(label: str, scale: float, **fields: Any) -> Job:
-        records = [_record(s, text_tokens_per_second=scale * 1000) for s in range(1, 41)]
+        records = [_old(_record(s, text_tokens_per_second=scale * 1000)) for s in range(1, 41)]
         sizes = {"parameters": 300_000, "trained": 300_000, "work": 898_000_000}
         values = {"state": "finished", "step": 40, "steps": 40, "metrics": records} | sizes | fields
         return Job(label, label, mechanism=label, **values)

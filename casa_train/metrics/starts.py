@@ -31,11 +31,19 @@ class StartLog:
 
     :param path: the file; None: nothing is written, as on every rank but the first.
     :param progress: where the run stands.
+    :param found_step: the last step that was reported before, which a checkpoint may lack.
     :param described: what else the first line says: ranks, device and the like.
     """
 
-    def __init__(self, path: Path | None, progress: Position, described: dict[str, Any]) -> None:
-        self.path, self.progress, self.described = path, progress, described
+    def __init__(
+        self,
+        path: Path | None,
+        progress: Position,
+        described: dict[str, Any],
+        found_step: int | None = None,
+    ) -> None:
+        self.path, self.progress = path, progress
+        self.described = {"found_step": found_step, **described}
         self.number = 1 + max((s["start"] for s in read_starts(path)), default=0) if path else 1
         self.reason: str | None = None
         self._left = False

@@ -16,12 +16,10 @@ def bad_samples(quarantine: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
         {
             "source": source,
             "reason": reason,
-            "failures": len(entries),
-            # The same sample fails again in every epoch.
             "samples": len({entry["key"] for entry in entries}),
             "key": entries[0]["key"],
             "detail": entries[0]["detail"],
         }
         for (source, reason), entries in groups.items()
     ]
-    return sorted(rows, key=lambda row: (-row["failures"], row["source"], row["reason"]))
+    return sorted(rows, key=lambda row: (-row["samples"], row["source"], row["reason"]))

@@ -66,20 +66,43 @@ def plot(
     return Plot(title, note, svg(figure, title, title + by))
 
 
-def figure(steps: Array, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of one card with `rows` panels above each other."""
+def figure(steps: Array, rows: int = 1, marks: Iterable[float] = ()) -> tuple[Figure, list[Axes]]:
+    """A figure of one card with `rows` panels above each other.
+
+    :param marks: steps at which a dashed line stands.
+    """
     figure = Figure(figsize=(4.9, 2.6), layout="constrained")
     panels = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
         axes.tick_params(length=0)
         axes.yaxis.set_major_locator(MaxNLocator(6 if rows == 1 else 4, steps=ROUND))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
+        mark(axes, marks)
     margin = 0 if len(steps) > 1 else 1
     panels[-1].set_xlim(steps[0] - margin, steps[-1] + margin)
     panels[-1].xaxis.set_major_locator(MaxNLocator(7, steps=ROUND, integer=True))
     panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
     panels[-1].set_xlabel("step")
     return figure, panels
+
+
+def clock_axes(axes: Axes, span: float, unit: str, last: float) -> None:
+    """Time to the right and steps upwards, in axes made for steps to the right."""
+    axes.tick_params(length=0)
+    axes.set_xlim(0, span or 1)
+    axes.set_ylim(0, 1.05 * last)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=ROUND, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
+
+
+def mark(axes: Axes, places: Iterable[float]) -> None:
+    """Dashed lines from bottom to top."""
+    for place in places:
+        axes.axvline(place, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
 
 
 def draw(axes: Axes, steps: Array, values: Array, colour: str, label: str) -> None:

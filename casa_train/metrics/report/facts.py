@@ -51,4 +51,24 @@ def facts(run: RunData) -> list[Fact]:
         note = f"{text.large(tokens)} in all" if tokens else ""
         shown = f"{rate:,.0f}" if rate == rate else text.MISSING
         found.append(Fact(f"{kind} tokens/s", shown, note))
+    return found + _machine(columns, len(run.starts))
+
+
+def _machine(columns: series.Columns, starts: int) -> list[Fact]:
+    """Use of the hardware; nothing of what an older run did not record."""
+    found = []
+    tflops, mfu = (series.median(columns.column(name)) for name in ("tflops", "mfu"))
+    if tflops == tflops:
+        number, unit = text.with_unit(1e12 * tflops, "FLOP/s")
+        if mfu == mfu:
+            found.append(Fact("MFU", text.percent(mfu), f"{number} {unit} a rank"))
+        else:
+            found.append(Fact(unit, number, "a rank; the peak is unknown"))
+    peak = columns.column("memory_peak_bytes")
+    if np.isfinite(peak).any():
+        size, unit = (2**30, "GiB") if np.nanmax(peak) >= 2**30 else (2**20, "MiB")
+        found.append(Fact("memory", f"{np.nanmax(peak) / size:.3g} {unit}", "peak of a rank"))
+    total = float(np.nansum(columns.column("seconds")))
+    if starts and total:
+        found.append(Fact("training", text.duration(total), f"in {text.count(starts, 'start')}"))
     return found

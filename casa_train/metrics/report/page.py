@@ -22,6 +22,7 @@ from casa_train.metrics.report.facts import facts
 from casa_train.metrics.report.reads import draw_reads
 from casa_train.metrics.report.run_data import RunData
 from casa_train.metrics.report.samples import PICTURE_SIDE, sample_rows
+from casa_train.metrics.report.starts import start_rows
 from casa_train.metrics.report.validations import validations
 
 
@@ -35,18 +36,22 @@ def write_report(run: RunData, path: Path) -> None:
             f"run {run.name!r} has no metrics: no step has been reported yet. Check the run's name "
             "and that its metrics.jsonl has at least one line, or train it first."
         )
+    columns = series.Columns(run.metrics)
     html = template("page.html.j2").render(
         name=run.name,
         facts=facts(run),
         plots=draw_plots(run.metrics),
         evaluation=run.evaluation,
+        sources={name: curve for name, curve in columns.sources().items() if curve.losses},
+        starts=start_rows(run.starts),
+        restarted=len(columns.restarts) > 0,
         smoothed=len(run.metrics) >= series.SMOOTH_FROM,
         reads=draw_reads(run.evaluation),
         samples=sample_rows(run),
         validation=validations(run),
         picture_side=PICTURE_SIDE,
         bad=bad_samples(run.quarantine),
-        failures=len(run.quarantine),
+        holes=int(run.metrics[-1].get("bad_samples") or len(run.quarantine)),
         config_yaml=run.config_yaml,
         environment=list(_flatten(run.environment)),
     )

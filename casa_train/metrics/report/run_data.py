@@ -19,6 +19,7 @@ class RunData:
     :param pictures: encoded image files by answer id; `choose_answers` says which ids are shown.
     :param quarantine: samples that could not be used: source, key, reason, detail.
     :param validations: their records in order; the questions of the last one are shown.
+    :param starts: as `read_starts` gives them.
     """
 
     name: str
@@ -29,3 +30,4 @@ class RunData:
     pictures: dict[str, list[bytes]]
     quarantine: list[dict[str, Any]]
     validations: list[Record] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,21 @@ class Columns:
     def column(self, name: str) -> Array:
         return column(record.get(name) for record in self.metrics)
 
+    @property
+    def restarts(self) -> Array:
+        """Between the steps where the run was started again."""
+        starts = self.column("start")
+        again = np.flatnonzero(np.diff(starts) > 0) + 1
+        return self.steps[again] - 0.5
+
+    def sources(self) -> dict[str, SourceCurve]:
+        """Losses by source, those with the most answer tokens first."""
+        curves: dict[str, SourceCurve] = defaultdict(SourceCurve)
+        for record in self.metrics:
+            for name, entry in (record.get("sources") or {}).items():
+                curves[str(name)].add(record["step"], entry)
+        return dict(sorted(curves.items(), key=lambda item: (-item[1].tokens, item[0])))
+
     def rates(self) -> dict[str, Array]:
         """Curves by name of the group; groups that always have the same rate share a curve."""
         names = dict.fromkeys(name for r in self.metrics for name in r.get("rates") or ())
@@ -46,6 +63,26 @@ class Columns:
             groups.setdefault(values.tobytes(), []).append(str(name))
             curves[values.tobytes()] = values
         return {", ".join(group): curves[key] for key, group in groups.items()}
+
+
+@dataclass
+class SourceCurve:
+    """The loss of one source, each value over the steps since the one before.
+
+    :param tokens: answer tokens behind all of it.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, step: int, entry: Mapping[str, Any]) -> None:
+        """:param entry: `loss` and `answer_tokens` of a record's source."""
+        tokens, loss = entry.get("answer_tokens") or 0, entry.get("loss")
+        if tokens and loss is not None and math.isfinite(loss):
+            self.steps.append(float(step))
+            self.losses.append(float(loss))
+            self.tokens += int(tokens)
 
 
 def median(values: Array) -> float:

@@ -26,10 +26,18 @@ def number(value: float, digits: int, unit: str = "") -> str:
 
 def large(value: float) -> str:
     """1,234 as 1.2k, and so on."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{round(value / size, 1):g}{unit}"
     return f"{value:g}"
+
+
+def with_unit(value: float, unit: str) -> tuple[str, str]:
+    """1.234e12 FLOP/s as 1.23 and TFLOP/s."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}", prefix + unit
+    return f"{value:.3g}", unit
 
 
 def power(value: float) -> str:
@@ -38,6 +46,17 @@ def power(value: float) -> str:
         return "0"
     exponent = math.floor(math.log10(value) + 1e-9)
     return f"{round(value / 10.0**exponent, 2):g}e{exponent}"
+
+
+def duration(seconds: float) -> str:
+    """Days to seconds, in the two largest that matter."""
+    sizes = (("d", 86400), ("h", 3600), ("min", 60))
+    for i, (unit, size) in enumerate(sizes):
+        if seconds >= size:
+            whole, rest = divmod(seconds, size)
+            smaller, divisor = (*sizes, ("s", 1))[i + 1]
+            return f"{whole:.0f} {unit} {rest // divisor:.0f} {smaller}"
+    return f"{seconds:.3g} s"
 
 
 def count(number: int, noun: str) -> str:

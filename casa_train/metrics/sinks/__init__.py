@@ -13,11 +13,20 @@ from casa_train.config import Config
 from casa_train.metrics.sinks.base import Record, Sink
 from casa_train.metrics.sinks.console import ConsoleSink
 from casa_train.metrics.sinks.guarded import Guarded
-from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, read_metrics
+from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, last_step, read_metrics
 from casa_train.metrics.sinks.tensorboard import TensorBoardSink
 from casa_train.metrics.sinks.wandb import WandbSink
 
-__all__ = ["ConsoleSink", "JsonlSink", "Record", "Sink", "keep_steps", "open_sinks", "read_metrics"]
+__all__ = [
+    "ConsoleSink",
+    "JsonlSink",
+    "Record",
+    "Sink",
+    "keep_steps",
+    "last_step",
+    "open_sinks",
+    "read_metrics",
+]
 
 
 def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:

@@ -10,6 +10,8 @@ from casa_train.files import write_atomic
 from casa_train.lines import LineFile, warn
 from casa_train.metrics.sinks.base import Record
 
+LONGEST_LINES = 4 << 20  # bytes in which a whole line is found, with thousands of sources in it
+
 
 class JsonlSink:
     """Appends one JSON line a step at once, so that a killed run keeps what it reported.
@@ -49,6 +51,20 @@ def read_metrics(path: Path) -> list[Record]:
             continue
         records[record["step"]] = record
     return [records[step] for step in sorted(records)]
+
+
+def last_step(path: Path) -> int | None:
+    """The step of the last whole line, without reading the others; None: there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_LINES))
+        for line in reversed(file.read().splitlines()):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):  # cut by a kill, or by where reading began
+                continue
+    return None
 
 
 def keep_steps(path: Path, last: int) -> None:

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from casa_train.bench import attention, images, packing, step, streaming
+from casa_train.bench import attention, faults, images, packing, step, streaming
 from casa_train.bench._benchmark import Benchmark, add_common_arguments
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 
 BENCHMARKS: dict[str, Benchmark] = {
     "attention": attention.BENCHMARK,
+    "faults": faults.BENCHMARK,
     "images": images.BENCHMARK,
     "packing": packing.BENCHMARK,
     "step": step.BENCHMARK,

@@ -194,12 +194,6 @@ def check(config: Config) -> None:
             config.checkpoint.keep_every,
             "0 or more",
         ),
-        (
-            not (parallel.zero_stage == 1 and parallel.precision == "bf16"),
-            "parallel.zero_stage with parallel.precision=bf16",
-            parallel.zero_stage,
-            "2 or 3: DeepSpeed's stage-1 bf16 optimiser writes checkpoints that cannot be exported",
-        ),
         (config.evaluation.every >= 0, "evaluation.every", config.evaluation.every, "0 or more"),
         (
             config.evaluation.loss_samples >= 1,

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.errors import UserError
-from casa_train.tensor_file import save_tensors
+from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
-from deepspeed.utils.zero_to_fp32 import (  # noqa: E402
-    get_fp32_state_dict_from_zero_checkpoint,
-)
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.
@@ -85,18 +82,6 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Whole fp32 parameters from what `Engine.save` wrote at any world size; needs no processes.
-
-    :param directory: the checkpoint directory, as it was passed to `save`.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line a shard
-        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(directory), tag="engine"
-        )
-    return state
-
-
 def shard(module: nn.Module, zero_stage: int, precision: str) -> None:
     """Leaves each rank its share of a module's parameters where ZeRO-3 will; collective.
 
@@ -118,36 +103,6 @@ def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
         # bf16 accumulation costs seven times the rounding error over 32 micro-steps.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
-
-
-class FileWriter(TorchCheckpointEngine):  # type: ignore[misc]
-    """Writes DeepSpeed's files; keeps an error of this rank's disk for later.
-
-    Raised where it comes up, it would leave the other ranks at the barriers of `save_checkpoint`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._error: OSError | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._attempt(lambda: save_tensors(state_dict, Path(path)))
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self._attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
-
-    def raise_kept(self) -> None:
-        """:raises OSError: the first error since the last call."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _attempt(self, work: Callable[[], None]) -> None:
-        if self._error is None:
-            try:
-                work()
-            except OSError as error:
-                self._error = error
 
 
 class Engine:
@@ -173,15 +128,12 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 40,
         }
-        with warnings.catch_warnings():
+        # The optimiser of stage 1 in bf16 prints the memory used in 30 lines.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
-        self._writer = FileWriter()
-        self._engine.checkpoint_engine = self._writer
-        # Scripts for turning a checkpoint into weights, which export does.
-        self._engine._copy_recovery_script = lambda save_path: None
 
     @property
     def module(self) -> nn.Module:
@@ -245,18 +197,24 @@ class Engine:
         return value
 
     def save(self, directory: Path) -> None:
-        """Every rank writes its part of model and optimiser state into `directory`; collective.
+        """Writes this rank's part of weights and optimiser state into `directory`.
 
-        :raises OSError: this rank's part could not be written; the others are done by then.
+        :raises OSError: this rank's part could not be written.
         """
-        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
-        self._writer.raise_kept()
+        state = self._state()
+        write_slices(directory / STATE_DIRECTORY, dist.get_rank(), state.to_save(), state.updates())
 
     def load(self, directory: Path) -> None:
-        """Loads what `save` wrote at the same world size."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
-        if path is None:
-            raise UserError(f"{directory} holds no engine state; the checkpoint is incomplete.")
+        """Loads what any number of ranks saved under any ZeRO stage; on a fresh engine, collective.
+
+        Rates, decay and betas are not saved: they stay those of this engine's optimiser.
+
+        :raises UserError: it is the state of another model, or incomplete.
+        """
+        self._state().load(SavedSlices(directory / STATE_DIRECTORY))
+
+    def _state(self) -> ZeroState:
+        return ZeroState(self._engine.optimizer, self.module, self.zero_stage)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -21,9 +21,9 @@ from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
+from casa_train.checkpoint.slices import read_weights
 from casa_train.compose import to_config
 from casa_train.config import Config
-from casa_train.engine import read_weights
 from casa_train.errors import UserError
 from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig

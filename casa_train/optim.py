@@ -76,19 +76,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     return torch.optim.AdamW(plain, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
-def apply_settings(
-    param_groups: list[dict[str, Any]], groups: list[dict[str, Any]], config: OptimConfig
-) -> None:
-    """Puts the configuration's settings back onto groups that a checkpoint was loaded into."""
-    for target, source in zip(param_groups, groups, strict=True):
-        target.update(
-            base_lr=source["base_lr"],
-            weight_decay=source["weight_decay"],
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-        )
-
-
 def fit_schedule(steps: int, warmup: int, decay: int) -> tuple[int, int]:
     """Warm-up and decay as asked, or shrunk in proportion where they exceed the run.
 

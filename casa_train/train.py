@@ -30,7 +30,7 @@ from casa_train.assemble import (
 )
 from casa_train.audit import Audit
 from casa_train.background_exports import BackgroundExports
-from casa_train.checkpoint.manager import CheckpointManager, Found, seed_all
+from casa_train.checkpoint.manager import CheckpointManager, Found, derive_seed, seed_all
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import dead_workers_named
 from casa_train.disk_room import check_room, check_writable
@@ -49,7 +49,6 @@ from casa_train.metrics.starts import STARTS_FILE, StartLog
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.optim import (
-    apply_settings,
     build_groups,
     build_optimizer,
     describe,
@@ -119,7 +118,7 @@ def train(config: Config, stop: StopRequest) -> int:
     )
     found = checkpoints.latest()
     if found is not None:
-        check_resume(found, fingerprints, world, config)
+        check_resume(found, fingerprints, config)
     agree(lambda: check_writable(run_dir, rank))
     step = found.step if found is not None else 0
     agree(lambda: check_room(config, model.parameters(), step, len(checkpoints.steps())))
@@ -154,10 +153,17 @@ def train(config: Config, stop: StopRequest) -> int:
     progress = Progress()
     if found is not None:
         engine.load(found.path)
-        # The checkpoint brings its own rates and decays along; the configuration counts.
-        apply_settings(engine.param_groups, groups, config.optim)
         loader.load_state_dict(found.state["data"])
-        checkpoints.load_rng(found)
+        saved_by = found.manifest["world_size"]
+        if saved_by == world:
+            checkpoints.load_rng(found)
+        else:
+            say(
+                f"{found.path} was saved by {saved_by} ranks: each of these {world} takes its part "
+                "of weights and optimiser state, the order of samples goes on, and random numbers "
+                "are seeded anew from seed, step and rank"
+            )
+            seed_all(derive_seed(config.seed, found.step, rank))
         progress = Progress(**found.state["progress"])
         say(f"resuming from {found.path} at step {found.step}")
     if progress.step >= config.trainer.steps:
@@ -325,8 +331,8 @@ def agree(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def check_resume(found: Found, fingerprints: Mapping[str, str], world: int, config: Config) -> None:
-    """Refuses a checkpoint whose data or world size is not this run's.
+def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) -> None:
+    """Refuses a checkpoint whose configuration or data is not this run's.
 
     :raises UserError: with both values.
     """
@@ -343,12 +349,6 @@ def check_resume(found: Found, fingerprints: Mapping[str, str], world: int, conf
             f"{found.path} was trained on other data: index digests {theirs['data']} there, "
             f"{fingerprints['data']} now. Restore the data, or start over with "
             "checkpoint.resume=never."
-        )
-    if found.manifest["world_size"] != world:
-        raise UserError(
-            f"{found.path} was saved by {found.manifest['world_size']} ranks, this run has "
-            f"{world}. "
-            "Start with the same number of ranks."
         )
 
 

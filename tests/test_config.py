@@ -125,7 +125,6 @@ def message_of(
         (["+model.vision.config.dpth=1"], ["model.vision.config.dpth", "depth"]),
         (["model.backbone.config.hidden_size=abc"], ["transformers refuses", "hidden_size"]),
         (["+model.template.foo=bar"], ["model.template.foo", "user_start"]),
-        (["parallel.zero_stage=1", "parallel.precision=bf16"], ["parallel.zero_stage", "2 or 3"]),
         (["optim.groups.vision.patterns=[nothing]"], ["visual", "matches no group"]),
         (
             ["+optim.groups.extra.patterns=[nothing]"],

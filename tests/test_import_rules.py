@@ -23,7 +23,16 @@ HOMES = {
 }
 MODELING_MAY = {"torch", "transformers", "einops", "PIL", "numpy", "flash_attn"}
 # Folders and modules that receive modules, names and states instead of importing them.
-BLIND = ("optim.py", "loss.py", "engine.py", "audit.py", "checkpoint", "metrics", "trainer.py")
+BLIND = (
+    "optim.py",
+    "loss.py",
+    "engine.py",
+    "zero_state.py",
+    "audit.py",
+    "checkpoint",
+    "metrics",
+    "trainer.py",
+)
 
 
 def sources(folder: Path) -> list[Path]:

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from casa_train.audit import Audit
-from casa_train.config import GroupConfig, OptimConfig
+from casa_train.config import GroupConfig
 from casa_train.errors import UserError
 from casa_train.loss import answer_losses
 from casa_train.optim import (
-    apply_settings,
     build_groups,
     describe,
     fit_schedule,
@@ -70,15 +69,6 @@ def test_description_counts_everything() -> None:
 def test_a_schedule_longer_than_the_run_shrinks() -> None:
     assert fit_schedule(100, 10, 20) == (10, 20)
     assert fit_schedule(50, 50, 600) == (3, 47)
-
-
-def test_settings_come_from_the_configuration_after_a_load() -> None:
-    built = build_groups(Toy().named_parameters(), groups(all="."))
-    loaded = [{"base_lr": 9.0, "weight_decay": 9.0, "betas": (0, 0), "eps": 9.0} for _ in built]
-    apply_settings(loaded, built, OptimConfig())
-    assert [g["base_lr"] for g in loaded] == [1e-3, 1e-3]
-    assert [g["weight_decay"] for g in loaded] == [0.1, 0.0]
-    assert loaded[0]["betas"] == (0.9, 0.95)
 
 
 def test_schedule() -> None:

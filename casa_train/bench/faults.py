@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
 from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
-from casa_train.engine import read_weights
+from casa_train.checkpoint.slices import read_weights
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import read_metrics
 from casa_train.metrics.starts import STARTS_FILE, read_starts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import random
@@ -151,7 +152,7 @@ class CheckpointManager:
         return None
 
     def load_rng(self, found: Found) -> None:
-        """Restores this rank's random number generators."""
+        """Restores this rank's random number generators; saved by as many ranks as there are."""
         path = found.path / f"rng_{self.rank}.pt"
         set_rng_state(torch.load(path, weights_only=False))
 
@@ -325,6 +326,12 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # CUDA's too
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed that follows from all the numbers, as different for (1, 2) and (2, 1) as can be."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -1,0 +1,87 @@
+"""Resume under every ZeRO stage is exact, by name, also when 2 ranks become 1, then 4, then 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from casa_train.checkpoint.slices import read_weights
+from tests.commands import run
+from tests.resume_steps import CASES, OPTIM
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each number of ranks found, in the directories 2, 1, 4 and finish (2 again)."""
+    out = tmp_path_factory.mktemp("chain")
+    run([sys.executable, "-m", "tests.resume_steps", str(out)])
+    return out
+
+
+def found(directory: Path, case: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(directory / case / "found.pt", weights_only=False)
+    return loaded
+
+
+def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> list[str]:
+    assert one.keys() == other.keys()
+    names = [(name, kind) for name, kinds in one.items() for kind in kinds if name != "updates"]
+    return [f"{n} {k}" for n, k in names if not torch.equal(one[n][k], other[n][k])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_value_arrives_at_every_number_of_ranks(chain: Path, case: str) -> None:
+    saved = found(chain / "2", case)
+    for ranks in ("1", "4", "finish"):
+        loaded = found(chain / ranks, case)
+        assert differences(saved["now"], loaded["now"]) == []
+        assert set(loaded["now"]["updates"].values()) == {2.0}
+        assert loaded["settings"] == saved["settings"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_steps_are_those_of_an_uninterrupted_run(chain: Path, case: str) -> None:
+    """After 2 -> 1 -> 4 -> 2, so what was carried on the way saved and loaded exactly too."""
+    straight, resumed = found(chain / "2", case), found(chain / "finish", case)
+    assert differences(straight["end"], resumed["end"]) == []
+    moved = differences(straight["now"], straight["end"])
+    _, _, frozen = CASES[case]
+    kinds = 4  # weight, master and two moments of everything that trains
+    trained = [name for name, values in straight["now"].items() if "master" in values]
+    assert len(moved) > 0.9 * kinds * len(trained)
+    still = [name for name, values in straight["now"].items() if set(values) == {"weight"}]
+    assert any("self_attn" in name for name in still) == frozen
+    assert any("visual" in name for name in still)  # the tower's first block never trains
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_read_without_processes_gives_the_masters(chain: Path, case: str) -> None:
+    expected = found(chain / "2", case)["now"]
+    for ranks in ("2", "4"):
+        weights = read_weights(chain / ranks / case)
+        assert weights.keys() == expected.keys() - {"updates"}
+        for name, weight in weights.items():
+            assert torch.equal(weight, expected[name].get("master", expected[name]["weight"]))
+
+
+def test_settings_differ_between_groups(chain: Path) -> None:
+    settings = found(chain / "2", "stage 2, bf16, trained")["settings"]
+    assert {(g["name"], g["weight_decay"]) for g in settings} == {
+        pair for name, g in OPTIM.groups.items() for pair in ((name, g.weight_decay), (name, 0.0))
+    }
+    assert len({g["base_lr"] for g in settings}) == 3
+
+
+def test_the_state_of_another_model_is_refused_with_names(chain: Path) -> None:
+    for said in json.loads((chain / "finish" / "refusals.json").read_text()):
+        assert "is not the state of this model" in said and "model.init_from" in said
+    frozen, other = json.loads((chain / "finish" / "refusals.json").read_text())
+    assert "was trained there and is frozen now" in frozen and "visual" in frozen
+    assert "was not saved" in other or "is not in the model" in other

@@ -76,6 +76,15 @@ def train(engine: Engine, first: int, last: int) -> None:
         assert engine.step_applied()
 
 
+def nan_step(engine: Engine) -> bool:
+    """A step in which one rank's loss is not a number; returns whether it was applied."""
+    for _ in range(PACKS // dist.get_world_size()):
+        loss, _ = pack_loss(engine.forward, pack(0, 0))
+        engine.backward(loss * (float("nan") if dist.get_rank() == 1 else 1.0))
+        engine.step()
+    return engine.step_applied()
+
+
 def state(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """By name the weight the model computes with, the master and the moments, whole."""
     optimizer = engine._engine.optimizer
@@ -135,6 +144,9 @@ def work(action: str, before: Path, out: Path) -> None:
         if action != "carry":
             train(engine, N + 1, 2 * N)
             found["end"] = state(engine)
+        if action == "finish":
+            found["skipped"] = not nan_step(engine)
+            found["after a skipped step"] = state(engine)
         if rank == 0:
             (out / case).mkdir(parents=True, exist_ok=True)
             torch.save(found, out / case / "found.pt")

@@ -181,7 +181,7 @@ def test_state_is_what_deepspeed_holds() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = run([*torchrun, "--nproc_per_node=2", "-m", "tests.zero_memory"])
     stages = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(stages) == 2 and all(len(stage) == 4 for stage in stages)
+    assert len(stages) == 3 and all(len(stage) == 4 for stage in stages)
     for stage in stages:
         assert {name: found for name, (found, _) in stage.items()} == {
             name: expected for name, (_, expected) in stage.items()

@@ -71,6 +71,28 @@ def test_a_checkpoint_read_without_processes_gives_the_masters(chain: Path, case
             assert torch.equal(weight, expected[name].get("master", expected[name]["weight"]))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "bf16" in case])
+def test_a_step_without_finite_numbers_is_left_out_in_bf16(chain: Path, case: str) -> None:
+    after = found(chain / "finish", case)
+    assert after["skipped"]
+    assert differences(after["end"], after["after a skipped step"]) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stages_train_alike(chain: Path, precision: str) -> None:
+    """Over the steps together; Adam's first ones are the sign of the gradient, so rounding shows."""
+    runs = {s: found(chain / "2", f"stage {s}, {precision}, trained") for s in (1, 2, 3)}
+    names = [name for name, values in runs[2]["end"].items() if "master" in values]
+
+    def masters(stage: int, when: str) -> torch.Tensor:
+        return torch.cat([runs[stage][when][name]["master"].flatten() for name in names])
+
+    moved = (masters(2, "end") - masters(2, "now")).norm()
+    for stage in (1, 3):
+        apart = (masters(stage, "end") - masters(2, "end")).norm() / moved
+        assert apart < {"fp32": 1e-4, "bf16": 0.2}[precision]
+
+
 def test_settings_differ_between_groups(chain: Path) -> None:
     settings = found(chain / "2", "stage 2, bf16, trained")["settings"]
     assert {(g["name"], g["weight_decay"]) for g in settings} == {

@@ -396,13 +396,13 @@ def test_every_zero_stage_starts_and_resumes_with_the_same_weights(
     run([*torchrun, *script, *common(data_dir), *overrides])
     model, _ = started(configured(data_dir, *overrides))
     found = json.loads(out.read_text())
-    for dtype, cases in ((torch.float32, ("1", "2", "3")), (torch.bfloat16, ("2", "3"))):
+    for dtype in (torch.float32, torch.bfloat16):
         expected = {
             name: hashlib.sha256(p.detach().to(dtype).float().numpy().tobytes()).hexdigest()
             for name, p in model.named_parameters(remove_duplicate=False)
         }
         assert expected["lm_head.weight"] == expected["model.embed_tokens.weight"]
-        for case in cases:
+        for case in ("1", "2", "3"):
             precision = "fp32" if dtype == torch.float32 else "bf16"
             assert found[f"{precision} {case}"] == {"started": expected, "resumed": expected}
 

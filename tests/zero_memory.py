@@ -1,4 +1,4 @@
-"""What DeepSpeed holds of a tiny model under ZeRO 2 and 3 in bf16, beside what is counted.
+"""What DeepSpeed holds of a tiny model under ZeRO 1, 2 and 3 in bf16, beside what is counted.
 
 Started by test_dry_run.py under torchrun. Prints one JSON line a stage: for each kind of state the
 bytes that were found and those that were expected.
@@ -34,7 +34,11 @@ def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
     inputs = packed_inputs(fill([Layout(12, (2,), ((8, 8),))]))
     engine.backward(engine.forward(packed=inputs).logits.float().sum())
     optimizer = engine._engine.optimizer
-    if stage == 2:
+    if stage == 1:
+        gradients = optimizer.fp32_groups_gradients_flat
+        assert all(p.grad is None for p in model.parameters())
+        masters, parameters = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups_flat
+    elif stage == 2:
         gradients = [t for group in optimizer.averaged_gradients.values() for t in group]
         masters, parameters = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat
     else:
@@ -53,7 +57,7 @@ def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     rank, world, _ = init_processes()
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         line = json.dumps(held(stage, world))
         if rank == 0:
             print(line, flush=True)

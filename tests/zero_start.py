@@ -7,6 +7,7 @@ and precision after the start and after a resume into a model that held no value
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(out: Path, overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = to_config(compose("train", overrides=overrides))
     results = {}
-    for precision, stage in [("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 2), ("bf16", 3)]:
+    for precision, stage in itertools.product(("fp32", "bf16"), (1, 2, 3)):
         engine = engine_of(config, stage, precision, resumed=False)
         started = digests(engine)
         saved = out.with_name(f"{precision}_{stage}")

@@ -52,9 +52,10 @@ def state_bytes(
             "reduction bucket": width * REDUCE_BUCKET,
         }
     own = sum(ALIGNMENT * ceil(sum(group) / (ALIGNMENT * world)) for group in groups)
-    # Stage 1 accumulates whole gradients in fp32, beside bf16 ones of the last backward pass, and
-    # its bf16 optimiser has no bucket.
-    gradients = FP32 * own if stage == 2 else FP32 * total + (width * total if bf16 else 0)
+    # Stage 1 accumulates whole gradients in fp32; its bf16 optimiser, which has no bucket, does so
+    # in flat tensors that are padded like the masters.
+    whole = own * world if bf16 else total
+    gradients = FP32 * (own if stage == 2 else whole)
     return {
         "parameters that train": width * total,
         "frozen parameters": width * sum(frozen),

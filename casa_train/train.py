@@ -159,9 +159,9 @@ def train(config: Config, stop: StopRequest) -> int:
             checkpoints.load_rng(found)
         else:
             say(
-                f"{found.path} was saved by {saved_by} ranks: each of these {world} takes its part "
-                "of weights and optimiser state, the order of samples goes on, and random numbers "
-                "are seeded anew from seed, step and rank"
+                f"{found.path} was saved with world size {saved_by}, this start has {world}: every "
+                "rank takes its part of weights and optimiser state, the order of samples goes on, "
+                "and random numbers are seeded anew from seed, step and rank"
             )
             seed_all(derive_seed(config.seed, found.step, rank))
         progress = Progress(**found.state["progress"])

@@ -2,8 +2,8 @@
 
 `python -m tests.resume_steps OUT`, started by test_resume_steps.py. Two ranks train N steps, save,
 and train N more; one rank loads what they saved and saves it again; four ranks the same; and two
-load that and train the last N steps. Each writes what the parameters and Adam's moments are, by
-name, as DeepSpeed itself reads them.
+load that, train the last N steps, and load under one stage what another saved. Each writes what the
+parameters and Adam's moments are, by name, as DeepSpeed itself reads them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CASES = {
     f"stage {stage}, {precision}, {'frozen' if frozen else 'trained'}": (stage, precision, frozen)
     for stage, precision, frozen in itertools.product((1, 2, 3), ("fp32", "bf16"), (False, True))
 }
+CROSSINGS = [(1, 3), (3, 2), (2, 1)]  # ZeRO stages: saved, loaded
 N = 2
 PACKS = 4  # in a step, over all ranks
 # Rates, decays and sizes differ, so that a mix-up of groups shows.
@@ -156,6 +157,13 @@ def work(action: str, before: Path, out: Path) -> None:
         said = refusals(before / "stage 2, fp32, trained")
         if rank == 0:
             (out / "refusals.json").write_text(json.dumps(said))
+        for there, here in CROSSINGS:
+            engine = make_engine(here, "bf16", True, seed=1)
+            engine.load(before / f"stage {there}, bf16, frozen")
+            loaded = state(engine)
+            if rank == 0:
+                torch.save(loaded, out / f"{there} to {here}.pt")
+            engine.close()
         dist.barrier()
 
 

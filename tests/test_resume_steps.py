@@ -12,7 +12,7 @@ import torch
 
 from casa_train.checkpoint.slices import read_weights
 from tests.commands import run
-from tests.resume_steps import CASES, OPTIM
+from tests.resume_steps import CASES, CROSSINGS, OPTIM
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ def test_a_step_without_finite_numbers_is_left_out_in_bf16(chain: Path, case: st
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_train_alike(chain: Path, precision: str) -> None:
-    """Over the steps together; Adam's first ones are the sign of the gradient, so rounding shows."""
+    """Adam's first updates are the sign of the gradient, so rounding shows in bf16."""
     runs = {s: found(chain / "2", f"stage {s}, {precision}, trained") for s in (1, 2, 3)}
     names = [name for name, values in runs[2]["end"].items() if "master" in values]
 
@@ -91,6 +91,13 @@ def test_stages_train_alike(chain: Path, precision: str) -> None:
     for stage in (1, 3):
         apart = (masters(stage, "end") - masters(2, "end")).norm() / moved
         assert apart < {"fp32": 1e-4, "bf16": 0.2}[precision]
+
+
+@pytest.mark.parametrize(("there", "here"), CROSSINGS)
+def test_every_stage_loads_what_another_saved(chain: Path, there: int, here: int) -> None:
+    saved = found(chain / "2", f"stage {there}, bf16, frozen")["now"]
+    loaded = torch.load(chain / "finish" / f"{there} to {here}.pt", weights_only=False)
+    assert differences(saved, loaded) == []
 
 
 def test_settings_differ_between_groups(chain: Path) -> None:

@@ -1,4 +1,4 @@
-"""Slices of parameters: what some ranks wrote, any other cut reads; what is not whole is refused."""
+"""What some ranks wrote of parameters any other cut reads; what is not whole is refused."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from casa_train.checkpoint.export import MARKER
+from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config import CheckpointConfig, Config, TrainerConfig
 from casa_train.disk_room import check_room, check_writable, checkpoint_bytes, saves_left
 from casa_train.errors import UserError
@@ -22,7 +23,7 @@ from casa_train.files import write_atomic
 from casa_train.leaving import EXIT_REQUEUE
 from casa_train.lines import LineFile, warn
 from casa_train.metrics.sinks import JsonlSink, read_metrics
-from casa_train.run_directory import RunLock, prepare_run_directory
+from casa_train.run_directory import RunLock, prepare_run_directory, request_requeue
 from tests.commands import ROOT, environment, train_command
 from tests.small_disk import Filler, remount, small_disk
 from tests.test_leaving import arguments, start_ranks
@@ -106,6 +107,26 @@ def test_a_directory_that_takes_no_files_is_named(disk: Path) -> None:
         check_writable(disk, 0)
     with pytest.raises(UserError, match="Read-only file system"):
         RunLock(disk / "run")
+
+
+def test_what_cannot_be_deleted_stops_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = CheckpointManager(tmp_path, 1, 0, {}, said.append)
+    with small_disk(tmp_path / "step_1.deleted" / "in_use", "64k"):
+        assert checkpoints.latest() is None
+        checkpoints.save(2, lambda path: None, {})
+        checkpoints.save(3, lambda path: None, {})
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.deleted", "step_3"]
+        assert "step_1.deleted could not be deleted" in said[0] and "busy" in said[0]
+    checkpoints.save(4, lambda path: None, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_4"]
+
+
+def test_a_requeue_that_cannot_be_asked_for_is_no_success(disk: Path) -> None:
+    Filler(disk).fill()
+    with pytest.raises(UserError, match="no batch script will start .* goes on from step 5"):
+        request_requeue(disk, 5, "signal")
+    assert [p.name for p in disk.iterdir()] == ["filler"]
 
 
 def test_room_for_the_checkpoints_held_at_once(disk: Path) -> None:

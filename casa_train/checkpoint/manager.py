@@ -267,7 +267,10 @@ class CheckpointManager:
         """Deletes what has lost its name, and what a read-only disk kept of a failed save."""
         for ending in (DELETED, ".tmp"):
             for path in self.directory.glob(f"step_*{ending}"):
-                shutil.rmtree(path)
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # a file in use on NFS; the next commit tries again
+                    self.say(f"{path} could not be deleted: {error}")
 
     def _clear(self) -> None:
         """Removes what a kill left of a save or of a deletion."""

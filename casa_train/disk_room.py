@@ -45,7 +45,7 @@ def check_room(config: Config, parameters: Iterable[nn.Parameter], step: int, he
     :raises UserError: with the free and the needed bytes.
     """
     keep, directory = config.checkpoint, Path(config.run_dir) / CHECKPOINTS
-    size = checkpoint_bytes(parameters, config.parallel.zero_stage, config.parallel.precision)
+    size = checkpoint_bytes(parameters, config.parallel.precision)
     saves = saves_left(step, config.trainer.steps, keep.every)
     new = min(saves, keep.keep_last + 1 - min(held, keep.keep_last))
     try:
@@ -61,17 +61,16 @@ def check_room(config: Config, parameters: Iterable[nn.Parameter], step: int, he
         )
 
 
-def checkpoint_bytes(parameters: Iterable[nn.Parameter], zero_stage: int, precision: str) -> int:
+def checkpoint_bytes(parameters: Iterable[nn.Parameter], precision: str) -> int:
     """Bytes of the tensors in one checkpoint, all ranks' files together."""
-    width = 2 if precision == "bf16" else FP32
     trained = frozen = 0
     for parameter in parameters:
         if parameter.requires_grad:
             trained += parameter.numel()
         else:
             frozen += parameter.numel()
-    # fp32 masters and Adam's two moments; under ZeRO-3 what trains is stored as masters alone.
-    return 3 * FP32 * trained + width * (frozen + (trained if zero_stage < 3 else 0))
+    # fp32 masters and Adam's two moments; frozen weights as they are.
+    return 3 * FP32 * trained + (2 if precision == "bf16" else FP32) * frozen
 
 
 def saves_left(step: int, steps: int, every: int) -> int:

@@ -32,7 +32,7 @@ from casa_train.disk_room import checkpoint_bytes
 from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import JsonlSink, keep_steps, read_metrics
-from casa_train.optim import apply_settings, build_groups, build_optimizer, set_rates
+from casa_train.optim import build_groups, build_optimizer, set_rates
 from casa_train.train import _gather
 from casa_train.trainer import Progress, Trainer
 from tests.small_disk import Filler, remount
@@ -109,7 +109,6 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
         found = checkpoints.latest()
         if found is not None:
             engine.load(found.path)
-            apply_settings(engine.param_groups, groups, OPTIM)
             loader.step = found.state["data"]["step"]
             checkpoints.load_rng(found)
             progress = Progress(**found.state["progress"])
@@ -153,7 +152,7 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     result |= {
         "step": progress.step,
         "weights": digest.hexdigest()[:16],
-        "checkpoint_bytes": checkpoint_bytes(engine.module.parameters(), stage, "fp32"),
+        "checkpoint_bytes": checkpoint_bytes(engine.module.parameters(), "fp32"),
     }
     engine.close()
     leave_processes()
@@ -237,8 +236,7 @@ def half_a_file(engine: Engine, path: Path) -> None:
     """Killed with its shard of step 6 written in part."""
     engine.save(path)
     if path.name == "step_6.tmp":
-        rank = os.environ["RANK"]
-        shard = next(path.rglob(f"*pp_rank_{rank}_*optim*"))
+        shard = path / "engine" / f"rank_0000{os.environ['RANK']}.pt"
         with shard.open("r+b") as file:
             file.truncate(shard.stat().st_size // 2)
         die()
@@ -315,7 +313,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def rank_1_shard(checkpoint: Path) -> Path:
-    return next(checkpoint.rglob("*pp_rank_1_*optim*"))
+    return checkpoint / "engine" / "rank_00001.pt"
 
 
 def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
@@ -333,34 +331,31 @@ def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
     return {"early": json.loads((run / "early").read_text()), **compare(run, results, whole)}
 
 
-def full_for(disk: Path, steps: Sequence[int], alone: bool = False) -> list[Life]:
-    """Rank 1 finds the disk full once rank 0 has written its part of the engine in these steps.
-
-    :param alone: there is room again for what rank 0 writes after that.
-    """
+def full(disk: Path) -> list[Life]:
+    """The disk is full when step 4 is saved, and has room again after that."""
     filler = Filler(disk)
 
-    def rank_1(engine: Engine, path: Path) -> None:
-        real = engine._writer.save
+    def phase(name: str) -> None:
+        if name == "saving step 4: writing":
+            filler.fill()
 
-        def save(state: Any, name: str) -> None:
-            if path.name in [f"step_{step}.tmp" for step in steps]:
-                other = Path(name.replace("pp_rank_1", "pp_rank_0"))
-                while not other.exists() or other.stat().st_size < 1_000_000:
-                    time.sleep(0.01)
-                time.sleep(0.2)
-                filler.fill()
-            real(state, name)
-            if alone:
-                filler.empty()
+    return [Life(phase=phase, after_save=lambda step: filler.empty()), Life(phase=phase)]
 
-        engine._writer.save = save  # type: ignore[method-assign]
-        try:
-            engine.save(path)
-        finally:
-            engine._writer.save = real  # type: ignore[method-assign]
 
-    return [Life(), Life(write=rank_1, after_save=lambda step: filler.empty())]
+def full_for_one(disk: Path, steps: Sequence[int]) -> list[Life]:
+    """Rank 1 finds the disk full once rank 0 has written all of its part in these steps."""
+    filler = Filler(disk)
+
+    def write(engine: Engine, path: Path) -> None:
+        if path.name in [f"step_{step}.tmp" for step in steps]:
+            others = path / "state.json", path / "rng_0.pt"
+            while not all(file.exists() and file.stat().st_size for file in others):
+                time.sleep(0.01)
+            time.sleep(0.2)
+            filler.fill()
+        engine.save(path)
+
+    return [Life(), Life(write=write, after_save=lambda step: filler.empty())]
 
 
 def remounts(disk: Path) -> Life:
@@ -378,10 +373,10 @@ def remounts(disk: Path) -> Life:
 
 
 DISKS: dict[str, Callable[[Path], list[Life]]] = {
-    "full during a save": lambda disk: full_for(disk, [4]),
-    "full for rank 1 alone": lambda disk: full_for(disk, [2, 4], alone=True),
-    "full at the last step": lambda disk: full_for(disk, [STEPS]),
-    "full when leaving": lambda disk: [Life(stop=7), full_for(disk, [7])[1]],
+    "full during a save": full,
+    "full for rank 1 alone": lambda disk: full_for_one(disk, [2, 4]),
+    "full at the last step": lambda disk: full_for_one(disk, [STEPS]),
+    "full when leaving": lambda disk: [Life(stop=7), full_for_one(disk, [7])[1]],
     "read-only during a save": lambda disk: [remounts(disk), Life()],
 }
 

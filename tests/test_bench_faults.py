@@ -9,6 +9,7 @@ import pytest
 
 from casa_train.bench.__main__ import main
 from casa_train.bench.faults import PHASES, differences, phase_of
+from casa_train.files import sha256
 
 
 def test_the_phase_is_read_from_what_a_kill_left(tmp_path: Path) -> None:
@@ -61,6 +62,9 @@ def test_three_kills_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixt
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines[3]["loss"] *= 1 + 1e-9
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (runs / "killed" / "checkpoints" / f"step_{numbers['steps']}" / "rng_1.pt").write_bytes(b"")
+    last = runs / "killed" / "checkpoints" / f"step_{numbers['steps']}"
+    manifest = (last / "manifest.json").read_text()
+    digest = sha256(last / "rng_1.pt")
+    (last / "manifest.json").write_text(manifest.replace(digest, "0" * 64))
     found = differences(runs / "undisturbed", runs / "killed")
     assert found[0].startswith("metrics of steps [4]") and found[1:] == ["rng_1.pt"]

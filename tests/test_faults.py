@@ -92,7 +92,7 @@ def test_damage_full_disks_and_empty_packs(tmp_path: Path) -> None:
     alone = results["disk", "full for rank 1 alone"]
     assert "There is no older one" in alone["said"][0] and "step_2" in alone["said"][0]
     for line in alone["said"][:2]:
-        assert "rank 1: [Errno 28]" in line and "rank_1_mp_rank_00_optim_states.pt" in line
+        assert "rank 1: [Errno 28]" in line and "engine/rank_00001.pt" in line
     check_whole("full for rank 1", alone)
     read_only = results["disk", "read-only during a save"]
     assert "Read-only file system" in read_only["said"][1]

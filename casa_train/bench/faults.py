@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -38,7 +39,7 @@ the others fall at a random moment of as long as the undisturbed run took for tw
 the first step on, and not later than two checkpoints. The same command then goes on, until all
 kills are done and it may finish.
 
-At the end the fp32 weights, the state of data and random generators, and every step's loss,
+At the end weights, optimiser, the state of data and random generators, and every step's loss,
 gradient norm and samples must be those of the undisturbed run, bit for bit; otherwise the command
 leaves with code 2 and keeps the directory. Always on the CPU.
 
@@ -249,9 +250,9 @@ def differences(one: Path, other: Path) -> list[str]:
     unequal = [n for n in weights[0] if not torch.equal(weights[0][n], weights[1][n])]
     if unequal or weights[0].keys() != weights[1].keys():
         found.append(f"weights: {unequal[:5]}")
-    for file in (STATE, *(path.name for path in last[0].glob("rng_*.pt"))):
-        if (last[0] / file).read_bytes() != (last[1] / file).read_bytes():
-            found.append(file)
+    # Adam's moments, positions in the data, random states: every file by its digest.
+    files = [json.loads((path / MANIFEST).read_text())["files"] for path in last]
+    found += [name for name in files[0] if files[0][name] != files[1].get(name)]
     return found
 
 
@@ -335,8 +336,8 @@ def summary(data: Mapping[str, Any]) -> str:
         f"{len(data['kills'])} kills in {data['steps']} steps on {data['processes']} processes, a "
         f"checkpoint every {EVERY} steps: {data['killed_seconds']:.0f} s, undisturbed "
         f"{data['undisturbed_seconds']:.0f} s, of which {data['start_seconds']:.1f} s until the "
-        "first step\nweights, data, random states and every step's loss, gradient norm and "
-        "samples equal those of the undisturbed run bit for bit"
+        "first step\nweights, optimiser, data, random states and every step's loss, gradient norm "
+        "and samples equal those of the undisturbed run bit for bit"
     )
 
 

@@ -82,10 +82,11 @@ class BackgroundExports:
             except OSError as error:  # a full disk, no memory for a process
                 self.say(f"the export of step {step} could not be started ({error})")
 
-    def finish(self, leave: Callable[[], bool]) -> None:
+    def finish(self, leave: Callable[[], bool]) -> bool:
         """Waits for every export.
 
         :param leave: asked all along; once it is true, what is left is given up.
+        :return: whether nothing was given up.
         """
         self.proceed()
         if self._running is not None:
@@ -93,7 +94,9 @@ class BackgroundExports:
         while self._running is not None and not leave():
             time.sleep(0.2)
             self.proceed()
+        done = self._running is None
         self.close()
+        return done
 
     def close(self) -> None:
         """Ends what runs; the run's next start does it again."""

@@ -229,6 +229,8 @@ def train(config: Config, stop: StopRequest) -> int:
                     beat,
                 )
                 validator.catch_up(progress.step)
+            elif config.evaluation.every:
+                tell("no validation: data.validation names no held-out split")
             if exports is not None:
                 best_step = validator.best.step if validator is not None else 0
                 exports.catch_up(checkpoints.steps(), best_step)
@@ -274,10 +276,12 @@ def train(config: Config, stop: StopRequest) -> int:
     if lock is not None and (exports is None or not exports.pinned()):
         lock.close()
     dist.barrier()
-    if exports is not None:  # the others have left by now: no collective waits for an export
-        exports.finish(lambda: any(stop.flags()))
-        with contextlib.suppress(OSError):  # what an export kept; the next save tries again
-            checkpoints.prune()
+    if exports is not None and reason is None:
+        exports.say = say  # the sinks are closed
+        # The others have left by now, so no collective waits for an export.
+        if exports.finish(lambda: any(stop.flags())):
+            with contextlib.suppress(OSError):
+                checkpoints.prune()  # what exports have read
     if lock is not None:
         lock.close()
     return 0 if reason is None else EXIT_REQUEUE

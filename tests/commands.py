@@ -21,6 +21,7 @@ TEMPLATE = {
 
 # A model and budgets so small that a step takes milliseconds.
 TINY = [
+    "evaluation.every=0",
     "trainer.log_every=1",
     "parallel.precision=fp32",
     "parallel.threads=1",

@@ -53,7 +53,7 @@ def validated(run_dir: Path) -> list[dict[str, Any]]:
 def exported(run_dir: Path) -> dict[str, int]:
     """The step of each export, by name; each loads as a user would load it."""
     found = {}
-    for path in sorted((run_dir / "exports").iterdir()):
+    for path in sorted(run_dir.glob("exports/*")):
         if (path / MARKER).is_file():
             AutoConfig.from_pretrained(path, trust_remote_code=True)
             found[path.name] = int(json.loads((path / MARKER).read_text())["step"])
@@ -188,6 +188,6 @@ def test_waiting_for_an_export_ends_when_the_run_has_to_leave(
         assert exports._running is not None and exports._running[2].poll() is None
     exports.saved(7, best=False)  # neither a multiple nor the best
     assert exports.pinned() == {20}
-    exports.finish(lambda: True)
+    assert not exports.finish(lambda: True)
     assert not export_processes(run_dir) and exports.pinned() == set()
     assert any("gave up the export of step 20" in line for line in lines)

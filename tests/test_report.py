@@ -453,3 +453,55 @@ def test_large_numbers_are_short(value: float, shown: str) -> None:
 )
 def test_rates_are_written_as_powers(value: float, shown: str) -> None:
     assert text.power(value) == shown
+
+
+def _validation(step: int, loss: float | None, questions: int = 2, **more: Any) -> dict[str, Any]:
+    asked = [
+        {
+            "id": f"split/{i}",
+            "source": "colour",
+            "question": f"What is {i}?",
+            "reference": "red",
+            "answer": f"answer {step}" if i else "red",
+            "correct": i == 0,
+        }
+        for i in range(questions)
+    ]
+    scores = {"loss": loss, "exact_match": 0.5, "answers": 9, "answer_tokens": 30}
+    return {
+        "step": step,
+        **scores,
+        "sources": {"colour": scores, "shape": {**scores, "exact_match": None}},
+        "best_step": 20,
+        "best_loss": 1.5,
+        "questions": asked,
+        **more,
+    }
+
+
+def test_answers_over_time_stand_side_by_side(tmp_path: Path) -> None:
+    records = [_validation(step, 2.0) for step in range(1, 41)]
+    records[3]["questions"] = []  # another set of questions at first
+    pictures = {"split/0": [_picture((300, 200))], "split/1": [b"no picture"]}
+    html, page = _page(_run(validations=records, pictures=pictures), tmp_path)
+    table = html[html.index("over-time") :]
+    table = table[table.index("<tbody>") : table.index("</table>")]
+    # Eight of forty: the first, the last, the best.
+    heads = re.findall(r"step ([\d,]+)<", html)
+    assert len(heads) == 8 and heads[0] == "1" and heads[-1] == "40" and "20" in heads
+    assert html.count('<span class="tag">best</span>') == 1
+    assert table.count("✓") == 8 and table.count("<tr>") == 2
+    assert "answer 40" in table and "(unreadable image)" in table
+    assert len(page.all("img")) == 1
+    assert "Validation loss" in page.text and "Exact match" in page.text
+
+
+def test_a_first_validation_and_hostile_answers_are_shown(tmp_path: Path) -> None:
+    record = _validation(1, None, questions=1, best_step=0, best_loss=None)
+    record["questions"][0] |= {"answer": HOSTILE, "question": HOSTILE, "source": HOSTILE}
+    record["sources"] = {HOSTILE: record["sources"]["colour"], "$x$": record["sources"]["shape"]}
+    html, page = _page(_run(metrics=[_record(1)], validations=[record]), tmp_path)
+    assert "<script" not in html and "example.org" not in str(page.all("img"))
+    assert "(no image)" in page.text and "Lowest loss" not in page.text
+    html, page = _page(_run(validations=[_validation(10, 1.0, questions=0)]), tmp_path)
+    assert "Validation loss" in page.text and "Answers over time" not in page.text

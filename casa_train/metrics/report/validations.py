@@ -66,7 +66,7 @@ def validations(run: RunData) -> Validations | None:
 def draw_validations(records: Sequence[Record], metrics: Sequence[Record]) -> list[Plot]:
     """Loss and exact match over all answers and by source, over the steps of the whole run."""
     steps = column(record["step"] for record in records)
-    span = column([metrics[0]["step"], max(metrics[-1]["step"], records[-1]["step"])])
+    span = np.unique([metrics[0]["step"], metrics[-1]["step"], records[-1]["step"]]).astype(float)
     sources = _most_answers(records[-1]["sources"])
     plots = []
     with matplotlib.rc_context(drawing.STYLE):

@@ -45,9 +45,9 @@ def command(data: Path, run_dir: Path) -> list[str]:
 
 
 def validated(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of the validations, without how long they took."""
+    """The records of the validations, without when they were and how long they took."""
     records = read_metrics(run_dir / "validation.jsonl")
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "time")} for r in records]
 
 
 def exported(run_dir: Path) -> dict[str, int]:

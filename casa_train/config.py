@@ -214,6 +214,10 @@ class TrainerConfig:
     than the longest step, save or start. 0 turns it off."""
     max_skipped_steps: int = 5
     """Steps in a row without finite loss and gradients, each left out, that end the run."""
+    worst_case: bool | None = None
+    """Run one pack with both budgets full, forward and backward, before the first step of every
+    start, so that a lack of memory shows at once; changes nothing of the run. null: where there is
+    a GPU."""
     audit: bool = True
     """Check after the first step with a non-zero rate that what should move moved and nothing
     else.
@@ -342,6 +346,7 @@ FREE_FIELDS = (
     "data.stream.retry_seconds",
     "trainer.log_every",
     "trainer.audit",
+    "trainer.worst_case",
     "trainer.max_hours",
     "trainer.watchdog_minutes",
     "trainer.max_skipped_steps",

@@ -172,6 +172,12 @@ class Engine:
         """
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def forget_gradients(self) -> None:
+        """Ends a backward pass that no update follows. Sums that DeepSpeed has begun stay, so the
+        gradients of that pass must have been zero.
+        """
+        self._engine.optimizer.zero_grad()
+
     def step(self) -> None:
         """Counts a micro-step; at the accumulation boundary clips and updates."""
         self._engine.step()

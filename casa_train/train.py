@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from casa_train import lines
+from casa_train import lines, worst_case
 from casa_train.assemble import (
     Start,
     banner,
@@ -209,6 +209,9 @@ def train(config: Config, stop: StopRequest) -> int:
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
         with watchdog, this_start, dead_workers_named(rank):
+            if worst_case.wanted(config, device) and progress.step < config.trainer.steps:
+                worst_case.WorstCase(config, engine, device, say).run()
+                beat()
             if held_out is not None:
                 questions = Questions(held_out, checked.processor, config)
                 for line in describe_validation(held_out, questions, config, data.fingerprints):

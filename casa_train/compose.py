@@ -168,6 +168,7 @@ def check(config: Config) -> None:
             config.trainer.log_every,
             "at least 1",
         ),
+        (config.trainer.gc_every >= 0, "trainer.gc_every", config.trainer.gc_every, "0 or more"),
         (config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "at least 1"),
         (
             config.checkpoint.keep_last >= 1,

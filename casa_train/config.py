@@ -214,6 +214,12 @@ class TrainerConfig:
     than the longest step, save or start. 0 turns it off."""
     max_skipped_steps: int = 5
     """Steps in a row without finite loss and gradients, each left out, that end the run."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms: the same run on the same machine repeats bit for bit,
+    slower on a GPU. An operation that has none ends the run by name."""
+    gc_every: int = 100
+    """Steps between two collections of Python's garbage, on all ranks at once and at no other time;
+    0 leaves them to Python."""
     worst_case: bool | None = None
     """Run one pack with both budgets full, forward and backward, before the first step of every
     start, so that a lack of memory shows at once; changes nothing of the run. null: where there is
@@ -347,6 +353,7 @@ FREE_FIELDS = (
     "trainer.log_every",
     "trainer.audit",
     "trainer.worst_case",
+    "trainer.gc_every",
     "trainer.max_hours",
     "trainer.watchdog_minutes",
     "trainer.max_skipped_steps",

@@ -31,8 +31,10 @@ from casa_train.assemble import (
 from casa_train.audit import Audit
 from casa_train.background_exports import BackgroundExports
 from casa_train.checkpoint.manager import CheckpointManager, Found, derive_seed, seed_all
+from casa_train.collection import ScheduledCollection
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import dead_workers_named
+from casa_train.determinism import set_determinism
 from casa_train.disk_room import check_room, check_writable
 from casa_train.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
@@ -81,6 +83,7 @@ def train(config: Config, stop: StopRequest) -> int:
     """
     if config.parallel.threads:
         torch.set_num_threads(config.parallel.threads)
+    set_determinism(config.trainer.deterministic)
     # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
     # would abort the processes without a word of that.
     rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
@@ -208,7 +211,8 @@ def train(config: Config, stop: StopRequest) -> int:
             names = {name: group["name"] for group in groups for name in group["names"]}
             audit = Audit(engine, names, model.mechanism.zero_at_start)
         engine.train()
-        with watchdog, this_start, dead_workers_named(rank):
+        collection = ScheduledCollection(config.trainer.gc_every)
+        with watchdog, this_start, dead_workers_named(rank), collection:
             if worst_case.wanted(config, device) and progress.step < config.trainer.steps:
                 worst_case.WorstCase(config, engine, device, say).run()
                 beat()
@@ -254,6 +258,7 @@ def train(config: Config, stop: StopRequest) -> int:
                 progress=progress,
                 stop_flags=stop.flags,
                 beat=beat,
+                collect=collection.after,
                 validate=validate,
                 max_skipped=config.trainer.max_skipped_steps,
                 source_every=config.trainer.log_every,

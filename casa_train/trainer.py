@@ -104,6 +104,7 @@ class Trainer:
     :param gather: the value of every rank, in rank order.
     :param stop_flags: asked once a step: was this process asked to stop, is its time nearly up?
     :param beat: called whenever something went forward; a watchdog listens.
+    :param collect: called after each step; may collect garbage.
     :param validate: called after each step; whether it is to be saved: the best so far.
     :param max_skipped: so many steps without finite numbers in a row end the run.
     :param meter: measures time, memory and work of this rank.
@@ -126,6 +127,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     stop_flags: Callable[[], tuple[bool, bool]] = lambda: (False, False)
     beat: Callable[[], None] = lambda: None
+    collect: Callable[[int], None] = lambda step: None
     validate: Callable[[int], bool] = lambda step: False
     max_skipped: int = 5
     source_every: int = 10
@@ -145,6 +147,7 @@ class Trainer:
                 sink.write(record)
             self.beat()
             step = self.progress.step
+            self.collect(step)
             reason = self._stop_reason() if step < self.steps else None
             # Who has to leave saves at once; the run's next life validates then.
             best = reason is None and self.validate(step)

@@ -260,8 +260,10 @@ def varlen_attention(
     # segments of other lengths; any upper bound is allowed.
     max_q, max_k = max(2, *segments.query_lengths), max(segments.key_lengths)
     if chosen == "flash_attn":
+        # torch's own kernels ask for themselves.
+        deterministic = torch.are_deterministic_algorithms_enabled()
         out: Tensor = flash_attn_varlen_func(
-            q, k, v, cu_q, cu_k, max_q, max_k, causal=segments.causal
+            q, k, v, cu_q, cu_k, max_q, max_k, causal=segments.causal, deterministic=deterministic
         )
         return out
     window = (-1, 0) if segments.causal else (-1, -1)

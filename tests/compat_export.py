@@ -46,11 +46,19 @@ def conversation() -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def computed(model: Any, processor: Any) -> dict[str, torch.Tensor]:
-    """Logits and greedily generated ids of the conversation."""
+    """Logits, greedily generated ids and what is read from images, of the conversation."""
     batch = processor.tokenize_messages(conversation())
     greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
     ids = model.generate_from_image(**batch, past_key_values=DynamicCache(), **greedy)
-    return {"input_ids": batch["input_ids"], "logits": model(**batch).logits, "ids": ids}
+    points = batch["image_embeds_insertion_points"][0]
+    reads = model.image_reads(model.pack(batch["input_ids"][0], points, batch["pixel_values"]))
+    layers = [layer for layers in reads.values.values() for layer in layers.values()]
+    return {
+        "input_ids": batch["input_ids"],
+        "logits": model(**batch).logits,
+        "ids": ids,
+        "reads": torch.cat([torch.zeros(1), *layers]).nan_to_num(-1),
+    }
 
 
 def write(directory: Path) -> None:
@@ -111,8 +119,9 @@ def read(directory: Path) -> None:
         expected, given = load_file(answer), computed(model, processor)
         for name in ("input_ids", "ids"):
             assert torch.equal(given[name], expected[name]), (answer.stem, name)
-        difference = float((given["logits"] - expected["logits"]).abs().max())
-        assert difference < TOLERANCE, (answer.stem, difference)
+        for name in ("logits", "reads"):
+            difference = float((given[name] - expected[name]).abs().max())
+            assert difference < TOLERANCE, (answer.stem, name, difference)
     print(f"transformers {transformers.__version__}: {len(answers)} exports")
 
 

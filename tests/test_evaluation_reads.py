@@ -141,6 +141,12 @@ def test_the_page_draws_what_answers_read(tmp_path: Path) -> None:
     assert _page(run, tmp_path)[0] == html
 
 
+def test_a_page_of_gates_alone(tmp_path: Path) -> None:
+    measured = attention(**{"attention gate": {"uniform": None}})
+    html, _ = _page(_run(evaluation={**_evaluation([]), "attention": measured}), tmp_path)
+    assert "Gate of cross-attention" in html and "the same for every question" in html
+
+
 def test_a_page_without_it_has_no_such_section(tmp_path: Path) -> None:
     for measured in ({}, {"attention": None}, {"attention": attention()}):
         run = _run(evaluation={**_evaluation([]), **measured})

@@ -243,6 +243,14 @@ def test_a_sweep_without_scores_shows_losses(tmp_path: Path) -> None:
     assert not Page(write_sweep(jobs[1:], "sweep", tmp_path).read_text()).all("svg")
 
 
+def test_costs_far_apart_stand_on_a_logarithmic_scale(tmp_path: Path) -> None:
+    jobs = [
+        Job(f"j{i}", f"j{i}", exact_match=0.5 + 0.001 * i, work=10**i, metrics=[_record(1)])
+        for i in (8, 9, 10)
+    ]
+    assert "FLOP a pack" in write_sweep(jobs, "sweep", tmp_path).read_text()
+
+
 def test_the_table_is_markdown() -> None:
     lines = markdown(jobs_of_a_sweep())
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1

@@ -162,11 +162,13 @@ def scale_rates(axes: Axes, curves: Sequence[Array]) -> str:
     return ", logarithmic" if wide else ""
 
 
-def log_scale(axes: Axes, subs: tuple[float, ...]) -> None:
-    axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
+def log_scale(axes: Axes, subs: tuple[float, ...], of_x: bool = False) -> None:
+    """Of y, or of x."""
+    axis = axes.xaxis if of_x else axes.yaxis
+    (axes.set_xscale if of_x else axes.set_yscale)("log", nonpositive="mask")
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
 
 
 def percent_axis(axes: Axes) -> None:

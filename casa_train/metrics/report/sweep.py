@@ -241,7 +241,7 @@ def draw_sweep(jobs: Sequence[Job]) -> list[Plot]:
 
 def _losses(jobs: Sequence[Job], over_time: bool) -> Plot | None:
     """Smoothed losses over steps, or over the time that the steps took."""
-    figure, axes = _wide_figure()
+    figure, axes = _wide_figure(legend=len(jobs))
     longest = max((float(_elapsed(job)[-1]) for job in jobs if job.metrics), default=0.0)
     unit, size = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
     curves = []
@@ -273,30 +273,41 @@ def _elapsed(job: Job) -> Array:
 def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
     """A point a job: exact match (or loss, where none has one) against what it costs."""
     by_loss = all(job.exact_match is None for job in jobs)
-    figure, axes = _wide_figure()
-    values = []
+    points = []
     for job, style in zip(jobs, _styles(), strict=False):
         quality, price = job.loss if by_loss else job.exact_match, cost.value(job)
-        if quality is None or price is None:
-            continue
-        y = quality if by_loss else 100 * quality
-        axes.plot(price, y, marker="o", markersize=6, linestyle="none", color=style["color"])
-        axes.annotate(job.label, (price, y), (6, 4), textcoords="offset points", fontsize=8)
-        values.append(np.array([y]))
+        if quality is not None and price is not None:
+            points.append((price, quality if by_loss else 100 * quality, job.label, style["color"]))
+    if not points:
+        return None
+    figure, axes = _wide_figure()
+    prices, qualities = np.array([point[:2] for point in points]).T
+    if prices.max() > 8 * prices.min() > 0:
+        drawing.log_scale(axes, (1.0, 3.0), of_x=True)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=drawing.ROUND))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.write(value)))
+    above = math.inf
+    for price, quality, label, colour in sorted(points, key=lambda point: -point[1]):
+        axes.plot(price, quality, marker="o", markersize=6, linestyle="none", color=colour)
+        # Below its point where the label of the point above would be too near.
+        near = above - quality < 0.06 * np.ptp(qualities)
+        offset = (6, -11) if near else (6, 4)
+        axes.annotate(label, (price, quality), offset, textcoords="offset points", fontsize=8)
+        above = quality
     axes.margins(x=0.25, y=0.15)
     axes.set_xlabel(cost.title)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=drawing.ROUND))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.write(value)))
     if not by_loss:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    quality_name = "Loss" if by_loss else "Exact match"
+    title = f"{'Loss' if by_loss else 'Exact match'} against {cost.title}"
     note = "lower is better" if by_loss else "higher is better"
-    return drawing.plot(f"{quality_name} against {cost.title}", note, figure, values, by="")
+    return drawing.plot(title, note, figure, [qualities], by="")
 
 
-def _wide_figure() -> tuple[Figure, Axes]:
+def _wide_figure(legend: int = 0) -> tuple[Figure, Axes]:
+    """:param legend: lines that it takes."""
     figure, (axes,) = drawing.figure(np.array([0.0, 1.0]))
-    figure.set_size_inches(4.9, 3.2)
+    figure.set_size_inches(4.9, 3.2 + 0.17 * legend)
     axes.autoscale(axis="x")
     return figure, axes
 

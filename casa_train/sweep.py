@@ -27,11 +27,11 @@ from casa_train.run_directory import (
     EVALUATION_FILE,
     FAILURE_FILE,
     METRICS_FILE,
+    VALIDATION_FILE,
 )
 from casa_train.sizes import work_counter
 
 REPORT_FILE = "report.html"
-VALIDATION_FILE = "validation.jsonl"
 # What a file that was cut short, edited or written by another version raises.
 BROKEN = (
     UserError,
@@ -182,16 +182,18 @@ def _read(job: Job, run: Path, config: Config) -> None:
 
 
 def _read_validation(job: Job, path: Path) -> None:
-    """The last exact match that was measured while training."""
+    """The last loss and exact match that were measured while training."""
     records = read_metrics(path) if path.is_file() else []
     measured = [r for r in records if r.get("exact_match") is not None]
+    if records:
+        job.held_out_loss = records[-1].get("loss")
     if measured:
-        job.exact_match, job.blind = float(measured[-1]["exact_match"]), None
-        job.measured = f"validation at step {measured[-1]['step']}"
+        job.exact_match = float(measured[-1]["exact_match"])
+        job.measured = f"teacher-forced, at step {measured[-1]['step']}"
 
 
 def _read_evaluation(job: Job, path: Path) -> None:
-    """Scores of an export, unless the validation is of a later step."""
+    """Scores of an export, which answered by itself; they count more."""
     if path.is_file():
         scores = _json(path)
         job.exact_match, job.blind = float(scores["exact_match"]), float(scores["blind"])

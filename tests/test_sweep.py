@@ -167,11 +167,16 @@ def test_the_numbers_of_a_job(tmp_path: Path) -> None:
         for step in range(1, 31)
     ]
     (job / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    lines = [{"step": 10, "exact_match": 0.25}, {"step": 20, "exact_match": 0.5}, {"step": 30}]
+    lines: list[dict[str, Any]] = [
+        {"step": 10, "exact_match": 0.25, "loss": 1.5},
+        {"step": 20, "exact_match": 0.5, "loss": 1.25},
+        {"step": 30, "exact_match": None, "loss": 0.75},  # nothing that could match
+    ]
     (job / "validation.jsonl").write_text("\n".join(map(json.dumps, lines)))
     casa, insertion = read_sweep(tmp_path)
     assert insertion.speed("text") == 101  # the first five steps are left out
-    assert (insertion.exact_match, insertion.measured) == (0.5, "validation at step 20")
+    assert (insertion.exact_match, insertion.measured) == (0.5, "teacher-forced, at step 20")
+    assert insertion.held_out_loss == 0.75 and casa.held_out_loss is None
     assert insertion.fusion_parameters == 0 and casa.fusion_parameters > 0
     assert casa.trained == casa.parameters
     assert insertion.parameters == casa.parameters - casa.fusion_parameters

@@ -9,6 +9,7 @@ numpy only: it is copied whole into every export, so training and inference run 
     packed            PackedInputs, a pack as the model reads it
     attention, rope   one varlen attention call, three backends; rotary positions
     vision            Qwen2.5-VL's tower from uint8 images
+    reads             listens to what text reads from images, when it is asked for
     block             the pieces of a decoder block, and what the blocks of a forward pass share
     fusion            the interface of a fusion mechanism and how to add one; registry in mechanisms
     windowed          keys laid out by windows: the ground of casa, gated and hyper

@@ -56,6 +56,7 @@ class Job:
     metrics: list[Record] = field(default_factory=list)
     exact_match: float | None = None
     blind: float | None = None
+    held_out_loss: float | None = None
     measured: str = ""
     report: bool = False
     parameters: int | None = None
@@ -115,6 +116,13 @@ COLUMNS = (
     Column("exact_match", "exact match", lambda job: job.exact_match, text.percent, lower=False),
     Column("blind", "blind", lambda job: job.blind, text.percent),
     Column("loss", "loss", lambda job: job.loss, lambda x: f"{x:.4f}", lower=True),
+    Column(
+        "held_out_loss",
+        "held-out loss",
+        lambda job: job.held_out_loss,
+        lambda x: f"{x:.4f}",
+        lower=True,
+    ),
     Column(
         "text_tokens_per_second",
         "text tokens/s",

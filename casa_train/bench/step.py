@@ -26,13 +26,10 @@ from casa_train.compose import compose_config
 from casa_train.data.materialize import PackedBatch
 from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.full_pack import full_pack
+from casa_train.full_pack import full_inputs, full_pack
 from casa_train.metrics.flops import SampleShape
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
-from casa_train.modeling.image_processing_casa import SIDE
-from casa_train.modeling.packed import PackedInputs
-from casa_train.modeling.windows import Chunk
 from casa_train.optim import build_groups, build_optimizer, set_rates
 from casa_train.sizes import size_model, work_counter
 from casa_train.trainer import Trainer
@@ -51,6 +48,8 @@ An experiment is a name in conf/experiment, with overrides behind commas:
     python -m casa_train.bench step helium_casa helium_insertion
     python -m casa_train.bench step demo demo,fusion=insertion --set parallel.precision=bf16
     torchrun --standalone --nproc_per_node=8 -m casa_train.bench step
+Helium1-2B with its whole optimiser fits on one GPU of 80 GB by the estimate of dry_run with
+    python -m casa_train.bench step --set parallel.activation_checkpointing=vision
 """
 
 DEFAULT = ["helium_casa", "helium_insertion"]
@@ -71,32 +70,25 @@ class FullPacks:
 
 
 def batch_of(
-    shapes: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
+    pack: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
 ) -> PackedBatch:
     """A micro-step of random text and pictures with these lengths; every token is an answer."""
     generator = torch.Generator().manual_seed(seed)
-    texts = sum(shape.text for shape in shapes)
-    grids = [grid for shape in shapes for grid in shape.grids]
-    chunks = [
-        Chunk(shape.text, shape.points, tuple(rows * columns for rows, columns in shape.grids))
-        for shape in shapes
-    ]
-    images = [
-        torch.randint(256, (3, rows * SIDE, columns * SIDE), generator=generator, dtype=torch.uint8)
-        for rows, columns in grids
-    ]
-    ids = torch.randint(vocabulary, (texts + 1,), generator=generator)
+    inputs = full_inputs(pack, "cpu")
+    for image in inputs.images:
+        image.random_(256, generator=generator)
+    inputs.input_ids.random_(vocabulary, generator=generator)
     return PackedBatch(
         index=0,
-        inputs=PackedInputs(ids[:-1], chunks, images, torch.arange(texts)),
-        targets=ids[1:],
-        answer_sources=[("random", shape.text) for shape in shapes],
-        sample_ids=[f"random/{i}" for i in range(len(shapes))],
-        sources=["random"] * len(shapes),
-        text_tokens=texts,
-        image_tokens=sum(shape.image_tokens for shape in shapes),
+        inputs=inputs,
+        targets=inputs.input_ids.roll(-1),
+        answer_sources=[("random", sample.text) for sample in pack],
+        sample_ids=[f"random/{i}" for i in range(len(pack))],
+        sources=["random"] * len(pack),
+        text_tokens=len(inputs.input_ids),
+        image_tokens=sum(sample.image_tokens for sample in pack),
         fills=(1.0, 1.0),
-        pairs=len(shapes),
+        pairs=len(pack),
         operations=operations,
     )
 
@@ -148,7 +140,8 @@ class Arm:
                 f"{self.name} does not fit: {str(error).splitlines()[0]} Expected enough memory "
                 f"for a pack of {self.config.data.text_tokens} text and "
                 f"{self.config.data.image_tokens} image tokens. Start more ranks with torchrun, or "
-                "lower data.image_tokens and data.text_tokens with --set."
+                "write --set parallel.activation_checkpointing=vision, or lower data.image_tokens "
+                "and data.text_tokens."
             ) from error
 
     def _build(self, world: int, device: torch.device, seed: int, last: int) -> Trainer:
@@ -164,6 +157,7 @@ class Arm:
             torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
+        model.recompute_activations(parallel.activation_checkpointing)
         model.recompute_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(

@@ -103,7 +103,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
         kept = saved(recomputed)
     activations: dict[str, int] = defaultdict(int)
     for name, size in kept.items():
-        activations[part_of(name)] += size
+        activations[part_of(f"{name}.")] += size  # a module is part of itself
     if recomputed != "none":
         activations["a recomputed block"] = _largest_block(everything, BLOCKS[recomputed])
     vocabulary: int = model.config.text_config.vocab_size

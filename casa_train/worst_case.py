@@ -76,16 +76,16 @@ class WorstCase:
         pack = full_pack(self.config)
         inputs = full_inputs(pack, self.device)
         reset_peak(self.device)
-        loss: list[Tensor] = []
+        kept: list[Tensor] = []  # the trainer, too, holds logits and loss until the next pack's
 
         def forward() -> None:
             logits = self.engine.forward(packed=inputs).logits
-            loss.append(answer_losses(logits, inputs.input_ids).sum() * 0.0)
+            kept.extend((logits, answer_losses(logits, inputs.input_ids).sum() * 0.0))
 
         # Forward and backward apart: ZeRO 1 and 2 run no collective between them, so that ranks
         # agree before one waits for a gradient that never comes.
         self._attempt(forward)
-        self._attempt(lambda: self.engine.backward(loss.pop()))
+        self._attempt(lambda: self.engine.backward(kept[1]))
         self.engine.forget_gradients()
         self.say(
             f"worst case: a pack of {len(inputs.input_ids):,} text and "

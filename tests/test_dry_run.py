@@ -114,6 +114,18 @@ def test_switches_cost_what_they_should() -> None:
     assert "256 packs on 64 ranks, 4 on each" in inserted
 
 
+def test_activation_checkpointing_shows_in_memory_and_work() -> None:
+    plain = report("+experiment=helium_casa")
+    every = report("+experiment=helium_casa", "parallel.activation_checkpointing=all")
+    assert number(every, "total, estimate", 0) < 0.5 * number(plain, "total, estimate", 0)
+    assert number(every, "state", 0) == number(plain, "state", 0)
+    # The model's own work, which MFU counts, is the same; its hours are not.
+    for row in ("LLM, linears", "fusion, attention", "vision, trained blocks: linears"):
+        assert number(every, row, 2) == number(plain, row, 2)
+    assert "repeats 24.15 TFLOP" in every and "repeats" not in plain.partition("Assumed")[0]
+    assert "540.6 ms" in every and "479.5 ms" in plain
+
+
 def test_later_stages_need_an_export_only_to_run(tmp_path: Path) -> None:
     for name in ("qwen_casa_video", "qwen_livecc"):
         with pytest.raises(UserError, match="model.init_from is 'runs/qwen_casa/export'"):
@@ -145,6 +157,7 @@ def test_a_directory_comes_before_recorded_sizes(tmp_path: Path) -> None:
         ),
         (["world_size=48"], ["data.packs_per_step is 128", "world_size=48"]),
         (["world_size=0"], ["world_size is 0"]),
+        (["parallel.activation_checkpointing=some"], ["is 'some'", "none, decoder, vision or all"]),
         (["fusion.placement=replace"], ["placement"]),
         (["model.vision.train_last_blocks=33"], ["train_last_blocks is 33"]),
         (["optim.groups.fusion.patterns=[nothing]"], ["matches no group"]),

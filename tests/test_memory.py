@@ -72,7 +72,7 @@ def test_activations_are_what_autograd_saves(
         ["parallel.precision=bf16", "model.vision.train_last_blocks=1"],
         ["fusion=insertion"],
         ["fusion=cross_attention", "fusion.update_image_tokens=ffn_and_attention"],
-        ["fusion=qformer_insertion", "+fusion.queries=4", "parallel.precision=bf16"],
+        ["fusion=qformer_insertion", "fusion.queries=4", "parallel.precision=bf16"],
         ["fusion=gated_cross_attention", "model.backbone.trainable=false"],
         ["fusion=hyper_attention"],
     ],
@@ -100,7 +100,8 @@ def test_a_recomputed_block_is_counted_beside_what_all_blocks_keep() -> None:
     none, everything = parts("none"), parts("all")
     # In bf16: the text of every block, the image tokens once, and patches of four vision blocks.
     text, images, patches = 28 * 2048 * 2048 * 2, 20_468 * 2048 * 2, 4 * 20_468 * 1280 * 2
-    assert text + images < everything["text backbone"] + everything["fusion"] < 2 * (text + images)
+    assert text + images < everything["text backbone"] < 1.2 * (text + images)
+    assert "fusion" not in everything
     assert 4 * patches < everything["vision tower"] < none["vision tower"] / 5
     assert everything["a recomputed block"] == pytest.approx(none["vision tower"] / 4, rel=0.2)
     assert everything["logits"] == none["logits"] and "a recomputed block" not in none

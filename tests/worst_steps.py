@@ -32,6 +32,7 @@ CASES = {
     "stage 1": ["parallel.zero_stage=1"],
     "stage 2": [],
     "stage 3": ["parallel.zero_stage=3"],
+    "stage 1, bf16": ["parallel.zero_stage=1", "parallel.precision=bf16"],
     "stage 2, bf16": ["parallel.precision=bf16"],
     "stage 3, bf16": ["parallel.zero_stage=3", "parallel.precision=bf16"],
     "stage 2, frozen": ["model.backbone.trainable=false", "model.vision.train_last_blocks=1"],

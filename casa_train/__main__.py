@@ -32,10 +32,12 @@ def main(raw: DictConfig) -> None:
         if config.dry_run:
             from casa_train.dry_run import dry_run
 
-            say(*dry_run(config))
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                with contextlib.suppress(OSError):  # Hydra made it; a run's own is not empty
-                    os.rmdir(config.run_dir)
+            try:
+                say(*dry_run(config))
+            finally:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    with contextlib.suppress(OSError):  # Hydra made it; a run's own is not empty
+                        os.rmdir(config.run_dir)
             return
         with StopRequest(config.trainer.max_hours) as stop:  # a signal may come from now on
             from casa_train.train import train

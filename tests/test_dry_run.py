@@ -174,8 +174,8 @@ def test_the_command_touches_nothing(tmp_path: Path) -> None:
     code = (
         "import sys; from casa_train.__main__ import run\n"
         "sys.argv[1:] = ['-m', '+sweep=init', 'experiment=demo', 'dry_run=true', "
-        f"'hydra.sweep.dir={tmp_path}']\n"
-        "assert run() == 0; assert 'deepspeed' not in sys.modules"
+        f"'hydra.sweep.dir={tmp_path}', 'fusion.every=1,9']\n"
+        "assert run() == 2; assert 'deepspeed' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -186,6 +186,7 @@ def test_the_command_touches_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("casa_train dry run: demo") == 3
+    assert done.stderr.count("fusion.every is 9") == 3  # a failed job stops no other
     assert [path.name for path in tmp_path.iterdir()] == ["multirun.yaml"]
 
 

@@ -104,10 +104,13 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     activations: dict[str, int] = defaultdict(int)
     for name, size in kept.items():
         activations[part_of(f"{name}.")] += size  # a module is part of itself
-    if recomputed != "none":
-        activations["a recomputed block"] = _largest_block(everything, BLOCKS[recomputed])
     vocabulary: int = model.config.text_config.vocab_size
-    activations["logits"] = logits_bytes(config.data.text_tokens, vocabulary, bf16)
+    logits = logits_bytes(config.data.text_tokens, vocabulary, bf16)
+    if recomputed == "none":
+        activations["logits"] = logits
+    else:  # what belongs to the logits is gone when a block runs again
+        block = _largest_block(everything, BLOCKS[recomputed])
+        activations["logits, or a recomputed block"] = max(logits, block)
     return MemoryOfRank(state, dict(activations))
 
 

@@ -103,8 +103,8 @@ def test_a_recomputed_block_is_counted_beside_what_all_blocks_keep() -> None:
     assert text + images < everything["text backbone"] < 1.2 * (text + images)
     assert "fusion" not in everything
     assert 4 * patches < everything["vision tower"] < none["vision tower"] / 5
-    assert everything["a recomputed block"] == pytest.approx(none["vision tower"] / 4, rel=0.2)
-    assert everything["logits"] == none["logits"] and "a recomputed block" not in none
+    block = everything["logits, or a recomputed block"]
+    assert block == pytest.approx(none["vision tower"] / 4, rel=0.2) and block > none["logits"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a measured peak needs a GPU")

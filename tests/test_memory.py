@@ -87,7 +87,7 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     model.to(torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32)
     measured = sum(saved(model, full_pack(config)).values())
     estimate = sum(memory.activations.values()) - memory.activations["logits"]
-    # 37 small images: here the CPU pads, by 3 to 6 % of everything.
+    # 37 small images: here the CPU pads, by 3 to 7 % of everything.
     assert estimate == pytest.approx(measured, rel=0.08)
 
 

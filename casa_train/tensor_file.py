@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """`torch.save`, which by itself reports a full disk as a RuntimeError about positions.
+    """`torch.save`, flushed to the disk by the host that wrote it, with errors that say what is
+    wrong: by itself it reports a full disk as a RuntimeError about positions.
 
     :raises OSError: with the file's name.
     """
     try:
         with path.open("wb") as file:
             torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     except RuntimeError as error:

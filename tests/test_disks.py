@@ -144,9 +144,9 @@ def test_room_for_the_checkpoints_held_at_once(disk: Path) -> None:
     def check(step: int, held: int) -> None:
         check_room(config, model.parameters(), step, held)
 
-    # 3.3 MB are free, a checkpoint has 1.4 MB.
+    # 3.3 MB are free, a checkpoint has 1.2 MB.
     with pytest.raises(
-        UserError, match=r"3 of 1,398,800 bytes each, since checkpoint.keep_last is 2"
+        UserError, match=r"3 of 1,199,000 bytes each, since checkpoint.keep_last is 2"
     ):
         check(0, 0)
     check(20, 1)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from casa_train.errors import SaveError, UserError
-from casa_train.files import sha256, sync_directory, sync_file, write_atomic
+from casa_train.files import sha256, sync_directory, write_atomic
 from casa_train.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
@@ -81,8 +81,9 @@ class CheckpointManager:
     def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
         """Commits one checkpoint; collective.
 
-        :param write: writes this rank's engine state into the given directory; an OSError of one
-            rank must come after the others have what they need of it, as `Engine.save` does.
+        :param write: writes this rank's engine state into the given directory and flushes it to
+            the disk, as `save_tensors` does; if it is collective, an OSError of one rank must come
+            after the others have what they need of it.
         :param state: JSON-able state that is the same on every rank.
         :raises SaveError: on every rank alike, if a disk failed any of them; nothing is left of it
             and older checkpoints stay as they are.
@@ -100,7 +101,10 @@ class CheckpointManager:
             self.phase(f"saving step {step}: writing")
             self._together(lambda: self._write(temporary, write, {"step": step, **state}))
             self.phase(f"saving step {step}: hashing")
-            shares = self._together(lambda: self._hash_share(temporary, sync=True))
+            # A file system of many hosts may show each of them another listing.
+            seen = self._together(lambda: _files(temporary))
+            names = sorted({name for listing in seen for name in listing})
+            shares = self._together(lambda: self._hash_share(temporary, names))
             self.phase(f"saving step {step}: committing")
             self._together(lambda: self._commit(temporary, final, shares))
         except _DiskError as error:
@@ -170,18 +174,12 @@ class CheckpointManager:
         names = [STEP_NAME.match(path.name) for path in self.directory.glob("step_*")]
         return sorted(int(match.group(1)) for match in names if match)
 
-    def _hash_share(self, directory: Path, sync: bool) -> dict[str, dict[str, Any]]:
+    def _hash_share(self, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Size and sha256 of this rank's share of the files."""
-        files = sorted(p for p in directory.rglob("*") if p.is_file())
-        share = {}
-        for path in files[self.rank :: self.world]:
-            if sync:
-                sync_file(path)
-            share[str(path.relative_to(directory))] = {
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-        return share
+        return {
+            name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
+            for name in names[self.rank :: self.world]
+        }
 
     def _problems(self, path: Path) -> list[str]:
         """What is wrong with this rank's share of a checkpoint."""
@@ -223,7 +221,7 @@ class CheckpointManager:
         write(temporary)
         save_tensors(rng_state(), temporary / f"rng_{self.rank}.pt")
         if self.rank == 0:
-            (temporary / STATE).write_text(json.dumps(state))
+            write_atomic(temporary / STATE, json.dumps(state))
 
     def _commit(
         self, temporary: Path, final: Path, shares: Sequence[dict[str, dict[str, Any]]]
@@ -307,6 +305,10 @@ class CheckpointManager:
             if message is not None:
                 raise _DiskError(f"rank {rank}: {message}" if self.world > 1 else message)
         return [pair[0] for pair in pairs]
+
+
+def _files(directory: Path) -> list[str]:
+    return [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
 
 
 def _found(step: int, path: Path) -> Found:

@@ -7,8 +7,6 @@ every rank and micro-step before the first backward, and each micro-step contrib
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,23 +19,3 @@ def answer_losses(logits: Tensor, targets: Tensor) -> Tensor:
     :return: (A,), with a graph even where A is zero.
     """
     return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Sums each value over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    summed: list[float] = tensor.tolist()
-    return summed
-
-
-def rows_of_ranks(values: list[float], device: torch.device) -> list[list[float]]:
-    """The values of every rank in float64, in rank order; all give equally many."""
-    own = torch.tensor(values, dtype=torch.float64, device=device)
-    if not dist.is_initialized():
-        return [own.tolist()]
-    everyone = own.new_empty(dist.get_world_size() * len(own))
-    dist.all_gather_into_tensor(everyone, own)
-    rows: list[list[float]] = everyone.view(-1, len(own)).tolist()
-    return rows

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,8 @@ from casa_train.background_exports import BackgroundExports
 from casa_train.checkpoint.manager import CheckpointManager, Found, derive_seed, seed_all
 from casa_train.collection import ScheduledCollection
 from casa_train.config import Config, fingerprint
-from casa_train.data.loader import dead_workers_named
+from casa_train.data.loader import PackLoader, dead_workers_named
+from casa_train.data.stream import StreamLoader
 from casa_train.determinism import set_determinism
 from casa_train.disk_room import check_room, check_writable
 from casa_train.engine import Engine, init_processes, shard
@@ -58,6 +59,7 @@ from casa_train.optim import (
     rate_factor,
     set_rates,
 )
+from casa_train.ranks import agree, gather
 from casa_train.run_directory import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -69,8 +71,6 @@ from casa_train.run_directory import (
 )
 from casa_train.sizes import work_counter
 from casa_train.trainer import Progress, Trainer
-
-T = TypeVar("T")
 
 
 def train(config: Config, stop: StopRequest) -> int:
@@ -94,9 +94,7 @@ def train(config: Config, stop: StopRequest) -> int:
     listed = [agree(lambda: list_streams(config, say) if rank == 0 else {})]
     dist.broadcast_object_list(listed, src=0)
     count_work = work_counter(config, model)
-    data = agree(
-        lambda: open_data(config, checked.processor, listed[0], world, _gather, count_work)
-    )
+    data = agree(lambda: open_data(config, checked.processor, listed[0], world, gather, count_work))
     held_out = agree(lambda: open_held_out(config, checked.processor, world))
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
@@ -128,46 +126,11 @@ def train(config: Config, stop: StopRequest) -> int:
 
     for line in banner(config, model, data.notes, world, device):
         say(line)
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-
-    def finish(block: nn.Module) -> None:
-        shard(block, config.parallel.zero_stage, config.parallel.precision)
-
-    # A checkpoint replaces everything, so then nothing is read or drawn before.
-    start = checked.start if found is None else None
-    start_weights(model, start, config.seed, device, dtype, finish)
-    model.recompute_activations(config.parallel.activation_checkpointing)
-    for account in start.accounts if start is not None else []:
-        say(account.line())
-    # The weights above are the same on every rank; what is drawn from here on may differ.
-    seed_all(config.seed + rank)
-    groups = build_groups(model.named_parameters(), config.optim.groups)
-    for line in describe(model.named_parameters(), groups):
-        say(line)
-    engine = Engine(
-        model,
-        build_optimizer(groups, config.optim),
-        config.parallel.zero_stage,
-        config.parallel.precision,
-        config.data.packs_per_step // world,
-        config.optim.clip,
-    )
+    engine, groups = build_engine(config, checked, found is None, world, rank, device, say)
     loader = data.loader(rank)
     progress = Progress()
     if found is not None:
-        engine.load(found.path)
-        loader.load_state_dict(found.state["data"])
-        saved_by = found.manifest["world_size"]
-        if saved_by == world:
-            checkpoints.load_rng(found)
-        else:
-            say(
-                f"{found.path} was saved with world size {saved_by}, this start has {world}: every "
-                "rank takes its part of weights and optimiser state, the order of samples goes on, "
-                "and random numbers are seeded anew from seed, step and rank"
-            )
-            seed_all(derive_seed(config.seed, found.step, rank))
-        progress = Progress(**found.state["progress"])
+        progress = restore(found, engine, loader, checkpoints, config.seed, world, rank)
         say(f"resuming from {found.path} at step {found.step}")
     if progress.step >= config.trainer.steps:
         say(f"nothing to do: {run_dir} holds step {progress.step} of {config.trainer.steps}")
@@ -231,7 +194,7 @@ def train(config: Config, stop: StopRequest) -> int:
                     rank,
                     world,
                     device,
-                    _gather,
+                    gather,
                     sinks,
                     beat,
                 )
@@ -252,7 +215,7 @@ def train(config: Config, stop: StopRequest) -> int:
                 set_rates=lambda step: set_rates(engine.param_groups, _factor(config, step)),
                 save=save,
                 quarantine=Quarantine(run_dir / f"quarantine_{rank}.jsonl").add,
-                gather=_gather,
+                gather=gather,
                 sinks=sinks,
                 audit=audit,
                 progress=progress,
@@ -324,23 +287,70 @@ def check_inputs(config: Config, world: int) -> Checked:
     return Checked(processor, model, start)
 
 
-def agree(work: Callable[[], T]) -> T:
-    """Every rank does something that may fail; if one fails, all do, so that none waits for it.
+def build_engine(
+    config: Config,
+    checked: Checked,
+    fresh: bool,
+    world: int,
+    rank: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Engine, list[dict[str, Any]]]:
+    """Gives the model its first values, on the device and sharded, and puts it under the engine.
 
-    :raises UserError: on every rank, with the first rank's message.
+    :param fresh: false: a checkpoint replaces everything, so nothing is read or drawn before.
+    :return: the engine, and the parameter groups of its optimiser.
     """
-    result: T | None = None
-    message = None
-    try:
-        result = work()
-    except UserError as error:
-        message = str(error)
-    messages = _gather(message)
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
-    if failed:
-        where = "" if len(failed) == len(messages) or failed[0] == 0 else f"rank {failed[0]}: "
-        raise UserError(where + messages[failed[0]])
-    return result  # type: ignore[return-value]
+    model, parallel = checked.model, config.parallel
+    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+
+    def finish(block: nn.Module) -> None:
+        shard(block, parallel.zero_stage, parallel.precision)
+
+    start = checked.start if fresh else None
+    start_weights(model, start, config.seed, device, dtype, finish)
+    model.recompute_activations(parallel.activation_checkpointing)
+    for account in start.accounts if start is not None else []:
+        say(account.line())
+    # The weights above are the same on every rank; what is drawn from here on may differ.
+    seed_all(config.seed + rank)
+    groups = build_groups(model.named_parameters(), config.optim.groups)
+    for line in describe(model.named_parameters(), groups):
+        say(line)
+    engine = Engine(
+        model,
+        build_optimizer(groups, config.optim),
+        parallel.zero_stage,
+        parallel.precision,
+        config.data.packs_per_step // world,
+        config.optim.clip,
+    )
+    return engine, groups
+
+
+def restore(
+    found: Found,
+    engine: Engine,
+    loader: PackLoader | StreamLoader,
+    checkpoints: CheckpointManager,
+    seed: int,
+    world: int,
+    rank: int,
+) -> Progress:
+    """Puts a checkpoint into a fresh engine and loader; returns how far it was."""
+    engine.load(found.path)
+    loader.load_state_dict(found.state["data"])
+    saved_by = found.manifest["world_size"]
+    if saved_by == world:
+        checkpoints.load_rng(found)
+    else:
+        checkpoints.say(
+            f"{found.path} was saved with world size {saved_by}, this start has {world}: every "
+            "rank takes its part of weights and optimiser state, the order of samples goes on, "
+            "and random numbers are seeded anew from seed, step and rank"
+        )
+        seed_all(derive_seed(seed, found.step, rank))
+    return Progress(**found.state["progress"])
 
 
 def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) -> None:
@@ -373,12 +383,6 @@ def _hung(run_dir: Path, checkpoints: CheckpointManager, start: StartLog) -> Non
 def _factor(config: Config, step: int) -> float:
     optim, steps = config.optim, config.trainer.steps
     return rate_factor(step, steps, *fit_schedule(steps, optim.warmup_steps, optim.decay_steps))
-
-
-def _gather(value: Any) -> Sequence[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _silent(line: str) -> None:

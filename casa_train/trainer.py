@@ -13,10 +13,11 @@ from torch import Tensor
 
 from casa_train.audit import Audit
 from casa_train.errors import SaveError, UserError
-from casa_train.loss import answer_losses, rows_of_ranks, sum_over_ranks
+from casa_train.loss import answer_losses
 from casa_train.metrics.counts import Batch, StepCounts, count_step
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks import Record, Sink
+from casa_train.ranks import gather_rows, sum_over_ranks
 
 
 class Loader(Protocol):
@@ -221,7 +222,7 @@ class Trainer:
             self.engine.step()
         if audit is not None:
             self._say(audit.after_update(step))
-        rows = rows_of_ranks([float(losses), *self.meter.measured()], self.device)
+        rows = gather_rows([float(losses), *self.meter.measured()], self.device)
         loss_sum = sum(row[0] for row in rows)
         gradient_norm = self.engine.gradient_norm()
         finite = math.isfinite(loss_sum) and math.isfinite(gradient_norm)

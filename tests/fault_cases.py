@@ -33,7 +33,7 @@ from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import JsonlSink, keep_steps, read_metrics
 from casa_train.optim import build_groups, build_optimizer, set_rates
-from casa_train.train import _gather
+from casa_train.ranks import gather
 from casa_train.trainer import Progress, Trainer
 from tests.small_disk import Filler, remount
 from tests.tiny import HARD_PACK, fill, packed_inputs, tiny_model
@@ -136,7 +136,7 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
             set_rates=lambda step: set_rates(engine.param_groups, 1.0),
             save=save,
             quarantine=lambda failures: None,
-            gather=_gather,
+            gather=gather,
             sinks=sinks,
             progress=progress,
             stop_flags=lambda: (progress.step == life.stop, False),

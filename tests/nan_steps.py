@@ -20,7 +20,7 @@ from casa_train.config import GroupConfig, OptimConfig
 from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.errors import UserError
 from casa_train.optim import build_groups, build_optimizer, set_rates
-from casa_train.train import _gather
+from casa_train.ranks import gather
 from casa_train.trainer import Trainer
 from tests.tiny import HARD_PACK, fill, packed_inputs, tiny_model
 
@@ -82,7 +82,7 @@ def main() -> None:
         set_rates=lambda step: set_rates(engine.param_groups, 1.0),
         save=lambda *arguments: None,
         quarantine=lambda failures: None,
-        gather=_gather,
+        gather=gather,
         sinks=[sink],
         max_skipped=3,
         source_every=4,

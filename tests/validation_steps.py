@@ -27,7 +27,8 @@ from casa_train.evaluation.validation import Validator
 from casa_train.feed import open_data
 from casa_train.metrics.sinks import read_metrics
 from casa_train.optim import build_groups, build_optimizer, set_rates
-from casa_train.train import _gather, check_inputs
+from casa_train.ranks import gather
+from casa_train.train import check_inputs
 from casa_train.trainer import Trainer
 from tests.commands import TINY, on_data
 
@@ -58,7 +59,7 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
     device = torch.device("cpu")
     checked = check_inputs(config, world)
     model, processor = checked.model, checked.processor
-    data = open_data(config, processor, {}, world, _gather)
+    data = open_data(config, processor, {}, world, gather)
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
     start_weights(model, checked.start, config.seed, device, dtype, lambda block: None)
     seed_all(config.seed + rank)
@@ -85,7 +86,7 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
         assert held_out is not None
         questions = Questions(held_out, processor, config)
         validator = Validator(
-            engine, held_out, questions, path, 2, STEPS, 0, rank, world, device, _gather, [], int
+            engine, held_out, questions, path, 2, STEPS, 0, rank, world, device, gather, [], int
         )
     records: list[dict[str, Any]] = []
 
@@ -110,7 +111,7 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
         set_rates=lambda step: set_rates(engine.param_groups, 1.0),
         save=lambda *arguments: None,
         quarantine=lambda failures: None,
-        gather=_gather,
+        gather=gather,
         sinks=[Keep()],
         source_every=2,
         validate=validator or (lambda step: False),
@@ -151,7 +152,7 @@ def main() -> None:
             "torch": torch.equal(generators[0]["torch"], generators[1]["torch"]),
             "numpy": str(generators[0]["numpy"]) == str(generators[1]["numpy"]),
         }
-        ranks = _gather((same, with_it["expected"], with_it["answers"]))
+        ranks = gather((same, with_it["expected"], with_it["answers"]))
         if rank == 0:
             line = {
                 "case": name,

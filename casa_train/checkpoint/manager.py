@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from casa_train.errors import SaveError, UserError
 from casa_train.files import sha256, sync_directory, write_atomic
+from casa_train.ranks import gather
 from casa_train.tensor_file import save_tensors
 
 MANIFEST = "manifest.json"
@@ -91,7 +92,7 @@ class CheckpointManager:
         """
         temporary = self.directory / f"step_{step}.tmp"
         final = self.directory / f"step_{step}"
-        if any(_gather(self.rank == 0 and final.exists())):
+        if any(gather(self.rank == 0 and final.exists())):
             raise UserError(
                 f"{final} exists already, so another job writes into this run; expected to be the "
                 "only one. Stop the other one."
@@ -130,9 +131,9 @@ class CheckpointManager:
         try:
             self._together(self._clear)
             broken: list[str] = []
-            for step in reversed(_gather(self.steps())[0]):  # others may see an older listing
+            for step in reversed(gather(self.steps())[0]):  # others may see an older listing
                 path = self.directory / f"step_{step}"
-                problems = [p for share in _gather(self._problems(path)) for p in share]
+                problems = [p for share in gather(self._problems(path)) for p in share]
                 if not problems:
                     return _found(step, path)
                 broken.append(f"{path.name}: {problems[0]}")
@@ -146,7 +147,7 @@ class CheckpointManager:
                 f"{self.directory} cannot be changed: {error}; expected a directory of this user's "
                 "on a disk that can be written. Mend that, or choose another run_dir=..."
             ) from error
-        older = _gather(sorted(p.name for p in self.directory.glob("step_*.broken")))[0]
+        older = gather(sorted(p.name for p in self.directory.glob("step_*.broken")))[0]
         if broken or older:
             raise UserError(
                 f"{self.directory} holds checkpoints, but none is valid "
@@ -295,12 +296,13 @@ class CheckpointManager:
 
         :raises _DiskError: on every rank alike, if one failed: none waits for another one.
         """
-        result, failure = None, None
+        result: Any = None
+        failure = None
         try:
             result = work()
         except OSError as error:
             failure = str(error)
-        pairs = _gather((result, failure))
+        pairs = gather((result, failure))
         for rank, (_, message) in enumerate(pairs):
             if message is not None:
                 raise _DiskError(f"rank {rank}: {message}" if self.world > 1 else message)
@@ -346,12 +348,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _gather(value: Any) -> Sequence[Any]:
-    """The value of every rank, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from casa_train.loss import rows_of_ranks
 from casa_train.metrics.sinks import Record
+from casa_train.ranks import gather_rows
 
 DIGEST_BYTES = 6  # of a pack's samples; as a number it is exact in float64
 
@@ -75,7 +75,7 @@ def count_step(batches: Sequence[Batch], device: torch.device) -> StepCounts:
     }
     operations = float(sum(b.operations for b in batches))
     digests = [_digest(b.sample_ids) for b in batches]
-    rows = rows_of_ranks([*local.values(), operations, *digests], device)
+    rows = gather_rows([*local.values(), operations, *digests], device)
     first = len(local) + 1
     # Pack m of rank r is pack m * world + r of the step.
     in_order = [int(row[first + m]) for m in range(len(batches)) for row in rows]

@@ -56,6 +56,6 @@ def test_a_frozen_backbone_under_zero_1_in_bf16_on_2_1_and_4_ranks(
     for name, weight in exported.items():
         assert torch.equal(weight, saved["moved"][name].bfloat16()), name
     frozen = [name for name in exported if "layers" in name and "fusion" not in name]
-    assert len(frozen) > 20
+    assert len(frozen) == 2 * 9  # two layers
     for name in frozen:
         assert torch.equal(saved["moved"][name], saved["stayed"][name]), name

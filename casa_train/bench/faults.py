@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import random
@@ -245,8 +244,7 @@ def differences(one: Path, other: Path) -> list[str]:
         steps = [a[0] for a, b in zip(*exact, strict=False) if a != b]
         found.append(f"metrics of steps {steps[:5]} of {len(exact[0])} and {len(exact[1])}")
     last = [path / CHECKPOINTS / f"step_{records[0][-1]['step']}" for path in (one, other)]
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every shard
-        weights = [read_weights(path) for path in last]
+    weights = [read_weights(path) for path in last]
     unequal = [n for n in weights[0] if not torch.equal(weights[0][n], weights[1][n])]
     if unequal or weights[0].keys() != weights[1].keys():
         found.append(f"weights: {unequal[:5]}")

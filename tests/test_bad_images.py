@@ -223,7 +223,8 @@ def test_bad_samples_leave_holes_and_nothing_else_changes(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="PIL")  # as under `python -W error`
         found = read(Split(split.directory), processor, workers, steps)
-    quarantine = Quarantine(tmp_path / "quarantine_0.jsonl")
+    path = tmp_path / "quarantine_0.jsonl"
+    quarantine = Quarantine(path)
     for before, after in zip(clean, found, strict=True):
         kept = [i for i in before.sample_ids if i.split("/")[1] not in reasons]
         assert after.sample_ids == kept
@@ -234,6 +235,6 @@ def test_bad_samples_leave_holes_and_nothing_else_changes(
         for source, key in (i.split("/") for i in batch.sample_ids)
         if key in reasons
     )
-    entries = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert Counter((e["source"], e["key"], e["reason"]) for e in entries) == lost
     assert all(e["key"] in e["detail"] or "index promised" in e["detail"] for e in entries)

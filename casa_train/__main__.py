@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -53,6 +54,8 @@ def main(raw: DictConfig) -> None:
 
             record_failure(Path(raw.run_dir), str(error))
         report(f"job {raw.run_dir}: {error}" if sweep else str(error), alone)
+        if alone:
+            abandon(2)
 
 
 def say(*lines: str) -> None:
@@ -91,12 +94,24 @@ def run() -> int:
             "interrupted; the same command goes on from the last checkpoint, if there is one",
             file=sys.stderr,
         )
+        abandon(130)
         return 130
+    except BaseException:
+        traceback.print_exc()
+        abandon(1)
+        return 1
     finally:
         if engine := sys.modules.get("casa_train.engine"):  # only if a job got that far
             engine.leave_processes()
         drop_unwritten()
     return 2 if _messages else 0
+
+
+def abandon(code: int) -> None:
+    """Ends this rank at once where others may wait for it."""
+    drop_unwritten()
+    if engine := sys.modules.get("casa_train.engine"):
+        engine.abandon_processes(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,7 +28,7 @@ from casa_train.zero_state import ZeroState
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.
@@ -69,17 +70,30 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
             verbose=False,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        # DeepSpeed reduces and gathers in a group of its own, which would have torch's timeout.
+        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=timeout_minutes))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def leave_processes() -> None:
-    """Leaves the process group; without it some exits abort.
+    """Leaves the process group after an end that all ranks share; without it some exits abort.
 
     Once a process, at its end: DeepSpeed keeps groups that a new process group would not know.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon_processes(code: int) -> None:
+    """Ends this process at once if there are other ranks, which know nothing of its failure.
+
+    NCCL would wait for collectives that never come; the launcher ends the others.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def shard(module: nn.Module, zero_stage: int, precision: str) -> None:

@@ -116,6 +116,8 @@ def request_requeue(run_dir: Path, step: int, reason: str) -> None:
     try:
         write_atomic(path, json.dumps({"step": step, "reason": reason}) + "\n")
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and path.exists():
+            return  # the watchdog of another rank was quicker with the same temporary file
         raise UserError(
             f"{path} cannot be written: {error}, so no batch script will start this run again "
             f"({reason}). Make room and give the same command; it goes on from step {step}."

@@ -38,7 +38,7 @@ from casa_train.data.stream import StreamLoader
 from casa_train.determinism import set_determinism
 from casa_train.disk_room import check_room, check_writable
 from casa_train.engine import Engine, init_processes, shard
-from casa_train.errors import UserError
+from casa_train.errors import SaveError, UserError
 from casa_train.evaluation.held_out import open_held_out
 from casa_train.evaluation.questions import Questions
 from casa_train.evaluation.validation import Validator
@@ -140,7 +140,7 @@ def train(config: Config, stop: StopRequest) -> int:
         run_dir / STARTS_FILE if rank == 0 else None,
         progress,
         {"ranks": world, "device": gpu or "CPU", "peak_tflops": peak},
-        last_step(run_dir / METRICS_FILE),
+        last_step(run_dir / METRICS_FILE) if rank == 0 else None,
     )
     sinks: list[Sink] = []
     validator: Validator | None = None
@@ -160,9 +160,15 @@ def train(config: Config, stop: StopRequest) -> int:
         return validator is not None and validator(step) and config.export.best
 
     def save(step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        checkpoints.save(step, write, state)
+        best = validator is not None and validator.best.step == step
+        try:
+            checkpoints.save(step, write, state)
+        except SaveError:
+            if best and config.export.best:
+                tell(f"warning: step {step} is the best so far, but exports/best stays as it was")
+            raise
         if exports is not None:
-            exports.saved(step, validator is not None and validator.best.step == step)
+            exports.saved(step, best)
 
     try:
         if rank == 0:
@@ -376,8 +382,8 @@ def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) 
 
 def _hung(run_dir: Path, checkpoints: CheckpointManager, start: StartLog) -> None:
     """The watchdog's last words."""
-    request_requeue(run_dir, max(checkpoints.steps(), default=0), "watchdog")
     start.leave("watchdog")
+    request_requeue(run_dir, max(checkpoints.steps(), default=0), "watchdog")
 
 
 def _factor(config: Config, step: int) -> float:

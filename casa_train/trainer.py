@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -300,8 +301,13 @@ class Trainer:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Moves a pack's tensors; images stay uint8 and are normalised on the device."""
-    inputs.input_ids = inputs.input_ids.to(device, non_blocking=True)
-    inputs.logits_index = inputs.logits_index.to(device, non_blocking=True)
-    inputs.images = [image.to(device, non_blocking=True) for image in inputs.images]
-    return inputs
+    """A pack with its tensors on the device; images stay uint8 and are normalised there.
+
+    The batch itself stays where it is: a step holds all its micro-steps to the end.
+    """
+    return dataclasses.replace(
+        inputs,
+        input_ids=inputs.input_ids.to(device, non_blocking=True),
+        logits_index=inputs.logits_index.to(device, non_blocking=True),
+        images=[image.to(device, non_blocking=True) for image in inputs.images],
+    )

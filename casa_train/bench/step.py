@@ -158,7 +158,6 @@ class Arm:
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
         model.recompute_activations(parallel.activation_checkpointing)
-        model.recompute_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(
             model,

@@ -147,7 +147,6 @@ class Validator:
             self._file.write(record)
             for sink in self.sinks:
                 sink.validated(record)
-                sink.validated(record)
             self._say(line(record))
         return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,11 @@ def last_step(path: Path) -> int | None:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Drops lines of steps after `last`, which a resumed run repeats, and a line cut by a kill."""
-    if path.exists():
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
-        write_atomic(path, "".join(kept))
+    """Drops lines of steps after `last`, which a resumed run repeats, and a line cut by a kill.
+
+    Where the disk refuses, they stay: of a step's lines the last one counts.
+    """
+    with contextlib.suppress(OSError):
+        if path.exists():
+            kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+            write_atomic(path, "".join(kept))

@@ -72,7 +72,8 @@ class BackgroundExports:
             else:
                 self.say(
                     f"the export of step {step} to {self._target(name)} failed (code "
-                    f"{process.returncode}), training goes on; see {self.run_dir / EXPORT_LOG}"
+                    f"{process.returncode}), which ends nothing; see {self.run_dir / EXPORT_LOG}. "
+                    "The run's next start tries again"
                 )
         if self._waiting:
             name = next(iter(self._waiting))
@@ -101,10 +102,11 @@ class BackgroundExports:
     def close(self) -> None:
         """Ends what runs; the run's next start does it again."""
         if self._running is not None:
-            _, step, process = self._running
+            steps = sorted(self.pinned())
+            process = self._running[2]
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self.say(f"gave up the export of step {step}; the same command makes it again")
+            self.say(f"gave up the exports of steps {steps}; the same command makes them again")
         self._running, self._waiting = None, {}
 
     def _ask(self, name: str, step: int) -> None:

@@ -44,7 +44,8 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     config = load_run_config(run)
     if not (export / MARKER).is_file():
         raise UserError(
-            f"{export} is not an export; write one with 'python -m casa_train.export {run} --out "
+            f"{export} is not an export; name one with --export (a run keeps its own in "
+            f"{run / 'exports'}), or write one with 'python -m casa_train.export {run} --out "
             f"{export}'."
         )
     if not config.data.validation:

@@ -101,6 +101,11 @@ def unwritable(run_dir: Path, error: OSError) -> str:
             f"run directory {run_dir} takes no more files: {error}. Make room there, or choose "
             "another run_dir=..."
         )
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return (
+            f"run_dir={run_dir} is, or lies below, a file ({error}); expected a directory or free "
+            "path. Choose another run_dir=..."
+        )
     return (
         f"run directory {run_dir} cannot be written: {error}; expected a directory of this "
         "user's. Choose another run_dir=... or mend its permissions."

@@ -253,15 +253,19 @@ def train(config: Config, stop: StopRequest) -> int:
     if lock is not None and (exports is None or not exports.pinned()):
         lock.close()
     dist.barrier()
+    cut_off = False
     if exports is not None and reason is None:
         exports.say = say  # the sinks are closed
         # The others have left by now, so no collective waits for an export.
         if exports.finish(lambda: any(stop.flags())):
             with contextlib.suppress(OSError):
                 checkpoints.prune()  # what exports have read
+        else:
+            cut_off = True  # by a signal or the time limit
+            request_requeue(run_dir, progress.step, "exports")
     if lock is not None:
         lock.close()
-    return 0 if reason is None else EXIT_REQUEUE
+    return EXIT_REQUEUE if reason is not None or cut_off else 0
 
 
 @dataclass(frozen=True)

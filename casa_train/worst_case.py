@@ -91,8 +91,13 @@ class WorstCase:
             f"worst case: a pack of {len(inputs.input_ids):,} text and "
             f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
             f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "
-            f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}, estimated "
-            f"{self._estimate.total / GIB:.2f} GiB"
+            f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}"
+            # A process holds libraries, and on a CPU nobody touches what is only reserved.
+            + (
+                f", estimated {self._estimate.total / GIB:.2f} GiB"
+                if self.device.type == "cuda"
+                else ""
+            )
         )
 
     def _attempt(self, work: Callable[[], None]) -> None:

@@ -161,7 +161,7 @@ def test_what_a_kill_or_a_signal_cut_off_is_made_up_for(
     # Asked to leave, it gives the export up and saves.
     code, output = interrupted(arguments, run_dir, 13, signal.SIGTERM)
     assert code == 75, output
-    assert "gave up the export of step 10" in output
+    assert "gave up the exports of steps [10" in output
     assert not export_processes(run_dir)
     # The last life finishes everything; nobody can tell it from the undisturbed run.
     output = run(arguments).stdout
@@ -190,4 +190,4 @@ def test_waiting_for_an_export_ends_when_the_run_has_to_leave(
     assert exports.pinned() == {20}
     assert not exports.finish(lambda: True)
     assert not export_processes(run_dir) and exports.pinned() == set()
-    assert any("gave up the export of step 20" in line for line in lines)
+    assert any("gave up the exports of steps [20]" in line for line in lines)

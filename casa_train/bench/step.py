@@ -268,8 +268,8 @@ def _table(
         ("seconds a step", "seconds", 1, "{:.3f}"),
         ("text tokens/s", "text_tokens_per_second", 1, "{:,.0f}"),
         ("image tokens/s", "image_tokens_per_second", 1, "{:,.0f}"),
-        ("TFLOP of a pack", "operations_per_pack", 1e12, "{:,.3f}"),
-        ("TFLOP/s of a rank", "tflops", 1, "{:,.2f}"),
+        ("GFLOP of a pack", "operations_per_pack", 1e9, "{:,.1f}"),
+        ("GFLOP/s of a rank", "tflops", 1e-3, "{:,.1f}"),
         ("MFU, %", "mfu", 0.01, "{:.1f}"),
         ("peak memory of a rank, GiB", "peak_bytes", GIB, "{:.2f}"),
         ("parameters, million", "parameters", 1e6, "{:,.1f}"),
@@ -288,8 +288,8 @@ def _table(
     notes = [
         f"{arm.name}: {arm.micro_steps} micro-steps a rank and step, packs of "
         f"{result['text_tokens'] // arm.micro_steps // world} text and "
-        f"{result['image_tokens'] // arm.micro_steps // world} image tokens; "
-        + "; ".join(dict.fromkeys(arm.notes))
+        f"{result['image_tokens'] // arm.micro_steps // world} image tokens"
+        + "".join(f"; {note}" for note in dict.fromkeys(arm.notes))
         for arm, result in zip(arms, results, strict=True)
     ]
     ranks = "1 rank" if world == 1 else f"{world} ranks"

@@ -125,7 +125,8 @@ def _ranks(run: Columns) -> Plot | None:
     drawing.draw(axes, run.steps, least, BLUE, "fastest rank")
     drawing.crop(axes, most, " s")
     drawing.legend(axes)
-    slowest = run.column("slowest_rank")
+    # A step of one rank has equal times and says nothing of nodes.
+    slowest = np.where(most > least, run.column("slowest_rank"), np.nan)
     ranks, times = np.unique(slowest[np.isfinite(slowest)], return_counts=True)
     often = f"rank {ranks[times.argmax()]:.0f} in {text.percent(times.max() / times.sum())}"
     note = f"seconds by itself: data and forward; slowest: {often} of steps"

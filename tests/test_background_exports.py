@@ -124,7 +124,7 @@ def test_a_run_validates_and_exports_itself(undisturbed: tuple[Path, str]) -> No
         assert f"validation of step {record['step']}: loss {record['loss']:.4f}" in output
     best = records[-1]["best_step"]
     assert exported(run_dir) == {"best": best, "step_20": 20}
-    assert "the export of step 10" in output and "failed (code 2), training goes on" in output
+    assert "the export of step 10" in output and "failed (code 2), which ends nothing" in output
     assert "is not an export of this program" in (run_dir / "exports.log").read_text()
     # What an export read stayed until it was done, and no longer.
     assert checkpoints(run_dir) == ["step_20"]

@@ -243,8 +243,8 @@ def _assumptions(config: Config, pack: Sequence[SampleShape], notes: Sequence[st
         "every text token needs logits, though only answers do",
         "work: attended pairs alone, nothing recomputed; an H100's peak is 989 TFLOP/s in bf16, "
         "and its hours include what activation checkpointing repeats",
-        "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at the default of 500 "
-        "million elements; fragmentation and communication buffers come on top",
+        "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at most the default of "
+        "500 million elements; fragmentation and communication buffers come on top",
         "estimates: what eager code saves for the backward pass, counted on the model itself; "
         "compiled code saves less, and tensors that live for one operation come on top",
     ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.errors import UserError
+from casa_train.metrics.memory import bucket_elements
 from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
@@ -140,8 +141,13 @@ class Engine:
         clip: float,
     ) -> None:
         self.zero_stage = zero_stage
+        settings = _settings(zero_stage, precision)
+        # Allocated whole on every rank, whatever the size of the model.
+        settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(
+            sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        )
         config = {
-            **_settings(zero_stage, precision),
+            **settings,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "zero_allow_untested_optimizer": True,

@@ -18,7 +18,7 @@ from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.config import Config
 from casa_train.dry_run import dry_run
 from casa_train.errors import UserError
-from casa_train.metrics.memory import REDUCE_BUCKET, logits_bytes, state_bytes
+from casa_train.metrics.memory import logits_bytes, state_bytes
 from casa_train.sizes import RECORDED
 from tests.commands import environment, run
 
@@ -195,7 +195,7 @@ def test_state_is_what_deepspeed_holds() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = run([*torchrun, "--nproc_per_node=2", "-m", "tests.zero_memory"])
     stages = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(stages) == 3 and all(len(stage) == 4 for stage in stages)
+    assert len(stages) == 3 and all(len(stage) == 5 for stage in stages)
     for stage in stages:
         assert {name: found for name, (found, _) in stage.items()} == {
             name: expected for name, (_, expected) in stage.items()
@@ -214,9 +214,11 @@ def test_state_by_hand() -> None:
         "gradients": 4 * own,
         "fp32 masters": 4 * own,
         "Adam's moments": 8 * own,
-        "reduction bucket": 2 * REDUCE_BUCKET,
+        "reduction bucket": 2 * total,
     }
     assert state_bytes(groups, frozen, 1, 4, bf16=False)["gradients"] == 4 * total
+    large = state_bytes([[2_000_000_000]], [], 2, 4, bf16=True)
+    assert large["reduction bucket"] == 2 * 500_000_000  # DeepSpeed's default is the most
     three = state_bytes(groups, frozen, 3, 4, bf16=True)
     # Tensor by tensor: 3 + 2 + 100,000 of those that train.
     assert three["parameters that train"] == 2 * 100_005

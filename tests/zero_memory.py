@@ -32,8 +32,17 @@ def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
     sizes = [[p.numel() for p in group["params"]] for group in groups]
     engine = Engine(model, build_optimizer(groups, OptimConfig()), stage, "bf16", 1, 1.0)
     inputs = packed_inputs(fill([Layout(12, (2,), ((8, 8),))]))
-    engine.backward(engine.forward(packed=inputs).logits.float().sum())
     optimizer = engine._engine.optimizer
+    buckets = {0}  # bytes of the reduction bucket, which stage 2 frees after each backward pass
+    if stage == 2:
+        release = optimizer._release_ipg_buffers
+
+        def measure_and_release() -> None:
+            buckets.add(sum(size(bucket.buffer) for bucket in optimizer.ipg_buckets.values()))
+            release()
+
+        optimizer._release_ipg_buffers = measure_and_release
+    engine.backward(engine.forward(packed=inputs).logits.float().sum())
     if stage == 1:
         gradients = optimizer.fp32_groups_gradients_flat
         assert all(p.grad is None for p in model.parameters())
@@ -44,9 +53,11 @@ def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
     else:
         gradients = [optimizer.grad_partitions_flat_buffer]
         masters = optimizer.fp32_partitioned_groups_flat
+        buckets.add(size(bucket.buffer for bucket in optimizer.ipg_buckets.values()))
         parameters = [p.ds_tensor for p in model.parameters() if p.requires_grad]
     found = {"gradients": size(gradients), "fp32 masters": size(masters)}
     found["parameters that train"] = size(parameters)
+    found["reduction bucket"] = max(buckets)
     engine.step()
     state = optimizer.optimizer.state.values()
     found["Adam's moments"] = size(v for s in state for k, v in s.items() if k.startswith("exp_"))

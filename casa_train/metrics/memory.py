@@ -26,6 +26,13 @@ ALIGNMENT = 2  # partitions of ZeRO 1 and 2 start at multiples of this
 FP32 = 4
 
 
+def bucket_elements(trained: int) -> int:
+    """Size of the buffer in which gradients are reduced: DeepSpeed's default, or all of a smaller
+    model. Which gradients travel together is the same either way.
+    """
+    return min(REDUCE_BUCKET, trained)
+
+
 def state_bytes(
     groups: Sequence[Sequence[int]], frozen: Sequence[int], stage: int, world: int, bf16: bool
 ) -> dict[str, int]:
@@ -49,7 +56,7 @@ def state_bytes(
             "gradients": FP32 * own,
             "fp32 masters": FP32 * own,
             "Adam's moments": 2 * FP32 * own,
-            "reduction bucket": width * REDUCE_BUCKET,
+            "reduction bucket": width * bucket_elements(total),
         }
     own = sum(ALIGNMENT * ceil(sum(group) / (ALIGNMENT * world)) for group in groups)
     # Stage 1 accumulates whole gradients in fp32; its bf16 optimiser, which has no bucket, does so
@@ -62,7 +69,7 @@ def state_bytes(
         "gradients": gradients,
         "fp32 masters": FP32 * own,
         "Adam's moments": 2 * FP32 * own,
-        "reduction bucket": 0 if stage == 1 and bf16 else width * REDUCE_BUCKET,
+        "reduction bucket": 0 if stage == 1 and bf16 else width * bucket_elements(total),
     }
 
 

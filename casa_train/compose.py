@@ -35,16 +35,18 @@ ConfigStore.instance().store(
 def job_directory(name: str, overrides: Sequence[str]) -> str:
     """One directory name for a job of a sweep: the run's name and its overrides.
 
-    Experiment, sweep and the name itself are left out; what no file system likes is replaced.
+    Experiment, sweep and the name itself are left out; what no file system likes is replaced. A
+    long name keeps only the ends of keys and paths, and says by a hash what it has lost.
     """
-    parts = [name]
+    parts, short = [name], [name]
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key, equals, value = override.lstrip("+~").partition("=")
         if key not in ("experiment", "sweep", "name"):
-            parts.append(re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", override))
-    joined = ",".join(parts)
+            parts.append(override)
+            short.append(key.rpartition(".")[2] + equals + value.rpartition("/")[2])
+    joined, brief = (re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", ",".join(p)) for p in (parts, short))
     if len(joined) > 200:  # file names end at 255 bytes
-        joined = joined[:180] + "," + hashlib.sha256(joined.encode()).hexdigest()[:16]
+        joined = brief[:180] + "," + hashlib.sha256(joined.encode()).hexdigest()[:16]
     return joined
 
 

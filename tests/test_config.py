@@ -192,3 +192,6 @@ def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:
     long = [[f"model.backbone.config.field_{i}={j}" for i in range(20)] for j in range(2)]
     first, second = (job_directory("demo", overrides) for overrides in long)
     assert first != second and len(first) <= 200
+    common = ["data.sources.a.path=/x/y/train", f"model.tokenizer=/{'far/' * 40}tokenizer"]
+    last = job_directory("demo", [*common, "model.backbone.config.num_hidden_layers=4"])
+    assert last.startswith("demo,path=train,tokenizer=tokenizer,num_hidden_layers=4,")

@@ -19,7 +19,7 @@ from casa_train.config import Config, MetricsConfig
 from casa_train.metrics.fields import FIELDS, scalars
 from casa_train.metrics.sinks import ConsoleSink, JsonlSink, last_step, open_sinks, read_metrics
 from casa_train.metrics.sinks.guarded import Guarded
-from tests.commands import ROOT
+from tests.commands import ROOT, run
 from tests.small_disk import Filler, small_disk
 
 
@@ -149,6 +149,22 @@ def test_a_sink_that_fails_is_switched_off_with_one_warning(
     assert output.count("metrics.tensorboard is switched off") == 1
     assert "training goes on" in output and "step 3/6" in output
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_disk_that_fills_switches_tensorboard_off_without_a_traceback(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, time; from pathlib import Path;"
+        "from casa_train.metrics.sinks.guarded import Guarded;"
+        "from casa_train.metrics.sinks.tensorboard import TensorBoardSink;"
+        "from tests.test_sinks import record;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY));"
+        "sink = Guarded('metrics.tensorboard', lambda: TensorBoardSink(Path(sys.argv[1]), 0), print);"
+        "[sink.write(record(step)) for step in range(1, 500)];"
+        "sink.close(); time.sleep(1)"  # the library's thread would have its time to complain
+    )
+    done = run([sys.executable, "-c", code, str(tmp_path)])
+    assert done.stdout.count("metrics.tensorboard is switched off") == 1
+    assert "OSError" in done.stdout and "Traceback" not in done.stderr
 
 
 def test_a_sink_that_fails_later_is_closed() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 from casa_train.metrics.fields import scalars
 from casa_train.metrics.sinks.base import Record
@@ -17,6 +19,8 @@ class TensorBoardSink:
     def __init__(self, directory: Path, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # only where it is switched on
 
+        self._hook = threading.excepthook
+        threading.excepthook = self._note
         self._writer = SummaryWriter(str(directory), purge_step=after_step + 1)
 
     def write(self, record: Record) -> None:
@@ -31,4 +35,12 @@ class TensorBoardSink:
         """Messages are not metrics."""
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _note(self, failed: Any) -> None:
+        """The library's thread would print a traceback of what the next write raises anyway."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._hook(failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,6 +255,20 @@ def test_costs_far_apart_stand_on_a_logarithmic_scale(tmp_path: Path) -> None:
         for i in (8, 9, 10)
     ]
     assert "FLOP a pack" in write_sweep(jobs, "sweep", tmp_path).read_text()
+
+
+def test_what_is_nearly_equal_looks_so(tmp_path: Path) -> None:
+    records = ([_record(1) | {"memory_peak_bytes": 2**30 * x}] for x in (1.9501, 1.9502))
+    jobs = [
+        Job(f"j{i}", f"j{i}", state="finished", exact_match=1 - 1e-5 * i, metrics=metrics)
+        for i, metrics in enumerate(records)
+    ]
+    html = write_sweep(jobs, "sweep", tmp_path).read_text()
+    assert 'class="number best"' not in html
+    (figure,) = (f for f in html.split("<figure") if "Exact match against peak memory" in f)
+    ticks = re.findall(r">([\d.]+ (?:%|GiB|MiB))</text>", figure)
+    assert len(set(ticks)) == len(ticks) > 5
+    assert max(float(tick[:-2]) for tick in ticks if tick.endswith("%")) == 100
 
 
 def test_the_table_is_markdown() -> None:

@@ -17,7 +17,6 @@ from casa_train.metrics.report.series import Columns
 from casa_train.metrics.sinks import Record
 
 MOST_SOURCES = 6  # curves in one card; the table has all
-GIB = 1 << 30
 TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
@@ -134,14 +133,16 @@ def _ranks(run: Columns) -> Plot | None:
 
 
 def _memory(run: Columns) -> Plot | None:
-    now, peak = (run.column(name) / GIB for name in ("memory_bytes", "memory_peak_bytes"))
+    now, peak = (run.column(name) for name in ("memory_bytes", "memory_peak_bytes"))
+    size, unit = (2**30, "GiB") if np.isfinite(peak).any() and np.nanmax(peak) >= 2**30 else (2**20, "MiB")
+    now, peak = now / size, peak / size
     figure, (axes,) = _figure(run)
     drawing.line(axes, run.steps, peak, color=ORANGE, linewidth=3, label="peak of the step")
     drawing.line(axes, run.steps, now, color=BLUE, linewidth=1.5, label="after it")
     if np.isfinite(peak).any():
         axes.set_ylim(0, 1.1 * np.nanmax(peak))
     drawing.legend(axes)
-    return drawing.plot("Memory", "GiB, most of any rank", figure, [now, peak])
+    return drawing.plot("Memory", f"{unit}, most of any rank", figure, [now, peak])
 
 
 def _fills(run: Columns) -> Plot | None:

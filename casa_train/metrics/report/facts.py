@@ -66,8 +66,7 @@ def _machine(columns: series.Columns, starts: int) -> list[Fact]:
             found.append(Fact(unit, number, "a rank; the peak is unknown"))
     peak = columns.column("memory_peak_bytes")
     if np.isfinite(peak).any():
-        size, unit = (2**30, "GiB") if np.nanmax(peak) >= 2**30 else (2**20, "MiB")
-        found.append(Fact("memory", f"{np.nanmax(peak) / size:.3g} {unit}", "peak of a rank"))
+        found.append(Fact("memory", text.memory(np.nanmax(peak)), "peak of a rank"))
     total = float(np.nansum(columns.column("seconds")))
     if starts and total:
         found.append(Fact("training", text.duration(total), f"in {text.count(starts, 'start')}"))

@@ -141,7 +141,7 @@ COLUMNS = (
         "peak_memory_bytes",
         "peak memory",
         lambda job: job.memory,
-        lambda x: f"{x / 2**30:.2f} GiB",
+        text.memory,
         lower=True,
     ),
     Column("parameters", "parameters", lambda job: job.parameters, text.large),
@@ -297,19 +297,33 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.write(value)))
     above = math.inf
     for price, quality, label, colour in sorted(points, key=lambda point: -point[1]):
-        axes.plot(price, quality, marker="o", markersize=6, linestyle="none", color=colour)
+        axes.plot(price, quality, "o", markersize=6, color=colour, clip_on=False)
         # Below its point where the label of the point above would be too near.
         near = above - quality < 0.06 * np.ptp(qualities)
         offset = (6, -11) if near else (6, 4)
         axes.annotate(label, (price, quality), offset, textcoords="offset points", fontsize=8)
         above = quality
     axes.margins(x=0.25, y=0.15)
+    _spread(axes.get_xlim, axes.set_xlim, 0.2 * prices.max())
     axes.set_xlabel(cost.title)
     if not by_loss:
+        _spread(axes.get_ylim, axes.set_ylim, 5)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 100))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     title = f"{'Loss' if by_loss else 'Exact match'} against {cost.title}"
     note = "lower is better" if by_loss else "higher is better"
     return drawing.plot(title, note, figure, [qualities], by="")
+
+
+def _spread(
+    get: Callable[[], tuple[float, float]], put: Callable[[float, float], Any], least: float
+) -> None:
+    """Widens the limits of an axis to `least`: what differs by nothing should not look far apart."""
+    low, high = get()
+    if high - low < least:
+        middle = (low + high) / 2
+        put(middle - least / 2, middle + least / 2)
 
 
 def _wide_figure(legend: int = 0) -> tuple[Figure, Axes]:
@@ -327,12 +341,12 @@ def _styles() -> Any:
         yield {"color": GROUP_COLOURS[i % colours], "linestyle": DASHES[i // colours]}
 
 
-def _best(jobs: Sequence[Job]) -> dict[str, float]:
-    """The best number of each column where several finished jobs can be compared."""
+def _best(jobs: Sequence[Job]) -> dict[str, str]:
+    """The best number of each column, as written, where finished jobs differ in it."""
     best = {}
     finished = [job for job in jobs if job.state == "finished"]
     for column in COLUMNS:
         numbers = [n for job in finished if (n := column.value(job)) is not None]
-        if column.lower is not None and len(set(numbers)) > 1:
-            best[column.key] = min(numbers) if column.lower else max(numbers)
+        if column.lower is not None and len(set(map(column.write, numbers))) > 1:
+            best[column.key] = column.write(min(numbers) if column.lower else max(numbers))
     return best

@@ -40,6 +40,14 @@ def with_unit(value: float, unit: str) -> tuple[str, str]:
     return f"{value:.3g}", unit
 
 
+def memory(value: float) -> str:
+    """Bytes as MiB or GiB, three digits."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if value >= 0.9995 * size:
+            return f"{float(f'{value / size:.3g}'):g} {unit}"
+    return f"{value / 2**10:.3g} KiB"
+
+
 def power(value: float) -> str:
     """0.00015 as 1.5e-4: no padded exponents, no row of zeros."""
     if value <= 0:

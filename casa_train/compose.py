@@ -316,7 +316,8 @@ def explain(error: Exception) -> str:
         message = f"{keys[0]}: {message}"
     message += "."
     if isinstance(error, OverrideParseException):
-        message += " Put values with special characters in quotes: 'NAME=\"VALUE\"'."
+        at = "" if error.override in message else f"{error.override}: "
+        message = f"{at}{message} Put values with special characters in quotes: 'NAME=\"VALUE\"'."
     if "No match in the defaults list" in message and "'experiment'" in message:
         return message + " Experiments are added: write +experiment=NAME."
     if "Multiple values for experiment" in message:

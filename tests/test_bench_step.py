@@ -7,12 +7,15 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from casa_train.bench.__main__ import main
+from casa_train.bench._benchmark import machine
+from casa_train.bench.step import _table
 from tests.commands import ROOT, TINY, run
 
 SMALL = [o for o in TINY if not o.startswith(("trainer.", "data.workers"))]
@@ -67,6 +70,22 @@ def test_full_size_on_a_gpu(tmp_path: Path) -> None:
     subprocess.run([*command, "--json", str(out)], cwd=ROOT, check=True)
     for arm in json.loads(out.read_text())["results"]:
         assert 0.05 < arm["mfu"] < 1 and arm["peak_bytes"] < 80 << 30
+
+
+def test_more_than_two_experiments_stand_below_each_other() -> None:
+    results = [
+        {"experiment": name, "text_tokens": 8, "image_tokens": 4, "mfu": None, "seconds": seconds}
+        | dict.fromkeys(("text_tokens_per_second", "image_tokens_per_second"), 10.0)
+        | {"operations_per_pack": 1e9, "tflops": 1.0, "peak_bytes": 1 << 29, "parameters": 2e6}
+        for name, seconds in (("demo", 0.5), ("demo,a=b", 1.0), ("demo,a=c", 0.25))
+    ]
+    arms = [SimpleNamespace(name=r["experiment"], micro_steps=1, notes=["noted"]) for r in results]
+    facts = machine(torch.device("cpu"), torch.float32)
+    lines = _table(arms, results, facts, world=1).splitlines()  # type: ignore[arg-type]
+    assert [line.split()[0] for line in lines[:4]] == ["time", "demo", "demo,a=b", "demo,a=c"]
+    assert [line.split()[1] for line in lines[1:4]] == ["1.00", "2.00", "0.50"]
+    assert max(map(len, lines[:4])) < 90 and "MFU" not in lines[0]
+    assert any(line.startswith("demo,a=c: 1 micro-step") and "noted" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def message_of(
         (["data.balance_group=0"], ["data.balance_group is 0", "at least 1"]),
         (["data.video_share=2"], ["data.video_share", "2", "a share 0..1"]),
         (["trainer.steps=many"], ["trainer.steps", "'many'"]),
+        (["+experiment=a=b"], ["+experiment=a=b: ", "in quotes"]),
         (["fusion=casaa"], ["casaa", "cross_attention"]),
         (["fusion.mechanism=casaa"], ["'casaa' is unknown", "insertion"]),
         (["+fusion.colour=red"], ["does not read ['colour']", "image_positions"]),

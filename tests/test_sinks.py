@@ -158,7 +158,8 @@ def test_a_disk_that_fills_switches_tensorboard_off_without_a_traceback(tmp_path
         "from casa_train.metrics.sinks.tensorboard import TensorBoardSink;"
         "from tests.test_sinks import record;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY));"
-        "sink = Guarded('metrics.tensorboard', lambda: TensorBoardSink(Path(sys.argv[1]), 0), print);"
+        "name, path = 'metrics.tensorboard', Path(sys.argv[1]);"
+        "sink = Guarded(name, lambda: TensorBoardSink(path, 0), print);"
         "[sink.write(record(step)) for step in range(1, 500)];"
         "sink.close(); time.sleep(1)"  # the library's thread would have its time to complain
     )

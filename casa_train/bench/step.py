@@ -263,28 +263,33 @@ def run(arguments: argparse.Namespace) -> Report:
 def _table(
     arms: Sequence[Arm], results: Sequence[dict[str, Any]], facts: dict[str, Any], world: int
 ) -> str:
-    """A column an experiment; from the second on also its ratio to the first."""
+    """Two experiments as columns with their ratio; more of them as rows."""
     measures = (
-        ("seconds a step", "seconds", 1, "{:.3f}"),
-        ("text tokens/s", "text_tokens_per_second", 1, "{:,.0f}"),
-        ("image tokens/s", "image_tokens_per_second", 1, "{:,.0f}"),
-        ("GFLOP of a pack", "operations_per_pack", 1e9, "{:,.1f}"),
-        ("GFLOP/s of a rank", "tflops", 1e-3, "{:,.1f}"),
-        ("MFU, %", "mfu", 0.01, "{:.1f}"),
-        ("peak memory of a rank, GiB", "peak_bytes", GIB, "{:.2f}"),
-        ("parameters, million", "parameters", 1e6, "{:,.1f}"),
+        ("seconds a step", "s/step", "seconds", 1, "{:.3f}"),
+        ("text tokens/s", "text/s", "text_tokens_per_second", 1, "{:,.0f}"),
+        ("image tokens/s", "image/s", "image_tokens_per_second", 1, "{:,.0f}"),
+        ("GFLOP of a pack", "GFLOP/pack", "operations_per_pack", 1e9, "{:,.1f}"),
+        ("GFLOP/s of a rank", "GFLOP/s", "tflops", 1e-3, "{:,.1f}"),
+        ("MFU, %", "MFU %", "mfu", 0.01, "{:.1f}"),
+        ("peak memory of a rank, GiB", "peak GiB", "peak_bytes", GIB, "{:.3f}"),
+        ("parameters, million", "M params", "parameters", 1e6, "{:,.1f}"),
     )
     first = results[0]
-    rows = [["", first["experiment"]]]
-    for result in results[1:]:
-        rows[0] += [result["experiment"], "ratio"]
-    for label, key, unit, form in measures:
-        if first[key] is None:
-            continue
-        row = [label, form.format(first[key] / unit)]
-        for result in results[1:]:
-            row += [form.format(result[key] / unit), f"{result[key] / first[key]:.2f}"]
-        rows.append(row)
+    known = [measure for measure in measures if first[measure[2]] is not None]
+    if len(results) > 2:
+        rows = [["", "time", *(short for _, short, *_ in known)]]
+        for result in results:
+            ratio = f"{result['seconds'] / first['seconds']:.2f}"
+            numbers = [form.format(result[key] / unit) for *_, key, unit, form in known]
+            rows.append([result["experiment"], ratio, *numbers])
+    else:
+        ratios = results[1:]
+        rows = [["", *(result["experiment"] for result in results), *("ratio" for _ in ratios)]]
+        for label, _, key, unit, form in known:
+            numbers = [form.format(result[key] / unit) for result in results]
+            rows.append(
+                [label, *numbers, *(f"{result[key] / first[key]:.2f}" for result in ratios)]
+            )
     notes = [
         f"{arm.name}: {arm.micro_steps} micro-steps a rank and step, packs of "
         f"{result['text_tokens'] // arm.micro_steps // world} text and "

@@ -134,7 +134,8 @@ def _ranks(run: Columns) -> Plot | None:
 
 def _memory(run: Columns) -> Plot | None:
     now, peak = (run.column(name) for name in ("memory_bytes", "memory_peak_bytes"))
-    size, unit = (2**30, "GiB") if np.isfinite(peak).any() and np.nanmax(peak) >= 2**30 else (2**20, "MiB")
+    large = np.isfinite(peak).any() and np.nanmax(peak) >= 2**30
+    size, unit = (2**30, "GiB") if large else (2**20, "MiB")
     now, peak = now / size, peak / size
     figure, (axes,) = _figure(run)
     drawing.line(axes, run.steps, peak, color=ORANGE, linewidth=3, label="peak of the step")

@@ -319,7 +319,7 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
 def _spread(
     get: Callable[[], tuple[float, float]], put: Callable[[float, float], Any], least: float
 ) -> None:
-    """Widens the limits of an axis to `least`: what differs by nothing should not look far apart."""
+    """Widens the limits of an axis to `least`: equals should not look far apart."""
     low, high = get()
     if high - low < least:
         middle = (low + high) / 2

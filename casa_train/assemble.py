@@ -22,6 +22,7 @@ from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
 from casa_train.first_values import FirstValues, blocks
+from casa_train.lines import count
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import ALIASES, BACKBONES
@@ -393,8 +394,9 @@ def banner(
             else ""
         ),
         f"attention backend: {backend} on {device.type}",
-        f"{world} ranks x {accumulation} micro-steps, ZeRO-{config.parallel.zero_stage}, "
-        f"{config.parallel.precision}, {torch.get_num_threads()} threads; a pack holds "
+        f"{count(world, 'rank')} x {count(accumulation, 'micro-step')}, "
+        f"ZeRO-{config.parallel.zero_stage}, {config.parallel.precision}, "
+        f"{count(torch.get_num_threads(), 'thread')}; a pack holds "
         f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",
     ]
     optim, steps = config.optim, config.trainer.steps

@@ -17,6 +17,7 @@ from casa_train.assemble import meta_model, part_of
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.full_pack import MemoryOfRank, full_pack, memory_of_rank
+from casa_train.lines import count
 from casa_train.metrics.flops import (
     Operations,
     SampleShape,
@@ -143,7 +144,7 @@ def _memory(config: Config, memory: MemoryOfRank, world: int) -> list[str]:
     def row(name: str, size: int) -> list[str]:
         return [name, f"{size / GIB:.2f}"]
 
-    title = f"Memory of a rank: ZeRO-{stage}, {precision}, {_count(world, 'rank')}"
+    title = f"Memory of a rank: ZeRO-{stage}, {precision}, {count(world, 'rank')}"
     rows = [[title, "GiB"]]
     rows += [row(name, size) for name, size in memory.state.items()]
     first_sum = len(rows)
@@ -204,13 +205,9 @@ def _step(
     return [
         *_table(rows, rules=[1]),
         "",
-        f"  a step: {packs} packs on {_count(world, 'rank')}, {packs // world} on each in turn",
+        f"  a step: {packs} packs on {count(world, 'rank')}, {packs // world} on each in turn",
         f"  the run: {steps:,} steps, {warmup:,} of warm-up, {decay:,} of decay at the end",
     ]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _short(number: float) -> str:

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModel, AutoProcessor
-
 from casa_train.checkpoint.export import MARKER
+from casa_train.checkpoint.loading import load_export, quiet_libraries
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import (
@@ -60,8 +59,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     sources = [Split(Path(s.path)) for s in config.data.sources.values()]
     unread: Counter[str] = Counter()  # training samples only serve the image-free guess
     training = itertools.chain.from_iterable(readable(split, unread) for split in sources)
-    model = AutoModel.from_pretrained(str(export), trust_remote_code=True, torch_dtype="auto")
-    processor = AutoProcessor.from_pretrained(str(export), trust_remote_code=True)
+    model, processor = load_export(export, "auto")
     began = time.perf_counter()
     result = evaluate(
         questions,
@@ -144,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=Path, help="the export (default: RUN/export)")
     arguments = parser.parse_args(argv)
+    quiet_libraries()
     try:
         if arguments.sweep is not None:
             return 2 if evaluate_sweep(arguments.sweep, arguments.only) else 0

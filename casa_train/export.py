@@ -20,6 +20,7 @@ from casa_train import modeling
 from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
+from casa_train.checkpoint.loading import quiet_libraries
 from casa_train.checkpoint.manager import CheckpointManager, Found
 from casa_train.checkpoint.slices import read_weights
 from casa_train.compose import to_config
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the run's precision")
     arguments = parser.parse_args(argv)
+    quiet_libraries()
     try:
         print(export(arguments.run, arguments.out, arguments.step, arguments.dtype))
     except UserError as error:

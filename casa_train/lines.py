@@ -1,4 +1,4 @@
-"""Lines on disks that may be full: in files whole or not at all, on the console if it can be."""
+"""Lines: how they are worded, and how they reach files and consoles on disks that may be full."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def append(text: str, path: Path) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def count(number: int, noun: str) -> str:
+    """1 rank, 1,024 ranks."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

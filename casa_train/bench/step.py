@@ -27,6 +27,7 @@ from casa_train.data.materialize import PackedBatch
 from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
 from casa_train.full_pack import full_inputs, full_pack
+from casa_train.lines import count
 from casa_train.metrics.flops import SampleShape
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
@@ -297,8 +298,9 @@ def _table(
         + "".join(f"; {note}" for note in dict.fromkeys(arm.notes))
         for arm, result in zip(arms, results, strict=True)
     ]
-    ranks = "1 rank" if world == 1 else f"{world} ranks"
-    return "\n".join([aligned(rows), "", *notes, f"{ranks}; {describe_machine(facts)}"])
+    return "\n".join(
+        [aligned(rows), "", *notes, f"{count(world, 'rank')}; {describe_machine(facts)}"]
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

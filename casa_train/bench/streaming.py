@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from casa_train.bench._benchmark import (
@@ -25,6 +25,7 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import synchronise, tensor_bytes
+from casa_train.checkpoint.loading import load_export, quiet_libraries
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -240,10 +241,8 @@ def load_models(
 ) -> dict[str, Any]:
     """Models by the label of their columns, in eval mode; none ends a turn early."""
     if arguments.export:
-        loaded = [
-            AutoModel.from_pretrained(str(path), trust_remote_code=True, torch_dtype=dtype)
-            for path in arguments.export
-        ]
+        quiet_libraries()
+        loaded = [load_export(path, dtype)[0] for path in arguments.export]
     else:
         loaded = [random_model(name, arguments.size, device) for name in MECHANISMS]
     models: dict[str, Any] = {}

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor, DynamicCache
+from transformers import DynamicCache
 
+from casa_train.checkpoint.loading import load_export
 from casa_train.errors import UserError
 
 TOLERANCE = 1e-4
@@ -28,10 +29,7 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     :return: the verdict as one line.
     :raises UserError: naming the largest difference.
     """
-    processor = AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
-    model = AutoModel.from_pretrained(
-        str(directory), trust_remote_code=True, torch_dtype=torch.float32
-    )
+    model, processor = load_export(directory, torch.float32)
     model.eval()
     was_training = trained.training
     trained.eval()

@@ -18,6 +18,7 @@ from casa_train.files import write_atomic
 from casa_train.inspection import charts
 from casa_train.inspection.packs import PackView
 from casa_train.inspection.statistics import PlanView
+from casa_train.lines import count
 
 # HTML cannot hold control characters; they have pictures.
 SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
@@ -93,7 +94,7 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, width=_width, count=_count)
+    environment.filters.update(percent=_percent, width=_width, count=count)
     packs = page.packs
     html = environment.from_string(source).render(
         page=page,
@@ -113,7 +114,3 @@ def _percent(share: float) -> str:
 def _width(share: float) -> str:
     """A share as a CSS width."""
     return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from casa_train.lines import count
 from casa_train.metrics.report import series, text
 from casa_train.metrics.report.series import SMOOTH_FROM, Array
 
@@ -186,7 +187,7 @@ def crop(axes: Axes, values: Array, unit: str) -> None:
     axes.set_ylim(0, 1.1 * usual.max())
     if beyond := len(finite) - len(usual):
         highest = text.large(float(f"{finite.max():.3g}"))
-        told = f"{text.count(beyond, 'step')} above, up to {highest}{unit}"
+        told = f"{count(beyond, 'step')} above, up to {highest}{unit}"
         axes.set_title(told, loc="right", fontsize=8, color=GREY, pad=3)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from casa_train.lines import count
 from casa_train.metrics.report import series, text
 from casa_train.metrics.report.run_data import RunData
 
@@ -21,7 +22,7 @@ class Fact:
 
 def facts(run: RunData) -> list[Fact]:
     """The essentials at the top."""
-    columns, last, count = series.Columns(run.metrics), run.metrics[-1], len(run.metrics)
+    columns, last = series.Columns(run.metrics), run.metrics[-1]
     loss = columns.column("loss")
     seconds = columns.column("seconds")
     waits = columns.column("data_seconds")
@@ -30,13 +31,13 @@ def facts(run: RunData) -> list[Fact]:
         Fact("steps", f"{last['step']:,}", f"{trained:,.0f} samples" if trained else ""),
         Fact("last loss", text.number(loss[-1], 4), ""),
     ]
-    if count >= series.SMOOTH_FROM:
+    if len(run.metrics) >= series.SMOOTH_FROM:
         _, smoothed = series.smooth(columns.steps, loss)
         found[-1].note = f"smoothed {text.number(smoothed[-1], 4)}"
     if run.evaluation is not None:
         scores = run.evaluation
         blind, guess = text.percent(scores["blind"]), text.percent(scores["guess"])
-        note = f"of {text.count(scores['questions'], 'question')}"
+        note = f"of {count(scores['questions'], 'question')}"
         found += [
             Fact("exact match", text.percent(scores["exact_match"]), note),
             Fact("blind", blind, "another sample's image"),
@@ -69,5 +70,5 @@ def _machine(columns: series.Columns, starts: int) -> list[Fact]:
         found.append(Fact("memory", text.memory(np.nanmax(peak)), "peak of a rank"))
     total = float(np.nansum(columns.column("seconds")))
     if starts and total:
-        found.append(Fact("training", text.duration(total), f"in {text.count(starts, 'start')}"))
+        found.append(Fact("training", text.duration(total), f"in {count(starts, 'start')}"))
     return found

@@ -15,6 +15,7 @@ import jinja2
 
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
+from casa_train.lines import count
 from casa_train.metrics.report import series, text
 from casa_train.metrics.report.bad_samples import bad_samples
 from casa_train.metrics.report.curves import draw_plots
@@ -74,7 +75,7 @@ def template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=text.percent, width=text.width, short=text.short, count=text.count
+        percent=text.percent, width=text.width, short=text.short, count=count
     )
     return environment.get_template(name)
 

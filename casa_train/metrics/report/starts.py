@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from casa_train.lines import count
 from casa_train.metrics.report import text
 
 REASONS = {
@@ -25,7 +26,7 @@ def start_rows(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         note = ""
         again = following.get("after_step") if following else None
         if last is not None and again is not None and again < last:
-            note = f"{text.count(last - again, 'step')} repeated by the next start"
+            note = f"{count(last - again, 'step')} repeated by the next start"
         if last is not None and last == start.get("after_step"):
             note = "no step was done"
         left = start.get("left")
@@ -54,7 +55,7 @@ def _clock(seconds: float | None) -> str:
 
 def _place(start: Mapping[str, Any]) -> str:
     ranks, device = start.get("ranks"), start.get("device")
-    parts = [start.get("host"), ranks and text.count(ranks, "rank"), device]
+    parts = [start.get("host"), ranks and count(ranks, "rank"), device]
     return ", ".join(str(part) for part in parts if part) or text.MISSING
 
 

@@ -67,10 +67,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def short(value: Any) -> str:
     text = str(value).strip()
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"

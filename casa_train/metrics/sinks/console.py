@@ -72,6 +72,8 @@ def _work(record: Record) -> str:
     """Utilisation where the device's peak is known; otherwise the work that a rank does."""
     if record["mfu"] is not None:
         return f"MFU {record['mfu']:.1%}"
+    if record["tflops"] < 1:
+        return f"{1e3 * record['tflops']:.3g} GFLOP/s"
     return f"{record['tflops']:.3g} TFLOP/s"
 
 

@@ -27,11 +27,12 @@ from casa_train.metrics.flops import (
     fused_layers,
     repeated_operations,
 )
+from casa_train.metrics.peak import PEAK_TFLOPS
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.optim import build_groups, fit_schedule
 from casa_train.sizes import size_model, text_sizes, vision_sizes
 
-H100_FLOPS = 989e12  # dense bf16
+H100_TFLOPS = dict(PEAK_TFLOPS)["H100"]
 H100_BYTES = 79 << 30  # what torch sees of the 80 GB
 UTILISATION = 0.4
 GIB = 1 << 30
@@ -197,7 +198,7 @@ def _step(
     total = operations * packs
     rows.append(["work", *(_flop(n) for n in (operations, total, total * steps))])
     # What is repeated takes its time, too.
-    rate = UTILISATION * H100_FLOPS
+    rate = UTILISATION * 1e12 * H100_TFLOPS
     operations, total = operations + repeated, total + repeated * packs
     times = (operations / rate, total / world / rate, total * steps / world / rate)
     rows.append([f"H100s at {UTILISATION:.0%}", *map(_duration, times)])
@@ -238,8 +239,8 @@ def _assumptions(config: Config, pack: Sequence[SampleShape], notes: Sequence[st
         f"full packs: {len(pack)} images of up to {rows * SIDE}x{columns * SIDE} pixels "
         f"({rows * columns:,} tokens), each a sample with an even share of the text behind it",
         "every text token needs logits, though only answers do",
-        "work: attended pairs alone, nothing recomputed; an H100's peak is 989 TFLOP/s in bf16, "
-        "and its hours include what activation checkpointing repeats",
+        f"work: attended pairs alone, nothing recomputed; an H100's peak is {H100_TFLOPS:.0f} "
+        "TFLOP/s in bf16, and its hours include what activation checkpointing repeats",
         "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at most the default of "
         "500 million elements; fragmentation and communication buffers come on top",
         "estimates: what eager code saves for the backward pass, counted on the model itself; "

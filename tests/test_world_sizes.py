@@ -59,3 +59,17 @@ def test_a_frozen_backbone_under_zero_1_in_bf16_on_2_1_and_4_ranks(
     assert len(frozen) == 2 * 9  # two layers
     for name in frozen:
         assert torch.equal(saved["moved"][name], saved["stayed"][name]), name
+
+    # The newest one is damaged: two ranks fall back to what one rank saved, and repeat two steps.
+    slices = max((tmp_path / "moved/checkpoints/step_6").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(slices.read_bytes())
+    content[len(content) // 2] ^= 1
+    slices.write_bytes(content)
+    back = start("moved", 6, 2)
+    assert "step_4 was saved with world size 1, this start has 2" in back
+    again = read_metrics(tmp_path / "moved" / "metrics.jsonl")
+    assert [record["step"] for record in again] == [1, 2, 3, 4, 5, 6]
+    assert again[:4] == moved[:4]
+    for one, other in zip(moved[4:], again[4:], strict=True):
+        assert other["samples_digest"] == one["samples_digest"]
+        assert other["loss"] == pytest.approx(one["loss"], abs=0.02)

@@ -163,9 +163,14 @@ def test_what_a_kill_or_a_signal_cut_off_is_made_up_for(
     assert code == 75, output
     assert "gave up the exports of steps [10" in output
     assert not export_processes(run_dir)
+    # Asked again after the last step, it has nothing to train, but asks for another start.
+    code, output = interrupted(arguments, run_dir, 20, signal.SIGTERM)
+    assert code == 75, output
+    assert json.loads((run_dir / "requeue.json").read_text())["step"] == 20
+    assert "step_20" in checkpoints(run_dir) and 20 not in exported(run_dir).values()
     # The last life finishes everything; nobody can tell it from the undisturbed run.
     output = run(arguments).stdout
-    assert "resuming from" in output
+    assert "resuming from" in output and not (run_dir / "requeue.json").exists()
     assert exported(run_dir) == {"step_10": 10, "step_20": 20}
     assert validated(run_dir) == validated(undisturbed[0])
     # A finished run has nothing left to do.

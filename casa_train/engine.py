@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.errors import UserError
-from casa_train.metrics.memory import bucket_elements
+from casa_train.metrics.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
@@ -113,6 +113,8 @@ def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero_stage},
     }
+    if zero_stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_BELOW
     if precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # bf16 accumulation costs seven times the rounding error over 32 micro-steps.

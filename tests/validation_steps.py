@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import casa_train.engine
 from casa_train.assemble import find_weights, open_sources, start_weights
 from casa_train.checkpoint.manager import rng_state, seed_all
 from casa_train.compose import compose_config
@@ -136,6 +137,7 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    casa_train.engine.PERSISTENT_BELOW = 0  # so that ZeRO-3 cuts and gathers tiny tensors, too
     rank, world, _ = init_processes()
     settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=4"]
     for name, more in CASES.items():

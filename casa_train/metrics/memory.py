@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
-PERSISTENT_BELOW = 100_000  # ZeRO-3 keeps smaller tensors whole
+PERSISTENT_BELOW = 100_000  # ZeRO-3 keeps smaller tensors whole; the engine sets it
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 holds gathered at once
 ALIGNMENT = 2  # partitions of ZeRO 1 and 2 start at multiples of this
 

@@ -79,7 +79,8 @@ def figure(steps: Array, rows: int = 1, marks: Iterable[float] = ()) -> tuple[Fi
         axes.yaxis.set_major_locator(MaxNLocator(6 if rows == 1 else 4, steps=ROUND))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
         mark(axes, marks)
-    margin = 0 if len(steps) > 1 else 1
+    few = len(steps) < SMOOTH_FROM  # drawn with markers, which the edge would cut
+    margin = (0.02 * float(steps[-1] - steps[0]) or 1.0) if few else 0.0
     panels[-1].set_xlim(steps[0] - margin, steps[-1] + margin)
     panels[-1].xaxis.set_major_locator(MaxNLocator(7, steps=ROUND, integer=True))
     panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from casa_train.errors import UserError
 
 FINAL_STEPS = 10  # so many steps after the first look nothing may wait for a gradient any more
+
+
+PIECE = 1 << 22  # elements that are digested at once
+MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator: odd, so it loses no bit
 
 
 class AuditedEngine(Protocol):
@@ -28,7 +32,7 @@ class AuditedEngine(Protocol):
 class Audit:
     """Looks at one step in which everything can move, and once more if something had to wait.
 
-    Values are compared byte by byte through digests. A tensor waits if the mechanism declares its
+    Values are compared through digests of their bits. A tensor waits if the mechanism declares its
     first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
 
     :param groups: parameter name -> name of its optimiser group.
@@ -46,7 +50,7 @@ class Audit:
         self.zero_at_start = zero_at_start
         self.first_step: int | None = None
         self.waiting: set[str] = set()
-        self._before: dict[str, str] = {}
+        self._before: dict[str, int] = {}
 
     def due(self, step: int, rates: Mapping[str, float], pairs: float) -> bool:
         """Whether this step should be looked at.
@@ -123,9 +127,8 @@ class Audit:
         smallest = float(self.engine.full_parameter(parameter).detach().abs().min())
         return rate > float(np.spacing(np.float32(smallest)))
 
-    def _digest(self, parameter: nn.Parameter) -> str:
-        value = self.engine.full_parameter(parameter).detach().float().cpu().contiguous()
-        return hashlib.blake2b(value.numpy().tobytes(), digest_size=16).hexdigest()
+    def _digest(self, parameter: nn.Parameter) -> int:
+        return digest(self.engine.full_parameter(parameter).detach())
 
     def _report(self, step: int, problems: list[str]) -> None:
         if problems:
@@ -136,3 +139,17 @@ class Audit:
                 "set by model.backbone.trainable, model.vision.train_last_blocks and fusion; "
                 "trainer.audit=false turns this check off."
             )
+
+
+def digest(value: Tensor) -> int:
+    """A number of the bits and places of a tensor's fp32 values, made where the tensor is.
+
+    Integers wrap around, so neither the order of a sum nor the device matters.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    bits = value.float().contiguous().view(torch.int32).flatten()
+    for number, piece in enumerate(bits.split(PIECE)):
+        places = torch.arange(len(piece), device=value.device) + (number * PIECE + 1)
+        mixed = (piece.long() + 1) * (places * MULTIPLIER)
+        total += (mixed ^ (mixed >> 29)).sum()
+    return int(total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from casa_train.metrics.counts import Batch, StepCounts, count_step
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks import Record, Sink
 from casa_train.ranks import gather_rows, sum_over_ranks
+from casa_train.transfer import to_device
 
 
 class Loader(Protocol):
@@ -210,10 +210,11 @@ class Trainer:
         if audit is not None and not audit.due(step, rates, counts.totals["pairs"]):
             audit = None
         for i, batch in enumerate(batches):
-            inputs = to_device(batch.inputs, self.device)
+            # Targets too, now: after the forward pass the host would wait for all of it.
+            inputs, targets = to_device(batch.inputs, batch.targets, self.device)
             with self.meter.forward():
                 logits = self.engine.forward(packed=inputs).logits
-            each = answer_losses(logits, batch.targets.to(self.device))
+            each = answer_losses(logits, targets)
             loss = each.sum()
             losses += loss.detach()
             self._by_source.add(each.detach(), batch.answer_sources)
@@ -298,16 +299,3 @@ class Trainer:
     def _say(self, line: str) -> None:
         for sink in self.sinks:
             sink.say(line)
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """A pack with its tensors on the device; images stay uint8 and are normalised there.
-
-    The batch itself stays where it is: a step holds all its micro-steps to the end.
-    """
-    return dataclasses.replace(
-        inputs,
-        input_ids=inputs.input_ids.to(device, non_blocking=True),
-        logits_index=inputs.logits_index.to(device, non_blocking=True),
-        images=[image.to(device, non_blocking=True) for image in inputs.images],
-    )

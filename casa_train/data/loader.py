@@ -121,6 +121,7 @@ class PackLoader:
                     # Its own generator: otherwise making the loader advances torch's, and a resumed
                     # run draws other random numbers than one that was never stopped.
                     generator=torch.Generator().manual_seed(self.seed),
+                    pin_memory=torch.cuda.is_available(),
                     **options,
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageE
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk, has_pair
+from casa_train.transfer import pinned
 
 CountWork = Callable[[Sequence[SampleShape], int], int]
 """Samples of a pack and its rows with logits -> floating-point operations."""
@@ -81,6 +82,11 @@ class PackedBatch:
     failures: list[Failure] = field(default_factory=list)
     left_out: int = 0
     operations: int = 0
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory; torch's DataLoader calls this where it pins."""
+        inputs, targets = pinned(self.inputs, self.targets)
+        return replace(self, inputs=inputs, targets=targets)
 
 
 @dataclass

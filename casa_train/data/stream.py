@@ -105,6 +105,10 @@ class Streamed:
     batch: PackedBatch
     state: State
 
+    def pin_memory(self) -> Streamed:
+        """With the batch in page-locked memory; torch's DataLoader calls this where it pins."""
+        return Streamed(self.lane, self.batch.pin_memory(), self.state)
+
 
 class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
     """The packs of some lanes in turn, endlessly, each lane from its state on.
@@ -284,6 +288,7 @@ class StreamLoader:
                 collate_fn=_as_is,
                 # Its own generator: otherwise making the loader advances torch's.
                 generator=torch.Generator().manual_seed(self.settings.seed),
+                pin_memory=torch.cuda.is_available(),
             )
             iterators.append(iter(loader))
         return iterators

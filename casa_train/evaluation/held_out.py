@@ -35,7 +35,7 @@ from casa_train.data.shards import Split
 from casa_train.errors import RankError, UserError
 from casa_train.loss import answer_losses
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.trainer import to_device
+from casa_train.transfer import to_device
 
 Forward = Callable[..., Any]
 Gather = Callable[[Any], Sequence[Any]]
@@ -198,8 +198,8 @@ def score(
         rows = batch.inputs.logits_index
         assert rows is not None
         places = rows.tolist()
-        logits = forward(packed=to_device(batch.inputs, device)).logits
-        targets = batch.targets.to(device)
+        inputs, targets = to_device(batch.inputs, batch.targets, device)
+        logits = forward(packed=inputs).logits
         losses = answer_losses(logits, targets).tolist()
         hits = (logits.argmax(-1) == targets).tolist()
         scores = _by_source(batch, held_out, places, losses, hits)

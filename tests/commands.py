@@ -83,11 +83,17 @@ def train_command(overrides: Sequence[str], processes: int = 1) -> list[str]:
     return [*torchrun, f"--nproc_per_node={processes}", "-m", "casa_train", *overrides]
 
 
-def run(command: Sequence[str], check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout; fails with its output."""
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
+def run(
+    command: Sequence[str], check: bool = True, gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the checkout; fails with its output.
+
+    :param gpu: show it the GPUs there are.
+    """
+    env = environment()
+    if gpu:
+        del env["CUDA_VISIBLE_DEVICES"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     if check and done.returncode != 0:
         raise AssertionError(
             f"{' '.join(command)} left with {done.returncode}\n{done.stdout[-3000:]}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +17,18 @@ from casa_train.config import Config, run_fields
 from casa_train.determinism import WORKSPACE, set_determinism
 from casa_train.errors import UserError
 from casa_train.metrics.sinks import read_metrics
+from casa_train.transfer import to_device
 from tests.commands import TINY, on_data, run, train_command
 from tests.test_training import exact
-from tests.tiny import HARD_PACK, fill
-from tests.variants import build, gradients_of, packed_logits
+from tests.tiny import HARD_PACK, fill, packed_inputs
+from tests.variants import build, gradients_of
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(WORKSPACE, raising=False)
+    # Other tests of this process may have started CUDA.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     yield
     set_determinism(False)
     os.environ.pop(WORKSPACE, None)
@@ -57,13 +61,29 @@ def test_it_belongs_to_what_determines_a_run() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["casa", "insertion", "gated_cross_attention"])
 def test_gradients_repeat_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
+    code = (
+        "import torch; from tests.test_determinism import check_gradients_repeat;"
+        f"check_gradients_repeat({variant!r}, {dtype}, torch.device('cuda'))"
+    )
+    # Its own process: what is deterministic is settled when CUDA starts.
+    run([sys.executable, "-c", code], gpu=True)
+
+
+def test_the_check_of_gradients_runs() -> None:
+    check_gradients_repeat("casa", torch.float32, torch.device("cpu"))
+
+
+def check_gradients_repeat(variant: str, dtype: torch.dtype, device: torch.device) -> None:
+    """:raises AssertionError: the gradients of a pack are not the same three times."""
     set_determinism(True)
-    model = build(variant, dtype=dtype).cuda().train()
-    samples = fill(HARD_PACK * 8)
+    model = build(variant, dtype=dtype).to(device).train()
+    inputs = packed_inputs(fill(HARD_PACK * 8))
+    inputs.logits_index = torch.arange(len(inputs.input_ids))
+    inputs, _ = to_device(inputs, inputs.input_ids, device)
     found = []
     for _ in range(3):
         model.zero_grad()
-        packed_logits(model, samples).float().pow(2).sum().backward()
+        model(packed=inputs).logits.float().pow(2).sum().backward()
         found.append(gradients_of(model))
     for other in found[1:]:
         assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())

@@ -7,6 +7,7 @@ vision windows are all segments. No backend is quadratic in the packed length.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .windows import Range
 
@@ -132,13 +134,17 @@ class Segments:
 
     def covers(self, rows: int) -> bool:
         """Whether the queries are exactly the rows 0..rows-1 in order, so no gather is needed."""
-        return _is_identity(_join(self._queries), rows)
+        return self.identity_queries == rows
+
+    @functools.cached_property
+    def identity_queries(self) -> int:
+        """The number of query rows if the queries are 0..Q-1 in order, otherwise -1."""
+        return _identity(_join(self._queries))
 
     @functools.cached_property
     def identity_keys(self) -> int:
         """The number of key rows if the keys are 0..K-1 in order, otherwise -1."""
-        joined = _join(self._keys)
-        return len(joined) if _is_identity(joined, len(joined)) else -1
+        return _identity(_join(self._keys))
 
     @functools.cached_property
     def groups(self) -> tuple[list[_Group], Tensor]:
@@ -205,7 +211,15 @@ class Segments:
         return _Rows(rows.shape, None, self._tensor(flat))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return on_device(array, self.device)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor there; the host does not wait for what a GPU is doing meanwhile."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from ordinary memory the copy would wait
+    return tensor.to(device, non_blocking=True)
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -215,7 +229,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     """
     if requested not in BACKENDS:
         raise ValueError(f"attention backend {requested!r} is unknown; choose one of {BACKENDS}")
-    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _ampere(device)
     available = {
         "flash_attn": half and flash_attn_varlen_func is not None,
         "torch_varlen": half and varlen_attn is not None,
@@ -226,11 +240,17 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if not available[requested]:
         raise ValueError(
             f"attention backend {requested!r} cannot run with {dtype} on {device.type}: it needs a "
-            "CUDA device, bfloat16 or float16, and "
+            "CUDA device of compute capability 8.0 (Ampere), bfloat16 or float16, and "
             + ("the flash-attn package" if requested == "flash_attn" else "torch >= 2.10")
             + ". Use 'auto' or 'sdpa'."
         )
     return requested
+
+
+@functools.cache
+def _ampere(device: torch.device) -> bool:
+    """Whether the varlen kernels run on this GPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(
@@ -256,17 +276,23 @@ def varlen_attention(
         shape: Tensor = _OnMeta.apply(q, k, v)
         return shape
     cu_q, cu_k = segments.cu_seqlens
-    # A query length of 1 makes some kernels reshape GQA groups into the query axis, which fails for
-    # segments of other lengths; any upper bound is allowed.
-    max_q, max_k = max(2, *segments.query_lengths), max(segments.key_lengths)
+    max_q, max_k = max(segments.query_lengths), max(segments.key_lengths)
+    causal = segments.causal
+    if max_q == 1 and not torch.is_grad_enabled():
+        # A single query sees every key. Said so, the kernels split long caches over the whole GPU.
+        causal = False
+    else:
+        # A longest query of 1 would make kernels reshape GQA groups into the query axis, for which
+        # there is no backward pass; any upper bound is allowed.
+        max_q = max(2, max_q)
     if chosen == "flash_attn":
         # torch's own kernels ask for themselves.
         deterministic = torch.are_deterministic_algorithms_enabled()
         out: Tensor = flash_attn_varlen_func(
-            q, k, v, cu_q, cu_k, max_q, max_k, causal=segments.causal, deterministic=deterministic
+            q, k, v, cu_q, cu_k, max_q, max_k, causal=causal, deterministic=deterministic
         )
         return out
-    window = (-1, 0) if segments.causal else (-1, -1)
+    window = (-1, 0) if causal else (-1, -1)
     return _torch_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, window)
 
 
@@ -365,13 +391,25 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
             native = True
         elif repeat > 1:
             gk, gv = (x.repeat_interleave(repeat, dim=1) for x in (gk, gv))
-        out = F.scaled_dot_product_attention(
-            gq, gk, gv, attn_mask=group.mask, is_causal=group.causal, enable_gqa=native
-        )
+        with sdpa_kernels(q.device):
+            out = F.scaled_dot_product_attention(
+                gq, gk, gv, attn_mask=group.mask, is_causal=group.causal, enable_gqa=native
+            )
         out = out.reshape(out.shape[0], q.shape[1], -1, out.shape[-1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, positions)
+
+
+def sdpa_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keeps SDPA from cuDNN's kernels, which prepare every new shape for half a second and have
+    been wrong under masks (pytorch issues 193893 and 196678); shapes change with every pack.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    allowed: contextlib.AbstractContextManager[None] = sdpa_kernel(list(kernels))
+    return allowed
 
 
 def _rows(ranges: Sequence[Range]) -> np.ndarray:
@@ -384,5 +422,6 @@ def _join(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def _is_identity(rows: np.ndarray, total: int) -> bool:
-    return len(rows) == total and bool((rows == np.arange(total)).all())
+def _identity(rows: np.ndarray) -> int:
+    """The number of rows if they are 0, 1, 2, ..., otherwise -1."""
+    return len(rows) if bool((rows == np.arange(len(rows))).all()) else -1

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments
+from .attention import Segments, on_device
 from .block import DecoderContext, FusionPlan, plain_block
 from .rope import mrope_section
 from .streaming import FlatCache, StreamingState
@@ -101,7 +101,7 @@ class FusionMechanism:
         """
         lengths = self.stream_lengths(chunks)
         return FusionPlan(
-            stream_positions=torch.from_numpy(text_positions(chunks)).to(device),
+            stream_positions=on_device(text_positions(chunks), device),
             stream_lengths=lengths,
             self_attention=self._self_attention(lengths, cache, device),
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .attention import on_device
 from .block import FusionPlan
 from .fusion import FusionMechanism
 from .streaming import FlatCache, StreamingState
@@ -42,9 +43,9 @@ class Insertion(FusionMechanism):
             of_text = np.broadcast_to(of_text, (3, texts))
         positions = np.concatenate([of_text, of_images], axis=-1)[..., order]
         return FusionPlan(
-            stream_positions=torch.from_numpy(positions).to(device),
+            stream_positions=on_device(positions, device),
             stream_lengths=lengths,
             self_attention=self._self_attention(lengths, cache, device),
-            stream_index=torch.from_numpy(order).to(device),
-            text_index=torch.from_numpy(np.argsort(order, kind="stable")[:texts]).to(device),
+            stream_index=on_device(order, device),
+            text_index=on_device(np.argsort(order, kind="stable")[:texts], device),
         )

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import Segments, choose_backend
+from .attention import Segments, choose_backend, on_device
 from .block import DecoderContext
 from .casa import Casa
 from .chat_template import ChatTemplate
@@ -323,12 +323,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         chunks = mechanism.compress(chunks)
         text = self.model.embed_tokens(ids)
         backend = self.attention_backend
-        if images:
-            tokens = self.adapter(self.visual(images, backend, self._recomputes("vision")))
-            if self.resampler is not None:
-                tokens = self.resampler(tokens, counts, backend)
-        else:
-            tokens = text.new_zeros(0, text.shape[-1])
+        # Layouts first: while the host makes them, a GPU still has the last micro-step to do.
         state: StreamingState | None = None
         cache = None
         if past_key_values is not None:
@@ -346,8 +341,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         keep = None
         if state is not None:
             rows = [np.arange(a, b) for ranges in plan.keep for a, b in ranges]
-            keep = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, np.int64))
-            keep = keep.to(text.device)
+            keep = on_device(np.concatenate(rows) if rows else np.zeros(0, np.int64), text.device)
         context = DecoderContext(
             mechanism=mechanism,
             plan=plan,
@@ -361,6 +355,12 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             keep_index=keep,
             reads=reads,
         )
+        if images:
+            tokens = self.adapter(self.visual(images, backend, self._recomputes("vision")))
+            if self.resampler is not None:
+                tokens = self.resampler(tokens, counts, backend)
+        else:
+            tokens = text.new_zeros(0, text.shape[-1])
         recompute = cache is None and self._recomputes("decoder")
         hidden = run_decoder(self.model, text, tokens, context, recompute)
         if state is not None and cache is not None:

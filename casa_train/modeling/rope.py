@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .attention import on_device
 
 Table = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, 1, D)
 Rope = Callable[[Tensor, Table], Tensor]  # rotates (tokens, heads, D)
@@ -69,10 +72,7 @@ def rope_table(config: Any, positions: Tensor, dtype: torch.dtype) -> Table:
         frequencies, scale = ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, positions.device)
     place = positions.float()[:, None]
     if positions.ndim == 2:
-        section = torch.tensor(settings["mrope_section"], device=positions.device)
-        axis = torch.arange(3, device=positions.device).repeat_interleave(
-            section, output_size=len(frequencies)
-        )
+        axis = on_device(np.repeat(np.arange(3), settings["mrope_section"]), positions.device)
         place = positions.float()[axis].T  # (tokens, D/2): each frequency turns with its own axis
     angles = place * frequencies.float()
     angles = torch.cat([angles, angles], dim=-1)[:, None]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import Segments, varlen_attention
+from .attention import Segments, on_device, varlen_attention
 from .recompute import run_block
 
 # CLIP's statistics, which Qwen2.5-VL's image processor uses.
@@ -240,7 +240,7 @@ class VisionTower(nn.Module):
         table = self._rope_table(layouts, device, dtype)
         full = _segments([n * cell_patches for n in cells], device)
         windowed = _segments([n * cell_patches for x in layouts for n in x.windows], device)
-        index = torch.from_numpy(order).to(device)
+        index = on_device(order, device)
 
         x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[index].flatten(0, 1)
         for i, block in enumerate(self.blocks):
@@ -261,7 +261,7 @@ class VisionTower(nn.Module):
     ) -> Tensor:
         """Normalised patches in 2x2-cell order, (patches, 3 * patch * patch)."""
         mean, std = (
-            torch.tensor(s, device=device).mul(255.0)[:, None, None]
+            on_device(np.array(s, np.float32) * np.float32(255), device)[:, None, None]
             for s in (IMAGE_MEAN, IMAGE_STD)
         )
         merge, patch = self.config.spatial_merge_size, self.config.patch_size
@@ -295,7 +295,7 @@ class VisionTower(nn.Module):
         exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
         frequencies = 1.0 / (ROPE_THETA**exponent)
         rows, columns = (
-            torch.from_numpy(np.concatenate(parts)).to(device)
+            on_device(np.concatenate(parts), device)
             for parts in ([x.rows for x in layouts], [x.columns for x in layouts])
         )
         angles = torch.cat([p[:, None].float() * frequencies for p in (rows, columns)], dim=-1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, varlen_attention
+from .attention import Segments, on_device, varlen_attention
 from .block import DecoderContext, FusionPlan, Heads, scatter
 from .fusion import FusionMechanism
 from .streaming import FlatCache, StreamingState
@@ -105,11 +105,11 @@ class WindowedMechanism(FusionMechanism):
             of_images = image_positions(chunks, advance, self.multimodal)
             if self.positions == "none":
                 of_images = np.zeros_like(of_images)  # position 0 rotates by nothing
-            plan.image_positions = torch.from_numpy(of_images).to(device)
+            plan.image_positions = on_device(of_images, device)
             plan.query_positions = plan.stream_positions
             if advance:
                 of_text = text_positions(chunks, True, self.multimodal)
-                plan.query_positions = torch.from_numpy(of_text).to(device)
+                plan.query_positions = on_device(of_text, device)
         return plan
 
 

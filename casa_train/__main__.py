@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -43,7 +44,7 @@ def main(raw: DictConfig) -> None:
         with StopRequest(config.trainer.max_hours) as stop:  # a signal may come from now on
             from casa_train.train import train
 
-            code = train(config, stop)
+            code = train(config, stop, last=HydraConfig.get().mode != RunMode.MULTIRUN)
         if code:
             raise SystemExit(code)  # a sweep's later jobs wait too, until it is started again
     except UserError as error:  # Hydra would print the whole command line in front of it
@@ -56,6 +57,16 @@ def main(raw: DictConfig) -> None:
         report(f"job {raw.run_dir}: {error}" if sweep else str(error), alone)
         if alone:
             abandon(2)
+    finally:
+        free_memory()
+
+
+def free_memory() -> None:
+    """Gives back what a job held: the next one of a sweep may need all of the GPU."""
+    gc.collect()  # the engine and its hooks refer to each other
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def say(*lines: str) -> None:

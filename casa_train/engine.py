@@ -27,6 +27,12 @@ from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# Every pack has other shapes, which would leave holes in blocks of fixed size; read when CUDA
+# allocates for the first time. torch 2.9 renamed the variable.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
+    os.environ[name] = "expandable_segments:True"
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
@@ -60,8 +66,10 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
             f"environment variables {missing} are not set, but RANK is: start several processes "
             "with torchrun (launch/torchrun.sh), which sets them"
         )
-    local = int(env.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() == 1:
+        env["LOCAL_RANK"] = "0"  # SLURM bound a GPU to each task, which sees no other
+    local = int(env.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
@@ -112,6 +120,8 @@ def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero_stage},
+        # It would wait for the GPU twice in each micro-step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_BELOW
@@ -203,6 +213,10 @@ class Engine:
     def step(self) -> None:
         """Counts a micro-step; at the accumulation boundary clips and updates."""
         self._engine.step()
+
+    def make_moments(self) -> None:
+        """Makes Adam's moments, all zero, which its first update would make; on a fresh engine."""
+        self._state().make_moments(0)
 
     def step_applied(self) -> bool:
         """Whether the last update took place: steps with gradients that are not finite do not."""

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from casa_train.checkpoint.export import MARKER
 from casa_train.checkpoint.loading import load_export, quiet_libraries
 from casa_train.data.shards import Split
@@ -60,6 +62,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     unread: Counter[str] = Counter()  # training samples only serve the image-free guess
     training = itertools.chain.from_iterable(readable(split, unread) for split in sources)
     model, processor = load_export(export, "auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
     result = evaluate(
         questions,

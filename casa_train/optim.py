@@ -70,10 +70,19 @@ def _ndim(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups; the names stay out of it, since they would enter every checkpoint."""
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over the groups; the names stay out of it, since they would enter every checkpoint.
+
+    :param fused: one kernel for the whole update, without temporaries of the weights' size; by
+        default on a GPU.
+    """
     plain = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-    return torch.optim.AdamW(plain, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    if fused is None:
+        fused = all(parameter.is_cuda for group in plain for parameter in group["params"])
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(plain, betas=betas, eps=config.eps, fused=fused or None)
 
 
 def fit_schedule(steps: int, warmup: int, decay: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from casa_train.data.loader import PackLoader, dead_workers_named
 from casa_train.data.stream import StreamLoader
 from casa_train.determinism import set_determinism
 from casa_train.disk_room import check_room, check_writable
-from casa_train.engine import Engine, init_processes, shard
+from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import SaveError, UserError
 from casa_train.evaluation.held_out import open_held_out
 from casa_train.evaluation.questions import Questions
@@ -73,10 +73,11 @@ from casa_train.sizes import work_counter
 from casa_train.trainer import Progress, Trainer
 
 
-def train(config: Config, stop: StopRequest) -> int:
+def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     """Runs, or goes on with, the run that `config` describes. Every rank calls it.
 
     :param stop: listens since before the heavy imports.
+    :param last: no other run follows in these processes.
     :return: the exit code: 0 after the last step, 75 when the run left early and wants to be
         started again.
     :raises UserError: on every rank alike, whatever the user can mend.
@@ -183,6 +184,8 @@ def train(config: Config, stop: StopRequest) -> int:
         collection = ScheduledCollection(config.trainer.gc_every)
         with watchdog, this_start, dead_workers_named(rank), collection:
             if worst_case.wanted(config, device) and progress.step < config.trainer.steps:
+                if found is None:
+                    engine.make_moments()
                 worst_case.WorstCase(config, engine, device, say).run()
                 beat()
             if held_out is not None:
@@ -253,6 +256,9 @@ def train(config: Config, stop: StopRequest) -> int:
     if lock is not None and (exports is None or not exports.pinned()):
         lock.close()
     dist.barrier()
+    if last:
+        # All ranks together: NCCL's communicators end when every rank of a node ends them.
+        leave_processes()
     cut_off = False
     if exports is not None and reason is None:
         exports.say = say  # the sinks are closed

@@ -96,7 +96,7 @@ class ZeroState:
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # gives up whole parameters, soon outdated
         if saved.updates:
-            self._make_moments(saved.updates)
+            self.make_moments(saved.updates)
         for piece in (*self.trained(), *self.frozen()):
             saved.fill(piece)
         if self.stage == 3:
@@ -109,8 +109,8 @@ class ZeroState:
         else:
             self.optimizer.update_lp_params()
 
-    def _make_moments(self, updates: int) -> None:
-        """As torch's AdamW makes them at its first step."""
+    def make_moments(self, updates: int) -> None:
+        """As torch's AdamW makes them at its first step, counting `updates` before."""
         inner = self.optimizer.optimizer
         on_device = inner.defaults["fused"] or inner.defaults["capturable"]
         for flat in self._masters():

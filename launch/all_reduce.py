@@ -28,7 +28,9 @@ SLOW = 0.5
 def main() -> int:
     """Returns 1 on every rank when a node failed; rank 0 prints."""
     rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    local = int(os.environ["SLURM_LOCALID"])
+    # Where SLURM binds a GPU to each task, the task sees no other.
+    bound = torch.cuda.device_count() == 1
+    local = 0 if bound else int(os.environ["SLURM_LOCALID"])
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:

@@ -55,7 +55,10 @@ def make_engine(stage: int, precision: str, frozen: bool, seed: int) -> Engine:
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     groups = build_groups(model.named_parameters(), OPTIM.groups)
     accumulation = PACKS // dist.get_world_size()
-    engine = Engine(model, build_optimizer(groups, OPTIM), stage, precision, accumulation, 0.5)
+    # What a GPU would take by itself: its count of updates lies elsewhere.
+    fused = precision == "bf16" and not frozen
+    optimizer = build_optimizer(groups, OPTIM, fused)
+    engine = Engine(model, optimizer, stage, precision, accumulation, 0.5)
     engine.train()
     return engine
 

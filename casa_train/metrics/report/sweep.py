@@ -290,19 +290,27 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
         return None
     figure, axes = _wide_figure()
     prices, qualities = np.array([point[:2] for point in points]).T
+    unit = 1.0
+    if cost.write is text.memory:  # round numbers of bytes are not round numbers of MiB
+        unit = 2.0**30 if prices.max() >= 2**30 else 2.0**20
+    prices = prices / unit
     if prices.max() > 8 * prices.min() > 0:
         drawing.log_scale(axes, (1.0, 3.0), of_x=True)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=drawing.ROUND))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.write(value)))
-    above = math.inf
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.write(value * unit)))
+    above = (0.0, math.inf)
     for price, quality, label, colour in sorted(points, key=lambda point: -point[1]):
-        axes.plot(price, quality, "o", markersize=6, color=colour, clip_on=False)
-        # Below its point where the label of the point above would be too near.
-        near = above - quality < 0.06 * np.ptp(qualities)
-        offset = (6, -11) if near else (6, 4)
-        axes.annotate(label, (price, quality), offset, textcoords="offset points", fontsize=8)
-        above = quality
+        place = (price / unit, quality)
+        axes.plot(*place, "o", markersize=6, color=colour, clip_on=False)
+        # Where the label of the point above would be too near: to the left, or below.
+        near = above[1] - quality < 0.1 * np.ptp(qualities)
+        near = near and abs(above[0] - place[0]) <= 0.2 * np.ptp(prices)
+        left = near and place[0] < above[0]
+        offset = (-6, -3) if left else (6, -11) if near else (6, 4)
+        side = "right" if left else "left"
+        axes.annotate(label, place, offset, textcoords="offset points", fontsize=8, ha=side)
+        above = place
     axes.margins(x=0.25, y=0.15)
     _spread(axes.get_xlim, axes.set_xlim, 0.2 * prices.max())
     axes.set_xlabel(cost.title)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from casa_train.checkpoint.export import MARKER
-from casa_train.checkpoint.loading import load_export, quiet_libraries
+from casa_train.checkpoint.loading import load_model, load_processor, quiet_libraries
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import (
@@ -61,7 +61,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     sources = [Split(Path(s.path)) for s in config.data.sources.values()]
     unread: Counter[str] = Counter()  # training samples only serve the image-free guess
     training = itertools.chain.from_iterable(readable(split, unread) for split in sources)
-    model, processor = load_export(export, "auto")
+    model, processor = load_model(export, "auto"), load_processor(export)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
     result = evaluate(

@@ -25,7 +25,7 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import synchronise, tensor_bytes
-from casa_train.checkpoint.loading import load_export, quiet_libraries
+from casa_train.checkpoint.loading import load_model, quiet_libraries
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -242,7 +242,7 @@ def load_models(
     """Models by the label of their columns, in eval mode; none ends a turn early."""
     if arguments.export:
         quiet_libraries()
-        loaded = [load_export(path, dtype)[0] for path in arguments.export]
+        loaded = [load_model(path, dtype) for path in arguments.export]
     else:
         loaded = [random_model(name, arguments.size, device) for name in MECHANISMS]
     models: dict[str, Any] = {}

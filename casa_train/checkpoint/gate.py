@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from casa_train.checkpoint.loading import load_export
+from casa_train.checkpoint.loading import load_model, load_processor
 from casa_train.errors import UserError
 
 TOLERANCE = 1e-4
@@ -29,7 +29,7 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     :return: the verdict as one line.
     :raises UserError: naming the largest difference.
     """
-    model, processor = load_export(directory, torch.float32)
+    model, processor = load_model(directory, torch.float32), load_processor(directory)
     model.eval()
     was_training = trained.training
     trained.eval()

@@ -26,12 +26,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_export(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """The model and the processor of an export, by its own remote code.
+def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
+    """The model of an export, by its own remote code.
 
     :param dtype: of the parameters; "auto" is that of the files.
     """
     options: dict[str, Any] = {"trust_remote_code": True, DTYPE_OPTION: dtype}
-    model = AutoModel.from_pretrained(str(directory), **options)
-    processor = AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
-    return model, processor
+    return AutoModel.from_pretrained(str(directory), **options)
+
+
+def load_processor(directory: Path) -> Any:
+    """The processor of an export, by its own remote code."""
+    return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)

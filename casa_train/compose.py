@@ -349,7 +349,9 @@ def known_fields(parent: str) -> list[str]:
 def fusion_options(name: str) -> str:
     """What to write for an option that the chosen mechanism does not have, or nobody has."""
     files = sorted((CONF_DIR / "fusion").glob("*.yaml"))
-    options = {file.stem: [str(key) for key in OmegaConf.load(file)] for file in files}
+    options = {
+        file.stem: [str(key) for key in OmegaConf.load(file) if key != "defaults"] for file in files
+    }
     known = sorted({key for keys in options.values() for key in keys})
     key = name.rpartition(".")[2]
     owners = [mechanism for mechanism, keys in options.items() if key in keys]

@@ -101,12 +101,12 @@ class Segments:
         """The number of segments."""
         return len(self._queries)
 
-    def to(self, device: torch.device) -> Segments:
+    def to(self, device: torch.device | str | int) -> Segments:
         """The same segments with their tensors on another device."""
         other = copy.copy(self)
         for name in ("query_index", "key_index", "cu_seqlens", "groups"):
             other.__dict__.pop(name, None)
-        other.device = device
+        other.device = torch.device(device)  # accelerate names it by a number or a string
         return other
 
     @property

@@ -184,9 +184,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         collection = ScheduledCollection(config.trainer.gc_every)
         with watchdog, this_start, dead_workers_named(rank), collection:
             if worst_case.wanted(config, device) and progress.step < config.trainer.steps:
-                if found is None:
-                    engine.make_moments()
-                worst_case.WorstCase(config, engine, device, say).run()
+                worst_case.WorstCase(config, engine, device, say, fresh=found is None).run()
                 beat()
             if held_out is not None:
                 questions = Questions(held_out, checked.processor, config)

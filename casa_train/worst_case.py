@@ -45,6 +45,8 @@ class Engine(Protocol):
 
     def forget_gradients(self) -> None: ...
 
+    def make_moments(self) -> None: ...
+
 
 def wanted(config: Config, device: torch.device) -> bool:
     """Whether this start runs one; by default where memory is a GPU's."""
@@ -56,15 +58,15 @@ def wanted(config: Config, device: torch.device) -> bool:
 class WorstCase:
     """Runs a full pack forward and backward on every rank; collective.
 
-    On a fresh engine its moments come first (`Engine.make_moments`), as they lie there in any step.
-
     :param say: prints a line on rank 0.
+    :param fresh: the engine has no moments yet, which would come with the first update.
     """
 
     config: Config
     engine: Engine
     device: torch.device
     say: Callable[[str], None]
+    fresh: bool = False
     _estimate: MemoryOfRank = field(init=False)
     _peaks: list[float] = field(default_factory=list)
 
@@ -83,6 +85,8 @@ class WorstCase:
             logits = self.engine.forward(packed=inputs).logits
             kept[:] = logits, answer_losses(logits, inputs.input_ids).sum() * 0.0
 
+        if self.fresh:
+            self._attempt(self.engine.make_moments)
         # Twice: DeepSpeed makes the sums of gradients in the first backward pass, and they lie
         # under the activations of every later one.
         for _ in range(2):

@@ -73,8 +73,7 @@ def trained(config: Config, rank: int, first: bool) -> tuple[dict[str, Any], lis
     torch.manual_seed(rank)
     engine, said = make_engine(config), []
     if first:
-        engine.make_moments()
-        worst_case.WorstCase(config, engine, torch.device("cpu"), said.append).run()
+        worst_case.WorstCase(config, engine, torch.device("cpu"), said.append, fresh=True).run()
     losses, norms = [], []
     accumulation = config.data.packs_per_step // dist.get_world_size()
     for _ in range(3):

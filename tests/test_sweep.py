@@ -298,7 +298,7 @@ def test_a_killed_sweep_goes_on_and_a_failed_job_stops_no_other(
     )
 
     def job(every: int) -> Path:
-        return next(tmp_path.glob(f"s,fusion.every={every},*"))
+        return next(tmp_path.glob(f"s,*every={every},*"))
 
     while not len(list(tmp_path.glob("s,*"))) == 3:
         assert process.poll() is None

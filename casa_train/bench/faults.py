@@ -34,9 +34,8 @@ METHOD = """\
 Renders a few pictures, trains a tiny model on them without disturbance, and then trains it again
 with the same command while it is killed: SIGKILL to one rank at random, a moment later to all that
 is left, as srun does it. Every fifth kill falls into the start, at a random moment of its length;
-the others fall at a random moment of as long as the undisturbed run took for two checkpoints, from
-the first step on, and not later than two checkpoints. The same command then goes on, until all
-kills are done and it may finish.
+the others fall up to three steps' time after a random step of the next two checkpoints' worth. The
+same command then goes on, until all kills are done and it may finish.
 
 At the end weights, optimiser, the state of data and random generators, and every step's loss,
 gradient norm and samples must be those of the undisturbed run, bit for bit; otherwise the command
@@ -220,7 +219,12 @@ def disturbed(run: Run, kills: int, start: float, step: float, draw: random.Rand
             while not run.trains():
                 if look() or time.monotonic() - began > LONGEST_START:
                     raise UserError(f"{run.directory} does not come to its first step: {run.log}")
-            moment = time.monotonic() + draw.uniform(0, 2 * EVERY * step)
+            # By its steps, not by the clock: the machine may be slower than before.
+            target = max(manager.steps(), default=0) + draw.randrange(2 * EVERY)
+            while run.reached() < target:
+                if look() or time.monotonic() - began > LONGEST_START:
+                    raise UserError(f"{run.directory} does not come to step {target}: {run.log}")
+            moment = time.monotonic() + draw.uniform(0, 3 * step)
         while time.monotonic() < moment and run.reached() < longest:
             if look():
                 raise UserError(f"{run.directory} ended after {len(done)} of {kills} kills")

@@ -195,7 +195,7 @@ def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_pa
         assert ranks[0].returncode == EXIT_REQUEUE, output
         assert "watchdog: no step for" in output
         stacks = (run_dir / "stacks_0.txt").read_text()
-        assert "train_step" in stacks and "trainer.py" in stacks
+        assert "trainer.py" in stacks  # in a step, or asking all ranks whether to leave
         asked = json.loads((run_dir / "requeue.json").read_text())
         assert asked == {"step": 0, "reason": "watchdog"}  # of the last checkpoint; there is none
     finally:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from casa_train.errors import UserError
 
 FINAL_STEPS = 10  # so many steps after the first look nothing may wait for a gradient any more
-
-
 PIECE = 1 << 22  # elements that are digested at once
 MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator: odd, so it loses no bit
 

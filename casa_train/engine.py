@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.errors import UserError
 from casa_train.metrics.memory import PERSISTENT_BELOW, bucket_elements
+from casa_train.quiet import quiet_deepspeed
 from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+quiet_deepspeed()
 # Every pack has other shapes, which would leave holes in blocks of fixed size; read when CUDA
 # allocates for the first time. torch 2.9 renamed the variable.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
     os.environ[name] = "expandable_segments:True"
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 

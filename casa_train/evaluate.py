@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from casa_train.checkpoint.export import MARKER
-from casa_train.checkpoint.loading import load_model, load_processor, quiet_libraries
+from casa_train.checkpoint.loading import load_model, load_processor
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import (
@@ -31,6 +31,7 @@ from casa_train.evaluation.reads import image_reads
 from casa_train.export import export as write_export
 from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import sha256, write_atomic
+from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import EVALUATION_FILE
 from casa_train.sweep import run_directories
 

@@ -20,7 +20,6 @@ from casa_train import modeling
 from casa_train.assemble import build_model, build_processor
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
-from casa_train.checkpoint.loading import quiet_libraries
 from casa_train.checkpoint.manager import CheckpointManager, Found
 from casa_train.checkpoint.slices import read_weights
 from casa_train.compose import to_config
@@ -28,6 +27,7 @@ from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

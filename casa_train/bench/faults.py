@@ -216,12 +216,9 @@ def disturbed(run: Run, kills: int, start: float, step: float, draw: random.Rand
         if len(done) % 5 == 0:
             moment = began + draw.uniform(0, start)
         else:
-            while not run.trains():
-                if look() or time.monotonic() - began > LONGEST_START:
-                    raise UserError(f"{run.directory} does not come to its first step: {run.log}")
             # By its steps, not by the clock: the machine may be slower than before.
             target = max(manager.steps(), default=0) + draw.randrange(2 * EVERY)
-            while run.reached() < target:
+            while not run.trains() or run.reached() < target:
                 if look() or time.monotonic() - began > LONGEST_START:
                     raise UserError(f"{run.directory} does not come to step {target}: {run.log}")
             moment = time.monotonic() + draw.uniform(0, 3 * step)

@@ -134,8 +134,7 @@ def _ranks(run: Columns) -> Plot | None:
 
 def _memory(run: Columns) -> Plot | None:
     now, peak = (run.column(name) for name in ("memory_bytes", "memory_peak_bytes"))
-    large = np.isfinite(peak).any() and np.nanmax(peak) >= 2**30
-    size, unit = (2**30, "GiB") if large else (2**20, "MiB")
+    size, unit = text.memory_unit(max(peak[np.isfinite(peak)], default=0.0))
     now, peak = now / size, peak / size
     figure, (axes,) = _figure(run)
     drawing.line(axes, run.steps, peak, color=ORANGE, linewidth=3, label="peak of the step")

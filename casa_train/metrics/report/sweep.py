@@ -290,9 +290,8 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
         return None
     figure, axes = _wide_figure()
     prices, qualities = np.array([point[:2] for point in points]).T
-    unit = 1.0
-    if cost.write is text.memory:  # round numbers of bytes are not round numbers of MiB
-        unit = 2.0**30 if prices.max() >= 2**30 else 2.0**20
+    # Round numbers of bytes are not round numbers of MiB.
+    unit = text.memory_unit(prices.max())[0] if cost.write is text.memory else 1
     prices = prices / unit
     if prices.max() > 8 * prices.min() > 0:
         drawing.log_scale(axes, (1.0, 3.0), of_x=True)

@@ -40,12 +40,16 @@ def with_unit(value: float, unit: str) -> tuple[str, str]:
     return f"{value:.3g}", unit
 
 
+def memory_unit(value: float) -> tuple[int, str]:
+    """Bytes of the unit in which so many bytes are written, and its name."""
+    sizes = ((2**30, "GiB"), (2**20, "MiB"))
+    return next((unit for unit in sizes if value >= 0.9995 * unit[0]), (2**10, "KiB"))
+
+
 def memory(value: float) -> str:
-    """Bytes as MiB or GiB, three digits."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if value >= 0.9995 * size:
-            return f"{float(f'{value / size:.3g}'):g} {unit}"
-    return f"{value / 2**10:.3g} KiB"
+    """Bytes in the unit that fits, three digits."""
+    size, unit = memory_unit(value)
+    return f"{float(f'{value / size:.3g}'):g} {unit}"
 
 
 def power(value: float) -> str:

@@ -21,7 +21,7 @@ HOMES = {
     "av": {"data_recipes/video.py"},
     "hydra": {"casa_train/__main__.py", "casa_train/compose.py"},
 }
-MODELING_MAY = {"torch", "transformers", "einops", "PIL", "numpy", "flash_attn"}
+MODELING_MAY = {"torch", "transformers", "tokenizers", "einops", "PIL", "numpy", "flash_attn"}
 # Folders and modules that receive modules, names and states instead of importing them.
 BLIND = (
     "optim.py",

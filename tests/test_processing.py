@@ -146,15 +146,21 @@ def test_consecutive_images_share_a_point_without_delimiters(tokenizer_path: str
     assert e.points == [2, 2]  # after bos and the user's start
 
 
-def test_planned_length_is_the_encoded_length(tokenizer_path: str) -> None:
+def test_turns_and_opening_add_up_to_the_encoded_length(tokenizer_path: str) -> None:
     p = processor(tokenizer_path, image_start="<|user|>", system="hello <|end|>")
-    count = lambda text: len(p.tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
     turns = [("What is it?", "a red cat"), ("And now?", "blue")]
     messages = []
     for user, assistant in turns:
         messages += [ask(b"x", user), {"role": "assistant", "content": assistant}]
-    planned = p.text_tokens([count(u) for u, _ in turns], [count(a) for _, a in turns], images=2)
-    assert planned == len(p.encode(messages).ids)
+    counts = p.turn_tokens(messages)
+    encoded = p.encode(messages)
+    around = 2 * (len(p.pre_image_tokens) + len(p.post_image_tokens))
+    assert around == 2
+    assert p.opening_tokens() + around + sum(map(sum, counts)) == len(encoded.ids)
+    assert [learned for _, learned in counts] == [
+        len(p.tokenizer.encode(answer, add_special_tokens=False)) + 1 for _, answer in turns
+    ]
+    assert p.opening_tokens() == len(p.bos_tokens) + len(p.tokenizer.encode("hello ")) + 1
 
 
 def test_padding_side_moves_the_points(tokenizer_path: str) -> None:

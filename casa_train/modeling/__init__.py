@@ -4,7 +4,8 @@ The folder is flat, imports nothing of the project and needs torch, transformers
 numpy only: it is copied whole into every export, so training and inference run the same code.
 
     processing_casa   messages -> ids, insertion points, labels        image_processing_casa
-    chat_template     its pieces, as jinja and cut out of rendered text        messages
+    chat_template     its pieces, as jinja and read out of rendered text        messages
+    text_ids          text and special tokens -> ids, as the tokenizer gives them for the whole text
     windows           insertion points + lengths -> windows, positions, interleaving (pure integers)
     packed            PackedInputs, a pack as the model reads it
     attention, rope   one varlen attention call, three backends; rotary positions

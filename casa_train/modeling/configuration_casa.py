@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -20,6 +21,9 @@ class CasaConfig(PretrainedConfig):
     :param text_config: a backbone configuration (or its dict with `model_type`).
     :param vision_config: a `Qwen2_5_VLVisionConfig` (or its dict).
     :param fusion: `{"mechanism": name, option: value, ...}`; see the mechanism's class.
+    :param pre_image_tokens: ids that the chat template has before an image; `post_image_tokens`
+        after it.
+    :param answer_end_token: the id that ends an answer there; None where it is not known.
     """
 
     model_type = "casa_vlm"
@@ -30,6 +34,9 @@ class CasaConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         vision_config: PretrainedConfig | dict[str, Any] | None = None,
         fusion: dict[str, Any] | None = None,
+        pre_image_tokens: Sequence[int] = (),
+        post_image_tokens: Sequence[int] = (),
+        answer_end_token: int | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -43,6 +50,9 @@ class CasaConfig(PretrainedConfig):
         self.text_config = text_config
         self.vision_config = vision_config
         self.fusion = dict(fusion or {"mechanism": "casa"})
+        self.pre_image_tokens = list(pre_image_tokens)
+        self.post_image_tokens = list(post_image_tokens)
+        self.answer_end_token = answer_end_token
         # The library reads tying and special tokens at the top level.
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(text_config, name, None))

@@ -99,7 +99,8 @@ class StreamingGeneration(GenerationMixin):
         :param pixel_values: images of the new ids.
         :param image_embeds_insertion_points: for each sample, columns of the new ids.
         :param reset_streaming: False continues the stream of `past_key_values` (or of the last
-            call). The last id of a call enters the cache with the next one, in the older window.
+            call). The last id of a call enters the cache with the next one, in the older window: as
+            the template has it, see `_before`.
         :param pre_image_tokens: with images but no insertion points for them, these ids are
             appended to every row, then the image stands, then `post_image_tokens`.
         :return: (B, T + new) the given ids and the new ones, as `generate` returns.
@@ -127,6 +128,7 @@ class StreamingGeneration(GenerationMixin):
         if state is not None and state.history is not None:
             # `generate` wants every id of the stream; points count from the first one to enter.
             # A caller who forwarded the last ids himself has left none pending.
+            state.pending = self._before(state, input_ids, points)
             pending = state.history[:, :0] if state.pending is None else state.pending
             earlier = torch.cat([state.history, pending], 1).to(ids.device)
             offset, shift = earlier.shape[1], pending.shape[1]
@@ -147,6 +149,35 @@ class StreamingGeneration(GenerationMixin):
         # Cloned, because a view would keep every id of the stream in memory a second time.
         past_key_values.casa.pending = generated[:, past_key_values.casa.columns :].clone()
         return generated[:, offset:]
+
+    def _before(self, state: Any, input_ids: Tensor, points: Sequence[Any] | None) -> Tensor | None:
+        """The generated ids that have not entered a stream yet, as they stand before new ones.
+
+        A turn that goes on with an image, as in live captions, loses the end token that closed it;
+        before another turn any end token becomes the one that the chat template has.
+
+        :return: (B, n); None where there are none, or the new ids bring them.
+        """
+        pending: Tensor | None = state.pending
+        if pending is None or starts_with(input_ids, pending):
+            return None
+        ends = self.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        ended = torch.tensor([row[-1] in ends for row in pending.tolist()])
+        if self._begins_with_image(input_ids, points):
+            # With nothing around images there would be no token left to predict from: it stays.
+            if ended.all() and pending.shape[1] + input_ids.shape[1] > 1:
+                return pending[:, :-1] if pending.shape[1] > 1 else None
+        elif (end := getattr(self.config, "answer_end_token", None)) is not None:
+            pending = pending.clone()
+            pending[ended.to(pending.device), -1] = end
+        return None if starts_with(input_ids, pending) else pending
+
+    def _begins_with_image(self, input_ids: Tensor, points: Sequence[Any] | None) -> bool:
+        """Whether the first sample's new ids begin with an image and what stands before it."""
+        first = as_ints(points[0]) if points is not None and len(points) else []
+        before = getattr(self.config, "pre_image_tokens", None) or []
+        return bool(first) and input_ids[0, : first[0]].tolist() == list(before)
 
     def start_ca_streaming_states(self) -> None:
         """Begins a stream: the next `generate_from_image(reset_streaming=False)` continues it."""

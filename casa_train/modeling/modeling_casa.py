@@ -32,7 +32,7 @@ from .configuration_casa import CasaConfig
 from .decoder import backbone_rope, check_backbone, fuse_layers, run_decoder
 from .fusion import FusionMechanism
 from .gated import GatedCrossAttention
-from .generation import StreamingGeneration, as_ints, image_list, starts_with
+from .generation import StreamingGeneration, as_ints, image_list
 from .hyper import HyperAttention
 from .image_processing_casa import SIDE
 from .insertion import Insertion
@@ -45,6 +45,7 @@ from .reads import ImageReads
 from .recompute import check_recomputed
 from .rope import rope_table
 from .streaming import FlatCache, StreamingState
+from .text_ids import TextIds
 from .vision import VisionTower
 from .windowed import WindowedMechanism
 from .windows import Chunk, image_spans
@@ -250,8 +251,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if past_key_values is not None:
             state = self._state(past_key_values, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
-            if state.pending is not None and not starts_with(input_ids, state.pending):
-                self.forward(input_ids=state.pending, past_key_values=past_key_values)
+            before = self._before(state, input_ids, image_embeds_insertion_points)
+            if before is not None:
+                state.pending = before
+                self.forward(input_ids=before, past_key_values=past_key_values)
         valid = _valid_columns(input_ids, attention_mask)
         images = image_list(pixel_values)
         chunks = self._chunks(valid, image_embeds_insertion_points, image_follows, images, state)
@@ -435,11 +438,17 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
                     points=tuple(int(before[p]) for p in sample_points),
                     images=tuple(next(counts) for _ in sample_points),
                     past_text=0 if state is None else state.text[row],
-                    follows=() if follows is None else tuple(map(bool, follows[row])),
+                    follows=() if follows is None else _following(follows[row], state, row),
                     past_span=0 if state is None else state.span[row],
                 )
             )
         return chunks
+
+
+def _following(follows: Sequence[bool], state: StreamingState | None, row: int) -> tuple[bool, ...]:
+    """What follows a frame: the first image of a stream has none before it."""
+    first = state is not None and state.span[row] > 0
+    return tuple(bool(f) and (i > 0 or first) for i, f in enumerate(follows))
 
 
 def _with_rows(chunks: Sequence[Chunk], rows: Sequence[int]) -> list[Chunk]:
@@ -486,5 +495,6 @@ __all__ = [
     "PackedInputs",
     "QFormerInsertion",
     "Segments",
+    "TextIds",
     "WindowedMechanism",
 ]

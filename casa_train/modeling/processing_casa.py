@@ -1,15 +1,22 @@
 """CasaProcessor: messages or rendered text -> token ids, insertion points, answer mask and images.
 
 Images never become tokens: an image leaves an *insertion point*, the index of the text token it
-stands before. Training and inference call the same `encode`, so they share template, tokenizer and
-pixels. The rest is the interface that transformers' users expect of a processor.
+stands before. Training, recipes and inference call the same `encode`, so they share template,
+tokenizer and pixels. The rest is the interface that transformers' users expect of a processor.
+
+The ids of a conversation are those that the tokenizer gives the whole rendered text, but that
+
+- an answer begins at a token boundary, as generation makes it, and so does what stands around an
+  image, what follows one, and an end of an answer that has no special token;
+- special tokens that somebody typed are text, and those of the template are always their own.
+
+Learned are an answer and the token that ends it; what follows that token is context.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,12 +25,10 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .chat_template import SLOTS, ChatTemplate, as_jinja, cut
+from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, ImageError, target_size
 from .messages import Message, as_batch, frames_of, parts_of, runs, slots_of, text_of
-
-# What special tokens look like in the templates of published models.
-SPECIAL = re.compile(r"<\|[^|<>]+\|>|<｜[^<>]+｜>|</?s>|<(?:bos|eos|pad|unk)>|<[a-z]+(?:_[a-z]+)+>")
+from .text_ids import Piece, TextIds
 
 
 @dataclass
@@ -32,9 +37,12 @@ class Encoded:
 
     :param ids: (T,) token ids.
     :param points: for each image, the index of the token it stands before (0..T).
-    :param answer: for each token, whether it belongs to an assistant's answer (its end included).
+    :param answer: for each token, whether it is learned: an assistant's answer and the token that
+        ends it.
     :param images: what stood in the image slots, not loaded yet; None for an empty slot.
     :param follows: for each image, whether it is a frame of the same video as the image before it.
+    :param turn_ends: for each message of the assistant, the tokens up to its end, what the template
+        puts behind it included.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -42,10 +50,54 @@ class Encoded:
     answer: list[bool] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     follows: list[bool] = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
 
-    def extend(self, ids: Sequence[int], answer: bool = False) -> None:
-        self.ids += ids
-        self.answer += [answer] * len(ids)
+
+class _Draft:
+    """A conversation on its way to ids: segments of text and special tokens, images between."""
+
+    def __init__(self) -> None:
+        self.segments: list[list[Piece]] = [[]]
+        self.answer: list[bool] = [False]
+        self.only_first: set[int] = set()  # segments of which the first token alone is learned
+        self.images: list[tuple[int, Any, bool]] = []  # before which segment, image, follows
+        self.turn_ends: list[int] = []  # segments up to there
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        self.segments[-1] += pieces
+
+    def cut(self, answer: bool = False) -> None:
+        """Begins a segment. :param answer: whether it is learned."""
+        self.segments.append([])
+        self.answer.append(answer)
+
+    def first_alone(self) -> None:
+        """Of the segment that was begun last, the first token alone is learned."""
+        self.only_first.add(len(self.segments) - 1)
+
+    def place(self, image: Any, follows: bool) -> None:
+        """Puts an image before the segment that was begun last."""
+        self.images.append((len(self.segments) - 1, image, follows))
+
+    def end_turn(self) -> None:
+        self.turn_ends.append(len(self.segments))
+        self.cut()
+
+    def encode(self, text_ids: TextIds, start: bool) -> Encoded:
+        """:param start: whether this begins the whole text."""
+        out = Encoded()
+        starts = [0]
+        segments = text_ids.encode(self.segments, start)
+        for number, (ids, answer) in enumerate(zip(segments, self.answer, strict=True)):
+            learned = min(len(ids), 1) if number in self.only_first else len(ids)
+            out.ids += ids
+            out.answer += [answer] * learned + [False] * (len(ids) - learned)
+            starts.append(len(out.ids))
+        out.points = [starts[segment] for segment, _, _ in self.images]
+        out.images = [image for _, image, _ in self.images]
+        out.follows = [follows for _, _, follows in self.images]
+        out.turn_ends = [starts[segments] for segments in self.turn_ends]
+        return out
 
 
 class CasaBatch(BatchFeature):
@@ -69,7 +121,7 @@ class CasaProcessor(ProcessorMixin):
     :param template: `ChatTemplate` as a dict.
     :param image_size: when given, at most image_size * image_size pixels.
     :param chat_template: jinja to render with instead of the template's own.
-    :raises ValueError: a special token of the template that the tokenizer does not have.
+    :raises ValueError: no fast tokenizer, or a template with fields of another type.
     """
 
     attributes = ["tokenizer"]
@@ -79,26 +131,54 @@ class CasaProcessor(ProcessorMixin):
         self,
         tokenizer: Any = None,
         max_pixels: int = MAX_PIXELS,
-        template: dict[str, str] | None = None,
+        template: dict[str, Any] | None = None,
         image_size: int | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.max_pixels = image_size**2 if image_size is not None else max_pixels
-        self.template = dict(template or {})
-        self._template = ChatTemplate(**self.template)
-        self._jinja = as_jinja(self._template)
+        self._template = ChatTemplate(**(template or {}))
+        self.template = asdict(self._template)
+        pieces = self._template.pieces
+        self._text_ids = TextIds(tokenizer, pieces.values())
+        self._jinja = as_jinja(self._template, self._text_ids.special)
+        self._rendered = RenderedText(self._template, list(self._text_ids.special))
         super().__init__(tokenizer, chat_template=chat_template or self._jinja, **kwargs)
         self._image_processor = CasaImageProcessor(self.max_pixels)
-        self._check_template(self._template)
         # A text-only prompt of the tokenizer's own reads as the processor's.
         tokenizer.chat_template = self.chat_template
-        self._ids = {name: self._encode(text) for name, text in asdict(self._template).items()}
-        self.bos_tokens = self._ids["bos"]
-        self.pre_image_tokens = self._ids["image_start"]
-        self.post_image_tokens = self._ids["image_end"]
-        self.asst_start_tokens = self._ids["assistant_start"]
-        self.asst_end_tokens = self._ids["assistant_end"]
+        self._pieces = {name: self._text_ids.pieces(text) for name, text in pieces.items()}
+        self.bos_tokens = self._alone("bos")
+        self.pre_image_tokens = self._alone("image_start")
+        self.post_image_tokens = self._alone("image_end")
+        self._start: list[int] | None = None  # what a caller has set in place of the template's
+        self._end: list[int] | None = None
+        self._opening_tokens: int | None = None
+
+    @property
+    def asst_start_tokens(self) -> list[int]:
+        """What opens an answer; a caller may set other ids, such as none to go on with one."""
+        return self._alone("assistant_start") if self._start is None else self._start
+
+    @asst_start_tokens.setter
+    def asst_start_tokens(self, ids: Sequence[int]) -> None:
+        self._start = None if list(ids) == self._alone("assistant_start") else list(ids)
+
+    @property
+    def asst_end_tokens(self) -> list[int]:
+        """What closes an answer; may be set as well. See `answer_end_token`."""
+        return self._alone("assistant_end") if self._end is None else self._end
+
+    @asst_end_tokens.setter
+    def asst_end_tokens(self, ids: Sequence[int]) -> None:
+        self._end = None if list(ids) == self._alone("assistant_end") else list(ids)
+
+    @property
+    def answer_end_token(self) -> int | None:
+        """The token that ends an answer, learned and generated; None where there is none."""
+        _, token, _ = self._end_pieces()
+        ids = [piece for piece in token if isinstance(piece, int)] or self.asst_end_tokens
+        return next(iter(ids), None)
 
     @property
     def image_processor(self) -> CasaImageProcessor:
@@ -112,76 +192,126 @@ class CasaProcessor(ProcessorMixin):
         self,
         messages: Sequence[Message],
         generation_prompt: bool = False,
-        bos: bool = True,
+        continues: bool = False,
         continue_final: bool = False,
+        end_answer: bool = False,
     ) -> Encoded:
         """One conversation as ids, insertion points and answer mask. Loads no image.
 
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
             string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
             (also under "url", "path" or "base64") and `{"type": "video", "video": [frame, ...]}`.
-            Texts that touch are one text. Images in an answer are frames that arrive meanwhile.
-        :param generation_prompt: open the assistant's turn if the last message is not its own.
+            Texts that touch are one text. Images in an answer are frames that arrive meanwhile: all
+            but the first follow the one before.
+        :param generation_prompt: open an assistant's turn at the end.
+        :param continues: the messages go on with a conversation whose answer ended with its first
+            end token: neither bos nor a default system turn, but what the template has behind that
+            token.
         :param continue_final: leave the assistant's last message open, so that it goes on.
+        :param end_answer: with `continues`, that end token comes first: the answer was cut off.
+            `generate_from_image` does not repeat one that is there.
         :raises ValueError: unknown roles or parts.
         """
-        out = Encoded()
-        if bos:
-            out.extend(self.bos_tokens)
-        if not messages or messages[0].get("role") != "system":
-            out.extend(self._default_system())
+        draft = _Draft()
+        if continues:
+            self._continue(draft, end_answer)
+        else:
+            draft.add(self._pieces["bos"])
+            opens = not messages or messages[0].get("role") != "system"
+            if opens and self._template.opens_with_system:
+                for name in ("system_start", "system", "system_end"):
+                    draft.add(self._pieces[name])
         for i, message in enumerate(messages):
             role = message.get("role")
             parts = parts_of(message, i)
             if role == "system":
-                out.extend(self._ids["system_start"])
-                out.extend(self._encode(text_of(parts, i)))
-                out.extend(self._ids["system_end"])
+                draft.add(self._pieces["system_start"])
+                text = text_of(parts, i)
+                draft.add([text.strip() if role in self._template.trim else text])
+                draft.add(self._pieces["system_end"])
             elif role == "user":
-                out.extend(self._ids["user_start"])
-                self._fill(out, runs(parts, i))
-                out.extend(self._ids["user_end"])
+                draft.add(self._pieces["user_start"])
+                self._fill(draft, self._trimmed(role, runs(parts, i)))
+                draft.add(self._pieces["user_end"])
             elif role == "assistant":
-                out.extend(self.asst_start_tokens)
-                self._fill(out, runs(parts, i), answer=True)
+                draft.add(self._opening())
+                draft.cut(answer=True)
+                if self._start is None:
+                    draft.add(self._pieces["answer_start"])
+                # A caller who has taken the opening away goes on with the turn before.
+                live = bool(continues and not i and self._start == [])
+                self._fill(draft, self._trimmed(role, runs(parts, i)), answer=True, live=live)
                 if not (continue_final and i == len(messages) - 1):
-                    out.extend(self.asst_end_tokens, answer=True)
+                    self._end_answer(draft)
+                    draft.end_turn()
             else:
                 raise ValueError(
                     f"message {i} has role {role!r}; expected 'system', 'user' or 'assistant'"
                 )
         if continue_final and (not messages or messages[-1].get("role") != "assistant"):
             raise ValueError("continue_final_message needs a last message of the assistant")
-        if generation_prompt and messages and messages[-1].get("role") != "assistant":
-            out.extend(self.asst_start_tokens)
-        return out
+        if generation_prompt and messages:
+            draft.add(self._opening())
+        return draft.encode(self._text_ids, start=not continues)
 
-    def text_tokens(self, user: Sequence[int], assistant: Sequence[int], images: int) -> int:
-        """Tokens of a conversation from the token counts of its texts, as `encode` would make
-        it.
+    def opening_tokens(self) -> int:
+        """Tokens that a conversation without a system message has beyond its turns, each counted as
+        `turn_tokens` counts it.
         """
-        ids = self._ids
-        turn = ids["user_start"], ids["user_end"], self.asst_start_tokens, self.asst_end_tokens
-        opening = len(self.bos_tokens) + len(self._default_system())
-        fixed = opening + len(user) * sum(map(len, turn))
-        around = images * (len(self.pre_image_tokens) + len(self.post_image_tokens))
-        return fixed + around + sum(user) + sum(assistant)
+        if self._opening_tokens is None:
+            turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            one, two = self.encode(turn * 2).turn_ends
+            self._opening_tokens = one - (two - one)
+        return self._opening_tokens
+
+    def turn_tokens(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """For each message of the assistant, the tokens since the one before it.
+
+        :return: (read, learned) tokens of each turn, without what stands around images. A first
+            turn counts as if it followed another one; see `opening_tokens`.
+        """
+        encoded = self.encode(messages)
+        before, after = len(self.pre_image_tokens), len(self.post_image_tokens)
+        turns = []
+        start = 0
+        for number, end in enumerate(encoded.turn_ends):
+            learned = sum(encoded.answer[start:end])
+            shown = sum(start <= p - before and p + after <= end for p in encoded.points)
+            read = end - start - learned - shown * (before + after)
+            turns.append((read - (0 if number else self.opening_tokens()), learned))
+            start = end
+        return turns
+
+    def holds_special(self, text: str) -> bool:
+        """Whether a text spells a special token, which it will not become."""
+        return self._text_ids.holds_special(text)
 
     def tokenize_messages(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         suppress_bos_token: bool = False,
+        end_answer: bool = False,
     ) -> CasaBatch:
         """A batch ready for `generate_from_image`.
 
         :param messages: one conversation, or a list of them.
+        :param suppress_bos_token: the messages go on with a stream, whose last answer ended with an
+            end token; see `encode`'s `continues` and `end_answer`.
         :return: `input_ids` and `attention_mask` (B, T); `image_embeds_insertion_points`, for each
             sample the columns of `input_ids` at which its images stand; `pixel_values`, a list of
             (3, H, W) uint8 tensors over all samples. Slots with image None have no pixels.
         """
         conversations, _ = as_batch(messages)
         return self._batch(
-            [self.encode(c, True, bos=not suppress_bos_token) for c in conversations]
+            [
+                self.encode(
+                    c,
+                    generation_prompt=c[-1].get("role") != "assistant" if c else False,
+                    continues=suppress_bos_token,
+                    end_answer=end_answer,
+                )
+                for c in conversations
+            ]
         )
 
     def __call__(
@@ -207,7 +337,7 @@ class CasaProcessor(ProcessorMixin):
                 "tokenize_messages"
             )
         texts = [text] if isinstance(text, str) else list(text)
-        pieces = [list(cut(self._template, t)) for t in texts]
+        pieces = [list(self._rendered.read(t)) for t in texts]
         counts = {slot: [sum(kind == slot for kind, _ in p) for p in pieces] for slot in SLOTS}
         given = {
             "image": _distribute("image", _image_lists(images), counts["image"]),
@@ -215,17 +345,25 @@ class CasaProcessor(ProcessorMixin):
         }
         encoded = []
         for row in pieces:
-            out = Encoded()
+            draft = _Draft()
+            shown: int | None = None  # images of the answer that is open
             for kind, piece in row:
                 if kind == "text":
-                    out.extend(self._encode(piece))
-                elif kind == "image":  # the text around it holds the pieces image_start, image_end
-                    out.points.append(len(out.ids))
-                    out.images.append(next(given["image"]))
-                    out.follows.append(False)
+                    draft.add([piece])
+                elif kind == "special":
+                    draft.add([self._text_ids.special[piece]])
+                elif kind in ("answer", "turn"):
+                    shown = 0 if kind == "answer" else None
+                    if kind == "answer":
+                        draft.cut()
                 else:
-                    self._place(out, frames_of(next(given["video"])))
-            encoded.append(out)
+                    image = next(given[kind])
+                    frames = frames_of(image) if kind == "video" else [image]
+                    # A bare place has nothing around it but what the text has there.
+                    around = kind == "video" or bool(piece)
+                    self._place(draft, frames, follows=bool(shown), around=around)
+                    shown = None if shown is None else shown + len(frames)
+            encoded.append(draft.encode(self._text_ids, start=True))
         return self._batch(encoded, **{"return_tensors": None, **options})
 
     def apply_chat_template(
@@ -362,42 +500,95 @@ class CasaProcessor(ProcessorMixin):
         ]
         return CasaBatch(batch)
 
-    def _fill(self, out: Encoded, parts: Iterator[tuple[str, Any]], answer: bool = False) -> None:
-        """Appends texts and images; the tokens around an image are never an answer."""
+    def _opening(self) -> list[Piece]:
+        return self._pieces["assistant_start"] if self._start is None else list(self._start)
+
+    def _end_pieces(self) -> tuple[list[Piece], list[Piece], list[Piece]]:
+        """The end of an answer: text before its token, that token, what follows it.
+
+        The token is the first special one; an end without any has its text as the third.
+        """
+        pieces: list[Piece] = [*(self._pieces["assistant_end"] if self._end is None else self._end)]
+        at = next((i for i, piece in enumerate(pieces) if isinstance(piece, int)), None)
+        if at is None:
+            return [], [], pieces
+        return pieces[:at], pieces[at : at + 1], pieces[at + 1 :]
+
+    def _end_answer(self, draft: _Draft) -> None:
+        """Appends the end of an answer, which is learned as far as its token, inclusive."""
+        before, token, rest = self._end_pieces()
+        draft.add(before)
+        draft.cut(answer=True)
+        if token:
+            draft.add(token)
+            draft.cut()
+        else:  # of plain text: its first token
+            draft.first_alone()
+        draft.add(rest)
+
+    def _continue(self, draft: _Draft, end_answer: bool) -> None:
+        """Appends what follows the token that ended the answer before."""
+        _, token, rest = self._end_pieces()
+        if token:
+            draft.add([*(token if end_answer else []), *rest])
+        else:
+            ids = self.asst_end_tokens
+            draft.add(ids[0 if end_answer else 1 :])
+        draft.cut()
+
+    def _trimmed(self, role: str, parts: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        if role not in self._template.trim:
+            return parts
+        found = list(parts)
+        if found and found[0][0] == "text":
+            found[0] = ("text", found[0][1].lstrip())
+        if found and found[-1][0] == "text":
+            found[-1] = ("text", found[-1][1].rstrip())
+        return iter(found)
+
+    def _fill(
+        self,
+        draft: _Draft,
+        parts: Iterator[tuple[str, Any]],
+        answer: bool = False,
+        live: bool = False,
+    ) -> None:
+        """Appends texts and images; the tokens around an image are never learned.
+
+        :param live: images of an answer follow those of the turns before.
+        """
         for kind, value in parts:
             if kind == "text":
-                out.extend(self._encode(value), answer)
+                draft.add([value])
             else:
-                self._place(out, value)
+                self._place(draft, value, live, answer=answer)
+                live = answer  # frames that arrive during an answer are one video
 
-    def _place(self, out: Encoded, images: Sequence[Any]) -> None:
-        """Appends images with the tokens around them; the second and later follow the first."""
+    def _place(
+        self,
+        draft: _Draft,
+        images: Sequence[Any],
+        follows: bool,
+        answer: bool = False,
+        around: bool = True,
+    ) -> None:
+        """Appends images with the tokens around them; the second and later follow the first.
+
+        :param answer: whether what comes behind them is learned.
+        """
         for i, image in enumerate(images):
-            out.extend(self.pre_image_tokens)
-            out.points.append(len(out.ids))
-            out.images.append(image)
-            out.follows.append(i > 0)
-            out.extend(self.post_image_tokens)
+            draft.cut()
+            if around:
+                draft.add(self.pre_image_tokens)
+                draft.cut()
+            draft.place(image, follows or i > 0)
+            if around:
+                draft.add(self.post_image_tokens)
+        draft.cut(answer)
 
-    def _default_system(self) -> list[int]:
-        ids = self._ids
-        return ids["system_start"] + ids["system"] + ids["system_end"] if ids["system"] else []
-
-    def _encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def _check_template(self, chat: ChatTemplate) -> None:
-        vocabulary = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
-        for name, text in asdict(chat).items():
-            for token in SPECIAL.findall(text):
-                if token not in vocabulary:
-                    raise ValueError(
-                        f"chat template field {name!r} uses the special token {token!r}, which the "
-                        "tokenizer does not have: choose the template of this tokenizer or add it"
-                    )
+    def _alone(self, name: str) -> list[int]:
+        """Ids of a piece of the template by itself."""
+        return self._text_ids.encode([self._pieces[name]], start=False)[0]
 
 
 def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:

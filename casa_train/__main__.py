@@ -29,7 +29,7 @@ def main(raw: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             with open_dict(raw):
                 raw.run_dir = HydraConfig.get().runtime.output_dir
-        config = to_config(raw)
+        config = to_config(raw, HydraConfig.get().overrides.task)
         # Heavy imports only once the configuration holds.
         if config.dry_run:
             from casa_train.dry_run import dry_run

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from casa_train.data.mixture import SourceSize
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.plan import RESERVED, Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
-from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
+from casa_train.data.templates import resolve, verdict
+from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint, turns_fingerprint
 from casa_train.errors import UserError
 from casa_train.first_values import FirstValues, blocks
 from casa_train.lines import count
@@ -53,17 +56,24 @@ NOT_SIZES = (
 
 
 def build_processor(config: Config) -> CasaProcessor:
-    """Tokenizer, chat template and image code.
+    """Tokenizer, chat template and image code; see `open_processor`."""
+    return open_processor(config)[0]
 
-    :raises UserError: a tokenizer that cannot be loaded or lacks the template's tokens.
+
+def open_processor(config: Config) -> tuple[CasaProcessor, str]:
+    """The processor, and a line that says whose chat template it has.
+
+    :raises UserError: a tokenizer that cannot be loaded or lacks the template's tokens, or no
+        template.
     """
-    known = [field.name for field in fields(ChatTemplate)]
-    refuse_unknown("model.template", config.model.template, known)
-    tokenizer = load_tokenizer(tokenizer_name(config))
+    name = tokenizer_name(config)
+    tokenizer = load_tokenizer(name)
+    resolved = resolve(asdict(config.model.template), tokenizer, name, "model.template")
     try:
-        return CasaProcessor(tokenizer, config.data.max_pixels, dict(config.model.template))
+        processor = CasaProcessor(tokenizer, config.data.max_pixels, asdict(resolved.template))
     except ValueError as error:
         raise UserError(f"model.template: {error}") from error
+    return processor, verdict(resolved, tokenizer, processor)
 
 
 def open_splits(
@@ -77,6 +87,7 @@ def open_splits(
     """
     splits = {}
     expected = tokenizer_fingerprint(processor.tokenizer)
+    turns = turns_fingerprint(processor)
     for name, source in sources.items():
         split = splits[name] = Split(Path(source.path))
         if split.tokenizer_fingerprint != expected:
@@ -86,6 +97,15 @@ def open_splits(
                 f"({expected[:12]}...): "
                 "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
                 "or set model.tokenizer to the one it used."
+            )
+        if split.turns_fingerprint != turns:
+            fields = json.dumps(ChatTemplate(**processor.template).given(), ensure_ascii=False)
+            raise UserError(
+                f"{section}.{name} ({source.path}) was counted with another chat template "
+                f"({split.turns_fingerprint[:12]}...) than model.template ({turns[:12]}...): count "
+                f"it anew with 'python -m data_recipes retokenize --data {source.path} --tokenizer "
+                f"NAME --template {shlex.quote(fields)} --out NEW' (images stay where they are) "
+                f"and set {section}.{name}.path=NEW, or choose the template it was counted with."
             )
     origins = {f"{section}.{name}": split.origin for name, split in splits.items()}
     refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
@@ -130,11 +150,15 @@ def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
 
 @dataclass(frozen=True)
 class Sources:
-    """The checkpoints that a run starts from, opened; None where its part starts at random."""
+    """The checkpoints that a run starts from, opened; None where its part starts at random.
+
+    :param resize: whether embedding and head may have more rows than are stored.
+    """
 
     backbone: Pretrained | None = None
     vision: Pretrained | None = None
     whole: Pretrained | None = None
+    resize: bool = False
 
 
 def open_sources(config: Config) -> Sources:
@@ -147,8 +171,9 @@ def open_sources(config: Config) -> Sources:
         config.model.vision.pretrained,
         config.model.init_from,
     )
+    resize = config.model.backbone.resize_embeddings
     if whole is not None:
-        return Sources(whole=Pretrained(whole, "model.init_from"))
+        return Sources(whole=Pretrained(whole, "model.init_from"), resize=resize)
     if backbone is None and "model_type" not in config.model.backbone.config:
         raise UserError(
             "model.backbone names no model: model.backbone.pretrained, model.init_from and "
@@ -157,6 +182,7 @@ def open_sources(config: Config) -> Sources:
     return Sources(
         None if backbone is None else Pretrained(backbone, "model.backbone.pretrained"),
         None if vision is None else Pretrained(vision, "model.vision.pretrained"),
+        resize=resize,
     )
 
 
@@ -174,6 +200,11 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
         base_vision = dict(sources.whole.config.get("vision_config") or {})
     if sources.backbone is not None:
         base_text = backbone_config(sources.backbone.config)
+    origin = sources.whole or sources.backbone
+    if origin is not None:
+        ends = [*_ids(base_text.get("eos_token_id")), *_ids(origin.generation.get("eos_token_id"))]
+        if ends:  # the two files may differ
+            base_text["eos_token_id"] = ends[0] if len(set(ends)) == 1 else [*dict.fromkeys(ends)]
     if sources.vision is not None:
         base_vision = vision_config(sources.vision)
     return describe_model(config, base_text, base_vision, processor.tokenizer)
@@ -186,7 +217,7 @@ def describe_model(
 
     :param tokenizer: gives the vocabulary size, where nothing else does, and special tokens; None
         where only sizes matter and the vocabulary is known.
-    :raises UserError: fields that no supported model has.
+    :raises UserError: fields that no supported model has, fewer rows than tokens.
     """
     text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     model_type = text.pop("model_type", base_text.get("model_type"))
@@ -207,14 +238,16 @@ def describe_model(
         text.setdefault("vocab_size", len(tokenizer))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             text.setdefault(name, getattr(tokenizer, name))
-    if tokenizer is not None and text["vocab_size"] < len(tokenizer):
-        raise UserError(
-            f"the backbone's vocab_size is {text['vocab_size']}, but the tokenizer "
-            f"{tokenizer_name(config)} "
-            f"has {len(tokenizer)} tokens; use the backbone's own tokenizer (model.tokenizer), or "
-            "leave "
-            "model.backbone.config.vocab_size out."
-        )
+    rows = text.get("vocab_size", 0)
+    if tokenizer is not None and rows < len(tokenizer):
+        if not config.model.backbone.resize_embeddings:
+            raise UserError(
+                f"the tokenizer {tokenizer_name(config)} has {len(tokenizer)} tokens, the "
+                f"backbone's embedding {rows} rows; expected a row for each. Set "
+                "model.backbone.resize_embeddings=true to give the new tokens rows, or use the "
+                "backbone's own tokenizer (model.tokenizer)."
+            )
+        text["vocab_size"] = len(tokenizer)
     try:
         return CasaConfig(
             text_config={**text, "model_type": model_type},
@@ -228,6 +261,31 @@ def describe_model(
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
             f"{first.rstrip('.')}. Mend it in conf/model or on the command line."
         ) from error
+
+
+def rows_for(config: Config, rows: int | None, tokens: int) -> int:
+    """Rows of the model's embedding and head.
+
+    :param rows: of the pretrained ones; None where they start at random.
+    :param tokens: of the tokenizer.
+    :raises UserError: fewer rows than tokens.
+    """
+    model = config.model
+    if rows is not None and rows < tokens and not model.backbone.resize_embeddings:
+        raise UserError(
+            f"the tokenizer {tokenizer_name(config)} has {tokens} tokens, but the embedding of "
+            f"{model.init_from or model.backbone.pretrained} has {rows} rows; set "
+            "model.backbone.resize_embeddings=true to give new tokens rows, or use the backbone's "
+            "own tokenizer (model.tokenizer)."
+        )
+    given = model.backbone.config.get("vocab_size")
+    if given is not None and given < tokens:
+        raise UserError(
+            f"model.backbone.config.vocab_size is {given}, but the tokenizer "
+            f"{tokenizer_name(config)} has {tokens} tokens; leave it out: it follows from the "
+            "tokenizer."
+        )
+    return max(rows or 0, tokens) if given is None else given
 
 
 def tokenizer_name(config: Config) -> str:
@@ -260,11 +318,24 @@ def build_model(
 ) -> CasaForConditionalGeneration:
     """`meta_model` with the tokens that begin, end and pad what it generates."""
     model = meta_model(config, model_config)
-    ends = processor.asst_end_tokens[:1] or [processor.tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = ends[0]
+    # The template's own end first; whatever else ends a text does so, too.
+    known = (processor.answer_end_token, model.config.text_config.eos_token_id)
+    ends = [*_ids(known[0]), *_ids(known[1]), *_ids(processor.tokenizer.eos_token_id)]
+    ends = list(dict.fromkeys(ends))
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    model.config.pre_image_tokens = processor.pre_image_tokens
+    model.config.post_image_tokens = processor.post_image_tokens
+    model.config.answer_end_token = processor.answer_end_token
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.bos_token_id = processor.tokenizer.bos_token_id
     return model
+
+
+def _ids(value: int | Sequence[int] | None) -> Sequence[int]:
+    """Ids, given as one, as several or not at all."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value
 
 
 def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGeneration:
@@ -293,16 +364,19 @@ class Start:
     copies: bool
 
 
-def find_weights(model: CasaForConditionalGeneration, sources: Sources) -> Start:
+def find_weights(
+    model: CasaForConditionalGeneration, sources: Sources, resize: bool = False
+) -> Start:
     """Finds the model's parameters in the checkpoints that the run starts from.
 
+    :param resize: whether embedding and head may have more rows than there.
     :raises UserError: checkpoints that do not fit.
     """
     stored, accounts = Stored(), []
     if sources.whole is not None:
-        accounts.append(find_export(model, sources.whole, stored))
+        accounts.append(find_export(model, sources.whole, stored, resize))
     if sources.backbone is not None:
-        accounts.append(find_backbone(model, sources.backbone, stored))
+        accounts.append(find_backbone(model, sources.backbone, stored, resize))
     if sources.vision is not None:
         accounts.append(find_vision(model, sources.vision, stored))
     return Start(stored, accounts, copies=sources.whole is None)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.config import Config, flatten
+from casa_train.config import Config, TemplateConfig, flatten
 from casa_train.errors import UserError
 
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 # conf/train.yaml starts from these defaults, so that every field can be overridden by name. They
@@ -63,18 +65,21 @@ def compose_config(overrides: Sequence[str]) -> Config:
             raw = compose("train", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-    return to_config(raw)
+    return to_config(raw, overrides)
 
 
-def to_config(raw: DictConfig) -> Config:
+def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """Merges a composed configuration onto the dataclasses and checks it.
 
+    :param overrides: of the command line, where a template's line breaks are written out.
     :raises UserError: naming the field, what was found and what was expected.
     """
     schema = OmegaConf.structured(Config)
     try:
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
-        plain = OmegaConf.create(OmegaConf.to_container(raw, resolve=True))
+        container: Any = OmegaConf.to_container(raw, resolve=True)
+        container["model"]["template"] = template_fields(container["model"]["template"], overrides)
+        plain = OmegaConf.create(container)
         merged = OmegaConf.merge(schema, plain)
         absent = sorted(OmegaConf.missing_keys(plain))
         if raw.get("dry_run") is True:
@@ -91,6 +96,28 @@ def to_config(raw: DictConfig) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def template_fields(values: Any, overrides: Sequence[str]) -> Any:
+    """The fields of `model.template`, read where a file or the tokenizer's own is named, with the
+    line breaks, tabs and backslashes that the command line writes out.
+
+    :raises UserError: a name that is no template's.
+    """
+    if isinstance(values, str):
+        from casa_train.data.templates import read_template  # loads torch
+
+        return read_template(values, "model.template")
+    if "trim" not in values:  # of a run of an earlier version: what it does not name was empty
+        texts = {f.name: "" for f in fields(TemplateConfig) if str(f.type).startswith("str")}
+        values = {**texts, "system_always": False, "trim": [], **values}
+    written = {o.partition("=")[0].lstrip("+").removeprefix("model.template.") for o in overrides}
+    return {
+        name: re.sub(r"\\([nt\\])", lambda m: ESCAPES[m[1]], value)
+        if isinstance(value, str) and name in written
+        else value
+        for name, value in values.items()
+    }
 
 
 def check(config: Config) -> None:

@@ -21,8 +21,16 @@ class BackboneConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
     qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
+    resize_embeddings: bool = False
+    """Whether tokens that were added to the tokenizer get rows: where it has more tokens than a
+    pretrained embedding has rows, embedding and head grow to its length, also those of
+    `model.init_from`, and new rows start as the mean of the others. Rows that a checkpoint has over
+    and above the tokenizer's tokens are used first."""
     trainable: bool = True
     """Whether embeddings, decoder layers and head train; fusion layers always do."""
+    resize_embeddings: bool = False
+    """Where the tokenizer has more tokens than the pretrained backbone has rows, give the new ones
+    rows of embedding and head that start as the mean of the others."""
 
 
 @dataclass
@@ -38,6 +46,43 @@ class VisionConfig:
 
 
 @dataclass
+class TemplateConfig:
+    """The chat template. What is null is taken from the tokenizer's own, and where that has none,
+    empty; `model/template=NAME` or `model.template=NAME` chooses a ready file of
+    `conf/model/template`, `model.template=auto` the tokenizer's own. On the command line `\\n`,
+    `\\t` and `\\\\` are a line break, a tab and a backslash."""
+
+    bos: str | None = None
+    """What every conversation begins with."""
+    system: str | None = None
+    """Text of the system turn of a conversation that brings none of its own; empty: no such turn.
+    """
+    system_start: str | None = None
+    """Before a system text, default or given."""
+    system_end: str | None = None
+    """After it."""
+    system_always: bool | None = None
+    """Whether such a conversation has a system turn even where `system` is empty."""
+    user_start: str | None = None
+    """Before a question."""
+    user_end: str | None = None
+    """After it."""
+    assistant_start: str | None = None
+    """Before an answer; where it ends, a model begins to generate."""
+    answer_start: str | None = None
+    """What an answer begins with that the model generates, such as a space."""
+    assistant_end: str | None = None
+    """After an answer. Its first token is learned with the answer and ends generation; what stands
+    behind that token is context."""
+    image_start: str | None = None
+    """Before an image."""
+    image_end: str | None = None
+    """After it."""
+    trim: list[str] | None = None
+    """Roles out of system, user and assistant whose texts lose their outer white space."""
+
+
+@dataclass
 class ModelConfig:
     """What is assembled."""
 
@@ -46,8 +91,8 @@ class ModelConfig:
     init_from: str | None = None
     """An export to start a later stage from: every weight, the fusion's too. Beside it `pretrained`
     loads nothing: it only says where the earlier stage began."""
-    template: dict[str, str] = field(default_factory=dict)
-    """Literal text around turns and images: the fields of `ChatTemplate`."""
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    """Literal text around turns and images."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The text decoder."""
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.assemble import build_fits, build_planner, build_processor, open_splits
 from casa_train.compose import CONF_DIR, compose_config, explain, to_config
-from casa_train.config import Config, SourceConfig
+from casa_train.config import Config, SourceConfig, TemplateConfig
 from casa_train.data.materialize import Materializer
 from casa_train.data.plan import Pack, Planner
 from casa_train.data.schemas import BadRow
@@ -28,6 +28,7 @@ from casa_train.inspection import pictures
 from casa_train.inspection.packs import view_packs
 from casa_train.inspection.page import MessageView, OneSample, Page, Part, write_page
 from casa_train.inspection.statistics import view_plan
+from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.run_directory import CONFIG_FILE
 
 PLANNED = 1000  # packs that statistics count at least, in whole blocks
@@ -76,7 +77,7 @@ def find_target(name: str, experiment: str | None, overrides: Sequence[str]) -> 
 
 
 def _split_config(path: Path, overrides: Sequence[str]) -> Config:
-    """One split alone as a mixture, with the tokenizer that its recipe left beside it."""
+    """One split alone as a mixture, with the tokenizer and the template it was counted with."""
     config = compose_config(overrides)
     named = any(o.lstrip("+").startswith(("experiment=", "model", "model.")) for o in overrides)
     if not named:
@@ -88,6 +89,8 @@ def _split_config(path: Path, overrides: Sequence[str]) -> Config:
                 "split is for with --experiment, or set model.tokenizer=DIR."
             )
         config.model.tokenizer = str(found)
+        counted_with = ChatTemplate(**Split(path, check=False).template)
+        config.model.template = TemplateConfig(**dataclasses.asdict(counted_with))
     split = path.resolve()
     source = split.parent.name if split.name in ("train", "validation") else split.name
     config.data.sources = {source: SourceConfig(path=str(path))}
@@ -117,7 +120,7 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
     steps = config.trainer.steps * config.data.packs_per_step
     return Page(
         title=target.title,
-        settings=_settings(config),
+        settings=_settings(config, ChatTemplate(**materializer.processor.template)),
         packs=view_packs(chosen, materializer),
         packs_per_step=config.data.packs_per_step,
         world=world,
@@ -147,7 +150,7 @@ def inspect_sample(target: Target, wanted: str) -> Page:
     pack = Pack(0, ((name, row, *lengths),), *lengths)
     return Page(
         title=target.title,
-        settings=_settings(config),
+        settings=_settings(config, ChatTemplate(**materializer.processor.template)),
         packs=view_packs([pack], materializer),
         packs_per_step=config.data.packs_per_step,
         world=1,
@@ -215,15 +218,15 @@ def _messages(split: Split, row: int) -> list[MessageView] | None:
     return messages
 
 
-def _settings(config: Config) -> list[tuple[str, str]]:
-    """The fields that the data depends on."""
+def _settings(config: Config, template: ChatTemplate) -> list[tuple[str, str]]:
+    """The fields that the data depends on; :param template: what is in force."""
     data = config.data
     plain = ("text_tokens", "image_tokens", "max_pixels", "packs_per_step", "open_packs")
     order = ("balance_block", "balance_group", "video_share", "locality")
     return [
         ("seed", str(config.seed)),
         ("model.tokenizer", str(config.model.tokenizer or config.model.backbone.pretrained)),
-        *((f"model.template.{k}", repr(v)) for k, v in config.model.template.items() if v),
+        *((f"model.template.{k}", repr(v)) for k, v in template.given().items()),
         *((f"data.{field}", f"{getattr(data, field):,}") for field in (*plain, *order)),
         *((f"data.sources.{name}.path", source.path) for name, source in data.sources.items()),
     ]

@@ -23,8 +23,8 @@ from casa_train.assemble import (
     banner,
     build_model,
     build_model_config,
-    build_processor,
     find_weights,
+    open_processor,
     open_sources,
     start_weights,
 )
@@ -125,7 +125,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     step = found.step if found is not None else 0
     agree(lambda: check_room(config, model.parameters(), step, len(checkpoints.steps())))
 
-    for line in banner(config, model, data.notes, world, device):
+    for line in banner(config, model, [checked.template, *data.notes], world, device):
         say(line)
     engine, groups = build_engine(config, checked, found is None, world, rank, device, say)
     loader = data.loader(rank)
@@ -274,11 +274,15 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a run needs, checked; the model is on the meta device."""
+    """What a run needs, checked; the model is on the meta device.
+
+    :param template: a line about whose chat template is in force.
+    """
 
     processor: CasaProcessor
     model: CasaForConditionalGeneration
     start: Start
+    template: str
 
 
 def check_inputs(config: Config, world: int) -> Checked:
@@ -293,12 +297,12 @@ def check_inputs(config: Config, world: int) -> Checked:
             "or a "
             "multiple of it, or start another number of ranks."
         )
-    processor = build_processor(config)
+    processor, template = open_processor(config)
     sources = open_sources(config)
     model = build_model(config, processor, build_model_config(config, processor, sources))
-    start = find_weights(model, sources)
+    start = find_weights(model, sources, config.model.backbone.resize_embeddings)
     build_groups(model.named_parameters(), config.optim.groups)
-    return Checked(processor, model, start)
+    return Checked(processor, model, start, template)
 
 
 def build_engine(
@@ -326,6 +330,11 @@ def build_engine(
     model.recompute_activations(parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
         say(account.line())
+        if account.resized and not config.model.backbone.trainable:
+            say(
+                "note: model.backbone.trainable is false, so the rows of new tokens stay as they "
+                "start: the model will not learn to tell them apart"
+            )
     # The weights above are the same on every rank; what is drawn from here on may differ.
     seed_all(config.seed + rank)
     groups = build_groups(model.named_parameters(), config.optim.groups)

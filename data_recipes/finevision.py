@@ -15,6 +15,7 @@ from data_recipes.hub import chosen_subsets, image_bytes
 
 HUB_ID = "HuggingFaceM4/FineVision"
 TOKENIZER = "kyutai/helium-1-2b"
+TEMPLATE = "helium"
 COLUMNS = (
     "texts",
     "source",
@@ -58,7 +59,7 @@ websight wildvision wordart yesbut
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
-    published.add_arguments(parser, HUB_ID, TOKENIZER)
+    published.add_arguments(parser, HUB_ID, TOKENIZER, TEMPLATE)
     published.add_subset_argument(parser, "every subset of the source")
 
 

@@ -21,6 +21,7 @@ from data_recipes.video import decode_clip
 
 HUB_ID = "chenjoya/Live-WhisperX-526K"
 TOKENIZER = "Qwen/Qwen2.5-VL-3B-Instruct"
+TEMPLATE = "auto"
 NAME = "live_whisperx"
 LONGEST = 241.0  # seconds: clips of 30 to 240
 JOB_SAMPLES = 16
@@ -28,7 +29,7 @@ JOB_SAMPLES = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
-    published.add_arguments(parser, HUB_ID, TOKENIZER)
+    published.add_arguments(parser, HUB_ID, TOKENIZER, TEMPLATE)
 
 
 def run(arguments: argparse.Namespace) -> None:

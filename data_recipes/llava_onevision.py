@@ -15,13 +15,14 @@ from data_recipes.hub import chosen_subsets, image_bytes
 
 HUB_ID = "mvp-lab/LLaVA-OneVision-1.5-Instruct-Data"
 TOKENIZER = "kyutai/helium-1-2b"
+TEMPLATE = "helium"
 DEFAULT = (*LACKING_IN_FINEVISION, "Docmatix")
 COLUMNS = ("id", "conversations", "data_source")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
-    published.add_arguments(parser, HUB_ID, TOKENIZER)
+    published.add_arguments(parser, HUB_ID, TOKENIZER, TEMPLATE)
     published.add_subset_argument(
         parser, f"Docmatix and the {len(LACKING_IN_FINEVISION)} that FineVision lacks"
     )

@@ -30,6 +30,7 @@ from data_recipes.video import decode_clip
 
 HUB_ID = "lmms-lab/LLaVA-Video-178K"
 TOKENIZER = "Qwen/Qwen2.5-VL-3B-Instruct"
+TEMPLATE = "auto"
 ELSEWHERE = "llava_hound"  # a subset whose videos are in another dataset
 COLUMNS = ("id", "conversations", "data_source", "video")
 LONGEST = 181.0  # seconds: clips up to 3 minutes, and what rounding adds
@@ -40,7 +41,7 @@ LARGEST_VIDEO = 2 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
-    published.add_arguments(parser, HUB_ID, TOKENIZER)
+    published.add_arguments(parser, HUB_ID, TOKENIZER, TEMPLATE)
     published.add_subset_argument(parser, f"every subset of the source but {ELSEWHERE}")
 
 

@@ -7,6 +7,7 @@ moment repeats only the jobs whose shard was not finished.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import json
@@ -26,11 +27,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
 from casa_train.errors import UserError
+
+if TYPE_CHECKING:
+    from casa_train.data.tokens import TurnCounter
 
 # The shard writer and the tokenizer load torch: they are imported where a shard is written, so that
 # `--help` starts at once.
@@ -103,6 +107,28 @@ class SplitPlan:
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What makes tokens of conversations; pickles into processes.
+
+    :param tokenizer: its directory; :param template: fields of the chat template as JSON.
+    """
+
+    tokenizer: Path
+    template: str
+
+
+def add_template_argument(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """Declares --template; :param otherwise: an exception to the default, for the help."""
+    parser.add_argument(
+        "--template",
+        metavar="NAME_OR_FILE",
+        help="the model's chat template, whose share the token counts hold: auto (the tokenizer's "
+        "own), a file of conf/model/template by name, a YAML file, or fields as a YAML mapping "
+        f"(default: auto{otherwise})",
+    )
+
+
 def slug(name: str) -> str:
     """A subset's name as a folder, a key of a tar member and a key of the configuration."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")
@@ -113,7 +139,7 @@ def slug(name: str) -> str:
 
 def write_split(
     plan: SplitPlan,
-    tokenizer: Path,
+    encoding: Encoding,
     workers: int,
     limit: int | None = None,
     max_bad_share: float = 1.0,
@@ -124,7 +150,6 @@ def write_split(
     :raises UserError: too many bad rows, an unreadable source, a process that was killed.
     """
     from casa_train.data.shards import finish_split, finished_shard
-    from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 
     plan.directory.mkdir(parents=True, exist_ok=True)
     for temporary in plan.directory.glob("*.tmp"):  # of a recipe that was killed
@@ -156,7 +181,7 @@ def write_split(
             if shard is None:
                 left = None if limit is None else limit - seen["rows"]
                 task = partial(
-                    _write_shard, plan.directory, number, plan.schema, job, str(tokenizer), left
+                    _write_shard, plan.directory, number, plan.schema, job, encoding, left
                 )
                 waiting.append((number, job, pool.submit(task)))
             else:
@@ -169,16 +194,16 @@ def write_split(
         while waiting:
             collect()
     progress.close()
-    fingerprint = tokenizer_fingerprint(load_tokenizer(str(tokenizer)))
-    return finish_split(plan.directory, shards, plan.schema, fingerprint, plan.origin)
+    fingerprints = turn_counter(encoding).fingerprints
+    return finish_split(plan.directory, shards, plan.schema, fingerprints, plan.origin)
 
 
 def _write_shard(
-    directory: Path, number: int, schema: str, job: Job, tokenizer: str, limit: int | None
+    directory: Path, number: int, schema: str, job: Job, encoding: Encoding, limit: int | None
 ) -> dict[str, Any]:
     from casa_train.data.shards import Shard, finished_shard
 
-    shard = Shard(directory, number, schema, token_counter(tokenizer))
+    shard = Shard(directory, number, schema, turn_counter(encoding))
     rows = 0
     for item in islice(job.rows(), limit):
         if isinstance(item, Skip):
@@ -194,11 +219,11 @@ def _write_shard(
 
 
 @lru_cache(maxsize=1)
-def token_counter(tokenizer: str) -> Callable[[str], int]:
-    """Counts tokens; texts that return, as synthetic questions do, are counted once."""
-    from casa_train.data.tokens import count_tokens, load_tokenizer
+def turn_counter(encoding: Encoding) -> TurnCounter:
+    """Counts the tokens of samples as training encodes them."""
+    from casa_train.data.tokens import TurnCounter
 
-    return lru_cache(maxsize=1 << 14)(partial(count_tokens, load_tokenizer(tokenizer)))
+    return TurnCounter.open(str(encoding.tokenizer), json.loads(encoding.template))
 
 
 def _check_share(plan: SplitPlan, seen: Counter[str], max_bad_share: float) -> None:

@@ -7,29 +7,37 @@ prepared by separate commands, at the same time.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
 from data_recipes.hub import Converter, parquet_jobs
 from data_recipes.pipeline import (
+    Encoding,
     SplitPlan,
+    add_template_argument,
     print_summary,
     save_summary,
     slug,
     stored_summary,
     summary_of,
+    turn_counter,
     write_split,
     writing,
 )
 
-VERSION = 1  # raise when the same arguments would write something else
+AUTO = "auto"  # --template where it is not given
+VERSION = 2  # raise when the same arguments would write something else
 
 
-def add_arguments(parser: argparse.ArgumentParser, source: str, tokenizer: str) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, source: str, tokenizer: str, template: str
+) -> None:
     """Declares the options that every recipe of a published dataset has."""
     parser.add_argument(
         "--out",
@@ -50,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser, source: str, tokenizer: str) 
         metavar="DIR_OR_HUB_ID",
         help=f"the model's tokenizer: the index holds its token counts (default: {tokenizer})",
     )
+    add_template_argument(parser, f"; {template} for the default tokenizer")
+    parser.set_defaults(usual=(tokenizer, template))
     parser.add_argument(
         "--workers",
         type=int,
@@ -91,14 +101,18 @@ def prepare(
     for name, value in (("--workers", arguments.workers), ("--limit", arguments.limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number of at least 1.")
-    tokenizer, fingerprint = copy_tokenizer(arguments.out, arguments.tokenizer)
+    usual, its_template = arguments.usual
+    template = its_template if arguments.tokenizer == usual else AUTO
+    encoding = copy_tokenizer(arguments.out, arguments.tokenizer, arguments.template or template)
+    fingerprints = turn_counter(encoding).fingerprints
     out = arguments.out if subset is None else arguments.out / slug(subset)
     wanted = {
         "version": VERSION,
         "recipe": recipe,
         "source": arguments.source,
         "subset": subset,
-        "tokenizer": fingerprint,
+        "tokenizer": fingerprints["tokenizer_fingerprint"],
+        "template": fingerprints["turns_fingerprint"],
         "limit": arguments.limit,
     }
     with writing(out, wanted) as done:
@@ -110,7 +124,7 @@ def prepare(
         save_summary(out, {**header, "finished": False})
         meta = write_split(
             plan(out / "train"),
-            tokenizer,
+            encoding,
             arguments.workers,
             arguments.limit,
             arguments.max_bad_share,
@@ -141,14 +155,18 @@ def prepare_parquet(
     print_total(summaries)
 
 
-def copy_tokenizer(out: Path, name: str) -> tuple[Path, str]:
-    """A copy of the tokenizer beside the data, which every process loads; and its fingerprint.
+def copy_tokenizer(out: Path, name: str, template: str) -> Encoding:
+    """A copy of the tokenizer beside the data, which every process loads, and the chat template.
 
-    :raises UserError: nothing loadable, or the directory was prepared with another one.
+    :param template: as on the command line.
+    :raises UserError: nothing loadable, or the directory was prepared with another tokenizer.
     """
+    from casa_train.data.templates import read_template, resolve
     from casa_train.data.tokens import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(name)
+    given = read_template(template, "--template")
+    resolved = resolve(given, tokenizer, name, "--template")
     fingerprint = tokenizer_fingerprint(tokenizer)
     copy = out / "tokenizer"
     if not copy.exists():
@@ -166,7 +184,7 @@ def copy_tokenizer(out: Path, name: str) -> tuple[Path, str]:
             f"{copy} is another tokenizer ({there[:12]}...) than --tokenizer {name} "
             f"({fingerprint[:12]}...); choose another --out, or repeat the tokenizer."
         )
-    return copy, fingerprint
+    return Encoding(copy, json.dumps(asdict(resolved.template)))
 
 
 def print_total(summaries: list[dict[str, Any]]) -> None:

@@ -1,4 +1,7 @@
-"""A second index over prepared data, for another tokenizer: images are neither read nor copied."""
+"""A second index over prepared data, for another tokenizer or chat template.
+
+Images are neither read nor copied.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
-from data_recipes.pipeline import Pool, Progress, token_counter
-from data_recipes.published import copy_tokenizer
+from data_recipes.pipeline import (
+    Encoding,
+    Pool,
+    Progress,
+    add_template_argument,
+    turn_counter,
+)
+from data_recipes.published import AUTO, copy_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR_OR_HUB_ID", help="the tokenizer to count with"
     )
+    add_template_argument(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -44,28 +54,31 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--data {data} holds no prepared split (SUBSET/train/meta.json).")
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; expected at least 1.")
-    tokenizer, fingerprint = copy_tokenizer(out, arguments.tokenizer)
+    encoding = copy_tokenizer(out, arguments.tokenizer, arguments.template or AUTO)
     progress = Progress("retokenize", len(found), "splits")
     with Pool(min(arguments.workers, len(found))) as pool:
         tasks = [
-            pool.submit(partial(_recount, data / name, out / name, str(tokenizer), fingerprint))
-            for name in found
+            pool.submit(partial(_recount, data / name, out / name, encoding)) for name in found
         ]
         for task in tasks:
             progress.update(1, pool.result(task))
     progress.close()
 
 
-def _recount(data: Path, out: Path, tokenizer: str, fingerprint: str) -> dict[str, Any]:
+def _recount(data: Path, out: Path, encoding: Encoding) -> dict[str, Any]:
     from casa_train.data.schemas import BadRow
     from casa_train.data.shards import Split, recount
 
+    count = turn_counter(encoding)
     if (out / "meta.json").is_file():
         there = Split(out)
-        if there.tokenizer_fingerprint != fingerprint:
-            raise UserError(f"{out} was made with another tokenizer; choose another --out.")
+        found = {name: there.meta[name] for name in count.fingerprints}
+        if found != count.fingerprints:
+            raise UserError(
+                f"{out} was made with another tokenizer or chat template; choose another --out."
+            )
         return there.meta
     try:
-        return recount(Split(data), out, token_counter(tokenizer), fingerprint)
+        return recount(Split(data, uncounted=True), out, count, count.fingerprints)
     except BadRow as error:
         raise UserError(f"{data}: {error}. Run the recipe again.") from error

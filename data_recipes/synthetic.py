@@ -7,18 +7,21 @@ written as shards, with a tokenizer and a summary.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from casa_train.errors import UserError
 from data_recipes.pipeline import (
+    Encoding,
     Row,
     SplitPlan,
+    add_template_argument,
     print_summary,
     save_summary,
     summary_of,
@@ -30,11 +33,19 @@ from data_recipes.synthetic_scenes import SPLITS, TASK_NAMES, Example, corpus, d
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
-VERSION = 2  # raise when the same arguments would render something else
+VERSION = 3  # raise when the same arguments would render something else
 SHARD = 2000  # samples
 
 VOCABULARY = 512  # bytes, special tokens and room for every answer as one token or two
 PAD, BOS, USER, ASSISTANT, END = "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"
+
+# Its chat template: bare turns.
+CHAT = """{{ '<|bos|>' }}{% for m in messages %}
+{%- if m.role == 'system' %}{{ m.content }}
+{%- elif m.role == 'user' %}{{ '<|user|>' ~ m.content ~ '<|end|>' }}
+{%- else %}{{ '<|assistant|>' ~ m.content ~ '<|end|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -65,6 +76,7 @@ def build_tokenizer() -> Any:
         eos_token=END,
         additional_special_tokens=[USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT,
     )
 
 
@@ -100,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_HUB_ID",
         help="tokenizer to count with and to copy (default: one built here)",
     )
+    add_template_argument(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -138,23 +151,28 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "tasks": tasks,
         "tokenizer": arguments.tokenizer,
+        "template": arguments.template or "auto",
     }
     _prepare(arguments.out, wanted, arguments.workers)
 
 
 def _prepare(out: Path, wanted: dict[str, Any], workers: int) -> None:
+    from casa_train.data.templates import read_template, resolve
     from casa_train.data.tokens import load_tokenizer, save_tokenizer
 
     name = wanted["tokenizer"]
-    given = None if name is None else load_tokenizer(name)
+    tokenizer = build_tokenizer() if name is None else load_tokenizer(name)
+    given = read_template(wanted["template"], "--template")
+    template = resolve(given, tokenizer, name or "of this recipe", "--template").template
     with writing(out, wanted) as done:
         if done:
             print(f"{out} already holds this dataset: nothing to do.")
             return
         header = {"recipe": "synthetic", "arguments": wanted}
         save_summary(out, {**header, "finished": False})
-        save_tokenizer(given or build_tokenizer(), out / "tokenizer")
-        summary = _write_splits(out, wanted, workers)
+        save_tokenizer(tokenizer, out / "tokenizer")
+        encoding = Encoding(out / "tokenizer", json.dumps(asdict(template)))
+        summary = _write_splits(out, wanted, encoding, workers)
         save_summary(out, {**header, "finished": True, **summary})
     print_summary(out, summary)
     for split, found in summary.items():
@@ -205,7 +223,9 @@ class DrawJob:
             yield Row(f"{self.split}-{i:07d}", sample.row(), sample.images)
 
 
-def _write_splits(out: Path, wanted: dict[str, Any], workers: int) -> dict[str, Any]:
+def _write_splits(
+    out: Path, wanted: dict[str, Any], encoding: Encoding, workers: int
+) -> dict[str, Any]:
     """Validation, then training without its pictures; returns what was written, by split."""
     from casa_train.data.shards import Split
 
@@ -226,7 +246,7 @@ def _write_splits(out: Path, wanted: dict[str, Any], workers: int) -> dict[str, 
             for start in range(0, size, SHARD)
         ]
         plan = SplitPlan(out / split, "finevision", split, jobs, size, "samples")
-        meta = write_split(plan, out / "tokenizer", min(workers, len(jobs)))
+        meta = write_split(plan, encoding, min(workers, len(jobs)))
         written = Split(out / split)
         tasks = Counter(written.source(i).removeprefix("synthetic_") for i in range(len(written)))
         summary[split] = {**summary_of(meta), "per_task": dict(sorted(tasks.items()))}

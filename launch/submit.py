@@ -160,7 +160,8 @@ def compose_jobs(overrides: Sequence[str], array: bool) -> list[Job]:
                         f"{swept[0]} is a list of values; expected one value for one job. Add "
                         "--array to make it a sweep."
                     )
-                return [Job(list(overrides), to_config(compose("train", list(overrides))))]
+                raw = compose("train", list(overrides))
+                return [Job(list(overrides), to_config(raw, overrides))]
             plain = [o for o in overrides if o not in swept]
             base = compose("train", plain, return_hydra_config=True)
             of_sweep = [f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()]
@@ -178,7 +179,7 @@ def compose_jobs(overrides: Sequence[str], array: bool) -> list[Job]:
                 with open_dict(raw):
                     directory = job_directory(raw.name, combination)
                     raw.run_dir = f"{base.hydra.sweep.dir}/{directory}"
-                jobs.append(Job(list(combination), to_config(raw)))
+                jobs.append(Job(list(combination), to_config(raw, combination)))
             return jobs
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error

@@ -1,13 +1,13 @@
-"""From question and answer pairs with literal placeholders to turns with image slots."""
+"""From what was said, with literal placeholders for images, to turns with image slots."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from casa_train.data.sample import RATINGS, ImageSlot, Part, Turn
+from casa_train.data.sample import RATINGS, Begin, ImageSlot, Part, Turn
 
 PLACEHOLDER = "<image>"
 USER_ROLES = ("user", "human")
@@ -22,12 +22,36 @@ class BadRow(ValueError):
         self.reason = reason
 
 
-class Exchange(NamedTuple):
-    """A question, its answer and its ratings, as a source has them."""
+class Said(NamedTuple):
+    """A message before an answer; `role` is "system" or "user"."""
 
-    user: str
+    role: str
+    text: str
+
+
+class Exchange(NamedTuple):
+    """An answer, what was said before it, and its ratings, as a source has them.
+
+    :param said: nothing where an answer follows the one before.
+    """
+
+    said: tuple[Said, ...]
     assistant: str
     ratings: tuple[int, ...] = (0,) * len(RATINGS)
+
+    def count(self, placeholder: str) -> int:
+        """How often users wrote a placeholder."""
+        return sum(one.text.count(placeholder) for one in self.said if one.role == "user")
+
+    def replace(self, old: str, new: str) -> Exchange:
+        """The exchange with other words in what was said."""
+        said = tuple(Said(one.role, one.text.replace(old, new)) for one in self.said)
+        return self._replace(said=said)
+
+
+def asked(user: str, assistant: str, ratings: tuple[int, ...] = (0,) * len(RATINGS)) -> Exchange:
+    """A question and its answer."""
+    return Exchange((Said("user", user),), assistant, ratings)
 
 
 def build_turns(
@@ -43,9 +67,11 @@ def build_turns(
     :param mended: receives the names of what was put right.
     :raises BadRow: without a single non-empty turn.
     """
-    placeholders = sum(exchange.user.count(PLACEHOLDER) for exchange in exchanges)
+    placeholders = sum(exchange.count(PLACEHOLDER) for exchange in exchanges)
     literal = 0 < images == placeholders
-    if (placeholders and not literal) or any(PLACEHOLDER in e.assistant for e in exchanges):
+    elsewhere = [e.assistant for e in exchanges]
+    elsewhere += [said.text for e in exchanges for said in e.said if said.role != "user"]
+    if (placeholders and not literal) or any(PLACEHOLDER in text for text in elsewhere):
         mended.add("placeholder_removed")
     turns, left = _turns(exchanges, images, literal)
     if left and turns:  # they stood in an empty last turn
@@ -63,29 +89,59 @@ def _turns(
     """The non-empty turns, and the image slots that none of them shows."""
     remaining = iter(range(images))
     carried = [] if literal else [ImageSlot(i) for i in remaining]
+    system: list[tuple[str, list[Part]]] = []  # of turns that were dropped
     turns: list[Turn] = []
-    for user, assistant, ratings in exchanges:
-        parts: list[Part] = []
-        pieces = user.split(PLACEHOLDER) if literal else [user.replace(PLACEHOLDER, "")]
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                parts.append(ImageSlot(next(remaining)))
-            if piece.strip():
-                parts.append(piece.strip())
+    answered = False  # whether the answer before this one was kept
+    for said, assistant, ratings in exchanges:
+        messages = [
+            *system,
+            *((role, _parts(role, text, remaining, literal)) for role, text in said),
+        ]
+        users = [parts for role, parts in messages if role == "user"]
+        asks = any(isinstance(part, str) for parts in users for part in parts)
         answer = assistant.replace(PLACEHOLDER, "").strip()
-        if not answer or not any(isinstance(part, str) for part in parts):
-            # The turn goes, but its images do not shift: the next kept turn shows them.
-            carried += [part for part in parts if isinstance(part, ImageSlot)]
+        answered = bool(answer) and (asks if users else answered)
+        if not answered:
+            # The turn goes, but its images do not shift: the next question shows them.
+            carried += [p for parts in users for p in parts if isinstance(p, ImageSlot)]
+            system = [message for message in messages if message[0] == "system"]
             continue
-        turns.append(Turn((*carried, *parts), answer, ratings))
-        carried = []
+        if users:
+            users[0][:0] = carried
+            carried = []
+        turns.append(Turn(_joined(messages), answer, ratings))
+        system = []
     return turns, carried
+
+
+def _parts(role: str, text: str, images: Iterator[int], literal: bool) -> list[Part]:
+    """A message's text, and in a user's the images that its placeholders stand for."""
+    parts: list[Part] = []
+    shows = literal and role == "user"
+    for i, piece in enumerate(
+        text.split(PLACEHOLDER) if shows else [text.replace(PLACEHOLDER, "")]
+    ):
+        if i > 0:
+            parts.append(ImageSlot(next(images)))
+        if piece.strip():
+            parts.append(piece.strip())
+    return parts
+
+
+def _joined(messages: Sequence[tuple[str, list[Part]]]) -> tuple[Part, ...]:
+    """Messages as the parts of one turn; empty ones are left out."""
+    out: list[Part] = []
+    for role, parts in messages:
+        if parts and (out or role != "user"):
+            out.append(Begin(role))
+        out += parts
+    return tuple(out)
 
 
 def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchange]:
     """Exchanges of a list of messages: {role, content}, {from, value}, or both with nulls.
 
-    Messages of one side in a row are joined, a system prompt goes in front of the first question.
+    Every message stays one of its own, also several of one side in a row.
 
     :param mended: receives the names of what was put right.
     :raises BadRow: no list of messages, or an unknown role.
@@ -93,30 +149,30 @@ def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchang
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         found = type(conversations).__name__
         raise BadRow("no_turns", f"'conversations' of sample {key} is {found}, expected a list")
-    exchanges: list[tuple[list[str], list[str]]] = []
+    exchanges: list[Exchange] = []
+    said: list[Said] = []
     for message in conversations:
         if not isinstance(message, Mapping):
             mended.add("empty_turn_dropped")
             continue
         role, text = _message(message)
+        text = text.strip()
         if not role and not text:
             mended.add("empty_turn_dropped")
         elif role == "system" or role in USER_ROLES:
-            if not exchanges or exchanges[-1][1]:
-                exchanges.append(([], []))
-            elif exchanges[-1][0] and role != "system":
-                mended.add("messages_joined")
-            exchanges[-1][0].append(text)
+            if text:
+                said.append(Said("system" if role == "system" else "user", text))
+            else:
+                mended.add("empty_turn_dropped")
         elif role in ASSISTANT_ROLES:
-            if not exchanges:
-                mended.add("empty_turn_dropped")  # an answer to nothing
-                continue
-            if exchanges[-1][1]:
-                mended.add("messages_joined")
-            exchanges[-1][1].append(text)
+            if any(one.role == "user" for one in said) or (exchanges and text and not said):
+                exchanges.append(Exchange(tuple(said), text))
+                said = []
+            else:
+                mended.add("empty_turn_dropped")  # an answer to nothing, or an empty one more
         else:
             raise BadRow("unknown_role", f"sample {key} has a message from {role!r}")
-    return [Exchange(_join(user), _join(assistant)) for user, assistant in exchanges]
+    return exchanges
 
 
 def _message(message: Mapping[str, Any]) -> tuple[str, str]:
@@ -127,10 +183,6 @@ def _message(message: Mapping[str, Any]) -> tuple[str, str]:
             return role.strip().lower(), text
     role = message.get("role") or message.get("from")
     return (role.strip().lower() if isinstance(role, str) else ""), ""
-
-
-def _join(texts: list[str]) -> str:
-    return "\n".join(text.strip() for text in texts if text.strip())
 
 
 def safe_path(key: str, value: Any) -> str:

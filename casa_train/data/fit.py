@@ -69,10 +69,9 @@ class Fit:
         # Captions of a live video stand between its frames: without a frame two of them would
         # meet, and be other tokens than the index counted.
         self.frames_may_go = split.meta["schema"] != "live_whisperx"
-        # The template's share is linear in turns and images; three probes give its coefficients.
-        self.base = processor.text_tokens([], [], 0)
-        self.per_turn = processor.text_tokens([0], [0], 0) - self.base
-        self.per_image = processor.text_tokens([], [], 1) - self.base
+        # The index has the turns; what opens a conversation and stands around images comes on top.
+        self.base = processor.opening_tokens()
+        self.per_image = len(processor.pre_image_tokens) + len(processor.post_image_tokens)
 
     def lengths(self, count: int | None = None) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """Text and image tokens of every sample as it will be trained, two (samples,) int32 arrays.
@@ -104,7 +103,7 @@ class Fit:
             _segment_sums(kept, at) for kept, at in ((turns, offsets), (shown, image_offsets))
         )
         text = _segment_sums((user.astype(np.int64) + answers) * turns, offsets)
-        text += self.base + self.per_turn * turn_counts + self.per_image * image_counts
+        text += self.base + self.per_image * image_counts
         images = _segment_sums(tokens * shown, image_offsets)
         text, images, turn_counts = (values[:count] for values in (text, images, turn_counts))
         empty = turn_counts == 0
@@ -124,7 +123,7 @@ class Fit:
         turns = self._turns(row)
         for count in range(len(turns), 0, -1):  # the longest beginning that fits
             sizes = [size for _, shown in turns[:count] for size in shown]
-            fixed = self.base + self.per_turn * count + sum(text for text, _ in turns[:count])
+            fixed = self.base + sum(text for text, _ in turns[:count])
             fitted = self._fit_images(sizes, self.budgets[0] - fixed, spare=count == 1)
             if fitted is not None:
                 kept, max_pixels = fitted

@@ -127,7 +127,7 @@ def encode_sample(
     loaded = [
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
-    follows = sample.follows if sample.video else ()
+    follows = tuple(encoded.follows) if any(encoded.follows) else ()
     return EncodedSample(encoded.ids, encoded.answer, encoded.points, loaded, follows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +17,22 @@ class ImageSlot:
     index: int
 
 
-Part = str | ImageSlot
+@dataclass(frozen=True)
+class Begin:
+    """A place in a turn where another message begins; `role` is "system" or "user"."""
+
+    role: str
+
+
+Part = str | ImageSlot | Begin
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer.
+    """One answer and what was said before it.
 
-    :param user: text interleaved with image slots; empty where an answer needs no question.
+    :param user: text interleaved with image slots, a user's message unless it opens with `Begin`;
+        empty where an answer follows the one before, or nothing.
     :param assistant: the whole answer as text.
     :param ratings: one for each of `RATINGS`; 0 where the source rates nothing.
     :param live: an answer that goes on while frames arrive (live captioning): the frames
@@ -67,39 +75,50 @@ class Sample:
     video: bool = False
     mended: tuple[str, ...] = ()
 
-    @property
-    def follows(self) -> tuple[bool, ...]:
-        """For each image, whether it is a frame of the same video as the image before it."""
-        return tuple(self.video and i > 0 for i in range(len(self.images)))
-
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
         """The conversation as the processor's messages (casa.md section 8).
 
-        Frames with no text between them are one part of type "video".
-
         :param images: what to put into the image slots, by index; None leaves every slot empty.
         """
+        return messages_of(self.turns, self.video, lambda i: None if images is None else images[i])
 
-        def content(parts: tuple[Part, ...]) -> list[dict[str, Any]]:
-            out: list[dict[str, Any]] = []
-            for part in parts:
-                if isinstance(part, str):
-                    out.append({"type": "text", "text": part})
-                    continue
-                image = None if images is None else images[part.index]
-                if not self.video:
-                    out.append({"type": "image", "image": image})
-                elif out and out[-1]["type"] == "video":
-                    out[-1]["video"].append(image)
-                else:
-                    out.append({"type": "video", "video": [image]})
-            return out
 
-        messages: list[dict[str, Any]] = []
-        for turn in self.turns:
-            messages.append({"role": "user", "content": content(turn.user)})
-            messages.append({"role": "assistant", "content": content(turn.answer)})
-        return messages
+def messages_of(
+    turns: Iterable[Turn], video: bool, image: Callable[[int], Any]
+) -> list[dict[str, Any]]:
+    """Turns as the processor's messages. Frames with no text between them are one part of "video".
+
+    :param video: whether the images are the frames of one video.
+    :param image: what to put into the image slot of this index.
+    """
+    messages: list[dict[str, Any]] = []
+
+    def say(role: str) -> list[dict[str, Any]]:
+        content: list[dict[str, Any]] = []
+        messages.append({"role": role, "content": content})
+        return content
+
+    def fill(role: str, parts: tuple[Part, ...]) -> None:
+        content = None if parts and isinstance(parts[0], Begin) else say(role)
+        for part in parts:
+            if isinstance(part, Begin):
+                content = say(part.role)
+                continue
+            assert content is not None
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            elif not video:
+                content.append({"type": "image", "image": image(part.index)})
+            elif content and content[-1]["type"] == "video":
+                content[-1]["video"].append(image(part.index))
+            else:
+                content.append({"type": "video", "video": [image(part.index)]})
+
+    for turn in turns:
+        if turn.user:
+            fill("user", turn.user)
+        fill("assistant", turn.answer)
+    return messages
 
 
 def keep_images(sample: Sample, kept: Collection[int]) -> Sample:

@@ -8,7 +8,7 @@ from typing import Any
 from casa_train.data.conversation import (
     PLACEHOLDER,
     BadRow,
-    Exchange,
+    asked,
     build_turns,
     exchanges_of,
 )
@@ -36,7 +36,7 @@ def finevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sam
     mended: set[str] = set()
     ratings = [_ratings(row.get(f"{name}_ratings"), len(texts), mended) for name in RATINGS]
     exchanges = [
-        Exchange(_text(turn, "user"), _text(turn, "assistant"), tuple(rated))
+        asked(_text(turn, "user"), _text(turn, "assistant"), tuple(rated))
         for turn, *rated in zip(texts, *ratings, strict=True)
     ]
     turns = build_turns(key, exchanges, len(images), mended)
@@ -52,7 +52,7 @@ def llava_onevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -
     mended: set[str] = set()
     conversations = row.get("conversations")
     exchanges = exchanges_of(key, conversations, mended)
-    if not images and any(PLACEHOLDER in exchange.user for exchange in exchanges):
+    if not images and any(exchange.count(PLACEHOLDER) for exchange in exchanges):
         raise BadRow("missing_image", f"sample {key} asks about an image, column 'image' is empty")
     source = row.get("data_source")
     if not isinstance(source, str) or not source:

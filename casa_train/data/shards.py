@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import webdataset
 
-from casa_train.data.sample import RATINGS, ImageSlot, Part, Sample
+from casa_train.data.sample import RATINGS, Sample
 from casa_train.data.schemas import MODALITIES, SCHEMAS, BadRow
 from casa_train.data.shard_index import (
     INDEX_FILE,
@@ -40,31 +40,31 @@ from casa_train.data.shard_index import (
     write_index,
     write_part,
 )
+from casa_train.data.tokens import TurnTokens
 from casa_train.errors import UserError
 from casa_train.files import sha256, sync_file, write_atomic
 from casa_train.modeling.image_processing_casa import ImageError, read_header
 
 META_FILE = "meta.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNCOUNTED = 2  # the same but for the counts of tokens, which knew no chat template
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # the others' are their names
 OPEN_SHARDS = 64  # files that a process keeps open
 
-CountTokens = Callable[[str], int]
+Count = Callable[[Sample], TurnTokens]
 
 
 class Shard:
     """Writes one tar shard and its index part. Nothing is finished before `finish`.
 
     :param number: of the shard, from 0; a shard of that number is overwritten.
-    :param count_tokens: text -> number of tokens, without special tokens.
+    :param count: the tokens of a sample; `tokens.TurnCounter`.
     """
 
-    def __init__(
-        self, directory: Path, number: int, schema: str, count_tokens: CountTokens
-    ) -> None:
+    def __init__(self, directory: Path, number: int, schema: str, count: Count) -> None:
         self.directory, self.number = directory, number
         self.schema = schema
-        self.count_tokens = count_tokens
+        self.count = count
         self.skipped: Counter[str] = Counter()
         self.mended: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ class Shard:
                 raise BadRow("bad_key", f"{key!r} cannot name a tar member, or does already")
             sample = SCHEMAS[self.schema](key, row, images)
             headers = [_header(key, i, data) for i, data in enumerate(images)]
-            tokens = count_turns(sample, self.count_tokens)
+            tokens = self.count(sample)
         except BadRow as error:
             self.skipped[error.reason] += 1
             return False
@@ -97,7 +97,8 @@ class Shard:
         self._tar.write(members)
         self._keys.add(key)
         self.mended.update(sample.mended)
-        turn_of = {i: number for number, turn in enumerate(sample.turns) for i in turn.images}
+        if tokens.special:
+            self.mended["special_tokens_as_text"] += 1
         self._rows.append(
             {
                 "key": key,
@@ -105,12 +106,9 @@ class Shard:
                 "shard": 0,
                 "widths": [width for _, width, _ in headers],
                 "heights": [height for _, _, height in headers],
-                "image_turns": [turn_of[i] for i in range(len(images))],
-                **tokens,
-                **{
-                    name: [turn.ratings[i] for turn in sample.turns]
-                    for i, name in enumerate(RATINGS)
-                },
+                "user_tokens": tokens.user,
+                "assistant_tokens": tokens.assistant,
+                **turn_columns(sample),
             }
         )
         return True
@@ -170,21 +168,20 @@ class ShardWriter:
     In a directory where an unfinished writer was ended, it goes on after the last finished shard.
 
     :ivar consumed: rows given to `write` that the finished shards cover; skip as many.
-    :param count_tokens: text -> number of tokens, without special tokens.
-    :param tokenizer_fingerprint: what identifies that tokenizer; training refuses another one.
+    :param count: the tokens of a sample; `tokens.TurnCounter`.
+    :param fingerprints: of what counts; training refuses others.
     """
 
     def __init__(
         self,
         directory: Path,
         schema: str,
-        count_tokens: CountTokens,
-        tokenizer_fingerprint: str,
+        count: Count,
+        fingerprints: Mapping[str, str],
         samples_per_shard: int = 2000,
     ) -> None:
         self.directory, self.schema = directory, schema
-        self.count_tokens = count_tokens
-        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.count, self.fingerprints = count, fingerprints
         self.samples_per_shard = samples_per_shard
         self._skipped: Counter[str] = Counter()
         self.consumed = number = 0
@@ -193,7 +190,7 @@ class ShardWriter:
             self._skipped.update(shard["skipped"])
             number += 1
         self._seen = self.consumed
-        self._shard = Shard(directory, number, schema, count_tokens)
+        self._shard = Shard(directory, number, schema, count)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -211,15 +208,13 @@ class ShardWriter:
     def close(self) -> int:
         """Finishes the last shard, writes index and meta; returns the number of samples."""
         self._next_shard()
-        meta = finish_split(
-            self.directory, self._shard.number, self.schema, self.tokenizer_fingerprint
-        )
+        meta = finish_split(self.directory, self._shard.number, self.schema, self.fingerprints)
         return int(meta["samples"])
 
     def _next_shard(self) -> None:
         self._shard.finish({"rows": self._seen})
         self._skipped.update(self._shard.skipped)
-        self._shard = Shard(self.directory, self._shard.number + 1, self.schema, self.count_tokens)
+        self._shard = Shard(self.directory, self._shard.number + 1, self.schema, self.count)
 
 
 def shard_name(number: int) -> str:
@@ -244,12 +239,12 @@ def finish_split(
     directory: Path,
     shards: int,
     schema: str,
-    tokenizer_fingerprint: str,
+    fingerprints: Mapping[str, str],
     origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Makes index and meta file out of `shards` finished shards; the parts go.
 
-    :param tokenizer_fingerprint: what identifies the tokenizer; training refuses another one.
+    :param fingerprints: of what counts (`TurnCounter.fingerprints`); training refuses others.
     :param origin: `dataset` and `subset`, by which double counting is found.
     :return: the content of the meta file.
     """
@@ -270,7 +265,7 @@ def finish_split(
         "schema": schema,
         "modality": MODALITIES[schema],
         "origin": dict(origin or {}),
-        "tokenizer_fingerprint": tokenizer_fingerprint,
+        **fingerprints,
         **{name: sum(part[name] for part in parts) for name in ("samples", "images")},
         "text_tokens": sum(part["text_tokens"] for part in parts),
         **{name: dict(sorted(total.items())) for name, total in totals.items()},
@@ -284,22 +279,29 @@ def finish_split(
 
 
 def recount(
-    split: Split, directory: Path, count_tokens: CountTokens, tokenizer_fingerprint: str
+    split: Split, directory: Path, count: Count, fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Makes another index of a split, with the lengths of another tokenizer, in a new directory.
+    """Makes another index of a split, with the lengths of another tokenizer or chat template.
 
-    The shards are linked, not copied.
+    It goes to a new directory; the shards are linked, not copied.
 
     :return: the content of the meta file.
     :raises BadRow: a sample that cannot be read.
     """
     directory.mkdir(parents=True, exist_ok=True)
     counts: dict[str, list[list[int]]] = {"user_tokens": [], "assistant_tokens": []}
+    special = 0
+    columns: dict[str, list[list[int]]] = {"image_turns": [], **{name: [] for name in RATINGS}}
     for row in range(len(split)):
-        for name, values in count_turns(split.read(row, with_images=False), count_tokens).items():
-            counts[name].append(values)
+        sample = split.read(row, with_images=False)
+        tokens = count(sample)
+        special += tokens.special
+        counts["user_tokens"].append(tokens.user)
+        counts["assistant_tokens"].append(tokens.assistant)
+        for name, values in turn_columns(sample).items():  # an older index may know other turns
+            columns[name].append(values)
     table = split.index
-    for name, lists in counts.items():
+    for name, lists in {**counts, **columns}.items():
         field = INDEX_SCHEMA.field(name)
         table = table.set_column(
             INDEX_SCHEMA.get_field_index(name), field, pa.array(lists, field.type)
@@ -309,9 +311,12 @@ def recount(
         link = directory / shard["name"]
         link.unlink(missing_ok=True)
         link.symlink_to((split.directory / shard["name"]).resolve())
+    mended = {**split.meta["mended"], "special_tokens_as_text": special}
     meta = {
         **split.meta,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "format": FORMAT_VERSION,
+        **fingerprints,
+        "mended": {name: n for name, n in sorted(mended.items()) if n},
         "text_tokens": sum(sum(values) for lists in counts.values() for values in lists),
         "index_sha256": sha256(directory / INDEX_FILE),
     }
@@ -319,22 +324,13 @@ def recount(
     return meta
 
 
-def count_turns(sample: Sample, count_tokens: CountTokens) -> dict[str, list[int]]:
-    """Tokens of question and answer of each turn, every piece encoded alone.
-
-    :raises BadRow: a text that the tokenizer refuses.
-    """
-
-    def count(parts: Sequence[Part]) -> int:
-        return sum(count_tokens(part) for part in parts if not isinstance(part, ImageSlot))
-
-    try:
-        return {
-            "user_tokens": [count(turn.user) for turn in sample.turns],
-            "assistant_tokens": [count(turn.answer) for turn in sample.turns],
-        }
-    except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
-        raise BadRow("bad_text", f"sample {sample.key} cannot be tokenized: {error}") from error
+def turn_columns(sample: Sample) -> dict[str, list[int]]:
+    """The columns of the index that say something of every turn, or of the turn of every image."""
+    turn_of = {i: number for number, turn in enumerate(sample.turns) for i in turn.images}
+    return {
+        "image_turns": [turn_of[i] for i in range(len(sample.images))],
+        **{name: [turn.ratings[i] for turn in sample.turns] for i, name in enumerate(RATINGS)},
+    }
 
 
 def _header(key: str, i: int, data: bytes) -> tuple[str, int, int]:
@@ -352,12 +348,13 @@ class Split:
     The index stays on disk and is read by memory map, so any number of processes share it. Pickles
     as its path; what was validated once is not validated again.
 
+    :param uncounted: take a split of an earlier version, too, to count its tokens anew.
     :raises UserError: a missing or empty directory, or an index that does not match its shards.
     """
 
-    def __init__(self, directory: Path, check: bool = True) -> None:
+    def __init__(self, directory: Path, check: bool = True, uncounted: bool = False) -> None:
         self.directory = Path(directory)
-        self.meta = self._read_meta()
+        self.meta = self._read_meta(uncounted)
         self.index = self._read_index(check)
         columns = {n: self.index.column(n).chunk(0) for n in INDEX_SCHEMA.names}
         self._keys, self._sources = columns["key"], columns["source"]
@@ -386,6 +383,17 @@ class Split:
     @property
     def tokenizer_fingerprint(self) -> str:
         return str(self.meta["tokenizer_fingerprint"])
+
+    @property
+    def turns_fingerprint(self) -> str:
+        """Identifies how the chat template makes tokens of turns."""
+        return str(self.meta["turns_fingerprint"])
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """Fields of the chat template that its tokens were counted with."""
+        fields: dict[str, Any] = json.loads(self.meta.get("template", "{}"))
+        return fields
 
     @property
     def modality(self) -> str:
@@ -470,7 +478,7 @@ class Split:
             self._files.popitem(last=False)[1].close()
         return self._files[shard]
 
-    def _read_meta(self) -> dict[str, Any]:
+    def _read_meta(self, uncounted: bool) -> dict[str, Any]:
         path = self.directory / META_FILE
         if not path.is_file():
             state = "is empty or unfinished" if self.directory.is_dir() else "does not exist"
@@ -483,6 +491,15 @@ class Split:
             meta: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}); run the recipe again.") from error
+        if meta.get("format") == UNCOUNTED and meta.get("schema") in SCHEMAS:
+            if uncounted:
+                return meta
+            raise UserError(
+                f"{path} was written before lengths had the chat template in them: count its "
+                f"tokens anew with 'python -m data_recipes retokenize --data {self.directory} "
+                "--tokenizer NAME --out NEW' (images stay where they are) and point the "
+                "configuration at NEW."
+            )
         if meta.get("format") != FORMAT_VERSION or meta.get("schema") not in SCHEMAS:
             raise UserError(
                 f"{path}: format {meta.get('format')!r} with schema {meta.get('schema')!r}; this "

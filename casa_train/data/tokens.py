@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
+from casa_train.checkpoint.export import is_export
+from casa_train.data.conversation import BadRow
+from casa_train.data.sample import Sample
 from casa_train.errors import UserError
-from casa_train.modeling.processing_casa import portable_tokenizer_config
+from casa_train.files import EXPORT_MARKER
+from casa_train.modeling.processing_casa import (
+    CasaProcessor,
+    ChatTemplate,
+    portable_tokenizer_config,
+)
 
 PROBE = "The quick brown fox, 3.14 + 27 = ?\n  Ärger über Öl; 東京 <b>x</b>"
 
 
 def load_tokenizer(name: str) -> Any:
-    """A fast Hugging Face tokenizer from a directory or a hub id.
+    """A fast Hugging Face tokenizer from a directory or a hub id, without running code from there.
 
-    :raises UserError: when nothing loadable is found there.
+    :raises UserError: when nothing loadable is found there, or nothing without its own code.
     """
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise UserError(
@@ -25,9 +36,18 @@ def load_tokenizer(name: str) -> Any:
             "data "
             "first (the synthetic recipe writes DIR/tokenizer) or set model.tokenizer."
         )
+    # Left unsaid, transformers would ask whether to run code, and wait, on every rank. The code of
+    # our own exports is trusted where somebody named the directory; a tokenizer needs no other.
+    ours = (Path(name) / EXPORT_MARKER).is_file()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=ours)
     except Exception as error:  # OSError, ValueError or a network error, by transformers version
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"tokenizer {name!r} comes with code of its own, which is not run; expected a "
+                "tokenizer that needs none. Copy its tokenizer.json and tokenizer_config.json, "
+                "without entries auto_map, into a directory and name that."
+            ) from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"tokenizer {name!r} cannot be loaded: {first_line}") from error
 
@@ -47,6 +67,72 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of one piece of text, encoded alone and without special tokens."""
-    return len(tokenizer.encode(text, add_special_tokens=False))
+def turns_fingerprint(processor: CasaProcessor) -> str:
+    """sha256 over the ids of probe turns: the same where every turn has the same number of tokens.
+
+    What opens a conversation is left out: it is counted when a run starts.
+    """
+    digest = hashlib.sha256()
+    image: dict[str, Any] = {"type": "image", "image": None}
+    for words in ("probe", " \n" + PROBE + " \n"):
+        text = {"type": "text", "text": words}
+        for asked in ([text], [image, text], [text, image, image, text]):
+            turn: list[dict[str, Any]] = [
+                {"role": "system", "content": words},
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": words},
+            ]
+            for messages in (turn, turn[1:]):
+                encoded = processor.encode(messages * 2)
+                ids = encoded.ids[slice(*encoded.turn_ends)]
+                digest.update(repr((ids, sum(encoded.answer))).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TurnTokens:
+    """The length of a conversation.
+
+    :param user: for each turn what it has beside its answer and what stands around images: text,
+        and the template's share; :param assistant: its answer and the end token.
+    :param special: whether a text spells a special token.
+    """
+
+    user: list[int]
+    assistant: list[int]
+    special: bool
+
+
+class TurnCounter:
+    """Counts the tokens of samples as training encodes them.
+
+    :ivar fingerprints: what identifies the counts, for the meta file of a split; the template's
+        fields are there for readers.
+    """
+
+    def __init__(self, processor: CasaProcessor) -> None:
+        self.processor = processor
+        self.fingerprints = {
+            "tokenizer_fingerprint": tokenizer_fingerprint(processor.tokenizer),
+            "turns_fingerprint": turns_fingerprint(processor),
+            "template": json.dumps(ChatTemplate(**processor.template).given()),
+        }
+
+    @classmethod
+    def open(cls, tokenizer: str, template: Mapping[str, Any]) -> TurnCounter:
+        """:param template: the fields of a `ChatTemplate`."""
+        return cls(CasaProcessor(load_tokenizer(tokenizer), template=dict(template)))
+
+    def __call__(self, sample: Sample) -> TurnTokens:
+        """:raises BadRow: a text that the tokenizer refuses."""
+        try:
+            turns = self.processor.turn_tokens(sample.messages())
+        except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
+            detail = f"sample {sample.key} cannot be tokenized: {error}"
+            raise BadRow("bad_text", detail) from error
+        texts = (p for t in sample.turns for p in (*t.user, *t.answer) if isinstance(p, str))
+        return TurnTokens(
+            [read for read, _ in turns],
+            [learned for _, learned in turns],
+            any(self.processor.holds_special(text) for text in texts),
+        )

@@ -37,12 +37,10 @@ def llava_video(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sa
     mended: set[str] = set()
     exchanges = exchanges_of(key, row.get("conversations"), mended)
     # One placeholder stands for the whole video; build_turns is given it for each frame.
-    exchanges = [e._replace(user=e.user.replace("<video>", PLACEHOLDER)) for e in exchanges]
+    exchanges = [e.replace("<video>", PLACEHOLDER) for e in exchanges]
     _check_frames(key, row, images)
-    first = next((i for i, e in enumerate(exchanges) if PLACEHOLDER in e.user), None)
-    if first is not None and sum(e.user.count(PLACEHOLDER) for e in exchanges) == 1:
-        user = exchanges[first].user.replace(PLACEHOLDER, PLACEHOLDER * len(images))
-        exchanges[first] = exchanges[first]._replace(user=user)
+    if sum(e.count(PLACEHOLDER) for e in exchanges) == 1:
+        exchanges = [e.replace(PLACEHOLDER, PLACEHOLDER * len(images)) for e in exchanges]
     turns = build_turns(key, exchanges, len(images), mended)
     source = row.get("data_source") or row.get("subset")
     if not isinstance(source, str):

@@ -10,45 +10,49 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from casa_train.data.sample import ImageSlot, Sample
+from casa_train.data.sample import ImageSlot, Sample, Turn, keep_images, messages_of
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 
-# A question in the words of the processor: a user's content with the images filled in.
-Content = list[dict[str, Any]]
 Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a held-out sample."""
+    """The first turn of a held-out sample.
+
+    :param turn: with its images renumbered from 0.
+    :param video: whether they are the frames of one video.
+    """
 
     id: str
     source: str
-    parts: tuple[str | ImageSlot, ...]
-    reference: str
+    turn: Turn
     images: tuple[bytes, ...]
+    video: bool = False
 
     @property
     def text(self) -> str:
-        return " ".join(part for part in self.parts if isinstance(part, str))
+        return question_text(self.turn)
+
+    @property
+    def reference(self) -> str:
+        return self.turn.assistant
 
     def messages(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
         """As the processor takes it, showing `images` in the question's slots, in order."""
-        shown = iter(images)
-        content: Content = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image", "image": next(shown)}
-            for part in self.parts
-        ]
-        return [{"role": "user", "content": content}]
+        return messages_of([self.turn], self.video, images.__getitem__)[:-1]
+
+
+def question_text(turn: Turn) -> str:
+    """What is asked in a turn, as one text."""
+    return " ".join(part for part in turn.user if isinstance(part, str))
 
 
 def readable(split: Split, skipped: Counter[str]) -> Iterator[Sample]:
@@ -88,11 +92,14 @@ def question_of(key: str, sample: Sample) -> Question | None:
 
     :raises ImageError: an image that cannot be used.
     """
-    turn = sample.turns[0]
-    images = tuple(sample.images[p.index] for p in turn.user if isinstance(p, ImageSlot))
-    for image in images:
+    first = sample.turns[0]
+    shown = [part.index for part in first.user if isinstance(part, ImageSlot)]
+    if not shown:
+        return None
+    asked = keep_images(replace(sample, turns=(first,)), shown)
+    for image in asked.images:
         CasaImageProcessor().load(image)
-    return Question(key, sample.source, turn.user, turn.assistant, images) if images else None
+    return Question(key, sample.source, asked.turns[0], asked.images, sample.video)
 
 
 def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[bytes, ...]]:
@@ -124,7 +131,7 @@ def best_guesses(training: Iterable[Sample], questions: Sequence[Question]) -> l
     by_family: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in training:
         turn = sample.turns[0]
-        text = " ".join(part for part in turn.user if isinstance(part, str))
+        text = question_text(turn)
         by_text[text][turn.assistant] += 1
         by_family[sample.source][turn.assistant] += 1
     guesses = []

@@ -114,7 +114,7 @@ def open_held_out(config: Config, processor: CasaProcessor, world: int) -> HeldO
         pack_all(items, fits, data.text_tokens, data.image_tokens, world),
         Materializer(splits, processor, data.text_tokens, data.image_tokens, fits),
         _digest(items, splits),
-        next(iter(processor.asst_end_tokens), processor.tokenizer.eos_token_id),
+        processor.answer_end_token,
     )
 
 
@@ -226,15 +226,14 @@ def answer_spans(places: Sequence[int], targets: Sequence[int], end: int | None)
     """Positions of each answer among a sample's answer tokens, in order.
 
     :param places: the row of the text that predicts each token: an answer's follow one another.
-    :param targets: those tokens; what stands behind an end token, such as a line break of the
-        template, is never generated and counts with no answer.
+    :param targets: those tokens; :param end: the token that an answer ends with.
     """
-    starts = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1] + 1]
-    spans = []
-    for start, stop in itertools.pairwise([*starts, len(places)]):
-        ends = (i + 1 for i in range(start, stop) if targets[i] == end)
-        spans.append(range(start, next(ends, stop)))
-    return spans
+    starts = [
+        i
+        for i in range(len(places))
+        if i == 0 or places[i] != places[i - 1] + 1 or targets[i - 1] == end
+    ]
+    return [range(*bounds) for bounds in itertools.pairwise([*starts, len(places)])]
 
 
 def _by_source(

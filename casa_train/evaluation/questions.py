@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Questions:
         processor: CasaProcessor,
         config: Config,
     ) -> None:
-        self.processor, self.end = processor, held_out.end
+        self.processor = processor
+        self.ends = {held_out.end, processor.tokenizer.eos_token_id}
         self.max_new_tokens = config.evaluation.max_new_tokens
         self.budgets = config.data.text_tokens, config.data.image_tokens
         self.skipped: Counter[str] = Counter()
@@ -79,7 +81,7 @@ class Questions:
         for asked in self._batches():
             batch = self._tokenize([a.messages for a in asked]).to(device)
             for ids in greedy(forward, batch, self.max_new_tokens):
-                said = ids[: ids.index(self.end)] if self.end in ids else ids
+                said = list(itertools.takewhile(lambda i: i not in self.ends, ids))
                 answers.append(self.processor.decode(said, skip_special_tokens=True).strip())
             beat()
         return [
@@ -102,7 +104,7 @@ class Questions:
             question = question_of(f"{name}/{sample.key}", sample)
             if question is None:
                 return None
-            messages = sample.messages(list(sample.images))[:1]
+            messages = question.messages(question.images)
             batch = self._tokenize([messages])
         except (BadRow, ImageError) as error:
             self.skipped[error.reason] += 1

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from casa_train.checkpoint.export import MARKER
 from casa_train.config import ExportConfig
+from casa_train.files import EXPORT_MARKER
 from casa_train.run_directory import EXPORT_LOG, EXPORTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,7 @@ class BackgroundExports:
 def _exported_step(target: Path) -> int | None:
     """The step of the export that stands there; None where there is no export."""
     try:
-        step = json.loads((target / MARKER).read_text())["step"]
+        step = json.loads((target / EXPORT_MARKER).read_text())["step"]
     except (OSError, ValueError, KeyError):
         return None
     return int(step)

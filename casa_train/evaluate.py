@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from casa_train.checkpoint.export import MARKER
 from casa_train.checkpoint.loading import load_model, load_processor
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
@@ -30,7 +29,7 @@ from casa_train.evaluation.exact_match import (
 from casa_train.evaluation.reads import image_reads
 from casa_train.export import export as write_export
 from casa_train.export import find_checkpoint, load_run_config
-from casa_train.files import sha256, write_atomic
+from casa_train.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import EVALUATION_FILE
 from casa_train.sweep import run_directories
@@ -44,7 +43,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     :raises UserError: no export, or no validation questions with images.
     """
     config = load_run_config(run)
-    if not (export / MARKER).is_file():
+    if not (export / EXPORT_MARKER).is_file():
         raise UserError(
             f"{export} is not an export; name one with --export (a run keeps its own in "
             f"{run / 'exports'}), or write one with 'python -m casa_train.export {run} --out "
@@ -78,7 +77,7 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     )
     result = {
         "export": str(export),
-        "step": _step(export / MARKER),
+        "step": _step(export / EXPORT_MARKER),
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
@@ -99,7 +98,7 @@ def evaluate_sweep(sweep: Path, only: str = "*") -> int:
     for run in run_directories(sweep, only):
         try:
             step = find_checkpoint(run, None).step
-            if _step(run / "export" / MARKER) != step:
+            if _step(run / "export" / EXPORT_MARKER) != step:
                 write_export(run, run / "export")
             done = "already evaluated"
             if _step(run / EVALUATION_FILE) != step:

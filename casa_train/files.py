@@ -6,6 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
+EXPORT_MARKER = "casa_train_export.json"
+"""The file by which an export of this project is known."""
+
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file's content."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from casa_train.errors import UserError
 
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
@@ -29,8 +31,12 @@ TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VISUAL = re.compile(r"(model\.)?visual\.")
 # Tables that older checkpoints carry along; they are computed, never loaded.
 COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+# A row a token.
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 # What to do about tensors that do not fit.
 SIZES = "Expected its own sizes: leave model.*.config fields to the checkpoint."
+# What has a row for every token.
+BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -43,14 +49,25 @@ class Account:
     new: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # settings of an export that this run changes
+    # Embedding and head that gained rows: how many there are there, how many here.
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def line(self) -> str:
         """For the start of a run."""
         new = f", {len(self.new)} newly initialised" if self.new else ""
         unused = f", {len(self.unused)} of the checkpoint unused" if self.unused else ""
         changed = f"; {', '.join(self.changed)}" if self.changed else ""
+        for name, (old, rows) in self.resized.items():
+            changed += f"; {name} has {rows} rows instead of {old}, new ones start as their mean"
         loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
-        return f"{self.part}: {loaded}{new}{unused}{changed}"
+        resized = ""
+        if self.resized:
+            before, after = next(iter(self.resized.values()))
+            resized = (
+                f"; {' and '.join(sorted(self.resized))} from {before} to {after} rows, the new "
+                "ones the mean of the others"
+            )
+        return f"{self.part}: {loaded}{new}{unused}{resized}{changed}"
 
 
 class Pretrained:
@@ -71,6 +88,12 @@ class Pretrained:
     @property
     def names(self) -> list[str]:
         return list(self._files)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json holds, if there is one."""
+        there = (self.directory / GENERATION).is_file()
+        return self._json(GENERATION) if there else {}
 
     def shapes(self) -> dict[str, list[int]]:
         """The shape of every tensor, from the files' headers.
@@ -203,26 +226,39 @@ class Stored:
 
     def __init__(self) -> None:
         self._places: dict[str, tuple[Pretrained, str]] = {}
+        self._rows: dict[str, int] = {}
 
-    def add(self, pretrained: Pretrained, places: dict[str, str]) -> None:
-        """:param places: parameter name -> name in the checkpoint."""
+    def add(
+        self, pretrained: Pretrained, places: dict[str, str], rows: Mapping[str, int] | None = None
+    ) -> None:
+        """:param places: parameter name -> name in the checkpoint.
+        :param rows: by parameter name, how many rows those have that are stored with fewer.
+        """
         self._places.update({name: (pretrained, place) for name, place in places.items()})
+        self._rows.update(rows or {})
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def read(self, name: str) -> Tensor:
-        """The stored value of a parameter, mapped from its file."""
+        """The stored value of a parameter, mapped from its file; new rows are the others' mean."""
         pretrained, place = self._places[name]
-        return pretrained.tensor(place)
+        value = pretrained.tensor(place)
+        if name in self._rows:
+            mean = value.float().mean(0, keepdim=True).to(value.dtype)
+            value = torch.cat([value, mean.expand(self._rows[name] - len(value), -1)])
+        return value
 
 
-def find_backbone(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+def find_backbone(
+    model: Any, pretrained: Pretrained, stored: Stored, resize: bool = False
+) -> Account:
     """Finds `model.*` and `lm_head.weight`; what the plain backbone has not keeps its own start.
 
     Of a Qwen2.5-VL checkpoint it takes the language model, whatever this mechanism has room for.
 
     :param model: the model, on any device: only names and shapes count.
+    :param resize: whether embedding and head may have more rows than the checkpoint's.
     :raises UserError: missing, unexpected or misshapen tensors.
     """
     names: dict[str, str] = {}
@@ -240,7 +276,7 @@ def find_backbone(model: Any, pretrained: Pretrained, stored: Stored) -> Account
         if name.startswith(("model.", "lm_head."))
         and (".fusion." not in name or _adopted(model, name))
     }
-    account = _find(parameters, pretrained, "backbone", names, stored)
+    account = _find(parameters, pretrained, "backbone", names, stored, resize=resize)
     account.unused = sorted(unused)
     account.new = sorted(
         name
@@ -268,7 +304,9 @@ def find_vision(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
     return account
 
 
-def find_export(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+def find_export(
+    model: Any, pretrained: Pretrained, stored: Stored, resize: bool = False
+) -> Account:
     """Finds every parameter in an export of this project, for a later stage of training.
 
     :raises UserError: missing, unexpected or misshapen tensors.
@@ -294,7 +332,8 @@ def find_export(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
     ]
     names = {name: name for name in pretrained.names}
     hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
-    account = _find(dict(model.named_parameters()), pretrained, "model", names, stored, hint)
+    parameters = dict(model.named_parameters())
+    account = _find(parameters, pretrained, "model", names, stored, hint, resize)
     account.changed = changed
     return account
 
@@ -306,6 +345,7 @@ def _find(
     names: dict[str, str],
     stored: Stored,
     hint: str = SIZES,
+    resize: bool = False,
 ) -> Account:
     """Adds to `stored` where every one of the parameters lies.
 
@@ -313,6 +353,7 @@ def _find(
     :param hint: what to do if they do not fit.
     """
     places: dict[str, str] = {}
+    resized: dict[str, tuple[int, int]] = {}
     problems: list[str] = []
     shapes = pretrained.shapes()
     for name, target in names.items():
@@ -324,6 +365,10 @@ def _find(
             continue
         places[target] = name
         expected = list(parameter.shape)
+        if resize and target in ROWS and shapes[name][1:] == expected[1:]:
+            if shapes[name][0] < expected[0]:
+                resized[target] = shapes[name][0], expected[0]
+                continue
         if shapes[name] != expected:
             problems.append(f"{name} has shape {shapes[name]}, expected {expected}")
     problems += [f"missing {name}" for name in sorted(set(parameters) - set(places))]
@@ -333,5 +378,5 @@ def _find(
             f"{pretrained.setting}: {pretrained.name} does not fit the {part} in {len(problems)} "
             f"tensors: {shown}. {hint}"
         )
-    stored.add(pretrained, places)
-    return Account(part, pretrained.name, loaded=sorted(places))
+    stored.add(pretrained, places, {name: rows for name, (_, rows) in resized.items()})
+    return Account(part, pretrained.name, loaded=sorted(places), resized=resized)

@@ -15,8 +15,8 @@ import pytest
 from transformers import AutoConfig
 
 from casa_train.background_exports import BackgroundExports
-from casa_train.checkpoint.export import MARKER
 from casa_train.config import ExportConfig
+from casa_train.files import EXPORT_MARKER
 from casa_train.metrics.sinks import read_metrics
 from casa_train.report import report
 from tests.commands import ROOT, TINY, environment, on_data, run, train_command
@@ -54,9 +54,9 @@ def exported(run_dir: Path) -> dict[str, int]:
     """The step of each export, by name; each loads as a user would load it."""
     found = {}
     for path in sorted(run_dir.glob("exports/*")):
-        if (path / MARKER).is_file():
+        if (path / EXPORT_MARKER).is_file():
             AutoConfig.from_pretrained(path, trust_remote_code=True)
-            found[path.name] = int(json.loads((path / MARKER).read_text())["step"])
+            found[path.name] = int(json.loads((path / EXPORT_MARKER).read_text())["step"])
     return found
 
 

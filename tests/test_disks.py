@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from casa_train.checkpoint.export import MARKER
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config import CheckpointConfig, Config, TrainerConfig
 from casa_train.disk_room import check_room, check_writable, checkpoint_bytes, saves_left
 from casa_train.errors import UserError
-from casa_train.files import write_atomic
+from casa_train.files import EXPORT_MARKER, write_atomic
 from casa_train.leaving import EXIT_REQUEUE
 from casa_train.lines import LineFile, warn
 from casa_train.metrics.sinks import JsonlSink, read_metrics
@@ -218,7 +217,7 @@ def test_an_export_on_a_full_disk_leaves_the_earlier_one(disk: Path) -> None:
     (disk / "export").rename(disk / "export_stale")
     with pytest.raises(UserError, match="earlier export is as it was"):
         write_tiny_export(disk / "export")
-    assert (disk / "export" / MARKER).is_file()
+    assert (disk / "export" / EXPORT_MARKER).is_file()
     filler.empty()
     write_tiny_export(disk / "export")
     assert sorted(p.name for p in disk.iterdir()) == ["export"]

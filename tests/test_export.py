@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casa_train.assemble import build_model, build_processor, part_sizes
-from casa_train.checkpoint.export import MARKER
 from casa_train.checkpoint.gate import check_export
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluate import evaluate_run
 from casa_train.export import gate_conversations, load_model_config, load_run_config
+from casa_train.files import EXPORT_MARKER
 from casa_train.report import report
 from tests import stranger
 from tests.commands import TINY, environment, on_data, run, train_command
@@ -124,7 +124,7 @@ def test_the_export_is_complete_and_described(
     card = (export / "README.md").read_text()
     for words in ("2512.19535", mechanism, "MIT", "synthetic", "hidden_size: 32", "Licences"):
         assert words.lower() in card.lower()
-    provenance = json.loads((export / MARKER).read_text())
+    provenance = json.loads((export / EXPORT_MARKER).read_text())
     assert provenance["step"] == 3
     config = json.loads((export / "config.json").read_text())
     assert config["text_config"]["rope_theta"] == 10000.0

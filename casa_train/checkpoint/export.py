@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from casa_train.errors import UserError
-from casa_train.files import sync_file
+from casa_train.files import EXPORT_MARKER, sync_file
 
 ARCHITECTURE = "modeling_casa.CasaForConditionalGeneration"
 AUTO_MAP = {
@@ -23,7 +23,6 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": ARCHITECTURE,
 }
 PROCESSOR_MAP = {"AutoProcessor": "processing_casa.CasaProcessor"}
-MARKER = "casa_train_export.json"
 
 
 def write_export(
@@ -52,7 +51,9 @@ def write_export(
     # transformers turns the directory's name into a Python module: a dot would break the import.
     temporary, stale = (out.with_name(out.name + ending) for ending in ("_unfinished", "_stale"))
     try:
-        if (stale / MARKER).is_file() and not out.exists():  # killed between the renames below
+        if (
+            stale / EXPORT_MARKER
+        ).is_file() and not out.exists():  # killed between the renames below
             os.rename(stale, out)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -66,7 +67,7 @@ def write_export(
         for file in temporary.iterdir():  # safetensors files are made readable by their owner only
             file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        (temporary / MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
+        (temporary / EXPORT_MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_file(file)
@@ -89,6 +90,11 @@ def write_export(
     return verdict
 
 
+def is_export(directory: Path) -> bool:
+    """Whether `write_export` finished a directory, with this project's own code in it."""
+    return (directory / MARKER).is_file()
+
+
 def check_target(out: Path) -> None:
     """Refuses target directories that transformers cannot load from or that hold something else.
 
@@ -100,7 +106,11 @@ def check_target(out: Path) -> None:
             "imports "
             "the model code under that name."
         )
-    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if (
+        out.exists()
+        and not (out / EXPORT_MARKER).is_file()
+        and (not out.is_dir() or any(out.iterdir()))
+    ):
         raise UserError(
             f"--out {out} exists and is not an export of this program; choose another directory."
         )

@@ -30,7 +30,7 @@ from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import ALIASES, BACKBONES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
+from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.optim import fit_schedule
 from casa_train.warm_start import (
     Account,
@@ -99,13 +99,16 @@ def open_splits(
                 "or set model.tokenizer to the one it used."
             )
         if split.turns_fingerprint != turns:
-            fields = json.dumps(ChatTemplate(**processor.template).given(), ensure_ascii=False)
+            # Every field: one that is not given would be the tokenizer's own.
+            fields = json.dumps(processor.template, ensure_ascii=False)
+            count = [*"python -m data_recipes retokenize --data".split(), str(source.path)]
+            count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
+            count += ["--template", fields, "--out", "NEW"]
             raise UserError(
                 f"{section}.{name} ({source.path}) was counted with another chat template "
                 f"({split.turns_fingerprint[:12]}...) than model.template ({turns[:12]}...): count "
-                f"it anew with 'python -m data_recipes retokenize --data {source.path} --tokenizer "
-                f"NAME --template {shlex.quote(fields)} --out NEW' (images stay where they are) "
-                f"and set {section}.{name}.path=NEW, or choose the template it was counted with."
+                f"it anew with\n  {shlex.join(count)}\n(images stay where they are) and set "
+                f"{section}.{name}.path=NEW, or choose the template it was counted with."
             )
     origins = {f"{section}.{name}": split.origin for name, split in splits.items()}
     refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
@@ -150,15 +153,11 @@ def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
 
 @dataclass(frozen=True)
 class Sources:
-    """The checkpoints that a run starts from, opened; None where its part starts at random.
-
-    :param resize: whether embedding and head may have more rows than are stored.
-    """
+    """The checkpoints that a run starts from, opened; None where its part starts at random."""
 
     backbone: Pretrained | None = None
     vision: Pretrained | None = None
     whole: Pretrained | None = None
-    resize: bool = False
 
 
 def open_sources(config: Config) -> Sources:
@@ -171,9 +170,8 @@ def open_sources(config: Config) -> Sources:
         config.model.vision.pretrained,
         config.model.init_from,
     )
-    resize = config.model.backbone.resize_embeddings
     if whole is not None:
-        return Sources(whole=Pretrained(whole, "model.init_from"), resize=resize)
+        return Sources(whole=Pretrained(whole, "model.init_from"))
     if backbone is None and "model_type" not in config.model.backbone.config:
         raise UserError(
             "model.backbone names no model: model.backbone.pretrained, model.init_from and "
@@ -182,7 +180,6 @@ def open_sources(config: Config) -> Sources:
     return Sources(
         None if backbone is None else Pretrained(backbone, "model.backbone.pretrained"),
         None if vision is None else Pretrained(vision, "model.vision.pretrained"),
-        resize=resize,
     )
 
 
@@ -217,7 +214,7 @@ def describe_model(
 
     :param tokenizer: gives the vocabulary size, where nothing else does, and special tokens; None
         where only sizes matter and the vocabulary is known.
-    :raises UserError: fields that no supported model has, fewer rows than tokens.
+    :raises UserError: fields that no supported model has.
     """
     text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     model_type = text.pop("model_type", base_text.get("model_type"))
@@ -261,31 +258,6 @@ def describe_model(
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
             f"{first.rstrip('.')}. Mend it in conf/model or on the command line."
         ) from error
-
-
-def rows_for(config: Config, rows: int | None, tokens: int) -> int:
-    """Rows of the model's embedding and head.
-
-    :param rows: of the pretrained ones; None where they start at random.
-    :param tokens: of the tokenizer.
-    :raises UserError: fewer rows than tokens.
-    """
-    model = config.model
-    if rows is not None and rows < tokens and not model.backbone.resize_embeddings:
-        raise UserError(
-            f"the tokenizer {tokenizer_name(config)} has {tokens} tokens, but the embedding of "
-            f"{model.init_from or model.backbone.pretrained} has {rows} rows; set "
-            "model.backbone.resize_embeddings=true to give new tokens rows, or use the backbone's "
-            "own tokenizer (model.tokenizer)."
-        )
-    given = model.backbone.config.get("vocab_size")
-    if given is not None and given < tokens:
-        raise UserError(
-            f"model.backbone.config.vocab_size is {given}, but the tokenizer "
-            f"{tokenizer_name(config)} has {tokens} tokens; leave it out: it follows from the "
-            "tokenizer."
-        )
-    return max(rows or 0, tokens) if given is None else given
 
 
 def tokenizer_name(config: Config) -> str:

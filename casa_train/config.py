@@ -21,11 +21,6 @@ class BackboneConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
     qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
-    resize_embeddings: bool = False
-    """Whether tokens that were added to the tokenizer get rows: where it has more tokens than a
-    pretrained embedding has rows, embedding and head grow to its length, also those of
-    `model.init_from`, and new rows start as the mean of the others. Rows that a checkpoint has over
-    and above the tokenizer's tokens are used first."""
     trainable: bool = True
     """Whether embeddings, decoder layers and head train; fusion layers always do."""
     resize_embeddings: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
-from casa_train.assemble import describe_model, rows_for, tokenizer_name
+from casa_train.assemble import describe_model, tokenizer_name
 from casa_train.config import Config
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
@@ -94,11 +94,8 @@ def size_model(config: Config, notes: list[str]) -> CasaConfig:
         setting = "model.vision.pretrained"
         found = finder.find(model.vision.pretrained, setting)
         base_vision = tower_config(found, f"{setting}: {model.vision.pretrained}")
-    rows = {**base_text, **model.backbone.config}.get("vocab_size")
-    if rows is None:
+    if "vocab_size" not in {**base_text, **model.backbone.config}:
         base_text["vocab_size"] = _vocabulary(config, notes)
-    elif model.backbone.resize_embeddings and "vocab_size" in base_text:
-        base_text["vocab_size"] = _resized(config, base_text["vocab_size"], notes)
     return describe_model(config, base_text, base_vision, tokenizer=None)
 
 
@@ -179,27 +176,9 @@ class SizeFinder:
 
 def _vocabulary(config: Config, notes: list[str]) -> int:
     """The tokenizer's, where it lies on disk."""
-    tokens = _tokens(config)
-    if tokens is None:
-        notes.append(f"no tokenizer at hand: a vocabulary of {UNKNOWN_VOCABULARY:,}")
-    return tokens or UNKNOWN_VOCABULARY
-
-
-def _resized(config: Config, rows: int, notes: list[str]) -> int:
-    """Rows of the embedding once the tokens that were added to the tokenizer have theirs."""
-    tokens = _tokens(config)
-    if tokens is None:
-        notes.append(f"no tokenizer at hand: an embedding of {rows:,} rows, none for new tokens")
-        return rows
-    if tokens > rows:
-        notes.append(f"embedding and head: {rows:,} rows there, {tokens:,} with the new tokens'")
-    return rows_for(config, rows, tokens)
-
-
-def _tokens(config: Config) -> int | None:
-    """How many the tokenizer has, where it lies on disk."""
     with contextlib.suppress(UserError):
         name = tokenizer_name(config)
         if Path(name).is_dir():
             return len(load_tokenizer(name))
-    return None
+    notes.append(f"no tokenizer at hand: a vocabulary of {UNKNOWN_VOCABULARY:,}")
+    return UNKNOWN_VOCABULARY

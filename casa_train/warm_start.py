@@ -35,8 +35,6 @@ COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 # What to do about tensors that do not fit.
 SIZES = "Expected its own sizes: leave model.*.config fields to the checkpoint."
-# What has a row for every token.
-BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -60,14 +58,7 @@ class Account:
         for name, (old, rows) in self.resized.items():
             changed += f"; {name} has {rows} rows instead of {old}, new ones start as their mean"
         loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
-        resized = ""
-        if self.resized:
-            before, after = next(iter(self.resized.values()))
-            resized = (
-                f"; {' and '.join(sorted(self.resized))} from {before} to {after} rows, the new "
-                "ones the mean of the others"
-            )
-        return f"{self.part}: {loaded}{new}{unused}{resized}{changed}"
+        return f"{self.part}: {loaded}{new}{unused}{changed}"
 
 
 class Pretrained:

@@ -90,11 +90,6 @@ def write_export(
     return verdict
 
 
-def is_export(directory: Path) -> bool:
-    """Whether `write_export` finished a directory, with this project's own code in it."""
-    return (directory / MARKER).is_file()
-
-
 def check_target(out: Path) -> None:
     """Refuses target directories that transformers cannot load from or that hold something else.
 

@@ -10,9 +10,6 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModel, AutoProcessor
 
-from casa_train.checkpoint.export import MARKER, is_export
-from casa_train.errors import UserError
-
 # The older name works everywhere, with a warning from 4.56 on.
 DTYPE_OPTION = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
@@ -21,30 +18,11 @@ def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     """The model of an export, by its own remote code.
 
     :param dtype: of the parameters; "auto" is that of the files.
-    :raises UserError: a directory that is no export.
     """
-    _trust(directory)
     options: dict[str, Any] = {"trust_remote_code": True, DTYPE_OPTION: dtype}
     return AutoModel.from_pretrained(str(directory), **options)
 
 
 def load_processor(directory: Path) -> Any:
-    """The processor of an export, by its own remote code.
-
-    :raises UserError: a directory that is no export.
-    """
-    _trust(directory)
+    """The processor of an export, by its own remote code."""
     return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
-
-
-def _trust(directory: Path) -> None:
-    """Only code that this project wrote into a directory is run, and nobody is asked about other.
-
-    :raises UserError: a directory that is no export.
-    """
-    if not is_export(directory):
-        raise UserError(
-            f"{directory} is no export of this project ({MARKER} is missing), and the code of "
-            "other directories is never run. Name a directory that 'python -m casa_train.export' wrote; "
-            f"if it is a copy of one, copy {MARKER} as well."
-        )

@@ -6,6 +6,7 @@
 
 A split is tar shards with an index (`shards.py`, `shard_index.py`); rows of published datasets
 become `sample.Sample` by a schema (`schemas.py`, `video_schemas.py`, over `conversation.py`).
+`templates.py` finds the chat template that is in force, `tokens.py` counts tokens under it.
 `ratings.py` filters turns from the index, `overlap.py` knows which published subsets hold the same
 samples.
 

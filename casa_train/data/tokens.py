@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
-from casa_train.checkpoint.export import is_export
 from casa_train.data.conversation import BadRow
 from casa_train.data.sample import Sample
 from casa_train.errors import UserError
@@ -26,9 +25,9 @@ PROBE = "The quick brown fox, 3.14 + 27 = ?\n  Ärger über Öl; 東京 <b>x</b>
 
 
 def load_tokenizer(name: str) -> Any:
-    """A fast Hugging Face tokenizer from a directory or a hub id, without running code from there.
+    """A fast Hugging Face tokenizer from a directory or a hub id.
 
-    :raises UserError: when nothing loadable is found there, or nothing without its own code.
+    :raises UserError: when nothing loadable is found there.
     """
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise UserError(

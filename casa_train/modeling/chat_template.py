@@ -202,9 +202,11 @@ class RenderedText:
         else:
             self._answers = [re.compile(re.escape(template.user_end))] if template.user_end else []
         others = {template.user_start, template.system_start} - {"", template.assistant_start}
-        # What also stands in front of an image is no turn there.
-        others -= {template.image_start}
-        self._turns = [opening(literal) for literal in sorted(others)]
+        self._turns = [
+            # What also stands in front of an image is no turn there.
+            re.compile(opening(o).pattern + ("(?!<image>)" if o == template.image_start else ""))
+            for o in sorted(others)
+        ]
 
     def read(self, text: str) -> Iterator[tuple[str, str]]:
         """Cuts rendered text.

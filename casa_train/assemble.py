@@ -232,19 +232,9 @@ def describe_model(
     text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
     if tokenizer is not None:
-        text.setdefault("vocab_size", len(tokenizer))
+        text["vocab_size"] = rows_for(config, base_text.get("vocab_size"), len(tokenizer))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             text.setdefault(name, getattr(tokenizer, name))
-    rows = text.get("vocab_size", 0)
-    if tokenizer is not None and rows < len(tokenizer):
-        if not config.model.backbone.resize_embeddings:
-            raise UserError(
-                f"the tokenizer {tokenizer_name(config)} has {len(tokenizer)} tokens, the "
-                f"backbone's embedding {rows} rows; expected a row for each. Set "
-                "model.backbone.resize_embeddings=true to give the new tokens rows, or use the "
-                "backbone's own tokenizer (model.tokenizer)."
-            )
-        text["vocab_size"] = len(tokenizer)
     try:
         return CasaConfig(
             text_config={**text, "model_type": model_type},
@@ -258,6 +248,29 @@ def describe_model(
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
             f"{first.rstrip('.')}. Mend it in conf/model or on the command line."
         ) from error
+
+
+def rows_for(config: Config, rows: int | None, tokens: int) -> int:
+    """Rows of the model's embedding and head.
+
+    :param rows: of the pretrained ones; None where they start at random.
+    :param tokens: of the tokenizer.
+    :raises UserError: fewer rows than tokens.
+    """
+    backbone, name = config.model.backbone, tokenizer_name(config)
+    if rows is not None and rows < tokens and not backbone.resize_embeddings:
+        raise UserError(
+            f"the tokenizer {name} has {tokens} tokens, the backbone's embedding {rows} rows; "
+            "expected a row for each. Set model.backbone.resize_embeddings=true to give the new "
+            "tokens rows, or use the backbone's own tokenizer (model.tokenizer)."
+        )
+    given: int | None = backbone.config.get("vocab_size")
+    if given is not None and given < tokens:
+        raise UserError(
+            f"model.backbone.config.vocab_size is {given}, but the tokenizer {name} has {tokens} "
+            "tokens; leave it out: it follows from the tokenizer."
+        )
+    return max(rows or 0, tokens) if given is None else given
 
 
 def tokenizer_name(config: Config) -> str:

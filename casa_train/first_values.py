@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 HOST = torch.device("cpu")
+MEAN_ROWS = 1024  # that are added up at a time
 
 
 class Values(Protocol):
@@ -35,6 +36,23 @@ def blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]
             yield full, child
         else:
             yield from blocks(child, full)
+
+
+def with_new_rows(stored: Tensor, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy with more rows, the new ones the mean of the stored ones.
+
+    Whether a parameter may have more rows than its stored value is checked where that is found.
+
+    :param stored: (R, ...) of any dtype, R less than `rows`.
+    :return: (rows, ...) `dtype`.
+    """
+    whole = torch.empty(rows, *stored.shape[1:], device=device, dtype=dtype)
+    whole[: len(stored)].copy_(stored)
+    total = torch.zeros(stored.shape[1:], dtype=torch.float64)
+    for part in stored.split(MEAN_ROWS):  # a whole table in double precision may not fit
+        total += part.double().sum(0)
+    whole[len(stored) :].copy_(total / len(stored))
+    return whole
 
 
 class FirstValues:
@@ -76,7 +94,11 @@ class FirstValues:
                         value = getattr(module, n).to(self.device, self.dtype)
                     else:  # a copy even where nothing changes: the file must not stay mapped
                         stored = self.stored.read(f"{name}.{n}")
-                        value = stored.to(self.device, self.dtype, copy=True)
+                        if stored.shape == parameter.shape:
+                            value = stored.to(self.device, self.dtype, copy=True)
+                        else:
+                            rows = len(parameter)
+                            value = with_new_rows(stored, rows, self.device, self.dtype)
                     made = nn.Parameter(value, requires_grad=parameter.requires_grad)
                     self._made[parameter] = made
                 module.register_parameter(n, self._made[parameter])

@@ -96,6 +96,11 @@ def size_model(config: Config, notes: list[str]) -> CasaConfig:
         base_vision = tower_config(found, f"{setting}: {model.vision.pretrained}")
     if "vocab_size" not in {**base_text, **model.backbone.config}:
         base_text["vocab_size"] = _vocabulary(config, notes)
+    elif model.backbone.resize_embeddings and "vocab_size" in base_text:
+        rows, tokens = base_text["vocab_size"], _tokens(config) or 0
+        if tokens > rows:
+            notes.append(f"embedding and head: {rows:,} rows there, {tokens:,} with new tokens")
+        base_text["vocab_size"] = max(rows, tokens)
     return describe_model(config, base_text, base_vision, tokenizer=None)
 
 
@@ -176,9 +181,17 @@ class SizeFinder:
 
 def _vocabulary(config: Config, notes: list[str]) -> int:
     """The tokenizer's, where it lies on disk."""
+    tokens = _tokens(config)
+    if tokens is None:
+        notes.append(f"no tokenizer at hand: a vocabulary of {UNKNOWN_VOCABULARY:,}")
+        return UNKNOWN_VOCABULARY
+    return tokens
+
+
+def _tokens(config: Config) -> int | None:
+    """How many tokens the tokenizer has, where it lies on disk."""
     with contextlib.suppress(UserError):
         name = tokenizer_name(config)
         if Path(name).is_dir():
             return len(load_tokenizer(name))
-    notes.append(f"no tokenizer at hand: a vocabulary of {UNKNOWN_VOCABULARY:,}")
-    return UNKNOWN_VOCABULARY
+    return None

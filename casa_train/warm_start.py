@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -217,28 +216,18 @@ class Stored:
 
     def __init__(self) -> None:
         self._places: dict[str, tuple[Pretrained, str]] = {}
-        self._rows: dict[str, int] = {}
 
-    def add(
-        self, pretrained: Pretrained, places: dict[str, str], rows: Mapping[str, int] | None = None
-    ) -> None:
-        """:param places: parameter name -> name in the checkpoint.
-        :param rows: by parameter name, how many rows those have that are stored with fewer.
-        """
+    def add(self, pretrained: Pretrained, places: dict[str, str]) -> None:
+        """:param places: parameter name -> name in the checkpoint."""
         self._places.update({name: (pretrained, place) for name, place in places.items()})
-        self._rows.update(rows or {})
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def read(self, name: str) -> Tensor:
-        """The stored value of a parameter, mapped from its file; new rows are the others' mean."""
+        """The stored value of a parameter, mapped from its file."""
         pretrained, place = self._places[name]
-        value = pretrained.tensor(place)
-        if name in self._rows:
-            mean = value.float().mean(0, keepdim=True).to(value.dtype)
-            value = torch.cat([value, mean.expand(self._rows[name] - len(value), -1)])
-        return value
+        return pretrained.tensor(place)
 
 
 def find_backbone(
@@ -369,5 +358,5 @@ def _find(
             f"{pretrained.setting}: {pretrained.name} does not fit the {part} in {len(problems)} "
             f"tensors: {shown}. {hint}"
         )
-    stored.add(pretrained, places, {name: rows for name, (_, rows) in resized.items()})
+    stored.add(pretrained, places)
     return Account(part, pretrained.name, loaded=sorted(places), resized=resized)

@@ -16,10 +16,12 @@ from hydra import compose, initialize_config_dir
 from casa_train.assemble import open_sources
 from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.config import Config
+from casa_train.data.tokens import save_tokenizer
 from casa_train.dry_run import dry_run
 from casa_train.errors import UserError
 from casa_train.metrics.memory import logits_bytes, state_bytes
 from casa_train.sizes import RECORDED
+from data_recipes.synthetic import build_tokenizer
 from tests.commands import environment, run
 
 
@@ -146,6 +148,21 @@ def test_a_directory_comes_before_recorded_sizes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**sizes, "num_hidden_layers": 3}))
     told = report("+experiment=helium_casa", f"model.backbone.pretrained={tmp_path}")
     assert "casa in 3 of 3 blocks" in told and f"{tmp_path}: from its" in told.replace("\n    ", "")
+
+
+def test_rows_of_added_tokens_count(tmp_path: Path) -> None:
+    sizes = json.loads(RECORDED.read_text())["kyutai/helium-1-2b"]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**sizes, "vocab_size": 500}))
+    tokenizer = build_tokenizer()
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    base = [f"model.backbone.pretrained={tmp_path}/base", f"model.tokenizer={tmp_path}/tokenizer"]
+    plain = report("+experiment=helium_casa", *base)
+    told = report("+experiment=helium_casa", *base, "model.backbone.resize_embeddings=true")
+    tied = sizes.get("tie_word_embeddings", False)
+    rows = (1 if tied else 2) * (len(tokenizer) - 500)
+    assert number(told, "total", 0) - number(plain, "total", 0) == 2048 * rows
+    assert "500 rows there, 512 with new tokens" in told
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.tiny import (
     random_image,
     sample_layouts,
     tiny_model,
+    tiny_text_config,
 )
 from tests.variants import (
     VARIANTS,
@@ -45,6 +47,27 @@ def greedy_check(
     mask = torch.cat([batch["attention_mask"], torch.ones(len(out), new, dtype=torch.long)], 1)
     logits = model(**{**batch, "input_ids": out, "attention_mask": mask}).logits
     assert torch.equal(logits[:, first - 1 : -1].argmax(-1), out[:, first:])
+
+
+@pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+def test_several_ends_are_carried_and_each_ends_an_answer(backbone: str, tmp_path: Path) -> None:
+    """As Llama 3 and Qwen publish theirs, without a token that begins or pads."""
+    text = tiny_text_config(backbone, eos_token_id=[7, 9])
+    model = tiny_model(text_config=text)
+    model.save_pretrained(tmp_path)
+    again = CasaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for config in (again.config, again.config.text_config, again.generation_config):
+        assert config.eos_token_id == [7, 9]
+        assert config.bos_token_id is None and config.pad_token_id is None
+    ids = torch.arange(5)[None]
+    free = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    third = int(free[0, 7])
+    stop = int((free[0, 5:] == third).nonzero()[0]) + 6
+    for ends in ([VOCABULARY - 1, third], [third, VOCABULARY - 1]):
+        again.generation_config.eos_token_id = ends
+        assert torch.equal(
+            again.generate(input_ids=ids, max_new_tokens=4, do_sample=False), free[:, :stop]
+        )
 
 
 @every_variant

@@ -15,7 +15,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     HeliumConfig,
     LlamaConfig,
@@ -38,7 +37,7 @@ from casa_train.config import Config
 from casa_train.data.tokens import load_tokenizer, save_tokenizer
 from casa_train.errors import UserError
 from casa_train.export import export
-from casa_train.first_values import HOST, FirstValues, blocks
+from casa_train.first_values import HOST, FirstValues, blocks, with_new_rows
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.warm_start import INDEX, SINGLE, Account, Stored
 from data_recipes.__main__ import main as recipes
@@ -64,13 +63,11 @@ VISION = {
 }
 
 
-def save_backbone(
-    path: Path, kind: str, tied: bool, shard: str = "10GB", **more: Any
-) -> PreTrainedModel:
-    """A tiny language model, saved as the hub would hold it; `more` are fields of its config."""
+def save_backbone(path: Path, kind: str, tied: bool, shard: str = "10GB") -> PreTrainedModel:
+    """A tiny language model, saved as the hub would hold it."""
     torch.manual_seed(1)
     extra = {"head_dim": 12} if kind == "helium" else {}
-    config = BACKBONES[kind](**{**SIZES, **extra, **more}, tie_word_embeddings=tied)
+    config = BACKBONES[kind](**SIZES, **extra, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -303,15 +300,32 @@ def test_added_tokens_without_rows_are_one_clear_message(
     grown_tokenizer(data_dir, tmp_path / "grown", 129)
     overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
     overrides += [f"model.vision.pretrained={qwen_vl}", f"model.tokenizer={tmp_path / 'grown'}"]
-    with pytest.raises(UserError) as caught:
-        started(configured(data_dir, *overrides))
-    words = f"{tmp_path / 'grown'} has 641 tokens, the backbone's embedding 640 rows"
-    assert words in str(caught.value)
-    assert "model.backbone.resize_embeddings=true" in str(caught.value)
+    resize, given = "model.backbone.resize_embeddings=true", "+model.backbone.config.vocab_size="
+    for more in ([], [given + "641"]):  # whatever vocab_size says, the way out is the same
+        with pytest.raises(UserError) as caught:
+            started(configured(data_dir, *overrides, *more))
+        words = f"{tmp_path / 'grown'} has 641 tokens, the backbone's embedding 640 rows"
+        assert words in str(caught.value) and resize in str(caught.value)
+    with pytest.raises(UserError, match="vocab_size is 640, but .* 641 tokens; leave it out"):
+        started(configured(data_dir, *overrides, resize, given + "640"))
+    model, _ = started(configured(data_dir, *overrides, resize, given + "704"))
+    assert len(model.model.embed_tokens.weight) == 704  # more rows than tokens, where asked for
     # Rows that a padded vocabulary has to spare are taken as they are.
     grown_tokenizer(data_dir, tmp_path / "spare", 128)
     model, _ = started(configured(data_dir, *overrides, f"model.tokenizer={tmp_path / 'spare'}"))
     assert model.config.text_config.vocab_size == 640
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_are_not_made_in_the_checkpoint_s_precision(dtype: torch.dtype) -> None:
+    """2,999 rows in parts that do not divide them, far from 0, where sums in bf16 would stall."""
+    table = (3 + torch.randn(2999, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    whole = with_new_rows(table, 3001, HOST, torch.float32)
+    assert torch.equal(whole[:2999], table.float())
+    expected = table.double().mean(0).float().expand(2, 8)
+    torch.testing.assert_close(whole[2999:], expected, rtol=1e-6, atol=0)
+    half = with_new_rows(table, 3001, HOST, torch.bfloat16)
+    assert torch.equal(half[2999:], expected.bfloat16())
 
 
 @pytest.mark.slow
@@ -347,145 +361,6 @@ def test_added_tokens_train_resume_export_and_grow_again(
     assert "lm_head.weight has 645 rows instead of 643" in done.stdout
     assert "note: model.backbone.trainable is false, so the rows of new tokens stay" in done.stdout
     assert size == 645
-
-
-# ------------------------------------------------------------------------------ added tokens
-
-TOKENS = 512  # of the rendered dataset's tokenizer
-ROWS = 500  # of a backbone that knows fewer
-RESIZE = "model.backbone.resize_embeddings=true"
-
-
-def add_tokens(tokenizer: Path, out: Path, *tokens: str) -> Path:
-    """A copy of a tokenizer that gained tokens."""
-    gained = load_tokenizer(str(tokenizer))
-    assert gained.add_tokens(list(tokens)) == len(tokens)
-    save_tokenizer(gained, out)
-    return out
-
-
-def grown(plain: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """What transformers makes of a model with so many rows, the new ones the mean of the others."""
-    tables = [plain.get_input_embeddings().weight, plain.get_output_embeddings().weight]
-    means = [table.detach().mean(0) for table in tables]
-    before = len(tables[0])
-    plain.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():
-        plain.get_input_embeddings().weight[before:] = means[0]
-        plain.get_output_embeddings().weight[before:] = means[1]
-    return plain
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", sorted(BACKBONES))
-def test_new_tokens_start_as_the_mean_of_the_others(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path, kind: str, tied: bool
-) -> None:
-    shard = "10GB" if tied else "100KB"
-    plain = save_backbone(tmp_path / "base", kind, tied, shard, vocab_size=ROWS)
-    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}", RESIZE]
-    overrides += [f"model.vision.pretrained={qwen_vl}"]
-    model, (backbone, _) = started(configured(data_dir, *overrides))
-    old = plain.get_input_embeddings().weight.detach().clone()
-    grown(plain, TOKENS)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert torch.equal(model.model.embed_tokens.weight[:ROWS], old)
-    ours, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
-    for name, parameter in theirs.items():
-        torch.testing.assert_close(ours[name], parameter, rtol=0, atol=1e-7)
-    ids = torch.arange(TOKENS - 40, TOKENS).view(2, 20)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        torch.testing.assert_close(logits, plain(ids).logits, rtol=0, atol=1e-5)
-    assert logits.shape[-1] == model.config.text_config.vocab_size == TOKENS
-    named = ["lm_head.weight"] * (not tied) + ["model.embed_tokens.weight"]
-    assert sorted(backbone.resized) == named
-    assert f"{' and '.join(named)} from {ROWS} to {TOKENS} rows" in backbone.line()
-    assert len(backbone.loaded) == len(theirs) and not backbone.notes
-    # Frozen, new rows would stay what they are, and the start says so.
-    _, (backbone, _) = started(configured(data_dir, *overrides, "model.backbone.trainable=false"))
-    assert "12 new rows never train" in "".join(backbone.notes)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_means_are_not_made_in_the_checkpoint_s_precision(dtype: torch.dtype) -> None:
-    """2,999 rows in blocks that do not divide them, far from zero, where bf16 sums would stall."""
-    table = (3 + torch.randn(2999, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
-    whole = with_new_rows(table, 3001, HOST, torch.float32)
-    assert torch.equal(whole[:2999], table.float())
-    expected = table.double().mean(0).float().expand(2, 8)
-    torch.testing.assert_close(whole[2999:], expected, rtol=1e-6, atol=0)
-    half = with_new_rows(table, 3001, HOST, torch.bfloat16)
-    assert torch.equal(half[2999:], expected.bfloat16())
-
-
-@pytest.mark.parametrize("rows", [TOKENS, 640])
-def test_padded_vocabularies_stay_as_they_are(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path, rows: int
-) -> None:
-    plain = save_backbone(tmp_path / "base", "llama", tied=False, vocab_size=rows)
-    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}", RESIZE]
-    overrides += [f"model.vision.pretrained={qwen_vl}", "model.backbone.trainable=false"]
-    model, (backbone, _) = started(configured(data_dir, *overrides))
-    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
-    assert not backbone.resized and not backbone.notes and "rows" not in backbone.line()
-
-
-def test_a_tokenizer_with_more_tokens_than_rows_is_one_clear_message(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path
-) -> None:
-    save_backbone(tmp_path / "base", "llama", tied=True, vocab_size=ROWS)
-    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
-    overrides += [f"model.vision.pretrained={qwen_vl}"]
-    # Whatever vocab_size says, the way out is the same.
-    for given in ([], [f"+model.backbone.config.vocab_size={TOKENS}"]):
-        with pytest.raises(UserError) as caught:
-            started(configured(data_dir, *overrides, *given))
-        message = str(caught.value)
-        assert f"the tokenizer {data_dir}/tokenizer has 512 tokens" in message
-        assert f"{tmp_path / 'base'} has 500 rows" in message
-        assert RESIZE in message and "model.tokenizer" in message
-        assert "vocab_size" not in message
-    # A size that is too small for the tokenizer is another mistake.
-    with pytest.raises(UserError, match="config.vocab_size is 505.*has 512 tokens.*leave it out"):
-        small = "+model.backbone.config.vocab_size=505"
-        started(configured(data_dir, *overrides, RESIZE, small))
-    # More rows than tokens, a multiple of 64 say, are had by asking for both.
-    padded = "+model.backbone.config.vocab_size=576"
-    model, _ = started(configured(data_dir, *overrides, RESIZE, padded))
-    assert len(model.model.embed_tokens.weight) == 576
-    with pytest.raises(UserError, match=r"shape \[640, 48\], expected \[576, 48\]"):
-        save_backbone(tmp_path / "base", "llama", tied=True)
-        started(configured(data_dir, *overrides, RESIZE, padded))
-
-
-@pytest.mark.parametrize("kind", sorted(BACKBONES))
-def test_several_ends_and_no_padding_are_carried(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path, kind: str
-) -> None:
-    """config.json as Llama 3 and Qwen publish it, and a tokenizer that names no other token."""
-    special = {"bos_token_id": None, "eos_token_id": [4, 3], "pad_token_id": None}
-    save_backbone(tmp_path / "base", kind, tied=True, **special)
-    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
-    overrides += [f"model.vision.pretrained={qwen_vl}"]
-    overrides += [f"model.tokenizer={bare_tokenizer(data_dir, tmp_path / 'bare')}"]
-    model, _ = started(configured(data_dir, *overrides))
-    again = CasaConfig.from_dict(json.loads(model.config.to_json_string()))
-    for config in (model.config, again, model.config.text_config, again.text_config):
-        assert config.eos_token_id == [4, 3]
-        assert config.bos_token_id is None and config.pad_token_id is None
-
-
-def bare_tokenizer(data: Path, out: Path) -> Path:
-    """The dataset's tokenizer without padding, beginning and end, as base models have it."""
-    shutil.copytree(data / "tokenizer", out)
-    described = json.loads((out / "tokenizer_config.json").read_text())
-    for name in ("pad_token", "bos_token", "eos_token"):
-        del described[name]
-    (out / "tokenizer_config.json").write_text(json.dumps(described))
-    tokenizer = load_tokenizer(str(out))
-    assert tokenizer.pad_token is tokenizer.bos_token is tokenizer.eos_token is None
-    return out
 
 
 # --------------------------------------------------------------------------------- first values
@@ -621,20 +496,22 @@ def test_unusable_directories_are_named(data_dir: Path, qwen_vl: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [640, ROWS])
+@pytest.mark.parametrize("tokens", [0, 131])
 def test_every_zero_stage_starts_and_resumes_with_the_same_weights(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path, rows: int
+    data_dir: Path, qwen_vl: Path, tmp_path: Path, tokens: int
 ) -> None:
-    """Two ranks; frozen, tied and bias parameters among them, and rows of new tokens."""
-    save_backbone(tmp_path / "base", "qwen2", tied=True, vocab_size=rows)
-    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}", RESIZE]
+    """Two ranks; frozen, tied and bias parameters among them, and rows of added tokens."""
+    size = len(grown_tokenizer(data_dir, tmp_path / "grown", tokens))
+    save_backbone(tmp_path / "base", "qwen2", tied=True)
+    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
     overrides += [f"model.vision.pretrained={qwen_vl}", "model.backbone.trainable=false"]
+    overrides += [f"model.tokenizer={tmp_path / 'grown'}", "model.backbone.resize_embeddings=true"]
     out = tmp_path / "digests.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = ["--nproc_per_node=2", "-m", "tests.zero_start", str(out)]
     run([*torchrun, *script, *common(data_dir), *overrides])
     model, _ = started(configured(data_dir, *overrides))
-    assert len(model.lm_head.weight) == max(rows, TOKENS)
+    assert len(model.lm_head.weight) == max(640, size)
     found = json.loads(out.read_text())
     for dtype in (torch.float32, torch.bfloat16):
         expected = {
@@ -683,56 +560,3 @@ def test_a_later_stage_starts_from_an_export(data_dir: Path, qwen_vl: Path, tmp_
     ):
         with pytest.raises(UserError, match=words):
             started(configured(data_dir, *second, override))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_runs_with_new_tokens_resume_export_and_start_a_later_stage(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path, tied: bool
-) -> None:
-    special = {"bos_token_id": None, "eos_token_id": [4, 3], "pad_token_id": None}
-    save_backbone(tmp_path / "base", "llama", tied, vocab_size=ROWS, **special)
-    pretrained = [f"model.backbone.pretrained={tmp_path / 'base'}", RESIZE]
-    pretrained += [f"model.vision.pretrained={qwen_vl}"]
-    first = [*common(data_dir), *pretrained, f"run_dir={tmp_path / 'first'}"]
-    first += [f"model.tokenizer={bare_tokenizer(data_dir, tmp_path / 'bare')}"]
-    done = run(train_command([*first, "trainer.steps=1"]))
-    assert f"from {ROWS} to {TOKENS} rows" in done.stdout
-    done = run(
-        train_command([*first, "trainer.steps=2", "checkpoint.resume_allow=[trainer.steps]"])
-    )
-    assert "resuming from" in done.stdout and "rows" not in done.stdout
-    assert "export gate: 3 conv" in export(tmp_path / "first", tmp_path / "stage1")
-    config = json.loads((tmp_path / "stage1" / "config.json").read_text())
-    assert config["text_config"]["vocab_size"] == TOKENS
-    assert config["text_config"]["eos_token_id"] == [4, 3]
-    weights = load_file(tmp_path / "stage1" / "model.safetensors")
-    assert ("lm_head.weight" in weights) != tied
-    # A later stage, whose tokenizer and data gained tokens, from shards.
-    AutoModel.from_pretrained(tmp_path / "stage1", trust_remote_code=True).save_pretrained(
-        tmp_path / "sharded", max_shard_size="100KB"
-    )
-    for file in (tmp_path / "sharded").glob("*.safetensors*"):
-        shutil.copy(file, tmp_path / "stage1")
-    (tmp_path / "stage1" / SINGLE).unlink()
-    tokens = ("<|look|>", "<|point|>", "<|wait|>")
-    tokenizer = add_tokens(data_dir / "tokenizer", tmp_path / "gained", *tokens)
-    retokenize = ["--data", str(data_dir), "--out", str(tmp_path / "data"), "--workers", "1"]
-    assert recipes(["retokenize", *retokenize, "--tokenizer", str(tokenizer)]) == 0
-    second = [f"model.init_from={tmp_path / 'stage1'}", "model.backbone.trainable=false"]
-    with pytest.raises(UserError, match=rf"has 515 tokens.*stage1 has {TOKENS} rows.*{RESIZE}"):
-        started(configured(tmp_path / "data", *second))
-    model, (account,) = started(configured(tmp_path / "data", *second, RESIZE))
-    assert f"from {TOKENS} to 515 rows" in account.line()
-    for name, parameter in model.named_parameters():
-        expected = weights[name]
-        if name in account.resized:
-            expected = torch.cat([expected, expected.mean(0, keepdim=True).expand(3, -1)])
-        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-7)
-    second += [*common(tmp_path / "data"), RESIZE, f"run_dir={tmp_path / 'second'}"]
-    done = run(train_command([*second, "trainer.steps=1"]))
-    assert f"from {TOKENS} to 515 rows" in done.stdout and "3 new rows never train" in done.stdout
-    assert "export gate: 3 conv" in export(tmp_path / "second", tmp_path / "stage2")
-    loaded = AutoModel.from_pretrained(tmp_path / "stage2", trust_remote_code=True)
-    assert len(loaded.get_output_embeddings().weight) == loaded.config.text_config.vocab_size == 515
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied

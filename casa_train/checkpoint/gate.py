@@ -91,6 +91,7 @@ def _generation_gap(model: Any, batch: dict[str, Any]) -> float:
     ends = model.generation_config.eos_token_id
     for position in range(prompt.shape[1], out.shape[1]):
         row = full[position - 1].clone()
-        row[ends] = float("-inf")  # min_new_tokens forbids the end here, too
+        if ends is not None:
+            row[ends] = float("-inf")  # min_new_tokens forbids the end here, too
         gap = max(gap, float(row.max() - row[out[0, position]]))
     return gap

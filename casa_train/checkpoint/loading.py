@@ -10,6 +10,9 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModel, AutoProcessor
 
+from casa_train.errors import UserError
+from casa_train.files import EXPORT_MARKER
+
 # The older name works everywhere, with a warning from 4.56 on.
 DTYPE_OPTION = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
@@ -18,11 +21,30 @@ def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     """The model of an export, by its own remote code.
 
     :param dtype: of the parameters; "auto" is that of the files.
+    :raises UserError: a directory that is no export.
     """
+    _trust(directory)
     options: dict[str, Any] = {"trust_remote_code": True, DTYPE_OPTION: dtype}
     return AutoModel.from_pretrained(str(directory), **options)
 
 
 def load_processor(directory: Path) -> Any:
-    """The processor of an export, by its own remote code."""
+    """The processor of an export, by its own remote code.
+
+    :raises UserError: a directory that is no export.
+    """
+    _trust(directory)
     return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
+
+
+def _trust(directory: Path) -> None:
+    """Only code that this project wrote into a directory is run.
+
+    :raises UserError: a directory that is no export.
+    """
+    if not (directory / EXPORT_MARKER).is_file():
+        raise UserError(
+            f"{directory} is no export of this project ({EXPORT_MARKER} is missing), and the code "
+            "of other directories is never run. Name a directory that 'python -m "
+            f"casa_train.export' wrote; if it is a copy of one, copy {EXPORT_MARKER} as well."
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from casa_train.data.conversation import BadRow
 from casa_train.data.sample import Sample
@@ -35,11 +35,13 @@ def load_tokenizer(name: str) -> Any:
             "data "
             "first (the synthetic recipe writes DIR/tokenizer) or set model.tokenizer."
         )
-    # Left unsaid, transformers would ask whether to run code, and wait, on every rank. The code of
-    # our own exports is trusted where somebody named the directory; a tokenizer needs no other.
+    # Left unsaid, transformers would ask whether to run code, and wait, on every rank. An export's
+    # tokenizer is a plain one: its config.json only names the model's code, which every rank would
+    # copy into the same cache and import for nothing.
     ours = (Path(name) / EXPORT_MARKER).is_file()
+    known = {"config": PretrainedConfig()} if ours else {}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=ours)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **known)
     except Exception as error:  # OSError, ValueError or a network error, by transformers version
         if "trust_remote_code" in str(error):
             raise UserError(

@@ -104,10 +104,12 @@ def template_fields(values: Any, overrides: Sequence[str]) -> Any:
 
     :raises UserError: a name that is no template's.
     """
-    if isinstance(values, str):
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
         from casa_train.data.templates import read_template  # loads torch
 
-        return read_template(values, "model.template")
+        return read_template(str(values), "model.template")
     if "trim" not in values:  # of a run of an earlier version: what it does not name was empty
         texts = {f.name: "" for f in fields(TemplateConfig) if str(f.type).startswith("str")}
         values = {**texts, "system_always": False, "trim": [], **values}

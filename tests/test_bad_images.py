@@ -20,7 +20,7 @@ from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.mixture import SourceSize
 from casa_train.data.plan import Planner, PlanSettings, PlanSource
-from casa_train.data.shards import ShardWriter, Split
+from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.modeling.image_processing_casa import (
     CasaImageProcessor,
@@ -31,6 +31,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.run_directory import Quarantine
 from tests.bad_images import REFUSED, USABLE, encoded, exif, half, halves, noise, png, zeros
 from tests.commands import TEMPLATE
+from tests.counting import writer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 MEMORY = Path("/proc/self/status")
@@ -160,11 +161,8 @@ def processor(data_dir: Path) -> CasaProcessor:
 
 def write_dataset(directory: Path, processor: CasaProcessor) -> Split:
     """Samples of one image each, every third of an unusual kind that must not be lost."""
-    encode = processor.tokenizer.encode
     usable = [make() for make, _ in USABLE.values()]
-    writer = ShardWriter(
-        directory, "finevision", lambda text: len(encode(text, add_special_tokens=False)), "t", 25
-    )
+    writer = writer_for(processor, directory, per_shard=25)
     for i in range(SAMPLES):
         turned = {"exif": exif(6)} if i % 2 else {}
         data = usable[i // 3 % len(usable)] if i % 3 == 0 else encoded(noise(50, 40), **turned)

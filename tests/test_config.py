@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf, open_dict
 
 from casa_train.__main__ import run
-from casa_train.compose import CONF_DIR, to_config
-from casa_train.config import Config, fingerprint, flatten, run_fields
+from casa_train.assemble import build_processor
+from casa_train.compose import CONF_DIR, compose_config, to_config
+from casa_train.config import Config, TemplateConfig, fingerprint, flatten, run_fields
 from casa_train.errors import UserError
-from tests.commands import ROOT, TINY, on_data
+from casa_train.modeling.processing_casa import ChatTemplate
+from tests.commands import ROOT, TEMPLATE, TINY, on_data
 
 
 def composed(*overrides: str) -> Config:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_config(compose("train", overrides=list(overrides)))
+        return to_config(compose("train", overrides=list(overrides)), overrides)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,8 @@ def test_every_field_is_documented_and_read() -> None:
         for f in fields(cls):
             at = next(i for i, line in enumerate(lines) if line.startswith(f"    {f.name}:"))
             assert lines[at + 1].startswith('    """'), f"{cls.__name__}.{f.name} has no docstring"
-            assert f".{f.name}" in code, f"{cls.__name__}.{f.name} is never read"
+            read = f".{f.name}" in code or f'_pieces["{f.name}"]' in code  # of a template
+            assert read, f"{cls.__name__}.{f.name} is never read"
             nested = f.default_factory() if callable(f.default_factory) else None
             if is_dataclass(nested):
                 walk(type(nested))
@@ -97,7 +101,7 @@ def message_of(
         (["fusion.init=zeros"], ["fusion.init", "'zeros'", "zero_output"]),
         (["model.backbone.config.model_type=gpt2"], ["'gpt2' is not supported", "llama"]),
         (["model.backbone.config.model_type=llamaa"], ["llamaa"]),
-        (["+model.backbone.config.vocab_size=10"], ["vocab_size is 10", "tokenizer has"]),
+        (["+model.backbone.config.vocab_size=10"], ["vocab_size is 10", "has 512 tokens"]),
         (
             ["model.backbone.config.model_type=helium"],
             ["2 heads of head_dim 128 and hidden_size 32", "set head_dim to 16"],
@@ -111,6 +115,10 @@ def message_of(
         (['model.template.bos="<eos>"'], ["special token '<eos>'"]),
         (['model.template.user_start="<｜User｜>"'], ["special token '<｜User｜>'"]),
         (["model.template.bos=<|bos|>"], ["model.template.bos=<|bos|>", "quotes"]),
+        (
+            ['model.template.user_start="<|user|>\\n"'],
+            ["another chat template", "retokenize", r'"user_start": "<|user|>\n"'],
+        ),
         (["model.tokenizer=/nowhere"], ["/nowhere", "neither a directory nor a hub id"]),
         (["data.sources.synthetic.path=/nowhere"], ["/nowhere", "does not exist", "data_recipes"]),
         (["data.text_tokens=4"], ["data.text_tokens is 4", "smallest samples need"]),
@@ -154,8 +162,105 @@ def test_mistakes_are_named(
 
 
 def test_fields_left_open_are_named() -> None:
-    with pytest.raises(UserError, match=r"model.template.assistant_end, .* must be given"):
-        composed("model=pretrained")
+    paths = [f"data.{part}.synthetic.path" for part in ("sources", "validation")]
+    with pytest.raises(UserError, match=f"{paths[0]}, {paths[1]} must be given"):
+        composed(*(f"{path}=???" for path in paths))
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+READY = sorted((CONF_DIR / "model" / "template").glob("*.yaml"))
+
+
+def test_a_template_has_the_same_fields_everywhere() -> None:
+    assert {f.name for f in fields(TemplateConfig)} == {f.name for f in fields(ChatTemplate)}
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_ready_template_leaves_nothing_to_the_tokenizer(path: Path) -> None:
+    """But for `auto`, which leaves it everything. Both ways of choosing one say the same."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    assert set(values) == ({f.name for f in fields(ChatTemplate)} if path.stem != "auto" else set())
+    ChatTemplate(**values)
+    for override in (f"model/template={path.stem}", f"model.template={path.stem}"):
+        assert composed(override).model.template == TemplateConfig(**values)
+
+
+def test_a_ready_template_can_be_changed_in_one_field() -> None:
+    chosen = composed("model/template=llama3", 'model.template.system="Be brief."').model.template
+    assert chosen == replace(composed("model/template=llama3").model.template, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        (r'"<|user|>\n"', "<|user|>\n"),
+        (r'"\tuser\n\n"', "\tuser\n\n"),
+        (r'"a\\nb"', r"a\nb"),  # a backslash and an n
+        (r'"a\\\nb"', "a\\\nb"),
+        (r'"a\\"', "a\\"),
+        (r'"\d \r"', r"\d \r"),  # nothing else has a meaning
+        (r"a\nb", "a\nb"),  # without quotes
+    ],
+)
+def test_line_breaks_tabs_and_backslashes_can_be_written_out(written: str, means: str) -> None:
+    for field in ("user_start", "answer_start"):
+        template = composed(f"model.template.{field}={written}").model.template
+        assert template == replace(composed().model.template, **{field: means})
+    added = composed(f"++model.template.bos={written}").model.template
+    assert added.bos == means
+
+
+def test_what_a_file_says_is_not_read_twice(tmp_path: Path) -> None:
+    """Where YAML has a backslash and an n, it means them."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("user_start: 'a\\nb'\nuser_end: \"c\\nd\"\nassistant_start: 'e\\tf\\\\'\n")
+    meant = {"user_start": r"a\nb", "user_end": "c\nd", "assistant_start": "e\\tf\\\\"}
+    assert composed(f"model.template={path}").model.template == TemplateConfig(**meant)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        overrides = ["model.template.bos=x"]
+        raw = compose("train", overrides=overrides)
+    raw.model.template.update(meant)  # as an experiment would
+    template = to_config(raw, overrides).model.template
+    assert template == replace(composed(*overrides).model.template, **meant)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_template() -> None:
+    """Where it named no field, that was empty, whatever the tokenizer brings."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        raw = compose("train")
+    named = {"bos": "", "user_start": "<|user|>", "assistant_end": "<|end|>"}
+    with open_dict(raw):
+        raw.model.template = named
+    empty = ChatTemplate()
+    expected = {f.name: getattr(empty, f.name) for f in fields(empty)}
+    assert to_config(raw).model.template == TemplateConfig(**{**expected, **named, "trim": []})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.template=chatnl", ["model.template is 'chatnl'", "one of chatml, demo, helium"]),
+        ("model/template=chatnl", ["model/template/chatnl", "Available options", "chatml demo"]),
+        ("model.template=/nowhere.yaml", ["'/nowhere.yaml'", "cannot be read", "a YAML file"]),
+        (f"model.template={ROOT}/Makefile", ["Makefile", "cannot be read"]),
+        (f"model.template={CONF_DIR}/fusion/casa.yaml", ["fields out of bos, system"]),
+        ("model.template=3", ["model.template is", "3", "one of chatml"]),
+        ("model.template.trim=[narrator]", ["'trim' is ('narrator',)", "'system', 'user'"]),
+        ("model.template.system_always=often", ["model.template.system_always", "'often'"]),
+    ],
+)
+def test_a_template_that_is_none_is_named(data_dir: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_processor(compose_config([*on_data(data_dir), override]))
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_null_is_the_tokenizer_s_own_template(data_dir: Path) -> None:
+    config = compose_config([*on_data(data_dir), "model.template=null"])
+    assert config.model.template == TemplateConfig()
+    assert build_processor(config).template == asdict(ChatTemplate(**TEMPLATE))
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.commands import TEMPLATE
+from tests.counting import FINGERPRINTS, texts_by
 
 MAX_PIXELS = 7056
+WORDS = texts_by(lambda text: len(text.split()))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_unusable_rows_are_named(broken: dict[str, object], reason: str) -> None
 
 
 def write(directory: Path, samples: int, per_shard: int = 3) -> None:
-    writer = ShardWriter(directory, "finevision", lambda text: len(text.split()), "t", per_shard)
+    writer = ShardWriter(directory, "finevision", WORDS, FINGERPRINTS, per_shard)
     for i in range(samples):
         assert writer.write(
             f"k-{i}", row((f"question {i}", f"answer {i}")), [png(30 + i)] * (i % 3)
@@ -115,7 +117,7 @@ def test_written_samples_are_read_back(tmp_path: Path) -> None:
 
 
 def test_more_than_ten_images_keep_their_order(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "finevision", len, "t")
+    writer = ShardWriter(tmp_path, "finevision", WORDS, FINGERPRINTS)
     images = [png(20 + i) for i in range(12)]
     writer.write("k", row(("q", "a")), images)
     writer.close()
@@ -123,7 +125,7 @@ def test_more_than_ten_images_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_unreadable_rows_are_counted(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "finevision", len, "t")
+    writer = ShardWriter(tmp_path, "finevision", WORDS, FINGERPRINTS)
     assert not writer.write("a", row(("q", "a")), [b"no image"])
     assert not writer.write("b", row(("q", "")), [])
     assert not writer.write("../c", row(("q", "a")), [])
@@ -132,7 +134,7 @@ def test_unreadable_rows_are_counted(tmp_path: Path) -> None:
 
 def test_a_shard_of_another_dataset_of_the_same_size_is_refused(tmp_path: Path) -> None:
     for name, start in (("a", 0), ("b", 50)):
-        writer = ShardWriter(tmp_path / name, "finevision", len, "t")
+        writer = ShardWriter(tmp_path / name, "finevision", WORDS, FINGERPRINTS)
         for i in range(4):
             writer.write(f"k-{start + i:03d}", row((f"question {i}", "answer")), [])
         writer.close()

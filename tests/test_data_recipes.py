@@ -170,7 +170,8 @@ def test_summary_counts_what_was_written(dataset: Path) -> None:
             if isinstance(text, str)
         ]
         tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-        assert found["text_tokens"] == sum(tokens)
+        turns = sum(len(sample.turns) for sample in split)  # with start and end of both sides
+        assert found["text_tokens"] == sum(tokens) + 4 * turns
         assert found["skipped"] == {}
 
 
@@ -386,6 +387,22 @@ def test_a_given_tokenizer_is_used_and_copied(dataset: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "validation").exists()
 
 
+def test_a_given_template_is_counted(dataset: Path, tmp_path: Path) -> None:
+    """The tokenizer keeps its own."""
+    options = ["--template", '{user_end: "<|end|>\\n"}']
+    assert _recipe(tmp_path / "out", *options) == 0
+    copy = load_tokenizer(str(tmp_path / "out" / "tokenizer"))
+    assert copy.chat_template == build_tokenizer().chat_template
+    line = len(copy.encode("\n", add_special_tokens=False))
+    for name in ("train", "validation"):
+        own, given = Split(dataset / name), Split(tmp_path / "out" / name)
+        assert list(own) == list(given)
+        before, after = (split.list_column("user_tokens")[0] for split in (own, given))
+        assert (after - before == line).all()
+        assert own.turns_fingerprint != given.turns_fingerprint
+        assert own.tokenizer_fingerprint == given.tokenizer_fingerprint
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -400,6 +417,8 @@ def test_a_given_tokenizer_is_used_and_copied(dataset: Path, tmp_path: Path) -> 
         (["--seed", "-1"], "--seed is -1"),
         (["--workers", "0"], "--workers is 0"),
         (["--tokenizer", "./nowhere"], "neither a directory nor a hub id"),
+        (["--template", "nothing"], "--template is 'nothing', which cannot be read"),
+        (["--template", "chatml"], "special token '<|im_start|>', which the tokenizer"),
     ],
 )
 def test_bad_input_is_one_message(

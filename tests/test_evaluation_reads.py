@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_train.data.sample import ImageSlot
+from casa_train.data.sample import ImageSlot, Turn
 from casa_train.evaluation.exact_match import Question, swapped_images
 from casa_train.evaluation.reads import image_reads
 from casa_train.metrics.report.reads import draw_reads
@@ -42,14 +42,13 @@ def picture(seed: int) -> bytes:
 def questions() -> list[Question]:
     """Six of two sources; the last one asks about two frames."""
     slot = ImageSlot(0)
+    turn = Turn((slot, "what is it?"), "red")
     made = [
-        Question(
-            f"q{i}", "colour" if i % 2 else "shape", (slot, "what is it?"), "red", (picture(i),)
-        )
-        for i in range(5)
+        Question(f"q{i}", "colour" if i % 2 else "shape", turn, (picture(i),)) for i in range(5)
     ]
     both = (picture(7), picture(8))
-    return [*made, Question("q5", "colour", (slot, ImageSlot(1), "and now?"), "a blue one", both)]
+    turn = Turn((slot, ImageSlot(1), "and now?"), "a blue one")
+    return [*made, Question("q5", "colour", turn, both)]
 
 
 @every_mechanism

@@ -11,14 +11,28 @@ import pytest
 from PIL import Image
 
 from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
-from casa_train.data.shards import ShardWriter, Split
-from casa_train.data.tokens import count_tokens, load_tokenizer, tokenizer_fingerprint
+from casa_train.data.shards import Split
+from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.commands import TEMPLATE
+from tests.counting import write_talks, writer_for
 
 MAX_PIXELS = 140 * 140  # 25 image tokens
 BRACKETS = {**TEMPLATE, "image_start": "<|user|>", "image_end": "<|end|>"}
+# Without a single special token, and with a default system turn.
+LITERAL = {
+    "system": "Be kind.",
+    "system_start": "### ",
+    "system_end": "\n",
+    "user_start": "Q: ",
+    "user_end": "\n",
+    "assistant_start": "A:",
+    "answer_start": " ",
+    "assistant_end": "\n\n",
+    "image_start": "[",
+    "image_end": "]",
+}
 
 
 @functools.cache
@@ -33,17 +47,11 @@ def processor(data_dir: Path) -> CasaProcessor:
     return CasaProcessor(load_tokenizer(str(data_dir / "tokenizer")), MAX_PIXELS, BRACKETS)
 
 
-def writer(directory: Path, schema: str, processor: CasaProcessor) -> ShardWriter:
-    tokenizer = processor.tokenizer
-    count = functools.partial(count_tokens, tokenizer)
-    return ShardWriter(directory, schema, count, tokenizer_fingerprint(tokenizer))
-
-
 @pytest.fixture(scope="module")
 def conversations(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Up to five rated turns with up to two images each; the last sample has one long turn."""
     out, draw = tmp_path_factory.mktemp("conversations"), random.Random(0)
-    shards = writer(out, "finevision", processor)
+    shards = writer_for(processor, out)
     for i in range(60):
         turns = draw.randint(1, 5)
         shown = [draw.choice([0, 0, 1, 2]) for _ in range(turns)]
@@ -71,7 +79,7 @@ def conversations(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFac
 def videos(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Videos of 1 to 40 frames, each of one size."""
     out, draw = tmp_path_factory.mktemp("videos"), random.Random(1)
-    shards = writer(out, "llava_video", processor)
+    shards = writer_for(processor, out, "llava_video")
     for i, frames in enumerate((1, 2, 3, 5, 8, 12, 20, 40)):
         size = draw.randint(80, 220), draw.randint(80, 220)
         row = {
@@ -128,6 +136,26 @@ def test_lengths_are_those_of_what_is_trained(
     assert counts == {"shortened": shortened, "ratings": empty}
     assert (shortened > 0) == (budgets[0] < 1000)
     assert (empty > 0) == (ratings != {})
+
+
+@pytest.mark.parametrize("template", [BRACKETS, LITERAL], ids=["special tokens", "literals"])
+@pytest.mark.parametrize("budgets", [(10_000, 10_000), (110, 60), (60, 20)], ids=str)
+def test_lengths_hold_for_messages_of_one_side_in_a_row(
+    processor: CasaProcessor, tmp_path: Path, budgets: tuple[int, int], template: dict[str, str]
+) -> None:
+    processor = CasaProcessor(processor.tokenizer, MAX_PIXELS, template)
+    split = Split(write_talks(tmp_path, processor, 40))
+    fit = Fit(split, processor, *budgets)
+    text, images, counts = fit.lengths()
+    assert (counts["shortened"] > 0) == (budgets[0] < 1000)
+    fitting = 0
+    for row in range(len(split)):
+        if text[row] > budgets[0] or images[row] > budgets[1]:
+            assert fit.cut(row) is None
+            continue
+        fitting += 1
+        assert (text[row], images[row]) == trained(fit, row, processor)[:2]
+    assert fitting > 5
 
 
 def test_a_single_turn_over_budget_is_left_out_by_the_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -14,16 +15,19 @@ from PIL import Image
 
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.plan import Pack
-from casa_train.data.shards import ShardWriter, Split
-from casa_train.data.tokens import count_tokens, load_tokenizer, tokenizer_fingerprint
+from casa_train.data.shards import Split
+from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.inspect import Target, find_sample, find_target, main, open_data
 from casa_train.inspection import charts, pictures
 from casa_train.inspection.packs import TokenTexts, _tokens, view_packs
 from casa_train.inspection.statistics import slowest_rank, view_plan
+from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import split_windows
+from data_recipes.__main__ import main as recipes
 from tests import data_stream
-from tests.commands import on_data
+from tests.commands import TEMPLATE, on_data
+from tests.counting import writer_for
 from tests.test_report import HOSTILE, Page
 
 BUDGETS = ["data.text_tokens=200", "data.image_tokens=24"]
@@ -46,12 +50,7 @@ def odd(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(str(data_dir / "tokenizer"))
     root = tmp_path_factory.mktemp("odd")
     tokenizer.save_pretrained(root / "tokenizer")
-    writer = ShardWriter(
-        root / "train",
-        "finevision",
-        lambda text: count_tokens(tokenizer, text),
-        tokenizer_fingerprint(tokenizer),
-    )
+    writer = writer_for(CasaProcessor(tokenizer, template=TEMPLATE), root / "train")
     whole = picture(60, 60, "gold") + b"\0" * 400
     rows = [
         ("hostile", row((f"{HOSTILE} 東京\n\x07?", HOSTILE)), [picture(56, 56)]),
@@ -116,6 +115,19 @@ def test_the_page_shows_what_the_batches_hold(odd: Path, tmp_path: Path) -> None
     assert len(images) == sum(len(batch.inputs.images) for batch in expected)
     fills = [f"{100 * fill:.1f} %" for batch in expected for fill in batch.fills]
     assert all(f"<b>{fill}</b>" in html for fill in fills)
+
+
+def test_a_split_is_shown_with_the_template_it_was_counted_with(odd: Path, tmp_path: Path) -> None:
+    template = {**TEMPLATE, "user_start": "<|user|>\n"}
+    command = ["retokenize", "--data", str(odd.parent), "--out", str(tmp_path), "--workers", "1"]
+    options = ["--tokenizer", f"{odd.parent}/tokenizer", "--template", json.dumps(template)]
+    assert recipes([*command, *options]) == 0
+    html, page = look(tmp_path, f"{tmp_path}/train", "data.text_tokens=1000", "--sample", "many")
+    ids = [number for _, number in tokens_of(html)]
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    opening = tokenizer.encode("<|bos|><|user|>\n", add_special_tokens=False)
+    assert ids[: len(opening)] == opening
+    assert repr(template["user_start"]) in page.text and "index_mismatch" not in page.text
 
 
 def test_a_target_that_is_not_the_text_is_marked(odd: Path) -> None:

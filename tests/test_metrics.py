@@ -56,10 +56,11 @@ STILLS = Sample(
     (Turn((ImageSlot(0), "what is it?"), "red"), Turn((ImageSlot(1), "and this?"), "a square")),
     (picture(),) * 2,
 )
+FRAMES = (ImageSlot(0), "it", ImageSlot(1), ImageSlot(2), " moves")
 LIVE = Sample(
     "live",
     "s",
-    (Turn(("tell.", ImageSlot(0)), "it moves", live=("it", ImageSlot(1), ImageSlot(2), " moves")),),
+    (Turn(("tell.",), "it moves", live=FRAMES),),
     (picture(),) * 3,
     video=True,
 )

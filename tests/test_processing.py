@@ -198,8 +198,3 @@ def test_a_dtype_moves_pixels_only(tokenizer_path: str) -> None:
 def test_bad_messages_are_named(tokenizer_path: str, messages: list[object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         processor(tokenizer_path).encode(messages)  # type: ignore[arg-type]
-
-
-def test_missing_special_tokens_are_named(tokenizer_path: str) -> None:
-    with pytest.raises(ValueError, match=r"'user_start' uses the special token '<\|im_start\|>'"):
-        processor(tokenizer_path, user_start="<|im_start|>user\n")

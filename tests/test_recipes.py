@@ -5,23 +5,32 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from omegaconf import OmegaConf
 
 from casa_train.assemble import open_splits
 from casa_train.config import SourceConfig
+from casa_train.data.lengths import sample_lengths
+from casa_train.data.materialize import Materializer
 from casa_train.data.overlap import IN_FINEVISION, LACKING_IN_FINEVISION, refuse_double_counting
-from casa_train.data.sample import ImageSlot
+from casa_train.data.plan import Pack
+from casa_train.data.sample import RATINGS, ImageSlot
+from casa_train.data.shard_index import INDEX_FILE, INDEX_SCHEMA, open_index, write_index
 from casa_train.data.shards import Shard, Split
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
+from casa_train.files import sha256
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes import finevision, llava_onevision
 from data_recipes.__main__ import main
@@ -30,6 +39,7 @@ from data_recipes.pipeline import Progress, slug
 from data_recipes.synthetic import build_tokenizer
 from tests import published
 from tests.commands import ROOT, TEMPLATE, environment
+from tests.counting import texts_by, write_talks
 
 FOUR_FILES = [[published.fine_row(10 * file + i) for i in range(10)] for file in range(4)]
 
@@ -41,7 +51,7 @@ def tokenizer(data_dir: Path) -> str:
 
 def recipe(name: str, source: Path, out: Path, tokenizer: str, *options: str) -> int:
     arguments = ["--source", str(source), "--out", str(out), "--tokenizer", tokenizer]
-    return main([name, *arguments, "--workers", "1", *options])
+    return main([name, *arguments, "--template", "auto", "--workers", "1", *options])
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -125,6 +135,10 @@ def test_a_limit_takes_the_first_rows(prepared: Path, tokenizer: str, tmp_path: 
         (["--limit", "0"], "--limit is 0"),
         (["--tokenizer", "./nowhere"], "neither a directory nor a hub id"),
         (["--source", "./nowhere"], "is no directory"),
+        (["--template", "nothing"], "--template is 'nothing', which cannot be read"),
+        (["--template", "{user_strat: x}"], "expected fields out of bos, system, system_start"),
+        (["--template", "{user_start: 3}"], "field 'user_start' is 3; expected text"),
+        (["--template", "helium"], "uses the special token '<s>', which the tokenizer"),
     ],
 )
 def test_bad_input_is_one_message(
@@ -237,7 +251,7 @@ def test_a_killed_recipe_goes_on_at_the_last_finished_shard(
     rows = [[published.fine_row(100 * f + i) for i in range(80)] for f in range(20)]
     source = published.finevision(tmp_path / "source", rows)
     command = [sys.executable, "-m", "data_recipes", "finevision", "--source", str(source)]
-    command += ["--tokenizer", tokenizer, "--workers", str(workers)]
+    command += ["--tokenizer", tokenizer, "--template", "auto", "--workers", str(workers)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert recipe("finevision", source, whole, tokenizer) == 0
     train = killed / "chartqa" / "train"
@@ -277,7 +291,7 @@ def test_a_source_that_changed_is_refused(
     out = tmp_path / "out" / "chartqa"
     found = json.loads((out / "summary.json").read_text())
     (out / "summary.json").write_text(json.dumps({**found, "finished": False}))
-    shard = Shard(out / "train", 0, "finevision", len)
+    shard = Shard(out / "train", 0, "finevision", texts_by(len))
     shard.finish({"unit": "chartqa file 0: train-00000-of-00099.parquet", "rows": 5})
     assert recipe("finevision", source, tmp_path / "out", tokenizer) == 2
     assert "it changed since" in capsys.readouterr().err
@@ -468,7 +482,7 @@ def test_a_second_index_for_another_tokenizer(
         assert sample == old.read(i)
     tokens, _ = new.list_column("assistant_tokens")
     expected = [
-        len(other.encode(turn.assistant, add_special_tokens=False))
+        len(other.encode(turn.assistant, add_special_tokens=False)) + 1  # <|end|>
         for sample in old
         for turn in sample.turns
     ]
@@ -477,6 +491,147 @@ def test_a_second_index_for_another_tokenizer(
     assert new.origin == old.origin and new.fingerprint != old.fingerprint
     assert main([*command, str(tmp_path / "out"), "--tokenizer", tokenizer]) == 2
     assert "another tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["name", "file", "fields"])
+def test_a_template_is_a_name_a_file_or_fields(
+    prepared: Path, tmp_path: Path, tokenizer: str, written: str
+) -> None:
+    """All of them what `auto` finds in this tokenizer."""
+    path = ROOT / "conf" / "model" / "template" / "demo.yaml"
+    (tmp_path / "mine.yaml").write_text(path.read_text())
+    chosen = {"name": "demo", "file": f"{tmp_path}/mine.yaml", "fields": json.dumps(TEMPLATE)}
+    out = tmp_path / "out"
+    template = ("--template", chosen[written])
+    assert recipe("finevision", prepared / "source", out, tokenizer, *template) == 0
+    assert files(out) == files(prepared / "out")
+
+
+def test_another_template_does_not_go_into_the_same_directory(
+    prepared: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(prepared / "out")
+    template = ("--template", '{user_end: "<|end|>\\n"}')
+    assert recipe("finevision", prepared / "source", prepared / "out", tokenizer, *template) == 2
+    assert re.search(r"template is '?\w+'? there and '?\w+'? here", capsys.readouterr().err)
+    command = ["retokenize", "--data", str(prepared / "out"), "--out", str(prepared / "out")]
+    assert main([*command, "--tokenizer", tokenizer, *template, "--workers", "1"]) == 2
+    assert "another tokenizer or chat template" in capsys.readouterr().err
+    assert files(prepared / "out") == before
+
+
+# ------------------------------------------------------------------------------- counted anew
+
+
+def as_version_2(directory: Path) -> None:
+    """Rewrites a split as the version before this one did: joined turns, other counts of tokens."""
+    table = open_index(directory / INDEX_FILE).combine_chunks()
+    for name in ("user_tokens", "assistant_tokens", "image_turns", *RATINGS):
+        field = INDEX_SCHEMA.field(name)
+        column = pa.array([[0]] * len(table), field.type)
+        table = table.set_column(INDEX_SCHEMA.get_field_index(name), field, column)
+    write_index(directory, table)
+    meta = json.loads((directory / "meta.json").read_text())
+    del meta["turns_fingerprint"], meta["template"]
+    meta |= {"format": 2, "text_tokens": 0, "index_sha256": sha256(directory / INDEX_FILE)}
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+def follow(error: UserError, processor: CasaProcessor, out: Path) -> None:
+    """Runs the command that a message prints, word by word, with its blanks filled in."""
+    (command,) = re.findall("python -m data_recipes retokenize .* --out NEW", str(error))
+    given = {"NAME": processor.tokenizer.name_or_path, "NEW": str(out)}
+    given["TEMPLATE"] = json.dumps(processor.template)
+    words = [given.get(word, word) for word in shlex.split(command)]
+    assert words[:3] == ["python", "-m", "data_recipes"]
+    assert main(words[3:]) == 0
+
+
+def check_lengths(path: Path, processor: CasaProcessor) -> None:
+    """A split that opens, and whose planned lengths are those that materialising finds."""
+    split = open_splits({"a": SourceConfig(str(path))}, processor)["a"]
+    text, images = sample_lengths(split, processor)
+    for row in range(len(split)):
+        pack = Pack(0, (("a", row, int(text[row]), int(images[row])),), 0, 0)
+        batch = Materializer({"a": split}, processor, 10_000, 10_000)[pack]
+        assert not batch.failures and batch.sample_ids == [f"{split.source(row)}/{split.key(row)}"]
+        assert (batch.text_tokens, batch.image_tokens) == (text[row], images[row])
+
+
+# Literals that YAML, JSON and a shell each read in their own way, and an empty field that is none
+# in the tokenizer's own template.
+ODD = {
+    "system": 'It\'s \\n "quoted" \u6771 | $HOME\t',
+    "system_start": "# ",
+    "system_end": "\n",
+    "user_start": "'Q': \\",
+    "user_end": "",
+    "assistant_start": "\tA:",
+    "answer_start": " ",
+    "assistant_end": "<|end|>\n",
+    "image_start": "<|user|>[",
+    "image_end": "]",
+}
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, ODD], ids=["own", "odd"])
+def test_data_of_an_earlier_version_is_counted_anew_as_the_message_says(
+    tmp_path: Path, tokenizer: str, template: dict[str, str]
+) -> None:
+    processor = CasaProcessor(load_tokenizer(tokenizer), 7056, template)
+    old = write_talks(tmp_path / "old data" / "train", processor)
+    samples = list(Split(old))
+    as_version_2(old)
+    assert list(Split(old, uncounted=True)) == samples
+    refusals: list[Callable[[], Any]] = [
+        lambda: Split(old),
+        lambda: open_splits({"a": SourceConfig(str(old))}, processor),
+    ]
+    for number, refused in enumerate(refusals):
+        with pytest.raises(UserError, match="before lengths had the chat template in") as caught:
+            refused()
+        new = tmp_path / f"new {number}"
+        follow(caught.value, processor, new)
+        check_lengths(new, processor)
+        assert list(Split(new)) == samples
+
+
+def test_data_of_another_template_is_counted_anew_as_the_message_says(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    own = CasaProcessor(load_tokenizer(tokenizer), 7056, TEMPLATE)
+    odd = CasaProcessor(load_tokenizer(tokenizer), 7056, ODD)
+    data = write_talks(tmp_path / "old data" / "train", own)
+    check_lengths(data, own)
+    for number, processor in enumerate((odd, own, odd)):
+        with pytest.raises(UserError, match="counted with another chat template") as caught:
+            open_splits({"a": SourceConfig(str(data))}, processor, "data.validation")
+        assert "data.validation.a.path=NEW" in str(caught.value)
+        data = tmp_path / str(number)
+        follow(caught.value, processor, data)
+        check_lengths(data, processor)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bos": ""}, {"bos": "<|bos|>\n"}, {"system": "You are brief."}],
+    ids=["no bos", "a line break behind it", "default system turn"],
+)
+def test_another_opening_is_counted_or_refused(
+    tmp_path: Path, tokenizer: str, changed: dict[str, str]
+) -> None:
+    """Some of the conversations bring a system turn of their own, in place of the default."""
+    own = CasaProcessor(load_tokenizer(tokenizer), 7056, TEMPLATE)
+    other = CasaProcessor(load_tokenizer(tokenizer), 7056, {**TEMPLATE, **changed})
+    data = write_talks(tmp_path / "data", own)
+    first = [sample.messages()[0]["role"] for sample in Split(data)]
+    assert set(first) == {"system", "user"}
+    try:
+        open_splits({"a": SourceConfig(str(data))}, other)
+    except UserError as error:
+        follow(error, other, tmp_path / "new")
+        data = tmp_path / "new"
+    check_lengths(data, other)
 
 
 def test_training_refuses_the_same_samples_twice(prepared: Path, tokenizer: str) -> None:

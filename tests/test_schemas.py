@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casa_train.data.sample import RATINGS, ImageSlot, Sample, Turn, filter_turns, keep_images
-from casa_train.data.schemas import SCHEMAS, BadRow, finevision, llava_onevision
+from casa_train.data.sample import (
+    RATINGS,
+    Begin,
+    ImageSlot,
+    Sample,
+    Turn,
+    filter_turns,
+    keep_images,
+)
+from casa_train.data.schemas import PLACEHOLDER, SCHEMAS, BadRow, finevision, llava_onevision
 from casa_train.data.video_schemas import FRAME_END, live_whisperx, llava_video
 from tests.published import live_line, video_row
 
@@ -71,18 +79,104 @@ def test_a_placeholder_says_where_the_image_stands() -> None:
     assert sample.mended == ("placeholder_removed",)  # the one in the answer
 
 
-def test_messages_of_one_side_are_joined_and_system_prompts_lead() -> None:
+def test_every_message_stays_one_of_its_own() -> None:
     messages = [
         {"role": "assistant", "content": "an answer to nothing"},
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What"},
         {"role": "user", "content": "is it?"},
         {"role": "assistant", "content": ANSWER},
+        {"role": "assistant", "content": "Really."},
         {"role": "user", "content": "a question without answer"},
     ]
     sample = onevision(messages, images=0)
-    assert sample.turns == (Turn(("Be brief.\nWhat\nis it?",), ANSWER),)
-    assert sample.mended == ("empty_turn_dropped", "messages_joined")
+    user = (Begin("system"), "Be brief.", Begin("user"), "What", Begin("user"), "is it?")
+    assert sample.turns == (Turn(user, ANSWER), Turn((), "Really."))
+    assert sample.messages() == [
+        {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages[1:-1]
+    ]
+    assert sample.mended == ("empty_turn_dropped",)
+
+
+def test_a_system_prompt_outlives_a_turn_that_is_dropped() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>Who?"},
+        {"role": "assistant", "content": " "},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    sample = onevision(messages)
+    user = (Begin("system"), "Be brief.", Begin("user"), ImageSlot(0), QUESTION)
+    assert sample.turns == (Turn(user, ANSWER),)
+    assert sample.mended == ("empty_turn_dropped",)
+
+
+FORMS = {
+    "role": ("role", "content", {"system": "system", "user": "user", "assistant": "assistant"}),
+    "from": ("from", "value", {"system": "system", "user": "human", "assistant": "gpt"}),
+}
+words = st.text("ab \n<>.", max_size=4)
+said = words.filter(str.strip)
+
+
+@st.composite
+def llava_conversations(draw: st.DrawFn) -> tuple[list[tuple[str, list[str]]], int]:
+    """Messages as (role, texts with an image between each two), and how many images stand in front.
+
+    Every turn has a question and an answer in words; whatever else is said may be empty.
+    """
+    placed = draw(st.booleans())
+    messages: list[tuple[str, list[str]]] = []
+    if draw(st.booleans()):
+        messages.append(("system", [draw(words)]))
+    for _ in range(draw(st.integers(1, 3))):
+        roles = draw(st.lists(st.sampled_from(["system", "user", "user"]), max_size=3))
+        roles.insert(draw(st.integers(0, len(roles))), "question")
+        for role in roles:
+            texts = [draw(words)]
+            if placed and role != "system":
+                texts += draw(st.lists(words, max_size=2))
+            if role == "question":
+                texts[draw(st.integers(0, len(texts) - 1))] = draw(said)
+            messages.append(("user" if role == "question" else role, texts))
+        messages.append(("assistant", [draw(said)]))
+        messages += [("assistant", [text]) for text in draw(st.lists(words, max_size=2))]
+    return messages, 0 if placed else draw(st.integers(0, 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(llava_conversations(), st.sampled_from(sorted(FORMS)))
+def test_a_sample_has_the_messages_of_its_row(
+    conversation: tuple[list[tuple[str, list[str]]], int], form: str
+) -> None:
+    """All of them, each its own, in order; none that is empty."""
+    messages, in_front = conversation
+    role_field, text_field, names = FORMS[form]
+    row = [{role_field: names[r], text_field: PLACEHOLDER.join(texts)} for r, texts in messages]
+    images = in_front + sum(len(texts) - 1 for _, texts in messages)
+    numbers = iter(range(images))
+    expected: list[dict[str, Any]] = []
+    for role, texts in messages:
+        content: list[dict[str, Any]] = []
+        for i, text in enumerate(texts):
+            if i:
+                content.append({"type": "image", "image": next(numbers)})
+            if text.strip():
+                content.append({"type": "text", "text": text.strip()})
+        if content:
+            expected.append({"role": role, "content": content})
+    first = next(message for message in expected if message["role"] == "user")
+    first["content"][:0] = [{"type": "image", "image": i} for i in numbers]
+
+    sample = onevision(row, images)
+    assert sample.messages(list(range(images))) == expected
+    empty = len(expected) < len(messages)
+    assert sample.mended == (("empty_turn_dropped",) if empty else ())
+    assert [turn.assistant for turn in sample.turns] == [
+        message["content"][0]["text"] for message in expected if message["role"] == "assistant"
+    ]
 
 
 def test_the_source_may_stand_in_a_turn_or_be_the_subset() -> None:
@@ -217,7 +311,7 @@ def test_the_frames_of_a_video_stand_at_its_placeholder() -> None:
     sample = llava_video("k", row, [b"a", b"b", b"c"])
     (turn,) = sample.turns
     assert turn.user == (*map(ImageSlot, range(3)), "Please describe the video.")
-    assert sample.video and sample.follows == (False, True, True)
+    assert sample.video
     (user, _) = sample.messages(list("xyz"))
     assert user["content"][0] == {"type": "video", "video": ["x", "y", "z"]}
     assert sample.source == "0_30_s_academic_v0_1" and sample.mended == ()
@@ -267,7 +361,7 @@ def test_captions_follow_the_frame_at_which_they_have_been_spoken() -> None:
     )
     assert turn.user == ("Comment on it.\nA grey wall",)
     assert turn.assistant == f" We{FRAME_END} start here.{FRAME_END}{FRAME_END}{FRAME_END} End"
-    assert turn.images == tuple(range(5)) and sample.follows == (False, True, True, True, True)
+    assert turn.images == tuple(range(5)) and sample.video
     user, assistant = sample.messages(list("abcde"))
     assert [part["type"] for part in assistant["content"][:3]] == ["video", "text", "video"]
     assert [p["video"] for p in assistant["content"] if p["type"] == "video"] == [

@@ -36,7 +36,8 @@ from casa_train.evaluation.questions import Questions
 from casa_train.evaluation.validation import Best
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from tests.commands import TINY, on_data, run
+from data_recipes.__main__ import main as recipes
+from tests.commands import TEMPLATE, TINY, on_data, run
 from tests.tiny import randomise
 from tests.validation_steps import CASES
 
@@ -100,9 +101,14 @@ def generated_exactly(
 
 # What follows the end token is never generated, so it must not count.
 @pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n"])
-def test_exact_match_is_what_generation_would_write(data_dir: Path, end: str) -> None:
-    config = tiny_config(data_dir, "evaluation.loss_samples=12")
-    config.model.template["assistant_end"] = end
+def test_exact_match_is_what_generation_would_write(
+    data_dir: Path, tmp_path: Path, end: str
+) -> None:
+    fields = json.dumps({**TEMPLATE, "assistant_end": end})
+    command = ["retokenize", "--data", str(data_dir), "--out", str(tmp_path), "--workers", "1"]
+    assert recipes([*command, "--tokenizer", f"{data_dir}/tokenizer", "--template", fields]) == 0
+    config = tiny_config(tmp_path, "evaluation.loss_samples=12")
+    config.model.template.assistant_end = end
     processor, found = held_out(config)
     model = build(config, processor)
     overfit(model, found, steps=9)
@@ -215,11 +221,11 @@ def test_questions_over_a_pack_are_left_out(data_dir: Path) -> None:
 
 
 def test_answers_end_where_generation_ends() -> None:
-    # Two turns of a conversation, the template putting a line break behind the end token 9.
-    places = [4, 5, 6, 7, 20, 21, 22]
-    targets = [1, 2, 9, 3, 5, 9, 3]
-    assert answer_spans(places, targets, 9) == [range(0, 3), range(4, 6)]
-    assert answer_spans(places, targets, None) == [range(0, 4), range(4, 7)]
+    # Two answers, which end with the token 9, and one that no opening parts from the one before.
+    places = [4, 5, 6, 20, 21, 22, 23]
+    targets = [1, 2, 9, 5, 9, 3, 9]
+    assert answer_spans(places, targets, 9) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert answer_spans(places, targets, None) == [range(0, 3), range(3, 7)]
     assert answer_spans([], [], 9) == []
 
 

@@ -100,7 +100,7 @@ def tokenizer(data_dir: Path) -> str:
 
 def recipe(name: str, source: Path, out: Path, tokenizer: str, *options: str) -> int:
     arguments = ["--source", str(source), "--out", str(out), "--tokenizer", tokenizer]
-    return main([name, *arguments, "--workers", "1", *options])
+    return main([name, *arguments, "--template", "auto", "--workers", "1", *options])
 
 
 def test_llava_video_reads_tars_and_counts_what_is_missing(tmp_path: Path, tokenizer: str) -> None:

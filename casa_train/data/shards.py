@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -494,11 +495,12 @@ class Split:
         if meta.get("format") == UNCOUNTED and meta.get("schema") in SCHEMAS:
             if uncounted:
                 return meta
+            count = ["python", "-m", "data_recipes", "retokenize", "--data", str(self.directory)]
+            count += "--tokenizer NAME --template TEMPLATE --out NEW".split()
             raise UserError(
                 f"{path} was written before lengths had the chat template in them: count its "
-                f"tokens anew with 'python -m data_recipes retokenize --data {self.directory} "
-                "--tokenizer NAME --out NEW' (images stay where they are) and point the "
-                "configuration at NEW."
+                f"tokens anew with\n  {shlex.join(count)}\n(images stay where they are; without "
+                "--template it is the tokenizer's own) and point the configuration at NEW."
             )
         if meta.get("format") != FORMAT_VERSION or meta.get("schema") not in SCHEMAS:
             raise UserError(

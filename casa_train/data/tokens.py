@@ -71,7 +71,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def turns_fingerprint(processor: CasaProcessor) -> str:
     """sha256 over the ids of probe turns: the same where every turn has the same number of tokens.
 
-    What opens a conversation is left out: it is counted when a run starts.
+    What opens a conversation is left out, since it is counted when a run starts; but by how much a
+    system turn of its own makes a conversation longer is part of it.
     """
     digest = hashlib.sha256()
     image: dict[str, Any] = {"type": "image", "image": None}
@@ -87,6 +88,8 @@ def turns_fingerprint(processor: CasaProcessor) -> str:
                 encoded = processor.encode(messages * 2)
                 ids = encoded.ids[slice(*encoded.turn_ends)]
                 digest.update(repr((ids, sum(encoded.answer))).encode())
+            own, default = (processor.encode(m).turn_ends[0] for m in (turn, turn[1:]))
+            digest.update(repr(own - default).encode())
     return digest.hexdigest()
 
 

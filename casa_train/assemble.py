@@ -89,7 +89,7 @@ def open_splits(
     expected = tokenizer_fingerprint(processor.tokenizer)
     turns = turns_fingerprint(processor)
     for name, source in sources.items():
-        split = splits[name] = Split(Path(source.path))
+        split = splits[name] = Split(Path(source.path), uncounted=True)
         if split.tokenizer_fingerprint != expected:
             raise UserError(
                 f"{section}.{name} ({source.path}) was prepared with another tokenizer "
@@ -98,15 +98,20 @@ def open_splits(
                 "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
                 "or set model.tokenizer to the one it used."
             )
-        if split.turns_fingerprint != turns:
+        if split.meta.get("turns_fingerprint") != turns:
             # Every field: one that is not given would be the tokenizer's own.
             fields = json.dumps(processor.template, ensure_ascii=False)
             count = [*"python -m data_recipes retokenize --data".split(), str(source.path)]
             count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
             count += ["--template", fields, "--out", "NEW"]
+            found = "before lengths had the chat template in them"
+            if "turns_fingerprint" in split.meta:
+                found = (
+                    f"with another chat template ({split.turns_fingerprint[:12]}...) than "
+                    f"model.template ({turns[:12]}...)"
+                )
             raise UserError(
-                f"{section}.{name} ({source.path}) was counted with another chat template "
-                f"({split.turns_fingerprint[:12]}...) than model.template ({turns[:12]}...): count "
+                f"{section}.{name} ({source.path}) was counted {found}: count "
                 f"it anew with\n  {shlex.join(count)}\n(images stay where they are) and set "
                 f"{section}.{name}.path=NEW, or choose the template it was counted with."
             )

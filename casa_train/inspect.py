@@ -81,7 +81,8 @@ def _split_config(path: Path, overrides: Sequence[str]) -> Config:
     config = compose_config(overrides)
     named = any(o.lstrip("+").startswith(("experiment=", "model", "model.")) for o in overrides)
     if not named:
-        beside = [path.resolve().parents[i] / "tokenizer" for i in (0, 1)]
+        whole = path.resolve()  # retokenize puts the tokenizer of a split alone into it
+        beside = [directory / "tokenizer" for directory in (whole, *whole.parents[:2])]
         found = next((directory for directory in beside if directory.is_dir()), None)
         if found is None:
             raise UserError(

@@ -458,3 +458,35 @@ def test_no_row_does_more_than_be_refused(
     assert sample.turns and sample.source
     assert [i for turn in sample.turns for i in turn.images] == list(range(images))
     sample.messages([None] * images)
+
+
+@pytest.mark.parametrize(
+    ("spoken", "expected"),
+    [
+        # An empty answer ends nothing where a real one follows, and its question where not.
+        ("user q | assistant | assistant real", "user q | assistant real"),
+        ("user q | assistant | user r | assistant b", "user r | assistant b"),
+        (
+            "user q | assistant a | system s | assistant b",
+            "user q | assistant a | system s | assistant b",
+        ),
+        ("assistant a | user q | assistant b | user left", "user q | assistant b"),
+    ],
+)
+def test_no_answer_is_lost_beside_an_empty_one(spoken: str, expected: str) -> None:
+    def messages(text: str) -> list[tuple[str, str]]:
+        pairs = [part.strip().partition(" ") for part in text.split("|")]
+        return [(role, words) for role, _, words in pairs]
+
+    turns = [{"role": role, "content": words} for role, words in messages(spoken)]
+    sample = llava_onevision("k", {"conversations": turns, "data_source": "s"}, [])
+    found = [(m["role"], m["content"][0]["text"]) for m in sample.messages()]
+    assert found == messages(expected)
+
+
+def test_an_image_stands_where_the_first_question_has_words() -> None:
+    """Placeholders that are noise leave an empty message behind, which is no place for it."""
+    turns = [("user", "<image><image>"), ("user", "what?"), ("assistant", "a cat")]
+    row = {"conversations": [{"role": r, "content": c} for r, c in turns], "data_source": "s"}
+    (turn,) = llava_onevision("k", row, [b"image"]).turns
+    assert turn.user == (ImageSlot(0), "what?")

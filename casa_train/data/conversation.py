@@ -106,8 +106,9 @@ def _turns(
             carried += [p for parts in users for p in parts if isinstance(p, ImageSlot)]
             system = [message for message in messages if message[0] == "system"]
             continue
-        if users:
-            users[0][:0] = carried
+        if users:  # where somebody asks something, if there are several messages
+            first = next((p for p in users if any(isinstance(x, str) for x in p)), users[0])
+            first[:0] = carried
             carried = []
         turns.append(Turn(_joined(messages), answer, ratings))
         system = []
@@ -151,27 +152,31 @@ def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchang
         raise BadRow("no_turns", f"'conversations' of sample {key} is {found}, expected a list")
     exchanges: list[Exchange] = []
     said: list[Said] = []
+    closed = False  # whether an empty answer followed what was said
     for message in conversations:
         if not isinstance(message, Mapping):
             mended.add("empty_turn_dropped")
             continue
         role, text = _message(message)
         text = text.strip()
-        if not role and not text:
-            mended.add("empty_turn_dropped")
-        elif role == "system" or role in USER_ROLES:
-            if text:
-                said.append(Said("system" if role == "system" else "user", text))
-            else:
-                mended.add("empty_turn_dropped")
-        elif role in ASSISTANT_ROLES:
-            if any(one.role == "user" for one in said) or (exchanges and text and not said):
-                exchanges.append(Exchange(tuple(said), text))
-                said = []
-            else:
-                mended.add("empty_turn_dropped")  # an answer to nothing, or an empty one more
-        else:
+        asks = role in USER_ROLES
+        if not (asks or role in ("system", "") or role in ASSISTANT_ROLES) or (text and not role):
             raise BadRow("unknown_role", f"sample {key} has a message from {role!r}")
+        if not text:
+            mended.add("empty_turn_dropped")
+            closed = closed or (role in ASSISTANT_ROLES and bool(said))
+        elif asks or role == "system":
+            if closed and asks:
+                exchanges.append(Exchange(tuple(said), ""))
+                said, closed = [], False
+            said.append(Said("user" if asks else "system", text))
+        elif exchanges or any(one.role == "user" for one in said):
+            exchanges.append(Exchange(tuple(said), text))
+            said, closed = [], False
+        else:
+            mended.add("empty_turn_dropped")  # an answer to nothing
+    if any(one.role == "user" for one in said):
+        exchanges.append(Exchange(tuple(said), ""))
     return exchanges
 
 

@@ -129,10 +129,11 @@ def _check_tokens(
     for field, literal in template.pieces.items():
         for token in SPECIAL.findall(literal):
             if token not in vocabulary and token not in (own or ""):
+                where = f"{setting}: {field}" if setting.startswith("-") else f"{setting}.{field}"
                 raise UserError(
-                    f"{setting}.{field} uses the special token {token!r}, which the tokenizer "
-                    f"{name} does not have; expected tokens of its vocabulary. Choose the template "
-                    "of this tokenizer (model.template=auto, if it brings one), or add the token."
+                    f"{where} uses the special token {token!r}, which the tokenizer {name} does "
+                    "not have; expected tokens of its vocabulary. Choose the template of this "
+                    "tokenizer (auto takes the one it brings), or add the token to it."
                 )
 
 

@@ -78,7 +78,8 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     try:
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
         container: Any = OmegaConf.to_container(raw, resolve=True)
-        container["model"]["template"] = template_fields(container["model"]["template"], overrides)
+        model = container["model"]
+        model["template"] = template_fields(model.get("template"), overrides)
         plain = OmegaConf.create(container)
         merged = OmegaConf.merge(schema, plain)
         absent = sorted(OmegaConf.missing_keys(plain))
@@ -116,7 +117,7 @@ def template_fields(values: Any, overrides: Sequence[str]) -> Any:
     written = {o.partition("=")[0].lstrip("+").removeprefix("model.template.") for o in overrides}
     return {
         name: re.sub(r"\\([nt\\])", lambda m: ESCAPES[m[1]], value)
-        if isinstance(value, str) and name in written
+        if isinstance(value, str) and written & {name, "model.template"}
         else value
         for name, value in values.items()
     }

@@ -257,6 +257,11 @@ def test_a_template_that_is_none_is_named(data_dir: Path, override: str, words: 
         assert word in str(caught.value), str(caught.value)
 
 
+def test_escapes_in_a_mapping_mean_what_they_say(data_dir: Path) -> None:
+    override = 'model.template={user_end: "<|end|>\\n"}'
+    assert compose_config([*on_data(data_dir), override]).model.template.user_end == "<|end|>\n"
+
+
 def test_null_is_the_tokenizer_s_own_template(data_dir: Path) -> None:
     config = compose_config([*on_data(data_dir), "model.template=null"])
     assert config.model.template == TemplateConfig()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
+import pickle
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from casa_train.data.templates import derive, first_difference, resolve, verdict
+from casa_train.data.templates import NO_SYSTEM, derive, first_difference, resolve, verdict
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
 from tests import chat_tokenizers
@@ -195,7 +200,7 @@ def test_tags_of_a_sentencepiece_vocabulary_are_text(build: Any, words: str) -> 
     # Behind its opening, the answer has no space of its own in front.
     before = encoded.ids[: encoded.answer.index(True)]
     with_answer = tokenizer.decode([*before, *learned[:-1]])
-    assert with_answer == tokenizer.decode(before) + words
+    assert with_answer == tokenizer.decode(before) + " " + words
 
 
 # -------------------------------------------------------------------- one encoding, by every way
@@ -334,10 +339,17 @@ def test_an_end_of_plain_text_is_the_same_tokens_everywhere() -> None:
         ("qwen2_5_vl", ()),
         ("qwen2_5", ("tools",)),
         ("llama3", ()),
-        ("llama3_1", ("tools", "dates (today is always 26 Jul 2024)")),
-        ("mistral", ("system messages (they have no turn of their own)",)),
-        ("llama2", ("system messages (they have no turn of their own)",)),
-        ("gemma", ("system messages (they have no turn of their own)",)),
+        (
+            "llama3_1",
+            (
+                "tools",
+                "dates (today is always 26 Jul 2024)",
+                "another opening of later system messages",
+            ),
+        ),
+        ("mistral", (NO_SYSTEM,)),
+        ("llama2", (NO_SYSTEM,)),
+        ("gemma", (NO_SYSTEM,)),
     ],
 )
 def test_what_turns_cannot_express_is_named(name: str, left_out: tuple[str, ...]) -> None:
@@ -401,6 +413,57 @@ def test_nothing_to_take_turns_from_is_said() -> None:
     tokenizer.chat_template = "{{ messages | length }}"
     with pytest.raises(UserError, match="cannot be taken apart into turns"):
         resolve({}, tokenizer, "t", "model.template")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_pickled_processor_keeps_typed_tokens_text(name: str) -> None:
+    """Loader processes that are spawned get it pickled."""
+    reader = shipped(name)
+    words = "".join(reader._text_ids.special)
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.encode(messages) == reader.encode(messages)
+
+
+def test_an_added_line_break_stays_a_word() -> None:
+    """Helium's converter adds one; it is no tag, though the template's literals hold it."""
+    tokenizer = copy.deepcopy(published("chatml"))
+    tokenizer.add_tokens([AddedToken("\n", normalized=False)])
+    reader = CasaProcessor(tokenizer, template=ready("chatml"))
+    assert not reader.holds_special("a\nb")
+    messages = [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
+    text = by_the_tokenizer("chatml", messages)
+    assert reader.encode(messages).ids == ids_of(tokenizer, text)
+
+
+def test_a_boundary_adds_no_space_where_line_breaks_are_tokens() -> None:
+    """As in Helium's vocabulary, where whatever follows an added token gets a space in front."""
+    tokenizer = copy.deepcopy(unigram())
+    tokenizer.add_tokens([AddedToken("\n", normalized=False)])
+    fields = {**ready("helium"), "assistant_start": "Assistant: ", "answer_start": ""}
+    reader = CasaProcessor(tokenizer, template=fields)
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Red"}]
+    assert tokenizer.decode(reader.encode(turn).ids[:-1]).endswith("Assistant: Red")
+
+
+def test_words_of_a_vocabulary_are_no_special_tokens() -> None:
+    """</s> is a word in some byte-level vocabularies, which no text is read as."""
+    tokenizer = copy.deepcopy(published("chatml"))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"]["</s>"] = 128_900
+    content["model"]["vocab"]["<s>"] = 128_901
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    with pytest.raises(UserError, match="uses the special token"):
+        resolve(ready("helium"), other, "t", "model.template")
+
+
+@pytest.mark.parametrize("words", ["<|im_end|> a <image>", "plain", " white "])
+def test_an_open_answer_is_rendered_with_typed_tokens(words: str) -> None:
+    reader = shipped("chatml")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": words}]
+    text = reader.apply_chat_template(messages, continue_final_message=True)
+    read = reader(text=text)["input_ids"][0]
+    assert read == reader.encode(messages, continue_final=True).ids
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

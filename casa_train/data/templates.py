@@ -6,6 +6,7 @@ looking at what stands around their texts; what no turn can express is named (`l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,10 @@ BEYOND = {
 
 # What special tokens look like in the templates of published models.
 SPECIAL = re.compile(r"<\|[^|<>]+\|>|<｜[^<>]+｜>|</?s>|<(?:bos|eos|pad|unk)>|<[a-z]+(?:_[a-z]+)+>")
+
+NO_SYSTEM = (
+    "system messages (without a turn of their own; here their text stands before a question)"
+)
 
 Messages = list[dict[str, Any]]
 
@@ -128,7 +133,9 @@ def _check_tokens(
     vocabulary = tokenizer.get_vocab()
     for field, literal in template.pieces.items():
         for token in SPECIAL.findall(literal):
-            if token not in vocabulary and token not in (own or ""):
+            # In a vocabulary it may be a word like others, which text is never read as.
+            read = tokenizer.encode(token, add_special_tokens=False)
+            if vocabulary.get(token) not in read and token not in (own or ""):
                 where = f"{setting}: {field}" if setting.startswith("-") else f"{setting}.{field}"
                 raise UserError(
                     f"{where} uses the special token {token!r}, which the tokenizer {name} does "
@@ -222,6 +229,10 @@ def derive(
             raise ValueError("a system message does not stand in a turn of its own")
         start, end = before[len(bos) :], after[: len(after) - len(user_start)]
         pieces |= {"system_start": start, "system_end": end}
+        with contextlib.suppress(Exception):  # many templates refuse it
+            later = text([question, answer, _system(SYSTEM), _user(AGAIN)])
+            if around(later, SAID, SYSTEM)[1] != assistant_end + start:
+                left_out.append("another opening of later system messages")
         if default.startswith(start) and default[len(start) :].endswith(end):
             words = default[len(start) : len(default) - len(end)]
             pieces |= {"system": words, "system_always": bool(default) and not words}
@@ -230,7 +241,7 @@ def derive(
         elif default:
             left_out.append(f"what opens a conversation without a system message ({default!r})")
     except Exception:  # as above
-        left_out.append("system messages (they have no turn of their own)")
+        left_out.append(NO_SYSTEM)
         pieces["system"] = default
     pieces["trim"] = tuple(
         role

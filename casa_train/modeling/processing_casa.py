@@ -391,9 +391,18 @@ class CasaProcessor(ProcessorMixin):
             "continue_final_message": continue_final_message,
         }
         if not tokenize:
-            return super().apply_chat_template(
+            own = (chat_template or self.chat_template) == self._jinja
+            if own and continue_final_message:
+                # The library looks for the last message's words, which may stand quoted here.
+                rendered["continue_final_message"] = False
+            text = super().apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=False, **rendered, **kwargs
             )
+            if own and continue_final_message:
+                end = self._template.assistant_end
+                cut = [t.removesuffix(end) for t in ([text] if isinstance(text, str) else text)]
+                text = cut[0] if isinstance(text, str) else cut
+            return text
         tensors = None if return_tensors == "auto" else return_tensors
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": tensors}
         conversations, single = as_batch(conversation)

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 # tokenizer alone. Noncharacters of Unicode, which no text is meant to hold.
 BREAK = "\ufdd0\ufdd1\ufdd2"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SHAPE = re.compile(r"[<\[{|].*[>\]}|]")
 MARK = re.compile(r"<\|[^|<>\s]+\|>|</?s>")
 # Texts, mostly literals of the template, whose ids are kept: how many, of how many characters.
 REMEMBERED, LONGEST_REMEMBERED = 4096, 256
@@ -29,8 +30,8 @@ class TextIds:
     """Encodes text with a copy of a fast tokenizer in which special tokens are words like others.
 
     :param tokenizer: a fast tokenizer.
-    :param literals: of the chat template; the added tokens in them are special, whatever the
-        tokenizer calls them.
+    :param literals: of the chat template; added tokens in them that look like tags are special,
+        whatever the tokenizer calls them.
     :raises ValueError: a tokenizer without the library's backend.
     """
 
@@ -46,12 +47,14 @@ class TextIds:
         anything = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
         literals = list(literals)
         used = {token for literal in literals for token in anything.findall(literal)}
+        used = {token for token in used if SHAPE.fullmatch(token)}  # a line break may be added, too
         named = set(tokenizer.all_special_ids)
         special = {
             token.content: (number, token)
             for number, token in added.items()
             if token.special or number in named or token.content in used
         }
+        self._added = {token.content for token in added.values()}
         self._backend = _text_backend(backend, [token for _, token in special.values()])
         self._break = self._backend.token_to_id(BREAK)
         self._memory: dict[str, list[int]] = {}
@@ -80,6 +83,11 @@ class TextIds:
 
     def __deepcopy__(self, memo: Any) -> TextIds:
         return self  # never changes, and copying a vocabulary takes a second
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A pickled tokenizer forgets this one setting; without it typed special tokens would act.
+        self._backend.encode_special_tokens = True
 
     def pieces(self, literal: str) -> list[Piece]:
         """A literal of the template as text and ids of special tokens."""
@@ -165,7 +173,8 @@ class TextIds:
         in front of what they take for the start of a text.
         """
         if self._adds_space:
-            for lead in ("\n", ".", "a", "1"):
+            # Behind an added token there may be such a space again.
+            for lead in (lead for lead in ("\n", ".", "a", "1") if lead not in self._added):
                 ids, before = self._ids(lead + text), self._ids(lead)
                 if ids[: len(before)] == before:
                     return ids[len(before) :]

@@ -21,7 +21,7 @@ from casa_train.data.mixture import SourceSize
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.plan import RESERVED, Planner, PlanSettings, PlanSource
 from casa_train.data.shards import Split
-from casa_train.data.templates import resolve, verdict
+from casa_train.data.templates import Resolved, resolve
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint, turns_fingerprint
 from casa_train.errors import UserError
 from casa_train.first_values import FirstValues, blocks
@@ -60,8 +60,8 @@ def build_processor(config: Config) -> CasaProcessor:
     return open_processor(config)[0]
 
 
-def open_processor(config: Config) -> tuple[CasaProcessor, str]:
-    """The processor, and a line that says whose chat template it has.
+def open_processor(config: Config) -> tuple[CasaProcessor, Resolved]:
+    """The processor, and where its chat template comes from.
 
     :raises UserError: a tokenizer that cannot be loaded or lacks the template's tokens, or no
         template.
@@ -73,7 +73,7 @@ def open_processor(config: Config) -> tuple[CasaProcessor, str]:
         processor = CasaProcessor(tokenizer, config.data.max_pixels, asdict(resolved.template))
     except ValueError as error:
         raise UserError(f"model.template: {error}") from error
-    return processor, verdict(resolved, tokenizer, processor)
+    return processor, resolved
 
 
 def open_splits(
@@ -98,18 +98,18 @@ def open_splits(
                 "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
                 "or set model.tokenizer to the one it used."
             )
-        if split.meta.get("turns_fingerprint") != turns:
+        if split.turns_fingerprint != turns:
             # Every field: one that is not given would be the tokenizer's own.
             fields = json.dumps(processor.template, ensure_ascii=False)
             count = [*"python -m data_recipes retokenize --data".split(), str(source.path)]
             count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
             count += ["--template", fields, "--out", "NEW"]
-            found = "before lengths had the chat template in them"
-            if "turns_fingerprint" in split.meta:
-                found = (
-                    f"with another chat template ({split.turns_fingerprint[:12]}...) than "
-                    f"model.template ({turns[:12]}...)"
-                )
+            found = (
+                f"with another chat template ({split.turns_fingerprint[:12]}...) than "
+                f"model.template ({turns[:12]}...)"
+                if split.turns_fingerprint
+                else "before lengths had the chat template in them"
+            )
             raise UserError(
                 f"{section}.{name} ({source.path}) was counted {found}: count "
                 f"it anew with\n  {shlex.join(count)}\n(images stay where they are) and set "
@@ -204,9 +204,10 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
         base_text = backbone_config(sources.backbone.config)
     origin = sources.whole or sources.backbone
     if origin is not None:
-        ends = [*_ids(base_text.get("eos_token_id")), *_ids(origin.generation.get("eos_token_id"))]
-        if ends:  # the two files may differ
-            base_text["eos_token_id"] = ends[0] if len(set(ends)) == 1 else [*dict.fromkeys(ends)]
+        files = (base_text, origin.generation)  # they may differ
+        ends = _ends(*(file.get("eos_token_id") for file in files))
+        if ends is not None:
+            base_text["eos_token_id"] = ends
     if sources.vision is not None:
         base_vision = vision_config(sources.vision)
     return describe_model(config, base_text, base_vision, processor.tokenizer)
@@ -309,10 +310,11 @@ def build_model(
     """`meta_model` with the tokens that begin, end and pad what it generates."""
     model = meta_model(config, model_config)
     # The template's own end first; whatever else ends a text does so, too.
-    known = (processor.answer_end_token, model.config.text_config.eos_token_id)
-    ends = [*_ids(known[0]), *_ids(known[1]), *_ids(processor.tokenizer.eos_token_id)]
-    ends = list(dict.fromkeys(ends))
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    model.generation_config.eos_token_id = _ends(
+        processor.answer_end_token,
+        model.config.text_config.eos_token_id,
+        processor.tokenizer.eos_token_id,
+    )
     model.config.pre_image_tokens = processor.pre_image_tokens
     model.config.post_image_tokens = processor.post_image_tokens
     model.config.answer_end_token = processor.answer_end_token
@@ -321,11 +323,12 @@ def build_model(
     return model
 
 
-def _ids(value: int | Sequence[int] | None) -> Sequence[int]:
-    """Ids, given as one, as several or not at all."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else value
+def _ends(*given: int | Sequence[int] | None) -> int | list[int] | None:
+    """Tokens that end a text, each given as one, as several or not at all; in the same forms."""
+    ids: dict[int, None] = {}
+    for value in given:
+        ids |= dict.fromkeys([value] if isinstance(value, int) else value or ())
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGeneration:

@@ -35,6 +35,7 @@ from casa_train.collection import ScheduledCollection
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import PackLoader, dead_workers_named
 from casa_train.data.stream import StreamLoader
+from casa_train.data.templates import verdict
 from casa_train.determinism import set_determinism
 from casa_train.disk_room import check_room, check_writable
 from casa_train.engine import Engine, init_processes, leave_processes, shard
@@ -297,12 +298,12 @@ def check_inputs(config: Config, world: int) -> Checked:
             "or a "
             "multiple of it, or start another number of ranks."
         )
-    processor, template = open_processor(config)
+    processor, resolved = open_processor(config)
     sources = open_sources(config)
     model = build_model(config, processor, build_model_config(config, processor, sources))
     start = find_weights(model, sources, config.model.backbone.resize_embeddings)
     build_groups(model.named_parameters(), config.optim.groups)
-    return Checked(processor, model, start, template)
+    return Checked(processor, model, start, verdict(resolved, processor.tokenizer, processor))
 
 
 def build_engine(

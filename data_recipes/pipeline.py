@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -127,6 +127,19 @@ def add_template_argument(parser: argparse.ArgumentParser, otherwise: str = "") 
         "own), a file of conf/model/template by name, a YAML file, or fields as a YAML mapping "
         f"(default: auto{otherwise})",
     )
+
+
+def encoding_of(directory: Path, tokenizer: Any, template: str, name: str) -> Encoding:
+    """What counts with a tokenizer under the template that a command line names.
+
+    :param directory: where the tokenizer will lie; :param name: what it is called, for messages.
+    :raises UserError: no template, or one that is not for this tokenizer.
+    """
+    from casa_train.data.templates import read_template, resolve
+
+    given = read_template(template, "--template")
+    resolved = resolve(given, tokenizer, name, "--template")
+    return Encoding(directory, json.dumps(asdict(resolved.template)))
 
 
 def slug(name: str) -> str:

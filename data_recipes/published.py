@@ -7,11 +7,9 @@ prepared by separate commands, at the same time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from data_recipes.pipeline import (
     Encoding,
     SplitPlan,
     add_template_argument,
+    encoding_of,
     print_summary,
     save_summary,
     slug,
@@ -161,14 +160,12 @@ def copy_tokenizer(out: Path, name: str, template: str) -> Encoding:
     :param template: as on the command line.
     :raises UserError: nothing loadable, or the directory was prepared with another tokenizer.
     """
-    from casa_train.data.templates import read_template, resolve
     from casa_train.data.tokens import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(name)
-    given = read_template(template, "--template")
-    resolved = resolve(given, tokenizer, name, "--template")
-    fingerprint = tokenizer_fingerprint(tokenizer)
     copy = out / "tokenizer"
+    encoding = encoding_of(copy, tokenizer, template, name)
+    fingerprint = tokenizer_fingerprint(tokenizer)
     if not copy.exists():
         temporary = out / f".tokenizer-{os.getpid()}"
         try:
@@ -184,7 +181,7 @@ def copy_tokenizer(out: Path, name: str, template: str) -> Encoding:
             f"{copy} is another tokenizer ({there[:12]}...) than --tokenizer {name} "
             f"({fingerprint[:12]}...); choose another --out, or repeat the tokenizer."
         )
-    return Encoding(copy, json.dumps(asdict(resolved.template)))
+    return encoding
 
 
 def print_total(summaries: list[dict[str, Any]]) -> None:

@@ -7,11 +7,10 @@ written as shards, with a tokenizer and a summary.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from data_recipes.pipeline import (
     Row,
     SplitPlan,
     add_template_argument,
+    encoding_of,
     print_summary,
     save_summary,
     summary_of,
@@ -157,13 +157,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(out: Path, wanted: dict[str, Any], workers: int) -> None:
-    from casa_train.data.templates import read_template, resolve
     from casa_train.data.tokens import load_tokenizer, save_tokenizer
 
     name = wanted["tokenizer"]
+    # What cannot be used is refused before anything is written.
     tokenizer = build_tokenizer() if name is None else load_tokenizer(name)
-    given = read_template(wanted["template"], "--template")
-    template = resolve(given, tokenizer, name or "of this recipe", "--template").template
+    encoding = encoding_of(
+        out / "tokenizer", tokenizer, wanted["template"], name or "of this recipe"
+    )
     with writing(out, wanted) as done:
         if done:
             print(f"{out} already holds this dataset: nothing to do.")
@@ -171,7 +172,6 @@ def _prepare(out: Path, wanted: dict[str, Any], workers: int) -> None:
         header = {"recipe": "synthetic", "arguments": wanted}
         save_summary(out, {**header, "finished": False})
         save_tokenizer(tokenizer, out / "tokenizer")
-        encoding = Encoding(out / "tokenizer", json.dumps(asdict(template)))
         summary = _write_splits(out, wanted, encoding, workers)
         save_summary(out, {**header, "finished": True, **summary})
     print_summary(out, summary)

@@ -51,9 +51,8 @@ def write_export(
     # transformers turns the directory's name into a Python module: a dot would break the import.
     temporary, stale = (out.with_name(out.name + ending) for ending in ("_unfinished", "_stale"))
     try:
-        if (
-            stale / EXPORT_MARKER
-        ).is_file() and not out.exists():  # killed between the renames below
+        # Killed between the renames below.
+        if (stale / EXPORT_MARKER).is_file() and not out.exists():
             os.rename(stale, out)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -101,11 +100,8 @@ def check_target(out: Path) -> None:
             "imports "
             "the model code under that name."
         )
-    if (
-        out.exists()
-        and not (out / EXPORT_MARKER).is_file()
-        and (not out.is_dir() or any(out.iterdir()))
-    ):
+    ours = (out / EXPORT_MARKER).is_file()
+    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"--out {out} exists and is not an export of this program; choose another directory."
         )

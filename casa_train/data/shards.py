@@ -387,8 +387,8 @@ class Split:
 
     @property
     def turns_fingerprint(self) -> str:
-        """Identifies how the chat template makes tokens of turns."""
-        return str(self.meta["turns_fingerprint"])
+        """Identifies how the chat template makes tokens of turns; empty if none was known yet."""
+        return str(self.meta.get("turns_fingerprint", ""))
 
     @property
     def template(self) -> dict[str, Any]:

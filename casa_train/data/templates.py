@@ -236,8 +236,6 @@ def derive(
         if default.startswith(start) and default[len(start) :].endswith(end):
             words = default[len(start) : len(default) - len(end)]
             pieces |= {"system": words, "system_always": bool(default) and not words}
-            if not start and not end:
-                pieces["system_always"] = False
         elif default:
             left_out.append(f"what opens a conversation without a system message ({default!r})")
     except Exception:  # as above

@@ -390,23 +390,25 @@ class CasaProcessor(ProcessorMixin):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
+        own = (chat_template or self.chat_template) == self._jinja
         if not tokenize:
-            own = (chat_template or self.chat_template) == self._jinja
-            if own and continue_final_message:
+            open_end = own and continue_final_message
+            if open_end:
                 # The library looks for the last message's words, which may stand quoted here.
                 rendered["continue_final_message"] = False
             text = super().apply_chat_template(
                 conversation, chat_template=chat_template, tokenize=False, **rendered, **kwargs
             )
-            if own and continue_final_message:
-                end = self._template.assistant_end
-                cut = [t.removesuffix(end) for t in ([text] if isinstance(text, str) else text)]
-                text = cut[0] if isinstance(text, str) else cut
-            return text
+            if not open_end:
+                return text
+            end = self._template.assistant_end
+            if isinstance(text, str):
+                return text.removesuffix(end)
+            return [one.removesuffix(end) for one in text]
         tensors = None if return_tensors == "auto" else return_tensors
         options = {**kwargs, **(processor_kwargs or {}), "return_tensors": tensors}
         conversations, single = as_batch(conversation)
-        if (chat_template or self.chat_template) == self._jinja:
+        if own:
             if add_generation_prompt and continue_final_message:
                 raise ValueError("choose add_generation_prompt or continue_final_message, not both")
             encoded = [

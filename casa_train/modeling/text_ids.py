@@ -58,7 +58,6 @@ class TextIds:
         self._backend = _text_backend(backend, [token for _, token in special.values()])
         self._break = self._backend.token_to_id(BREAK)
         self._memory: dict[str, list[int]] = {}
-        self._words: dict[int, str] = {}
         # Tokens that eat the white space beside them.
         self._eats_left = {n for n, token in special.values() if token.lstrip}
         self._eats_right = {n for n, token in special.values() if token.rstrip}
@@ -67,7 +66,7 @@ class TextIds:
         # its own vocabulary act in the template alone, and never come about by being typed.
         vocabulary = backend.get_vocab(with_added_tokens=False)
         marks = {mark for literal in literals for mark in MARK.findall(literal)}
-        self._words = {
+        self._words: dict[int, str] = {
             i: word
             for word, i in vocabulary.items()
             if (word in self.special or word in marks or BYTE.fullmatch(word))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -52,6 +53,9 @@ def job_directory(name: str, overrides: Sequence[str]) -> str:
     return joined
 
 
+# Hydra 1.3 uses names that omegaconf 2.4 gave up, and would say so at every start.
+warnings.filterwarnings("ignore", message=r"register_new_resolver\(\) is deprecated")
+warnings.filterwarnings("ignore", message=r"Implicit conversion from Version to str")
 OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
 
 

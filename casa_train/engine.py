@@ -40,6 +40,8 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+# Every process names its GPU before it joins (init_processes), which is what torch then guesses.
+warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 if not torch.cuda.is_available():
     # A C++ extension for CPU all-reduce, compiled at first use: gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

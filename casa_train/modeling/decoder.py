@@ -8,11 +8,14 @@ and its signatures differ between releases.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.helium.modeling_helium import HeliumDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from .block import DecoderContext
 from .fusion import FusionMechanism
@@ -85,30 +88,46 @@ def check_backbone(config: Any) -> None:
         )
 
 
-def fused_forward(
-    self: Any, h: Tensor, images: Tensor, context: DecoderContext
-) -> tuple[Tensor, Tensor]:
-    """One decoder block over packed tokens, as the mechanism composes it.
+class FusedLayer(nn.Module):
+    """The forward of a decoder layer with a child `fusion`, whatever its backbone."""
 
-    :param h: (S, C) stream tokens.
-    :param images: (N, C) image tokens.
-    :return: both, after the block.
-    """
-    out: tuple[Tensor, Tensor]
-    out = context.mechanism.run_layer(self, h, images, context.on(h.device))
-    return out
+    def forward(self, h: Tensor, images: Tensor, context: DecoderContext) -> tuple[Tensor, Tensor]:
+        """One decoder block over packed tokens, as the mechanism composes it.
+
+        :param h: (S, C) stream tokens.
+        :param images: (N, C) image tokens.
+        :return: both, after the block.
+        """
+        out: tuple[Tensor, Tensor]
+        out = context.mechanism.run_layer(self, h, images, context.on(h.device))
+        return out
 
 
-@functools.cache
-def fused_class(base: Any) -> Any:
-    """The subclass of a Hugging Face decoder layer that runs `fused_forward`."""
-    return type("Fused" + base.__name__, (base,), {"forward": fused_forward})
+# Written out, because pickle finds a class by its name in its module.
+class FusedLlamaDecoderLayer(FusedLayer, LlamaDecoderLayer): ...
+
+
+class FusedHeliumDecoderLayer(FusedLayer, HeliumDecoderLayer): ...
+
+
+class FusedQwen2DecoderLayer(FusedLayer, Qwen2DecoderLayer): ...
+
+
+class FusedQwen2_5_VLDecoderLayer(FusedLayer, Qwen2_5_VLDecoderLayer): ...
+
+
+FUSED: dict[type, type[FusedLayer]] = {
+    LlamaDecoderLayer: FusedLlamaDecoderLayer,
+    HeliumDecoderLayer: FusedHeliumDecoderLayer,
+    Qwen2DecoderLayer: FusedQwen2DecoderLayer,
+    Qwen2_5_VLDecoderLayer: FusedQwen2_5_VLDecoderLayer,
+}
 
 
 def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
     """Swaps the class of every decoder layer of `backbone` and adds the mechanism's children."""
     for index, layer in enumerate(backbone.layers):
-        layer.__class__ = fused_class(layer.__class__)
+        layer.__class__ = FUSED[type(layer)]
         layer.fusion = mechanism.make_layer(layer, index)
     # RoPE tables are computed here; the library's module would only carry a buffer along.
     del backbone.rotary_emb

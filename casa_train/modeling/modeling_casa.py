@@ -29,7 +29,7 @@ from .block import DecoderContext
 from .casa import Casa
 from .chat_template import ChatTemplate
 from .configuration_casa import CasaConfig
-from .decoder import backbone_rope, check_backbone, fuse_layers, run_decoder
+from .decoder import FUSED, backbone_rope, check_backbone, fuse_layers, run_decoder
 from .fusion import FusionMechanism
 from .gated import GatedCrossAttention
 from .generation import StreamingGeneration, as_ints, image_list
@@ -73,14 +73,7 @@ class CasaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn_2 = True
     _supports_cache_class = True
     # Class names of what a device_map keeps on one device.
-    _no_split_modules = [
-        "FusedLlamaDecoderLayer",
-        "FusedHeliumDecoderLayer",
-        "FusedQwen2DecoderLayer",
-        "FusedQwen2_5_VLDecoderLayer",
-        "VisionTower",
-        "QFormer",
-    ]
+    _no_split_modules = [*(fused.__name__ for fused in FUSED.values()), "VisionTower", "QFormer"]
 
     def _init_weights(self, module: Any) -> None:
         """The first weights of what is not loaded, alike in both transformers generations."""

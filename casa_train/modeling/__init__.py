@@ -20,6 +20,8 @@ numpy only: it is copied whole into every export, so training and inference run 
     decoder           Hugging Face decoder layers as weight containers, our own loop over them
     recompute         activation checkpointing of blocks
     streaming         what generation remembers beside the KV cache
+    padded            batches of Hugging Face's interface as chunks
+    outputs           the cache under both of its names, outputs and losses
     generation        generate, generate_from_image, streams
     modeling_casa     CasaForConditionalGeneration: the parts put together
 

@@ -134,22 +134,34 @@ def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
 
 
 def run_decoder(
-    backbone: Any, text: Tensor, images: Tensor, context: DecoderContext, recompute: bool = False
+    backbone: Any,
+    text: Tensor,
+    images: Tensor,
+    context: DecoderContext,
+    recompute: bool = False,
+    states: list[Tensor] | None = None,
 ) -> Tensor:
     """Runs the fused layers and the final norm.
 
     :param text: (T, C) text embeddings.
     :param images: (N, C) image tokens.
     :param recompute: layers keep their inputs only and run again in the backward pass.
+    :param states: takes what enters each layer and what is returned, (T, C) each.
     :return: (T, C) hidden states of the text tokens.
     """
     plan = context.plan
+
+    def of_text(h: Tensor) -> Tensor:
+        return h if plan.text_index is None else h.index_select(0, plan.text_index.to(h.device))
+
     h = text
     if plan.stream_index is not None:
         h = torch.cat([text, images.to(text.device)]).index_select(0, plan.stream_index)
     for layer in backbone.layers:
+        if states is not None:
+            states.append(of_text(h))
         h, images = run_block(layer, h, images, context, recompute=recompute)
-    if plan.text_index is not None:
-        h = h.index_select(0, plan.text_index.to(h.device))
-    out: Tensor = backbone.norm(h)
+    out: Tensor = backbone.norm(of_text(h))
+    if states is not None:
+        states.append(out)
     return out

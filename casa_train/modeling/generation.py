@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from .outputs import CACHE, NEW_NAME, OLD_NAME, one_cache, with_both_names
+from .padded import append_images, as_ints, image_list
+
 # What enters a stream with the first step of `generate`; later steps bring text.
 IMAGE_INPUTS = ("pixel_values", "image_embeds_insertion_points", "image_follows")
+OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions")
 
 
 class StreamingGeneration(GenerationMixin):
@@ -24,19 +28,21 @@ class StreamingGeneration(GenerationMixin):
         input_ids: Tensor,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Cuts `input_ids` down to the columns that the stream has not seen."""
-        state = getattr(past_key_values, "casa", None)
+        cache = one_cache(past_key_values, cache)
+        state = getattr(cache, "casa", None)
         new = input_ids[:, (0 if state is None else state.columns) :]
         inputs = {
             "input_ids": new.contiguous(),
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "attention_mask": attention_mask,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
-        for name in IMAGE_INPUTS:
+        for name in (*IMAGE_INPUTS, *OUTPUT_OPTIONS):
             if kwargs.get(name) is not None:
                 inputs[name] = kwargs[name]
         return inputs
@@ -47,7 +53,7 @@ class StreamingGeneration(GenerationMixin):
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, **kwargs
         )
-        if updated.get("past_key_values") is not None:  # without a cache every step reads all anew
+        if updated.get(CACHE) is not None:  # without a cache every step reads all anew
             for name in IMAGE_INPUTS:
                 updated.pop(name, None)
         return updated
@@ -57,7 +63,8 @@ class StreamingGeneration(GenerationMixin):
 
         :raises ValueError: beams, several return sequences, speculative decoding, right padding.
         """
-        config = kwargs.get("generation_config") or self.generation_config
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = given or self.generation_config
         for name in ("num_beams", "num_return_sequences"):
             value = kwargs.get(name, getattr(config, name, None))
             if value is not None and value > 1:
@@ -77,7 +84,11 @@ class StreamingGeneration(GenerationMixin):
                 "attention_mask ends in padding, behind which nothing can be generated: pad on the "
                 'left, with processor.tokenizer.padding_side = "left"'
             )
-        return super().generate(*args, **kwargs)
+        cache = one_cache(kwargs.pop(OLD_NAME, None), kwargs.pop(NEW_NAME, None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        out = super().generate(*args, **kwargs)
+        return out if isinstance(out, Tensor) else with_both_names(out)
 
     @torch.no_grad()
     def generate_from_image(
@@ -91,8 +102,9 @@ class StreamingGeneration(GenerationMixin):
         pre_image_tokens: Sequence[int] | None = None,
         post_image_tokens: Sequence[int] | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **generate_kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Generates from text and images, or continues a stream.
 
         :param input_ids: (B, T) new ids.
@@ -103,24 +115,27 @@ class StreamingGeneration(GenerationMixin):
             the template has it, see `_before`.
         :param pre_image_tokens: with images but no insertion points for them, these ids are
             appended to every row, then the image stands, then `post_image_tokens`.
-        :return: (B, T + new) the given ids and the new ones, as `generate` returns.
+        :param cache: another name of `past_key_values`.
+        :return: (B, T + new) the given ids and the new ones, as `generate` returns; with
+            `return_dict_in_generate` as the `sequences` of its output.
         """
         images = image_list(pixel_values)
         if image_embeds_insertion_points is None and images:
-            input_ids, attention_mask, image_embeds_insertion_points = _append_images(
+            input_ids, attention_mask, image_embeds_insertion_points = append_images(
                 input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
             )
-        if past_key_values is None:
-            past_key_values = None if reset_streaming else self.streaming_cache
-        elif reset_streaming and getattr(past_key_values, "casa", None) is not None:
+        cache = one_cache(past_key_values, cache)
+        if cache is None:
+            cache = None if reset_streaming else self.streaming_cache
+        elif reset_streaming and getattr(cache, "casa", None) is not None:
             raise ValueError(
                 "past_key_values holds a stream, but reset_streaming is true: pass "
                 "reset_streaming=False to continue it or a new DynamicCache() to start over"
             )
-        if past_key_values is None:
-            past_key_values = DynamicCache()
-        self.streaming_cache = past_key_values
-        state = getattr(past_key_values, "casa", None)
+        if cache is None:
+            cache = DynamicCache()
+        self.streaming_cache = cache
+        state = getattr(cache, "casa", None)
         ids, mask, offset = input_ids, attention_mask, 0
         if mask is None:
             mask = torch.ones_like(ids)
@@ -142,13 +157,16 @@ class StreamingGeneration(GenerationMixin):
             attention_mask=mask,
             pixel_values=images or None,
             image_embeds_insertion_points=points,
-            past_key_values=past_key_values,
+            cache=cache,
             **generate_kwargs,
         )
         generated: Tensor = out if isinstance(out, Tensor) else out.sequences
         # Cloned, because a view would keep every id of the stream in memory a second time.
-        past_key_values.casa.pending = generated[:, past_key_values.casa.columns :].clone()
-        return generated[:, offset:]
+        cache.casa.pending = generated[:, cache.casa.columns :].clone()
+        if isinstance(out, Tensor):
+            return generated[:, offset:]
+        out.sequences = generated[:, offset:]
+        return out
 
     def _before(self, state: Any, input_ids: Tensor, points: Sequence[Any] | None) -> Tensor | None:
         """The generated ids that have not entered a stream yet, as they stand before new ones.
@@ -190,48 +208,6 @@ class StreamingGeneration(GenerationMixin):
     reset_casa_streaming_states = reset_ca_streaming_states
 
 
-def image_list(pixel_values: Sequence[Tensor] | Tensor | None) -> list[Tensor]:
-    if pixel_values is None:
-        return []
-    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 3:
-        return [pixel_values]
-    return list(pixel_values)
-
-
-def as_ints(points: Any) -> list[int]:
-    values = points.tolist() if isinstance(points, Tensor) else list(points)
-    if any(isinstance(p, (list, tuple)) for p in values):
-        raise ValueError(
-            f"insertion points {values} are nested too deeply; expected one list of columns for "
-            "each sample. A pipeline with batch_size > 1 joins samples like this: leave it at 1, "
-            "or give the whole batch to processor.apply_chat_template and model.generate"
-        )
-    return [int(p) for p in values]
-
-
 def starts_with(ids: Tensor, head: Tensor) -> bool:
     """Whether every row of `ids` begins with that of `head`."""
     return torch.equal(ids[:, : head.shape[1]], head.to(ids.device))
-
-
-def _append_images(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    images: int,
-    before: Sequence[int] | None,
-    after: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """Appends one image to every row, with the ids that stand around it."""
-    batch, width = input_ids.shape
-    if images != batch:
-        raise ValueError(
-            f"{images} images for a batch of {batch} and no image_embeds_insertion_points: pass "
-            "the "
-            "points, or one image a row"
-        )
-    around = [*(before or []), *(after or [])]
-    extra = torch.tensor([around] * batch, dtype=input_ids.dtype, device=input_ids.device)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    ids = torch.cat([input_ids, extra.reshape(batch, len(around))], 1)
-    mask = torch.cat([mask, mask.new_ones(batch, len(around))], 1)
-    return ids, mask, [[width + len(before or [])] for _ in range(batch)]

@@ -7,7 +7,6 @@ imports, so it names every file it reaches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,19 +31,30 @@ from .configuration_casa import CasaConfig
 from .decoder import FUSED, backbone_rope, check_backbone, fuse_layers, run_decoder
 from .fusion import FusionMechanism
 from .gated import GatedCrossAttention
-from .generation import StreamingGeneration, as_ints, image_list
+from .generation import StreamingGeneration
 from .hyper import HyperAttention
 from .image_processing_casa import SIDE
 from .insertion import Insertion
 from .mechanisms import build_mechanism
 from .messages import Message
+from .outputs import CACHE, NEW_NAME, OLD_NAME, next_token_loss, one_cache, with_both_names
 from .packed import PackedInputs
+from .padded import (
+    append_images,
+    as_ints,
+    chunks_of,
+    flat_index,
+    image_list,
+    unflatten,
+    valid_columns,
+    with_rows,
+)
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
 from .reads import ImageReads
 from .recompute import check_recomputed
 from .rope import rope_table
-from .streaming import FlatCache, StreamingState
+from .streaming import FlatCache, StreamingState, stream_state
 from .text_ids import TextIds
 from .vision import VisionTower
 from .windowed import WindowedMechanism
@@ -54,7 +64,6 @@ from .windows import Chunk, image_spans
 TOLERATED = {
     "reinit_casa_handler",
     "__is_first_gen_call__",
-    "return_dict",
     "cache_position",
     "token_type_ids",
     "next_sequence_length",
@@ -72,6 +81,8 @@ class CasaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_cache_class = True
+    # With a device_map the cache stays where it is: its layers lie on their own devices.
+    _skip_keys_device_placement = [OLD_NAME, NEW_NAME]
     # Class names of what a device_map keeps on one device.
     _no_split_modules = [*(fused.__name__ for fused in FUSED.values()), "VisionTower", "QFormer"]
 
@@ -205,13 +216,21 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         packed: PackedInputs | None = None,
+        cache: Any = None,
+        pre_image_tokens: Sequence[int] | None = None,
+        post_image_tokens: Sequence[int] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of a padded batch (Hugging Face's interface) or of a pack (training).
 
         :param input_ids: (B, T) ids; with a cache, the new tokens only.
         :param pixel_values: (3, H, W) each, values 0..255, over all samples in order.
         :param past_key_values: cache to continue; only text enters it unless the mechanism inserts.
+            `cache` is the same, under the name that transformers 5.24 gives it.
         :param position_ids: ignored: positions follow from the stream.
         :param attention_mask: (B, T) or longer; its last T columns tell padding from text.
         :param image_embeds_insertion_points: for each sample, the columns of these `input_ids` at
@@ -220,8 +239,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             the image before it; read by `window_scope=all_frames`.
         :param labels: (B, T) ids, -100 where nothing is learned.
         :param packed: replaces all of the above; logits are then (A, vocabulary).
-        :return: logits (B, T, vocabulary), loss if `labels`, and the cache.
-        :raises TypeError: unknown keywords.
+        :param pre_image_tokens: read where images come without insertion points: as in
+            `generate_from_image`, these ids, the image and `post_image_tokens` are appended to
+            every row. Otherwise the `input_ids` hold them already.
+        :param num_items_in_batch: tokens to divide the loss by, see `next_token_loss`.
+        :param output_hidden_states: also return what enters each block, and the final states, as
+            `hidden_states`: (B, T, C) each, or (T, C) of a pack; of text tokens, zero in padding.
+        :return: logits (B, T, vocabulary), loss if `labels`, and the cache; a tuple where
+            `return_dict` is False. What is None is as the configuration has it.
+        :raises TypeError: unknown keywords; attention weights, which never exist as a whole.
         """
         # What is None or False asks for nothing: peft names every argument it knows.
         unknown = sorted(
@@ -229,36 +255,43 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         )
         if unknown:
             raise TypeError(f"CasaForConditionalGeneration.forward does not take {unknown}")
+        options = self._output_options(output_attentions, output_hidden_states, return_dict)
+        states: list[Tensor] | None = [] if options["output_hidden_states"] else None
         if packed is not None:
-            hidden = self._hidden(packed.input_ids, packed.chunks, packed.images)
+            hidden = self._hidden(packed.input_ids, packed.chunks, packed.images, states=states)
             if packed.logits_index is not None:
                 hidden = hidden.index_select(0, packed.logits_index)
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+            output = CausalLMOutputWithPast(
+                logits=self.lm_head(hidden), hidden_states=None if states is None else tuple(states)
+            )
+            return output if options["return_dict"] else output.to_tuple()
         if input_ids is None:
             raise ValueError("forward needs input_ids (or packed)")
 
+        images = image_list(pixel_values)
+        if images and image_embeds_insertion_points is None:
+            input_ids, attention_mask, image_embeds_insertion_points = append_images(
+                input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
+            )
         batch, width = input_ids.shape
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
+        cache = one_cache(past_key_values, cache)
+        if cache is None and use_cache:
+            cache = DynamicCache()
         state = None
-        if past_key_values is not None:
-            state = self._state(past_key_values, batch)
+        if cache is not None:
+            state = stream_state(cache, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
             before = self._before(state, input_ids, image_embeds_insertion_points)
             if before is not None:
                 state.pending = before
-                self.forward(input_ids=before, past_key_values=past_key_values)
-        valid = _valid_columns(input_ids, attention_mask)
-        images = image_list(pixel_values)
-        chunks = self._chunks(valid, image_embeds_insertion_points, image_follows, images, state)
-        flat = _flat_index(valid)
+                self.forward(input_ids=before, cache=cache)
+        valid = valid_columns(input_ids, attention_mask)
+        counts = self.visual.token_counts(images)
+        chunks = chunks_of(valid, image_embeds_insertion_points, image_follows, counts, state)
+        flat = flat_index(valid)
         flat_ids = input_ids.flatten().index_select(0, flat.to(input_ids.device))
-        hidden = self._hidden(flat_ids, chunks, images, past_key_values)
-        padded = hidden
-        if len(flat) != batch * width:
-            padded = hidden.new_zeros(batch * width, hidden.shape[-1])
-            padded = padded.index_copy(0, flat.to(hidden.device), hidden)
-        padded = padded.unflatten(0, (batch, width))
+        hidden = self._hidden(flat_ids, chunks, images, cache, states=states)
+        padded = unflatten(hidden, flat, batch, width)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(padded[:, kept])
         if state is not None:
@@ -266,12 +299,38 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             state.pending = None
             ids = input_ids.detach()
             state.history = ids if state.history is None else torch.cat([state.history, ids], 1)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=(
+                None
+                if states is None
+                else tuple(unflatten(one, flat, batch, width) for one in states)
+            ),
+            **{CACHE: cache},
+        )
+        return with_both_names(output) if options["return_dict"] else output.to_tuple()
+
+    def _output_options(
+        self, attentions: Any, hidden_states: Any, return_dict: Any
+    ) -> dict[str, bool]:
+        """What to return, as the call or else the configuration says."""
+        given = {
+            "output_attentions": attentions,
+            "output_hidden_states": hidden_states,
+            "return_dict": return_dict,
+        }
+        options = {
+            name: bool(getattr(self.config, name) if value is None else value)
+            for name, value in given.items()
+        }
+        if options["output_attentions"]:
+            raise TypeError(
+                "CasaForConditionalGeneration does not take output_attentions=True (nor a "
+                "configuration with it): attention weights never exist as a whole. "
+                "model.image_reads(...) tells how much of what each token reads comes from images"
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return options
 
     def pack(
         self, input_ids: Tensor, points: Sequence[int], images: Sequence[Tensor]
@@ -281,7 +340,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :param input_ids: (T,); :param points: insertion points; :param images: (3, H, W) each.
         """
         counts = tuple(self.visual.token_counts(images))
-        chunk = Chunk(len(input_ids), tuple(points), counts)
+        chunk = Chunk(len(input_ids), tuple(as_ints(points)), counts)
         return PackedInputs(input_ids, [chunk], list(images))
 
     @torch.no_grad()
@@ -304,8 +363,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         images: Sequence[Tensor],
         past_key_values: Any = None,
         reads: ImageReads | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """(T, C) final hidden states of the packed text tokens."""
+        """(T, C) final hidden states of the packed text tokens; those of all blocks in `states`."""
         counts = self.visual.token_counts(images)
         promised = [n for chunk in chunks for n in chunk.images]
         if len(ids) != sum(chunk.text for chunk in chunks) or counts != promised:
@@ -315,7 +375,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             )
         mechanism = self.mechanism
         if mechanism.multimodal:
-            chunks = _with_rows(chunks, [image.shape[1] // SIDE for image in images])
+            chunks = with_rows(chunks, [image.shape[1] // SIDE for image in images])
         chunks = mechanism.compress(chunks)
         text = self.model.embed_tokens(ids)
         backend = self.attention_backend
@@ -358,7 +418,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         else:
             tokens = text.new_zeros(0, text.shape[-1])
         recompute = cache is None and self._recomputes("decoder")
-        hidden = run_decoder(self.model, text, tokens, context, recompute)
+        hidden = run_decoder(self.model, text, tokens, context, recompute, states)
         if state is not None and cache is not None:
             cache.commit()
             spans = [sum(image_spans(chunk, mechanism.multimodal)) for chunk in chunks]
@@ -371,105 +431,6 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             if plan.keep:
                 state.window_lengths = [sum(b - a for a, b in ranges) for ranges in plan.keep]
         return hidden
-
-    def _state(self, cache: Any, batch: int) -> StreamingState:
-        state: StreamingState | None = getattr(cache, "casa", None)
-        if state is None:
-            if getattr(cache, "is_compileable", False):  # those return all their slots, used or not
-                raise ValueError(
-                    f"past_key_values is a {type(cache).__name__}, whose size is fixed; expected a "
-                    "cache that grows with the text: pass DynamicCache(), or no "
-                    "cache_implementation"
-                )
-            if cache.get_seq_length() > 0:
-                raise ValueError(
-                    f"past_key_values already holds {cache.get_seq_length()} tokens that this "
-                    "model "
-                    "did not put there: start with an empty DynamicCache()"
-                )
-            state = cache.casa = StreamingState(batch)
-        if state.batch != batch:
-            raise ValueError(
-                f"past_key_values belongs to a batch of {state.batch}, input_ids to one of {batch}"
-            )
-        return state
-
-    def _chunks(
-        self,
-        valid: np.ndarray,
-        points: Sequence[Any] | None,
-        follows: Sequence[Sequence[bool]] | None,
-        images: Sequence[Tensor],
-        state: StreamingState | None,
-    ) -> list[Chunk]:
-        batch, width = valid.shape
-        columns = [as_ints(p) for p in points] if points is not None else [[] for _ in range(batch)]
-        if len(columns) != batch:
-            raise ValueError(
-                f"image_embeds_insertion_points lists {len(columns)} samples, input_ids holds "
-                f"{batch}"
-            )
-        slots = sum(map(len, columns))
-        if slots != len(images):
-            raise ValueError(
-                f"{slots} insertion points but {len(images)} images in pixel_values: every "
-                "insertion "
-                "point needs exactly one image"
-            )
-        counts = iter(self.visual.token_counts(images))
-        chunks = []
-        for row, sample_points in enumerate(columns):
-            if any(not 0 <= p <= width for p in sample_points):
-                raise ValueError(
-                    f"insertion points {sample_points} of sample {row} lie outside 0..{width}, the "
-                    "columns of input_ids"
-                )
-            before = np.concatenate([[0], np.cumsum(valid[row])])  # text tokens before each column
-            chunks.append(
-                Chunk(
-                    text=int(before[-1]),
-                    points=tuple(int(before[p]) for p in sample_points),
-                    images=tuple(next(counts) for _ in sample_points),
-                    past_text=0 if state is None else state.text[row],
-                    follows=() if follows is None else _following(follows[row], state, row),
-                    past_span=0 if state is None else state.span[row],
-                )
-            )
-        return chunks
-
-
-def _following(follows: Sequence[bool], state: StreamingState | None, row: int) -> tuple[bool, ...]:
-    """What follows a frame: the first image of a stream has none before it."""
-    first = state is not None and state.span[row] > 0
-    return tuple(bool(f) and (i > 0 or first) for i, f in enumerate(follows))
-
-
-def _with_rows(chunks: Sequence[Chunk], rows: Sequence[int]) -> list[Chunk]:
-    """The chunks with the rows of their images, which multimodal RoPE asks for."""
-    left = iter(rows)
-    return [replace(c, rows=tuple(next(left) for _ in c.images)) for c in chunks]
-
-
-def _valid_columns(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
-    """(B, T) bool on the host: which of the new columns hold text."""
-    batch, width = input_ids.shape
-    if width == 1 or attention_mask is None:
-        return np.ones((batch, width), bool)
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {width}) "
-            "or "
-            "more columns, of which the last belong to these input_ids"
-        )
-    valid: np.ndarray = attention_mask[:, -width:].bool().cpu().numpy()
-    if not valid.any(1).all():
-        raise ValueError("attention_mask hides every token of a sample")
-    return valid
-
-
-def _flat_index(valid: np.ndarray) -> Tensor:
-    """(T,) indices of the valid entries of a flattened (B, T) batch."""
-    return torch.from_numpy(np.flatnonzero(valid.ravel()))
 
 
 # The pipelines of transformers 4 load a processor only for configurations that are registered.

@@ -60,6 +60,38 @@ class StreamingState:
         self.window_text = self.window_text or [0] * self.batch
 
 
+def stream_state(cache: Any, batch: int) -> StreamingState:
+    """The state of a cache's streams, a new one on an empty cache.
+
+    :raises ValueError: a cache of fixed size, of another batch, or with tokens that did not enter
+        through this model.
+    """
+    state: StreamingState | None = getattr(cache, "casa", None)
+    if state is None:
+        if getattr(cache, "is_compileable", False):  # those return all their slots, used or not
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, whose size is fixed; expected a "
+                "cache that grows with the text: pass DynamicCache(), or no cache_implementation"
+            )
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values already holds {cache.get_seq_length()} tokens that this model "
+                "did not put there: start with an empty DynamicCache()"
+            )
+        state = cache.casa = StreamingState(batch)
+    if state.batch != batch:
+        raise ValueError(
+            f"past_key_values belongs to a batch of {state.batch}, input_ids to one of {batch}"
+        )
+    held = cache.get_seq_length()  # 0 where the first block has no self-attention
+    if held and held != state.cache_length:
+        raise ValueError(
+            f"past_key_values holds {held} tokens, but {state.cache_length} entered: a stream "
+            "cannot take tokens back, so start over with an empty DynamicCache()"
+        )
+    return state
+
+
 class FlatCache:
     """A Hugging Face cache as the decoder sees it: keys and values without a batch axis.
 
@@ -143,6 +175,11 @@ class FlatCache:
         """Takes the new slots into the state, once every layer has stored its keys."""
         self.state.slots = [_merge(ranges) for ranges in self.slots]
         self.state.cache_length += self.width
+        # `generate` asks whether it may run a step ahead and crop the cache (transformers 5 on
+        # mps): the state would not go back with it.
+        for layer in getattr(self.cache, "layers", ()):
+            if type(layer).__name__ == "DynamicLayer":
+                layer.is_croppable = False
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._dense:

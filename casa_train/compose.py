@@ -6,6 +6,7 @@ loads.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import re
@@ -20,12 +21,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from casa_train.config import Config, TemplateConfig, flatten
 from casa_train.errors import UserError
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+CONF_DIR = Path(__file__).resolve().parent / "conf"
+"""The project's own groups: in a checkout a link to its conf/, in a wheel the files themselves."""
 
 # conf/train.yaml starts from these defaults, so that every field can be overridden by name. They
 # are plain values, because Hydra cannot add an entry to a dict of dataclasses. `to_config` checks
@@ -59,16 +62,70 @@ warnings.filterwarnings("ignore", message=r"Implicit conversion from Version to 
 OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
 
 
-def compose_config(overrides: Sequence[str]) -> Config:
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Declares the option that Hydra gives to `python -m casa_train`, for the other commands."""
+    parser.add_argument(
+        "--config-dir",
+        "-cd",
+        type=Path,
+        metavar="DIR",
+        help="a folder of your own laid out like conf/, such as DIR/experiment/mine.yaml",
+    )
+
+
+def search_path(*folders: Path | None) -> list[str]:
+    """The override that makes Hydra look into more folders, after the one it composes from.
+
+    :raises UserError: no such folder.
+    """
+    given = [folder for folder in folders if folder is not None]
+    for folder in given:
+        if not folder.is_dir():
+            raise UserError(
+                f"--config-dir {folder} is not a directory; expected a folder laid out like conf/, "
+                "such as DIR/experiment/mine.yaml."
+            )
+    paths = (str(f.absolute()).replace("\\", "\\\\").replace("'", "\\'") for f in given)
+    quoted = ",".join(f"'file://{path}'" for path in paths)
+    return [f"hydra.searchpath=[{quoted}]"] if given else []
+
+
+def experiment_names(config_dir: Path | None) -> list[str]:
+    """What `+experiment=` takes, the user's own among them."""
+    folders = [CONF_DIR, *([] if config_dir is None else [config_dir])]
+    return sorted({f.stem for folder in folders for f in (folder / "experiment").glob("*.yaml")})
+
+
+def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     """What `python -m casa_train OVERRIDES` would train.
 
+    :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
+    where = search_path(config_dir)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            raw = compose("train", overrides=list(overrides))
+            raw = compose("train", overrides=[*where, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
+    return to_config(raw, overrides)
+
+
+def compose_stored(path: Path, overrides: Sequence[str], config_dir: Path | None = None) -> Config:
+    """The configuration that a run stored, with overrides on top; groups and experiments, too.
+
+    :param path: of its config.yaml.
+    :param config_dir: a folder of the user's own with more groups and experiments.
+    :raises UserError: naming the field or the override.
+    """
+    where = search_path(CONF_DIR, config_dir)
+    try:
+        with initialize_config_dir(str(path.parent.absolute()), version_base="1.3"):
+            raw = compose(path.stem, overrides=[*where, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Restore it from a backup.") from error
     return to_config(raw, overrides)
 
 

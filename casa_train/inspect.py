@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.assemble import build_fits, build_planner, build_processor, open_splits
-from casa_train.compose import CONF_DIR, compose_config, explain, to_config
+from casa_train.compose import (
+    add_config_dir,
+    compose_config,
+    compose_stored,
+    experiment_names,
+)
 from casa_train.config import Config, SourceConfig, TemplateConfig
 from casa_train.data.materialize import Materializer
 from casa_train.data.plan import Pack, Planner
@@ -43,31 +46,31 @@ class Target:
     run: bool
 
 
-def find_target(name: str, experiment: str | None, overrides: Sequence[str]) -> Target:
+def find_target(
+    name: str, experiment: str | None, overrides: Sequence[str], config_dir: Path | None = None
+) -> Target:
     """The configuration that TARGET stands for.
 
     :param experiment: whose configuration a prepared split is looked at with.
+    :param config_dir: a folder of the user's own with more experiments.
     :raises UserError: nothing of that name, or a configuration that does not hold.
     """
     path = Path(name)
-    experiments = sorted(file.stem for file in (CONF_DIR / "experiment").glob("*.yaml"))
+    experiments = experiment_names(config_dir)
     chosen = [] if experiment is None else [f"+experiment={experiment}"]
     if (path / META_FILE).is_file():
-        return Target(name, _split_config(path, [*chosen, *overrides]), run=False)
+        return Target(name, _split_config(path, [*chosen, *overrides], config_dir), run=False)
     if experiment is not None:
         raise UserError(
             f"--experiment says how to look at a prepared split, but {name!r} is none; expected a "
             f"directory with {META_FILE}. Leave the option out, or name a split such as DIR/train."
         )
     if (path / CONFIG_FILE).is_file():
-        try:
-            stored = OmegaConf.load(path / CONFIG_FILE)
-            raw = OmegaConf.merge(stored, OmegaConf.from_dotlist(list(overrides)))
-        except OmegaConfBaseException as error:
-            raise UserError(explain(error)) from error
-        return Target(name, to_config(raw), run=True)  # type: ignore[arg-type]
+        config = compose_stored(path / CONFIG_FILE, overrides, config_dir)
+        return Target(name, config, run=True)
     if name in experiments:
-        return Target(name, compose_config([f"+experiment={name}", *overrides]), run=True)
+        config = compose_config([f"+experiment={name}", *overrides], config_dir)
+        return Target(name, config, run=True)
     splits = sorted(str(file.parent) for file in path.glob(f"*/{META_FILE}"))
     raise UserError(
         f"{name!r} is neither a prepared split (a directory with {META_FILE}), nor a run directory "
@@ -76,9 +79,9 @@ def find_target(name: str, experiment: str | None, overrides: Sequence[str]) -> 
     )
 
 
-def _split_config(path: Path, overrides: Sequence[str]) -> Config:
+def _split_config(path: Path, overrides: Sequence[str], config_dir: Path | None) -> Config:
     """One split alone as a mixture, with the tokenizer and the template it was counted with."""
-    config = compose_config(overrides)
+    config = compose_config(overrides, config_dir)
     named = any(o.lstrip("+").startswith(("experiment=", "model", "model.")) for o in overrides)
     if not named:
         whole = path.resolve()  # retokenize puts the tokenizer of a split alone into it
@@ -244,11 +247,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", metavar="[SOURCE/]KEY", help="show this sample alone")
     parser.add_argument("--seed", type=int, help="the order's seed (default: the configuration's)")
     parser.add_argument("--experiment", help="whose tokenizer, template and budgets a split gets")
+    add_config_dir(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.packs < 0 or (arguments.first or 0) < 0:
         parser.error("--packs and --first must be 0 or more")
     try:
-        target = find_target(arguments.target, arguments.experiment, arguments.overrides)
+        target = find_target(
+            arguments.target, arguments.experiment, arguments.overrides, arguments.config_dir
+        )
         if arguments.seed is not None:
             target.config.seed = arguments.seed
         if arguments.sample is not None:

@@ -11,11 +11,17 @@ SNAPSHOT_FILE = ".snapshot"
 
 
 def code_commit(root: Path) -> str | None:
-    """The commit of the code at `root`, with "+dirty" if it was changed; None: nobody knows."""
+    """The commit of the code at `root`, with "+dirty" if it was changed; None: nobody knows.
+
+    Installed code may lie in a checkout of something else, such as that of an environment's owner.
+    """
     try:
         if (root / SNAPSHOT_FILE).exists():
             return (root / SNAPSHOT_FILE).read_text().strip()
         git = ["git", "-C", str(root)]
+        tracked = [*git, "ls-files", "--error-unmatch", "casa_train/provenance.py"]
+        if subprocess.run(tracked, capture_output=True).returncode:
+            return None
         head = subprocess.run(
             [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
         )

@@ -5,7 +5,7 @@ A job may wait for days and start many times. So a submission is a folder of its
 that happens to the checkout afterwards changes the run:
 
     runs/submissions/NAME-TIME/
-      code/                 HEAD and the changes of tracked files
+      code/                 HEAD and the changes of tracked files, or the installed packages
       changes.patch         those changes, if there are any
       jobs/N/config.yaml    the composed configuration of task N of the array; one job has N = 0
       job.sbatch            what sbatch got
@@ -41,7 +41,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.compose import CONF_DIR, explain, job_directory, to_config
+from casa_train import __version__
+from casa_train.compose import (
+    CONF_DIR,
+    add_config_dir,
+    explain,
+    job_directory,
+    search_path,
+    to_config,
+)
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.provenance import SNAPSHOT_FILE
@@ -90,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--array", action="store_true", help="a sweep: lists of values, +sweep=NAME"
     )
+    add_config_dir(parser)
     parser.add_argument("--max-running", type=int, help="tasks of the array at a time")
     parser.add_argument("--submissions", type=Path, default=Path("runs/submissions"))
     parser.add_argument("--dry-run", action="store_true", help="print, write and submit nothing")
@@ -101,15 +110,16 @@ def submit(options: argparse.Namespace) -> None:
 
     :raises UserError: whatever the user can mend, before anything is written.
     """
-    if CONF_DIR.parent != ROOT:
+    imported = CONF_DIR.parents[1]
+    if imported != ROOT:
         raise UserError(
-            f"casa_train is imported from {CONF_DIR.parent}; expected this script's own checkout. "
-            f"Run python -m launch.submit in {ROOT}."
+            f"casa_train is imported from {imported}; expected this script's own checkout. Run "
+            f"python -m launch.submit in {ROOT}."
         )
-    jobs = compose_jobs(options.overrides, options.array)
+    jobs = compose_jobs(options.overrides, options.array, options.config_dir)
     settings = sbatch_settings(options, len(jobs), jobs[0].config.name)
     check_jobs(jobs, settings)
-    code = Code.of_checkout(ROOT)
+    code = Code.of_checkout(ROOT) if (ROOT / "pyproject.toml").is_file() else Installed(ROOT)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = (options.submissions / f"{jobs[0].config.name}-{stamp}").absolute()
     script = batch_script(settings, folder)
@@ -144,11 +154,15 @@ def submit(options: argparse.Namespace) -> None:
 # Configurations
 
 
-def compose_jobs(overrides: Sequence[str], array: bool) -> list[Job]:
+def compose_jobs(
+    overrides: Sequence[str], array: bool, config_dir: Path | None = None
+) -> list[Job]:
     """Composes every job as `python -m casa_train`, with -m for an array, would.
 
+    :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: what is wrong with the configuration, or lists without --array.
     """
+    where = search_path(config_dir)
     try:
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(list(overrides))
@@ -160,10 +174,10 @@ def compose_jobs(overrides: Sequence[str], array: bool) -> list[Job]:
                         f"{swept[0]} is a list of values; expected one value for one job. Add "
                         "--array to make it a sweep."
                     )
-                raw = compose("train", list(overrides))
+                raw = compose("train", [*where, *overrides])
                 return [Job(list(overrides), to_config(raw, overrides))]
             plain = [o for o in overrides if o not in swept]
-            base = compose("train", plain, return_hydra_config=True)
+            base = compose("train", [*where, *plain], return_hydra_config=True)
             of_sweep = [f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()]
             choices: list[list[str]] = []
             for override in parser.parse_overrides([*of_sweep, *overrides]):
@@ -175,7 +189,7 @@ def compose_jobs(overrides: Sequence[str], array: bool) -> list[Job]:
                 choices.append(values)
             jobs = []
             for combination in itertools.product(*choices):
-                raw = compose("train", list(combination))
+                raw = compose("train", [*where, *combination])
                 with open_dict(raw):
                     directory = job_directory(raw.name, combination)
                     raw.run_dir = f"{base.hydra.sweep.dir}/{directory}"
@@ -297,6 +311,31 @@ class Code:
             )
 
 
+@dataclass(frozen=True)
+class Installed:
+    """What a snapshot holds where the project was installed and there is no checkout.
+
+    :param root: the folder that holds its packages.
+    """
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """As `environment.json` of the run records it."""
+        return f"casa_train {__version__}, installed"
+
+    def describe(self) -> list[str]:
+        return [f"code: {self.name} in {self.root}"]
+
+    def write(self, folder: Path) -> None:
+        """Copies the packages into a new directory `folder`/code."""
+        for package in ("casa_train", "data_recipes", "launch"):  # conf lies in casa_train
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(self.root / package, folder / "code" / package, ignore=ignored)
+        (folder / "code" / SNAPSHOT_FILE).write_text(self.name + "\n")
+
+
 def _git(root: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
@@ -381,7 +420,7 @@ def batch_script(settings: dict[str, str], folder: Path) -> str:
     return "\n".join(["#!/usr/bin/env bash", *header, *body]) + "\n"
 
 
-def write(folder: Path, script: str, jobs: Sequence[Job], code: Code) -> None:
+def write(folder: Path, script: str, jobs: Sequence[Job], code: Code | Installed) -> None:
     """Writes the submission; a folder that is there already is refused."""
     try:
         (folder / "log").mkdir(parents=True)

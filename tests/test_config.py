@@ -14,10 +14,15 @@ from omegaconf import OmegaConf, open_dict
 
 from casa_train.__main__ import run
 from casa_train.assemble import build_processor
-from casa_train.compose import CONF_DIR, compose_config, to_config
+from casa_train.bench.step import Arm
+from casa_train.compose import CONF_DIR, compose_config, compose_stored, to_config
 from casa_train.config import Config, TemplateConfig, fingerprint, flatten, run_fields
 from casa_train.errors import UserError
+from casa_train.inspect import find_target
+from casa_train.inspect import main as inspect
 from casa_train.modeling.processing_casa import ChatTemplate
+from launch.submit import compose_jobs
+from launch.submit import main as submit
 from tests.commands import ROOT, TEMPLATE, TINY, on_data
 
 
@@ -289,6 +294,53 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> 
     (tmp_path / "run" / "checkpoints").mkdir()
     prepare_run_directory(tmp_path / "run", config, "{}")
     assert (tmp_path / "run" / "previous_2" / "checkpoints").is_dir()
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A user's folder, with characters in its name that Hydra's grammar knows."""
+    folder = tmp_path / "my co'nf, x=[1]"
+    for name, text in (
+        ("experiment/mine.yaml", "# @package _global_\ndefaults: [demo]\nname: mine\nseed: 5\n"),
+        ("experiment/half.yaml", "# @package _global_\ntrainer: {steps: 33}\n"),
+        ("fusion/wide.yaml", "mechanism: casa\nevery: 2\n"),
+        ("sweep/ours.yaml", "# @package _global_\nhydra: {sweeper: {params: {seed: '1,2'}}}\n"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_folder_of_one_s_own_is_read_by_every_command(own_folder: Path, tmp_path: Path) -> None:
+    config = compose_config(["+experiment=mine", "fusion=wide"], own_folder)
+    assert (config.name, config.seed, config.trainer.steps) == ("mine", 5, 1500)
+    assert config.fusion["every"] == 2
+    target = find_target("mine", None, [], own_folder)
+    assert target.config.seed == 5
+    jobs = compose_jobs(["+experiment=mine", "+sweep=ours"], array=True, config_dir=own_folder)
+    assert [job.config.seed for job in jobs] == [1, 2]
+    (job,) = compose_jobs(["+experiment=mine"], array=False, config_dir=own_folder)
+    assert job.config.seed == 5
+    assert Arm("mine,fusion=wide", [], 1, own_folder).config.fusion["every"] == 2
+    # On top of what a run stored, too.
+    stored = tmp_path / "run" / "config.yaml"
+    stored.parent.mkdir()
+    stored.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    half = compose_stored(stored, ["+experiment=half", "data.text_tokens=99"], own_folder)
+    assert (half.trainer.steps, half.data.text_tokens, half.seed) == (33, 99, 5)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ["--config-dir", str(tmp_path / "nowhere")]
+    for main, arguments in ((inspect, ["demo"]), (submit, ["--dry-run", "+experiment=demo"])):
+        assert main([*arguments, *missing]) == 2
+        assert f"--config-dir {missing[1]} is not a directory" in capsys.readouterr().err
+
+
+def test_a_stored_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: [demo\n")
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.yaml cannot be read"):
+        compose_stored(tmp_path / "config.yaml", [])
 
 
 def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:

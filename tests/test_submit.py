@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from casa_train.compose import to_config
 from casa_train.provenance import code_commit
-from launch.submit import Code, Job, compose_jobs, frozen_yaml, main
+from launch.submit import ROOT, Code, Job, compose_jobs, frozen_yaml, main
 
 DEMO = ["+experiment=demo", "data.packs_per_step=32"]
 
@@ -91,6 +91,18 @@ def test_what_would_fail_later_is_refused_now(
 def git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_installed_code_has_no_commit_of_the_checkout_around_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("a project of somebody's, with an environment in it\n")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message=first")
+    site = tmp_path / "site-packages"
+    (site / "casa_train").mkdir(parents=True)
+    (site / "casa_train" / "provenance.py").write_text("")
+    assert code_commit(site) is None
+    assert code_commit(ROOT) is not None
 
 
 def test_a_snapshot_holds_tracked_changes_and_leaves_the_checkout_alone(tmp_path: Path) -> None:

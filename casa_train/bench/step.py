@@ -6,6 +6,7 @@ import argparse
 import gc
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
-from casa_train.compose import compose_config
+from casa_train.compose import add_config_dir, compose_config
 from casa_train.data.materialize import PackedBatch
 from casa_train.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
@@ -45,7 +46,7 @@ for data. A rank does as many micro-steps as in the experiment with its own numb
 steps after the warm-up. Work counts attended pairs and nothing recomputed (metrics/flops.py).
 Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
-An experiment is a name in conf/experiment, with overrides behind commas:
+An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
     python -m casa_train.bench step helium_casa helium_insertion
     python -m casa_train.bench step demo demo,fusion=insertion --set parallel.precision=bf16
     torchrun --standalone --nproc_per_node=8 -m casa_train.bench step
@@ -99,15 +100,18 @@ class Arm:
 
     :param name: an experiment, with overrides behind commas.
     :param overrides: for every experiment.
+    :param config_dir: a folder of the user's own with more experiments.
     :raises UserError: naming what does not hold.
     """
 
-    def __init__(self, name: str, overrides: Sequence[str], world: int) -> None:
+    def __init__(
+        self, name: str, overrides: Sequence[str], world: int, config_dir: Path | None = None
+    ) -> None:
         experiment, *own = name.split(",")
         # A dry run may leave paths open.
         more = [*overrides, *own, "dry_run=true"]
         self.name = name
-        self.config = compose_config([f"+experiment={experiment}", *more])
+        self.config = compose_config([f"+experiment={experiment}", *more], config_dir)
         self.notes: list[str] = []
         self.model_config = size_model(self.config, self.notes)
         self.pack = full_pack(self.config)
@@ -243,7 +247,10 @@ def run(arguments: argparse.Namespace) -> Report:
                 "parallel.precision=fp32."
             )
     rank, world, device = init_processes()
-    arms = [Arm(name, arguments.set, world) for name in arguments.experiments or DEFAULT]
+    arms = [
+        Arm(name, arguments.set, world, arguments.config_dir)
+        for name in arguments.experiments or DEFAULT
+    ]
     threads = arms[0].config.parallel.threads
     if threads:
         torch.set_num_threads(threads)
@@ -317,6 +324,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="overrides for every experiment, such as parallel.zero_stage=3",
     )
+    add_config_dir(parser)
     parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each (default: 1)")

@@ -19,7 +19,7 @@ import yaml
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
 
-READY = Path(__file__).resolve().parents[2] / "conf" / "model" / "template"
+READY = Path(__file__).resolve().parents[1] / "conf" / "model" / "template"
 AUTO = "auto"
 NAMES = tuple(field.name for field in fields(ChatTemplate))
 TURNS = ("user_start", "user_end", "assistant_start", "assistant_end")

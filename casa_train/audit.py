@@ -30,8 +30,9 @@ class AuditedEngine(Protocol):
 class Audit:
     """Looks at one step in which everything can move, and once more if something had to wait.
 
-    Values are compared through digests of their bits. A tensor waits if the mechanism declares its
-    first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
+    A step that is left out, because its numbers are not finite, is none to look at: the next one
+    is. Values are compared through digests of their bits. A tensor waits if the mechanism declares
+    its first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
 
     :param groups: parameter name -> name of its optimiser group.
     :param zero_at_start: whether a parameter's first gradient may be all zero, by design.
@@ -49,6 +50,10 @@ class Audit:
         self.first_step: int | None = None
         self.waiting: set[str] = set()
         self._before: dict[str, int] = {}
+        self._final = False
+        # Of the step that is looked at, until it is known whether it was taken.
+        self._waiting: set[str] = set()
+        self._problems: list[str] = []
 
     def due(self, step: int, rates: Mapping[str, float], pairs: float) -> bool:
         """Whether this step should be looked at.
@@ -60,39 +65,44 @@ class Audit:
             return False
         if self.first_step is None:
             return True
-        return bool(self.waiting) and step == self.first_step + FINAL_STEPS
+        # Or the first step after that one in which everything can move.
+        return bool(self.waiting) and not self._final and step >= self.first_step + FINAL_STEPS
 
-    def before_update(self, step: int, rates: Mapping[str, float]) -> None:
-        """Call after the step's last backward and before its update.
-
-        :raises UserError: a trainable tensor without gradient, or a frozen one with gradient.
-        """
-        final = self.first_step is not None
-        if self.first_step is None:
-            self.first_step = step
+    def before_update(self, rates: Mapping[str, float]) -> None:
+        """Call after the step's last backward and before its update."""
+        again = self.first_step is not None
+        if not again:
             self._before = {name: self._digest(p) for name, p in self._parameters()}
-        self.waiting = set()
-        problems = []
+        self._waiting, self._problems = set(), []
         for name, parameter in self._parameters():
             if not parameter.requires_grad:
                 if parameter.grad is not None:
-                    problems.append(f"frozen {name} received a gradient")
+                    self._problems.append(f"frozen {name} received a gradient")
                 continue
             gradient = self.engine.full_gradient(parameter)
             if gradient is None or not bool(gradient.any()):
-                if final or not self.zero_at_start(name):
+                if again or not self.zero_at_start(name):
                     state = "no gradient" if gradient is None else "an all-zero gradient"
-                    problems.append(f"trainable {name} got {state}")
-                self.waiting.add(name)
+                    self._problems.append(f"trainable {name} got {state}")
+                self._waiting.add(name)
             elif not self._can_move(parameter, rates[self.groups[name]]):
-                self.waiting.add(name)
-        self._report(step, problems)
+                self._waiting.add(name)
 
-    def after_update(self, step: int) -> str:
-        """Call after the update; returns the verdict as one line.
+    def after_update(self, step: int, applied: bool) -> str | None:
+        """Call after the update; returns the verdict as one line, None for a step left out.
 
-        :raises UserError: a trainable tensor that stayed, or a frozen one that moved.
+        :param applied: whether the update took place.
+        :raises UserError: a trainable tensor without gradient, a frozen one with gradient, a
+            trainable tensor that stayed, or a frozen one that moved.
         """
+        if not applied:
+            return None
+        self._report(step, self._problems)
+        if self.first_step is None:
+            self.first_step = step
+        else:
+            self._final = True
+        self.waiting = self._waiting
         problems = []
         trained = frozen = 0
         for name, parameter in self._parameters():

@@ -160,7 +160,8 @@ class Trainer:
                 return reason
         if trained and self.audit is not None and self.audit.first_step is None:
             self._say(
-                "the audit did not run: no step had a non-zero rate and an image with answers"
+                "the audit did not run: no step that was taken had a non-zero rate and an image "
+                "with answers"
             )
         bad, good = self.progress.bad_samples, self.progress.samples
         if bad:
@@ -220,10 +221,12 @@ class Trainer:
             self._by_source.add(each.detach(), batch.answer_sources)
             self.engine.backward(loss * (self.world / answers))
             if audit is not None and i == len(batches) - 1:
-                audit.before_update(step, rates)
+                audit.before_update(rates)
             self.engine.step()
         if audit is not None:
-            self._say(audit.after_update(step))
+            verdict = audit.after_update(step, self.engine.step_applied())
+            if verdict is not None:
+                self._say(verdict)
         rows = gather_rows([float(losses), *self.meter.measured()], self.device)
         loss_sum = sum(row[0] for row in rows)
         gradient_norm = self.engine.gradient_norm()

@@ -1,8 +1,8 @@
 """A run in which one rank's loss is not finite in chosen steps.
 
 `python -m tests.nan_steps OUT STEPS`: two ranks under torchrun train a tiny model with the real
-trainer and engine; rank 1 multiplies its logits by NaN in the given steps (comma-separated). Rank 0
-writes every record to OUT.
+trainer, engine and audit; rank 1 multiplies its logits by NaN in the given steps (comma-separated).
+Rank 0 writes every record to OUT.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from casa_train.audit import Audit
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.engine import Engine, init_processes, leave_processes
 from casa_train.errors import UserError
@@ -69,6 +70,7 @@ def main() -> None:
     optim = OptimConfig(groups={"all": GroupConfig(["."], 1e-3)})
     groups = build_groups(model.named_parameters(), optim.groups)
     engine = Engine(model, build_optimizer(groups, optim), 2, "fp32", 1, 1.0)
+    names = {name: group["name"] for group in groups for name in group["names"]}
     lines: list[str] = []
     sink = SimpleNamespace(write=lambda record: lines.append(json.dumps(record)), say=lines.append)
     trainer = Trainer(
@@ -84,6 +86,7 @@ def main() -> None:
         quarantine=lambda failures: None,
         gather=gather,
         sinks=[sink],
+        audit=Audit(engine, names, model.mechanism.zero_at_start),
         max_skipped=3,
         source_every=4,
     )

@@ -219,9 +219,12 @@ def test_the_time_limit_saves_and_leaves(data_dir: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["3,4,7", "5,6,7"])
+@pytest.mark.parametrize("broken", ["3,4,7", "5,6,7", "1,2,6"])
 def test_steps_with_nan_on_one_rank_are_left_out(tmp_path: Path, broken: str) -> None:
-    """Two in a row are skipped, three in a row end the run with the samples named."""
+    """Two in a row are skipped, three in a row end the run with the samples named.
+
+    The audit looks at the first step that was taken.
+    """
     out = tmp_path / "lines"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run([*torchrun, "--nproc_per_node=2", "-m", "tests.nan_steps", str(out), broken])
@@ -231,11 +234,13 @@ def test_steps_with_nan_on_one_rank_are_left_out(tmp_path: Path, broken: str) ->
     assert final["finite"] and final["moved"] and final["skipped_steps"] == 3
     bad = [int(step) for step in broken.split(",")]
     skipped = [step for step, record in records.items() if record["skipped"]]
-    if broken == "3,4,7":
+    audits = [line.split(":")[0] for line in lines if line.startswith("audit of ")]
+    assert audits == [f"audit of step {next(s for s in (1, 2, 3) if s not in bad)}"]
+    if broken != "5,6,7":
         assert skipped == bad and len(records) == 12
         assert all(records[step]["loss"] is None for step in bad)
-        assert records[5]["loss"] < records[1]["loss"]
-        # The record of step 4 covers nothing, since a skipped step empties the sums.
+        assert records[12]["loss"] < records[5 if bad[0] == 1 else 1]["loss"]
+        # A skipped step empties the sums of its four steps.
         assert set(records[12]["sources"]) == {"a", "only rank 0", "only rank 1"}
         assert records[12]["sources"]["a"]["answer_tokens"] == 2 * 3 * 4
     else:

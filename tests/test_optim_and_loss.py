@@ -115,12 +115,14 @@ def one_step(
     for module in used:
         x = module(x)
     x.square().sum().backward()
-    audit.before_update(1, {"all": rate})
+    audit.before_update({"all": rate})
     with torch.no_grad():
         for module in moved:
             for parameter in module.parameters():
                 parameter += 1
-    return audit.after_update(1)
+    line = audit.after_update(1, applied=True)
+    assert line is not None
+    return line
 
 
 def test_audit_passes_an_honest_step() -> None:
@@ -154,6 +156,43 @@ def test_audit_lets_declared_zeros_pass_once(tmp_path: Path) -> None:
     nn.init.zeros_(toy.fusion.weight)
     used, moved = [toy.body, toy.norm, toy.fusion], [toy.fusion]
     assert "4 wait (zero gradient by design" in one_step(toy, used, moved, zero="o")
+
+
+def test_audit_waits_for_steps_that_are_taken_and_in_which_everything_can_move() -> None:
+    toy = Toy()
+    names = dict.fromkeys((name for name, _ in toy.named_parameters()), "all")
+    audit = Audit(PlainEngine(toy), names, lambda name: name == "norm.bias")
+
+    def step(number: int, factor: float, still: str = "-") -> str | None:
+        """Only a step whose factor is finite is taken; gradients of `still` are zero."""
+        assert audit.due(number, {"all": 1.0}, pairs=1)
+        toy.zero_grad()
+        loss = toy.fusion(toy.norm(toy.body(torch.randn(2, 3)))).square().sum()
+        (loss * factor).backward()
+        for name, parameter in toy.named_parameters():
+            if parameter.grad is not None and name == still:
+                parameter.grad.zero_()
+        audit.before_update({"all": 1.0})
+        if factor == 1.0:
+            with torch.no_grad():
+                for parameter in toy.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+        return audit.after_update(number, applied=factor == 1.0)
+
+    for number in (1, 2):
+        assert step(number, float("nan")) is None and audit.first_step is None
+    line = step(3, 1.0, still="norm.bias")
+    assert line is not None and "5 of 6 trainable" in line and "1 wait" in line
+    # The final look of step 13: nothing that can move, then not taken, then not taken again.
+    assert not audit.due(12, {"all": 1.0}, pairs=1)
+    assert not audit.due(13, {"all": 1.0}, pairs=0)
+    assert step(14, float("inf")) is None and step(15, float("nan")) is None
+    with pytest.raises(UserError, match="step 16 .*norm.bias got an all-zero gradient"):
+        step(16, 1.0, still="norm.bias")
+    line = step(17, 1.0)
+    assert line is not None and "6 of 6 trainable" in line
+    assert not audit.due(18, {"all": 1.0}, pairs=1)
 
 
 def test_audit_waits_where_the_rate_is_below_the_resolution_of_fp32() -> None:

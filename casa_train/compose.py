@@ -12,9 +12,9 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -138,7 +138,7 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     schema = OmegaConf.structured(Config)
     try:
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
-        container: Any = OmegaConf.to_container(raw, resolve=True)
+        container: Any = without_nulls(Config, OmegaConf.to_container(raw, resolve=True))
         model = container["model"]
         model["template"] = template_fields(model.get("template"), overrides)
         plain = OmegaConf.create(container)
@@ -158,6 +158,25 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def without_nulls(kind: type, values: Any) -> dict[str, Any]:
+    """The values without the entries that `NAME: null` deletes: sources, datasets, groups.
+
+    A dict of dataclasses that is null itself becomes empty.
+
+    :param kind: the dataclass that the values are of.
+    """
+    hints = get_type_hints(kind)
+    kept = dict(values)
+    for name, value in values.items():
+        hint = hints.get(name)
+        if is_dataclass(hint) and isinstance(value, dict):
+            kept[name] = without_nulls(hint, value)  # type: ignore[arg-type]
+        elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            if value is None or isinstance(value, dict):
+                kept[name] = {k: v for k, v in (value or {}).items() if v is not None}
+    return kept
 
 
 def template_fields(values: Any, overrides: Sequence[str]) -> Any:

@@ -134,7 +134,7 @@ class StreamConfig:
     """Training from published datasets without preparing them (`data=finevision_stream`)."""
 
     datasets: dict[str, StreamDatasetConfig] = field(default_factory=dict)
-    """Datasets by name; used where `data.sources` is empty."""
+    """Datasets by name, NAME=null deletes one; used where `data.sources` is empty."""
     lanes: int = 256
     """Logical lanes, each with its own row groups and packs; the number of ranks must divide it.
     The order of samples depends on it, so it stays the same for the life of a run."""
@@ -154,11 +154,13 @@ class DataConfig:
     """Sources and budgets."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Prepared training sources by name; an experiment can override or delete one entry."""
+    """Prepared training sources by name; an experiment or the command line can override an entry,
+    or delete it: NAME=null."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """What is read from published datasets instead of prepared sources."""
     validation: dict[str, SourceConfig] = field(default_factory=dict)
-    """Held-out splits by name; validation and evaluation read them, training never does."""
+    """Held-out splits by name, NAME=null deletes one; validation and evaluation read them, training
+    never does."""
     text_tokens: int = 2048
     """Text budget of a packed sequence."""
     image_tokens: int = 20480

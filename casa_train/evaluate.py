@@ -1,66 +1,112 @@
-"""python -m casa_train.evaluate RUN [--export DIR]: exact match of an export on the validation
-sets; with --sweep DIR of every job of a sweep, exported first where it is not.
+"""python -m casa_train.evaluate RUN [--export DIR] [overrides ...]: exact match of an export on the
+validation sets; with --sweep DIR of every job of a sweep, exported first where it is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.checkpoint.loading import load_model, load_processor
+from casa_train.compose import explain, to_config
+from casa_train.config import Config, SourceConfig
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import (
     evaluate,
     first_questions,
     generate_answers,
-    readable,
+    training_texts,
 )
 from casa_train.evaluation.reads import image_reads
 from casa_train.export import export as write_export
 from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.quiet import quiet_libraries
-from casa_train.run_directory import EVALUATION_FILE
+from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE
 from casa_train.sweep import run_directories
 
+OVERRIDES = (
+    "evaluation.max_samples",
+    "evaluation.max_new_tokens",
+    "evaluation.batch_size",
+    "evaluation.attention_samples",
+    "data.validation",
+    "data.sources",
+    "parallel.threads",
+)
+"""What an evaluation depends on, beside the export; the rest of a run's configuration is done."""
 
-def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
+
+def evaluation_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a run with overrides of an evaluation on top.
+
+    :raises UserError: no run, an override of something else, or a value that cannot be.
+    """
+    config = load_run_config(run)
+    if not overrides:
+        return config
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals or not any(
+            name == known or name.startswith(f"{known}.") for known in OVERRIDES
+        ):
+            raise UserError(
+                f"override {override!r} says nothing to an evaluation; expected NAME=VALUE, where "
+                f"NAME is one of {', '.join(OVERRIDES)} or a field below them, such as "
+                "data.validation.NAME.path=DIR."
+            )
+    try:
+        stored = OmegaConf.load(run / CONFIG_FILE)
+        raw = OmegaConf.merge(stored, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    return to_config(raw)  # type: ignore[arg-type]
+
+
+def evaluate_run(run: Path, export: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluates an export on the run's validation splits; writes and returns `evaluation.json`.
 
     The export is loaded as a user would: plain transformers and its own remote code.
 
+    :param overrides: of the run's configuration, see `OVERRIDES`.
     :raises UserError: no export, or no validation questions with images.
     """
-    config = load_run_config(run)
+    config = evaluation_config(run, [override.lstrip("+") for override in overrides])
     if not (export / EXPORT_MARKER).is_file():
         raise UserError(
             f"{export} is not an export; name one with --export (a run keeps its own in "
             f"{run / 'exports'}), or write one with 'python -m casa_train.export {run} --out "
             f"{export}'."
         )
-    if not config.data.validation:
+    held_out = config.data.validation
+    if not held_out:
         raise UserError(
-            f"{run}: data.validation names no held-out split, so nothing can be evaluated."
+            f"{run}: data.validation names no held-out split, so nothing can be evaluated. Name "
+            "one: data.validation.NAME.path=DIR/validation."
         )
-    splits = {name: Split(Path(s.path)) for name, s in config.data.validation.items()}
+    splits = {name: Split(Path(source.path)) for name, source in held_out.items()}
     skipped: Counter[str] = Counter()
-    questions = first_questions(splits, config.evaluation.max_samples, skipped)
+    questions = first_questions(splits, _limits(held_out), config.evaluation.max_samples, skipped)
     if not questions:
-        raise UserError(f"{run}: the validation splits hold no question about an image.")
-    sources = [Split(Path(s.path)) for s in config.data.sources.values()]
-    unread: Counter[str] = Counter()  # training samples only serve the image-free guess
-    training = itertools.chain.from_iterable(readable(split, unread) for split in sources)
+        raise UserError(
+            f"{run}: the validation splits {', '.join(splits)} hold no question about an image "
+            f"(skipped: {dict(skipped) or 'none'})."
+        )
+    training = training_texts(
+        _trained(config.data.sources), _limits(config.data.sources), questions
+    )
     model, processor = load_model(export, "auto"), load_processor(export)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
@@ -77,7 +123,9 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     )
     result = {
         "export": str(export),
-        "step": _step(export / EXPORT_MARKER),
+        "step": _read(export / EXPORT_MARKER, "step"),
+        "overrides": list(overrides),
+        "validation": {name: source.path for name, source in held_out.items()},
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
@@ -88,9 +136,25 @@ def evaluate_run(run: Path, export: Path) -> dict[str, Any]:
     return result
 
 
-def evaluate_sweep(sweep: Path, only: str = "*") -> int:
+def _limits(sources: Mapping[str, SourceConfig]) -> dict[str, int | None]:
+    return {name: source.limit for name, source in sources.items()}
+
+
+def _trained(sources: Mapping[str, SourceConfig]) -> dict[str, Split]:
+    """The training splits that are there: they only serve the image-free guess."""
+    splits = {}
+    for name, source in sources.items():
+        try:
+            splits[name] = Split(Path(source.path))
+        except UserError as error:
+            print(f"the image-free guess knows nothing of data.sources.{name}: {error}")
+    return splits
+
+
+def evaluate_sweep(sweep: Path, only: str = "*", overrides: Sequence[str] = ()) -> int:
     """Exports and evaluates the newest checkpoint of every job, where that is not done yet.
 
+    :param overrides: see `evaluate_run`; an evaluation with others is not the same.
     :return: how many jobs could not be evaluated; each is named with its reason.
     :raises UserError: there is no run.
     """
@@ -98,11 +162,12 @@ def evaluate_sweep(sweep: Path, only: str = "*") -> int:
     for run in run_directories(sweep, only):
         try:
             step = find_checkpoint(run, None).step
-            if _step(run / "export" / EXPORT_MARKER) != step:
+            if _read(run / "export" / EXPORT_MARKER, "step") != step:
                 write_export(run, run / "export")
             done = "already evaluated"
-            if _step(run / EVALUATION_FILE) != step:
-                result = evaluate_run(run, run / "export")
+            there = run / EVALUATION_FILE
+            if _read(there, "step") != step or (_read(there, "overrides") or []) != [*overrides]:
+                result = evaluate_run(run, run / "export", overrides)
                 done = f"exact match {result['exact_match']:.3f}, blind {result['blind']:.3f}"
             print(f"{run.name}: step {step}, {done}", flush=True)
         except UserError as error:
@@ -111,20 +176,20 @@ def evaluate_sweep(sweep: Path, only: str = "*") -> int:
     return failures
 
 
-def _step(path: Path) -> int | None:
-    """The step that a JSON file says it is of; None without one."""
+def _read(path: Path, name: str) -> Any:
+    """A field of a JSON file; None without one."""
     try:
-        step = json.loads(path.read_text())["step"]
+        return json.loads(path.read_text())[name]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return int(step)
 
 
 def table(result: dict[str, Any]) -> str:
     """The scores as text, overall last."""
     rows = [("family", "exact match", "blind", "guess", "questions")]
     for name, scores in [*result["families"].items(), ("overall", result)]:
-        values = (f"{scores[k]:.3f}" for k in ("exact_match", "blind", "guess"))
+        shares = (scores[k] for k in ("exact_match", "blind", "guess"))
+        values = ("-" if share is None else f"{share:.3f}" for share in shares)
         rows.append((name, *values, str(scores["questions"])))  # type: ignore[arg-type]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
@@ -139,23 +204,34 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("run", type=Path, nargs="?", help="a run directory, such as runs/demo")
-    what.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
+    parser.add_argument("run", nargs="?", help="a run directory, such as runs/demo")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help=f"fields, such as evaluation.max_samples=200; those known: {', '.join(OVERRIDES)}",
+    )
+    parser.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=Path, help="the export (default: RUN/export)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    run, overrides = arguments.run, arguments.overrides
+    if arguments.sweep is not None:
+        overrides = [*([] if run is None else [run]), *overrides]
+    elif run is None:
+        parser.error("name a run directory, or the directory of a sweep with --sweep")
     quiet_libraries()
     try:
         if arguments.sweep is not None:
-            return 2 if evaluate_sweep(arguments.sweep, arguments.only) else 0
-        result = evaluate_run(arguments.run, arguments.export or arguments.run / "export")
+            return 2 if evaluate_sweep(arguments.sweep, arguments.only, overrides) else 0
+        result = evaluate_run(Path(run), arguments.export or Path(run, "export"), overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
     if result["skipped"]:
         print(f"skipped samples that could not be read: {result['skipped']}")
+    if result["guess"] is None:
+        print("no image-free guess: it needs the prepared splits that were trained (data.sources)")
     return 0
 
 

@@ -8,16 +8,17 @@ import argparse
 import contextlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow.compute as pc
 
 from casa_train.config import Config
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
-from casa_train.evaluation.exact_match import first_questions, question_of
+from casa_train.evaluation.exact_match import question_of, read_question
 from casa_train.export import load_run_config
 from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.report.sweep import markdown, write_sweep
@@ -68,15 +69,18 @@ def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, li
     """The images of the evaluated questions, by id; none where the data has gone."""
     if evaluation is None:
         return {}
-    splits = {}
-    for name, source in config.data.validation.items():
-        try:
-            splits[name] = Split(Path(source.path))
-        except UserError:
-            continue  # the data may have gone since
-    wanted = {answer["id"] for answer in choose_answers(evaluation["answers"])}
-    questions = first_questions(splits, config.evaluation.max_samples, Counter())
-    return {q.id: list(q.images) for q in questions if q.id in wanted}
+    places = {n: s.path for n, s in config.data.validation.items()}
+    places |= evaluation.get("validation", {})  # it may have asked other splits
+    pictures: dict[str, list[bytes]] = {}
+    for answer in choose_answers(evaluation["answers"]):
+        name, _, key = answer["id"].partition("/")
+        with contextlib.suppress(UserError, BadRow, ImageError, KeyError):
+            split = Split(Path(places[name]), check=False)
+            row = pc.index(split.index.column("key"), key).as_py()
+            question = None if row < 0 else read_question(split, name, row)
+            if question is not None:  # the data may be another now
+                pictures[question.id] = list(question.images)
+    return pictures
 
 
 def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[bytes]]:
@@ -122,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [f"report {path}"]
     if evaluation is not None:
         scores = f"exact match {evaluation['exact_match']:.2f}, blind {evaluation['blind']:.2f}"
-        guess = f"image-free guess {evaluation['guess']:.2f}"
-        parts = [scores, guess, f"export {evaluation['export']}", *parts]
+        if evaluation["guess"] is not None:
+            scores += f", image-free guess {evaluation['guess']:.2f}"
+        parts = [scores, f"export {evaluation['export']}", *parts]
     print(f"{arguments.run.name}: {', '.join(parts)}")
     return 0
 

@@ -358,3 +358,46 @@ def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:
     common = ["data.sources.a.path=/x/y/train", f"model.tokenizer=/{'far/' * 40}tokenizer"]
     last = job_directory("demo", [*common, "model.backbone.config.num_hidden_layers=4"])
     assert last.startswith("demo,path=train,tokenizer=tokenizer,num_hidden_layers=4,")
+
+
+NULLS = """# @package _global_
+defaults:
+  - demo
+  - _self_
+data:
+  sources: {synthetic: null, own: {path: mine/train}}
+  validation: {synthetic: null}
+optim:
+  groups: {fusion: null}
+"""
+
+
+def test_null_deletes_a_default_entry(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(NULLS)
+    where = f"hydra.searchpath=['file://{tmp_path}']"
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = to_config(compose("train", overrides=[where, "+experiment=mine"]))
+    assert {name: source.path for name, source in config.data.sources.items()} == {
+        "own": "mine/train"
+    }
+    assert config.data.validation == {}
+    names = set(composed("+experiment=demo").optim.groups)
+    assert "fusion" in names and set(config.optim.groups) == names - {"fusion"}
+
+
+@pytest.mark.parametrize("spelling", ["data.validation.synthetic=null", "data.validation=null"])
+def test_null_deletes_on_the_command_line(spelling: str) -> None:
+    assert composed("+experiment=demo", spelling).data.validation == {}
+    streamed = ["+experiment=demo", "data=finevision_stream"]
+    config = composed(*streamed, "data.stream.datasets.llava_onevision=null")
+    assert list(config.data.stream.datasets) == ["finevision"]
+
+
+def test_what_null_leaves_is_checked() -> None:
+    with pytest.raises(UserError, match="data.sources is {}; expected at least one source"):
+        composed("+experiment=demo", "data.sources.synthetic=null")
+    with pytest.raises(UserError, match="Could not override 'data.sources.synthtic'"):
+        compose_config(["+experiment=demo", "data.sources.synthtic=null"])
+    with pytest.raises(UserError, match="data.text_tokens: Incompatible value"):
+        composed("+experiment=demo", "data.text_tokens=null")

@@ -29,10 +29,9 @@ from casa_train.evaluation.held_out import (
     answer_spans,
     open_held_out,
     score,
-    source_labels,
-    spread,
 )
 from casa_train.evaluation.questions import Questions
+from casa_train.evaluation.shares import source_labels, spread
 from casa_train.evaluation.validation import Best
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor

@@ -2,25 +2,30 @@
 
 *Blind* asks each question with the images of another sample of the same family: what a model scores
 then it did not read from the picture. The *image-free guess* answers every question text with the
-answer that is most frequent for it in training.
+answer that is most frequent for it in a sample of what was trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from casa_train.data.sample import ImageSlot, Sample, Turn, keep_images, messages_of
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
+from casa_train.evaluation.shares import by_source, show_image_first, spread
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 
 Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
+GUESS_SAMPLES = 100_000
+"""Training samples that the image-free guess is from, at most: some seconds of reading."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +60,65 @@ def question_text(turn: Turn) -> str:
     return " ".join(part for part in turn.user if isinstance(part, str))
 
 
-def readable(split: Split, skipped: Counter[str]) -> Iterator[Sample]:
-    """The samples of a split whose record can be read; others are counted by reason."""
-    for row in range(len(split)):
-        try:
-            yield split.read(row)
-        except BadRow as error:
-            skipped[error.reason] += 1
-
-
 def first_questions(
-    splits: Mapping[str, Split], limit: int, skipped: Counter[str]
+    splits: Mapping[str, Split],
+    limits: Mapping[str, int | None],
+    limit: int,
+    skipped: Counter[str],
 ) -> list[Question]:
-    """The first turn of each sample that shows an image there, at most `limit`.
+    """The first turns of samples that show an image there, at most `limit`, in even shares of the
+    sources and evenly over each, as validations take theirs.
 
-    Only images of that turn are kept; later turns may show more. Samples with an image that cannot
-    be read are counted in `skipped` by reason.
+    Only images of that turn are kept; later turns may show more. Samples that cannot be read are
+    counted in `skipped` by reason.
+
+    :param limits: by split, how many of its samples are used; None: all.
     """
+    rows = {n: show_image_first(s, np.arange(len(s))[: limits[n]]) for n, s in splits.items()}
     questions: list[Question] = []
-    for name, split in splits.items():
-        for sample in readable(split, skipped):
-            if len(questions) >= limit:
-                return questions
+    for (name, _), chosen in spread(by_source(splits, rows), limit).items():
+        for row in chosen:
             try:
-                question = question_of(f"{name}/{sample.key}", sample)
-            except ImageError as error:
+                question = read_question(splits[name], name, row)
+            except (BadRow, ImageError) as error:
                 skipped[error.reason] += 1
                 continue
             if question is not None:
                 questions.append(question)
     return questions
+
+
+def read_question(split: Split, name: str, row: int) -> Question | None:
+    """The first turn of a row with its own images; None where it shows none.
+
+    :raises BadRow, ImageError: a row or an image that cannot be used.
+    """
+    sample = split.read(row)
+    return question_of(f"{name}/{sample.key}", sample)
+
+
+def training_texts(
+    splits: Mapping[str, Split],
+    limits: Mapping[str, int | None],
+    questions: Sequence[Question],
+    limit: int = GUESS_SAMPLES,
+) -> Iterator[Sample]:
+    """At most `limit` training samples without their images, spread evenly over what they are.
+
+    First those of the families that are asked, in even shares; others as far as there is room.
+    Samples that cannot be read are left out.
+
+    :param limits: by split, how many of its samples are trained; None: all.
+    """
+    groups = by_source(splits, {n: np.arange(len(s))[: limits[n]] for n, s in splits.items()})
+    families = {question.source for question in questions}
+    for asked in (True, False):
+        wanted = {key: rows for key, rows in groups.items() if (key[1] in families) == asked}
+        for (name, _), chosen in spread(wanted, limit).items():
+            limit -= len(chosen)
+            for row in chosen:
+                with contextlib.suppress(BadRow):
+                    yield splits[name].read(row, with_images=False)
 
 
 def question_of(key: str, sample: Sample) -> Question | None:
@@ -125,11 +159,17 @@ def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[b
     return swapped
 
 
-def best_guesses(training: Iterable[Sample], questions: Sequence[Question]) -> list[str]:
-    """The most frequent training answer of each question text, or of its family where it is new."""
+def best_guesses(
+    training: Iterable[Sample], questions: Sequence[Question]
+) -> tuple[list[str], int]:
+    """The most frequent training answer of each question text, or of its family where it is new;
+    and of how many samples.
+    """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_family: dict[str, Counter[str]] = defaultdict(Counter)
+    samples = 0
     for sample in training:
+        samples += 1
         turn = sample.turns[0]
         text = question_text(turn)
         by_text[text][turn.assistant] += 1
@@ -138,7 +178,7 @@ def best_guesses(training: Iterable[Sample], questions: Sequence[Question]) -> l
     for question in questions:
         counts = by_text.get(question.text) or by_family.get(question.source)
         guesses.append(counts.most_common(1)[0][0] if counts else "")
-    return guesses
+    return guesses, samples
 
 
 @torch.no_grad()
@@ -175,13 +215,15 @@ def evaluate(
     """Scores overall and by family, and every answer.
 
     :param answer: conversations -> answers; `generate_answers` with a model.
-    :return: `exact_match`, `blind`, `guess`, `questions`; the same by family under `families`; and
-        `answers`, one record a question.
+    :param training: samples that the image-free guess knows; without any there is no guess.
+    :return: `exact_match`, `blind`, `guess` (None without training samples), `questions`; the same
+        by family under `families`; `guess_samples`, how many training samples the guess is from;
+        and `answers`, one record a question.
     """
     seen = answer([q.messages(q.images) for q in questions])
     swapped = swapped_images(questions)
     blind = answer([q.messages(images) for q, images in zip(questions, swapped, strict=True)])
-    guesses = best_guesses(training, questions)
+    guesses, guess_samples = best_guesses(training, questions)
     records = [
         {
             "id": q.id,
@@ -192,13 +234,14 @@ def evaluate(
             "blind_answer": blind[i],
             "correct": matches(seen[i], q.reference),
             "blind_correct": matches(blind[i], q.reference),
-            "guess_correct": matches(guesses[i], q.reference),
+            "guess_correct": matches(guesses[i], q.reference) if guess_samples else None,
         }
         for i, q in enumerate(questions)
     ]
     families = sorted({q.source for q in questions})
     return {
         **_scores(records),
+        "guess_samples": guess_samples,
         "families": {
             family: _scores([r for r in records if r["source"] == family]) for family in families
         },
@@ -213,6 +256,6 @@ def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "exact_match": share("correct"),
         "blind": share("blind_correct"),
-        "guess": share("guess_correct"),
+        "guess": share("guess_correct") if records[0]["guess_correct"] is not None else None,
         "questions": len(records),
     }

@@ -33,6 +33,7 @@ from casa_train.data.packing import BestFitPacker
 from casa_train.data.plan import RESERVED, Item, Pack
 from casa_train.data.shards import Split
 from casa_train.errors import RankError, UserError
+from casa_train.evaluation.shares import by_source, source_labels, spread
 from casa_train.loss import answer_losses
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.transfer import to_device
@@ -83,14 +84,13 @@ def open_held_out(config: Config, processor: CasaProcessor, world: int) -> HeldO
     splits = open_splits(sources, processor, "data.validation")
     fits = build_fits(config, splits, processor)
     lengths: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    rows_of: dict[tuple[str, str], np.ndarray] = {}
+    fitting: dict[str, np.ndarray] = {}
     for name, fit in fits.items():
         limit = sources[name].limit
         text, images, _ = fit.lengths(limit)
         lengths[name] = text, images
-        fitting = np.flatnonzero((text <= fit.budgets[0]) & (images <= fit.budgets[1]))
-        families = splits[name].index.column("source").to_numpy()[fitting]
-        rows_of.update({(name, f): fitting[families == f] for f in sorted(set(families))})
+        fitting[name] = np.flatnonzero((text <= fit.budgets[0]) & (images <= fit.budgets[1]))
+    rows_of = by_source(splits, fitting)
     labels = source_labels(list(rows_of))
     groups = {labels[key]: (key[0], rows) for key, rows in rows_of.items()}
     chosen = spread({n: rows for n, (_, rows) in groups.items()}, config.evaluation.loss_samples)
@@ -116,36 +116,6 @@ def open_held_out(config: Config, processor: CasaProcessor, world: int) -> HeldO
         _digest(items, splits),
         processor.answer_end_token,
     )
-
-
-def source_labels(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Names of sources, given splits and what their rows call their sources.
-
-    A split of one source has its own name, as in training. The sources of others have theirs, with
-    the split in front where two splits would share it.
-    """
-    many = [split for split, _ in found if sum(split == other for other, _ in found) > 1]
-    labels = {(split, own): own if split in many else split for split, own in found}
-    taken = list(labels.values())
-    return {
-        key: "/".join(key) if key[0] in many and taken.count(label) > 1 else label
-        for key, label in labels.items()
-    }
-
-
-def spread(groups: Mapping[str, Sequence[int] | np.ndarray], total: int) -> dict[str, list[int]]:
-    """At most `total` members of all groups together, in even shares, evenly over each group.
-
-    What a small group cannot give, others do.
-    """
-    chosen: dict[str, list[int]] = {}
-    names = sorted(groups, key=lambda name: (len(groups[name]), name))
-    for i, name in enumerate(names):
-        members = groups[name]
-        count = min(len(members), total // (len(names) - i))
-        total -= count
-        chosen[name] = [int(members[k * len(members) // count]) for k in range(count)]
-    return {name: chosen[name] for name in groups}
 
 
 def pack_all(

@@ -16,7 +16,8 @@ from casa_train.config import Config
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import Split
 from casa_train.evaluation.exact_match import Question, matches, question_of
-from casa_train.evaluation.held_out import Forward, HeldOut, spread
+from casa_train.evaluation.held_out import Forward, HeldOut
+from casa_train.evaluation.shares import show_image_first, spread
 from casa_train.modeling.image_processing_casa import SIDE, ImageError
 from casa_train.modeling.processing_casa import CasaProcessor
 
@@ -58,7 +59,7 @@ class Questions:
         self.skipped: Counter[str] = Counter()
         splits = held_out.splits
         candidates = {
-            source: [row for row in rows.tolist() if _shows_image_first(splits[name], row)]
+            source: show_image_first(splits[name], rows)
             for source, (name, rows) in held_out.groups.items()
         }
         asked = [
@@ -164,8 +165,3 @@ def greedy(forward: Forward, batch: Mapping[str, Any], new_tokens: int) -> list[
         inputs = {"input_ids": new[-1]}
     ids: list[list[int]] = torch.cat(new, 1).tolist()
     return ids
-
-
-def _shows_image_first(split: Split, row: int) -> bool:
-    turns, offsets = split.list_column("image_turns")
-    return bool(offsets[row] < offsets[row + 1] and turns[offsets[row]] == 0)

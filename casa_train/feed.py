@@ -14,7 +14,14 @@ from casa_train.data.materialize import CountWork, Materializer
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.data.row_groups import Retries
 from casa_train.data.schemas import MODALITIES
-from casa_train.data.stream import StreamLoader, check_lanes, open_subset, subset_names
+from casa_train.data.stream import (
+    StreamLoader,
+    check_lanes,
+    copied_subsets,
+    is_local,
+    open_subset,
+    subset_names,
+)
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 
@@ -51,13 +58,21 @@ def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, Stream
             "with data.stream.datasets. Leave it out, or prepare the data (python -m data_recipes)."
         )
     chosen = []
-    for name, dataset in datasets.items():
+    # What is here first: a mistake in it shows before the hub is asked.
+    for name, dataset in sorted(datasets.items(), key=lambda item: not is_local(item[1].source)):
         if dataset.schema not in STREAMED:
             raise UserError(
                 f"data.stream.datasets.{name}.schema is {dataset.schema!r}; expected one of "
                 f"{STREAMED}."
             )
-        chosen += [(name, subset) for subset in _chosen(name, dataset, retries)]
+        if not is_local(dataset.source):
+            say(
+                f"asking the hub for {dataset.source}: data.stream.datasets.{name}.source=DIR "
+                f"would read a local copy, data.stream.datasets.{name}=null leaves it out"
+            )
+        chosen += [(name, subset) for subset in _chosen(name, dataset, retries, say)]
+    # In the order of the configuration, which decides that of the samples.
+    chosen.sort(key=lambda pair: list(datasets).index(pair[0]))
     refuse_double_counting(
         {
             f"data.stream.datasets.{name}.subsets, {subset}": (datasets[name].schema, subset)
@@ -199,28 +214,49 @@ def _notes(
     return lines
 
 
-def _chosen(name: str, dataset: StreamDatasetConfig, retries: Retries) -> list[str]:
-    """The subsets to read, each once.
+def _chosen(
+    name: str, dataset: StreamDatasetConfig, retries: Retries, say: Callable[[str], None]
+) -> list[str]:
+    """The subsets to read, each once; of a partial copy those that it holds.
 
+    :param say: is told what a partial copy leaves out.
     :raises UserError: names that the dataset does not have, or none left.
     """
+    field = f"data.stream.datasets.{name}"
+    local = is_local(dataset.source)
     there = subset_names(dataset.source, dataset.revision, retries)
-    wanted = dataset.subsets or there
-    for field, names in (
+    if local:
+        named, there = there, copied_subsets(dataset.source, there, retries)
+        absent = [s for s in named if s not in [*there, *dataset.exclude]]
+        if absent and not dataset.subsets and there:
+            say(
+                f"{field}: {dataset.source} holds no files of {len(absent)} of its {len(named)} "
+                f"subsets, which are left out: {', '.join(absent)}"
+            )
+    for kind, names in (
         ("subsets", dataset.subsets),
         ("exclude", dataset.exclude),
         ("repeats", list(dataset.repeats)),
     ):
         unknown = [subset for subset in names if subset not in there]
-        if unknown:
+        if unknown and local and kind != "subsets":
+            say(f"{field}.{kind} names {unknown}, which {dataset.source} does not hold: ignored")
+        elif unknown:
             raise UserError(
-                f"data.stream.datasets.{name}.{field} names {unknown}, which {dataset.source} does "
-                f"not have; its subsets are {there}. Mend the names."
+                f"{field}.{kind} names {unknown}, which {dataset.source} does not have; its "
+                f"subsets are {there}. Mend the names"
+                + (", or copy their files and the dataset's README.md." if local else ".")
             )
+    if not there:
+        raise UserError(
+            f"{field}: {dataset.source} holds no file of any subset; expected the dataset's "
+            "README.md and folders as they are published. Copy them, or mend the path."
+        )
+    wanted = dataset.subsets or there
     chosen = [subset for subset in dict.fromkeys(wanted) if subset not in dataset.exclude]
     if not chosen:
         raise UserError(
-            f"data.stream.datasets.{name} leaves every subset of {dataset.source} out; expected at "
+            f"{field} leaves every subset of {dataset.source} out; expected at "
             "least one. Shorten exclude, or delete the dataset."
         )
     return chosen

@@ -506,17 +506,82 @@ def test_subsets_and_repeats_follow_the_configuration(published: Path) -> None:
     ("fields", "message"),
     [
         ({"subsets": ["bigg"]}, r"datasets.fv.subsets names \['bigg'\].*\['big', 'small'\]"),
-        ({"repeats": {"smal": 6}}, r"datasets.fv.repeats names \['smal'\]"),
         ({"exclude": ["big", "small"]}, r"leaves every subset of .* out"),
         ({"schema": "fine"}, r"datasets.fv.schema is 'fine'; expected one of \['finevision'"),
         ({"split": "test"}, r"has the splits \['train'\]; expected 'test'"),
-        ({"source": "/nowhere/at/all"}, r"dataset /nowhere/at/all cannot be read"),
+        ({"source": "/nowhere/at/all"}, r"source '/nowhere/at/all', which is no directory"),
+        ({"source": "./nowhere"}, r"source './nowhere', which is no directory"),
+        ({"source": "a/copy/of/it"}, r"source 'a/copy/of/it', which is no directory"),
     ],
 )
 def test_mistakes_are_named(published: Path, fields: dict[str, Any], message: str) -> None:
     config = configured(**{"source": str(published), **fields})
     with pytest.raises(UserError, match=message):
         list_streams(config, lambda line: None)
+
+
+@pytest.fixture
+def partial(published: Path, tmp_path: Path) -> Path:
+    """A copy with the whole card, without the files of the first subset that it names."""
+    shutil.copytree(published, tmp_path / "partial")
+    shutil.rmtree(tmp_path / "partial" / "big")
+    return tmp_path / "partial"
+
+
+def test_a_partial_copy_gives_what_it_holds(partial: Path) -> None:
+    lines: list[str] = []
+    absent = ["DoclingMatix", "big"]
+    config = configured(source=str(partial), exclude=absent, repeats={"big": 6, "small": 3})
+    streams = list_streams(config, lines.append)
+    assert {name: (s.repeats, s.rows) for name, s in streams.items()} == {"fv/small": (3, 20)}
+    assert lines == [
+        f"data.stream.datasets.fv.exclude names {absent}, which {partial} does not hold: ignored",
+        f"data.stream.datasets.fv.repeats names ['big'], which {partial} does not hold: ignored",
+        "listing the files of 1 subsets of fv",
+    ]
+    lines.clear()
+    assert list(list_streams(configured(source=str(partial)), lines.append)) == ["fv/small"]
+    assert "holds no files of 1 of its 2 subsets, which are left out: big" in lines[0]
+    lines.clear()
+    assert list(list_streams(configured(source=str(partial), subsets=["small"]), lines.append))
+    assert len(lines) == 1  # what is not asked for is no news
+
+
+def test_what_a_partial_copy_lacks_is_named(partial: Path) -> None:
+    with pytest.raises(UserError, match=r"names \['big'\], .*subsets are \['small'\].*README"):
+        list_streams(configured(source=str(partial), subsets=["big"]), lambda line: None)
+    shutil.rmtree(partial / "small")
+    with pytest.raises(UserError, match="holds no file of any subset"):
+        list_streams(configured(source=str(partial)), lambda line: None)
+
+
+def test_what_is_here_is_checked_before_the_hub_is_asked(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import config as library
+
+    config = configured(source=str(published), subsets=["bigg"])
+    here = config.data.stream.datasets.pop("fv")
+    there = StreamDatasetConfig("no-such/dataset")
+    config.data.stream.datasets = {"hub": there, "fv": here}
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"datasets.fv.subsets names \['bigg'\]"):
+        list_streams(config, lines.append)
+    assert lines == []
+    # Where the hub may not be asked, waiting for it is of no use.
+    monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config.data.stream.datasets = {"hub": there}
+    config.data.stream.attempts, config.data.stream.retry_seconds = 8, 60.0
+    with pytest.raises(UserError, match=r"of the hub \(there is no directory of that name\)"):
+        list_streams(config, lines.append)
+    assert len(lines) == 1 and "data.stream.datasets.hub=null leaves it out" in lines[0]
+
+
+def test_datasets_stay_in_the_order_of_the_configuration(published: Path, partial: Path) -> None:
+    config = configured(source=str(published), subsets=["big"])
+    config.data.stream.datasets["a"] = StreamDatasetConfig(str(partial))
+    assert list(list_streams(config, lambda line: None)) == ["fv/big", "a/small"]
 
 
 def test_the_same_samples_twice_are_refused(published: Path) -> None:

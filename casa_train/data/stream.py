@@ -8,7 +8,9 @@ every lane after its last consumed pack, so ranks and workers may change between
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,21 @@ from casa_train.modeling.processing_casa import CasaProcessor
 State = dict[str, Any]
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is a directory here; otherwise it is a repository of the hub.
+
+    :raises UserError: what can only be a directory and is none.
+    """
+    if os.path.isdir(os.path.expanduser(source)):
+        return True
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith((".", "/", "~")):
+        return False
+    raise UserError(
+        f"data.stream.datasets has the source {source!r}, which is no directory; expected a local "
+        "copy of a dataset or a hub id such as HuggingFaceM4/FineVision. Mend the path."
+    )
+
+
 def subset_names(source: str, revision: str | None, retries: Retries) -> list[str]:
     """The subsets (configurations) of a dataset, on the hub or in a local directory.
 
@@ -40,11 +57,65 @@ def subset_names(source: str, revision: str | None, retries: Retries) -> list[st
     import datasets  # takes seconds, and only streams need it
 
     def work() -> list[str]:
-        return list(
-            datasets.get_dataset_config_names(os.path.expanduser(source), revision=revision)
+        place = os.path.expanduser(source)
+        return list(_card(place) if is_local(source) else ()) or datasets.get_dataset_config_names(
+            place, revision=revision
         )
 
-    return retries.run(f"dataset {source}", work)
+    return _patience(source, retries).run(_named(source), work)
+
+
+def copied_subsets(source: str, subsets: Sequence[str], retries: Retries) -> list[str]:
+    """Those of the subsets of which a local directory holds files: it may be a partial copy."""
+
+    def work() -> list[str]:
+        place = os.path.expanduser(source)
+        card = _card(place)
+        return [s for s in subsets if s not in card or _files_of(place, card[s])]
+
+    return retries.run(_named(source), work)
+
+
+def _card(directory: str) -> dict[str, Any]:
+    """By subset what the card of a local copy says of its files; nothing without a card."""
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    path = os.path.join(directory, "README.md")
+    if not os.path.isfile(path):
+        return {}
+    return dict(MetadataConfigs.from_dataset_card_data(DatasetCard.load(path).data))
+
+
+def _files_of(directory: str, described: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By split the files that are there of a subset, whatever else of the dataset is.
+
+    The library asks for files of the first subset, too, which a partial copy may lack.
+    """
+    from datasets.data_files import DataFilesDict, sanitize_patterns
+
+    base = os.path.join(os.path.abspath(directory), described.get("data_dir") or "")
+    patterns = sanitize_patterns(described.get("data_files") or "**/*.parquet")
+    found: dict[str, list[str]] = {}
+    for split, names in patterns.items():
+        with contextlib.suppress(FileNotFoundError):
+            files = DataFilesDict.from_patterns({split: names}, base_path=base)
+            found |= {name: list(there) for name, there in files.items() if there}
+    return found
+
+
+def _named(source: str) -> str:
+    """A dataset as messages call it."""
+    if is_local(source):
+        return f"dataset {source}"
+    return f"dataset {source} of the hub (there is no directory of that name)"
+
+
+def _patience(source: str, retries: Retries) -> Retries:
+    """A hub that this process may not ask will not answer later, either."""
+    from datasets import config
+
+    return Retries(1, 0) if config.HF_HUB_OFFLINE and not is_local(source) else retries
 
 
 def open_subset(
@@ -66,8 +137,11 @@ def open_subset(
     retries = retries or Retries(1, 0)
 
     def work() -> Any:
+        place = os.path.expanduser(source)
+        card = _card(place) if is_local(source) else {}
+        if subset in card:
+            return _files_of(place, card[subset])
         try:
-            place = os.path.expanduser(source)
             builder = datasets.load_dataset_builder(place, subset, revision=revision)
         except ValueError as error:  # an unknown subset; the message lists the known ones
             raise UserError(
@@ -75,7 +149,8 @@ def open_subset(
             ) from error
         return builder.config.data_files
 
-    files = retries.run(f"subset {subset} of dataset {source}", work) or {}
+    found_files = _patience(source, retries).run(f"subset {subset} of {_named(source)}", work)
+    files = found_files or {}
     if split not in files:
         raise UserError(
             f"subset {subset} of dataset {source} has the splits {sorted(files)}; expected "

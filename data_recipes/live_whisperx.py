@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     def plan(directory: Path) -> SplitPlan:
         origin = {"dataset": NAME, "subset": NAME}
-        return SplitPlan(directory, NAME, NAME, live_jobs(source, files), None, "rows", origin)
+        args = directory, NAME, NAME, live_jobs(source, files), None, "rows", origin
+        return SplitPlan(*args, rows=lambda: sum(1 for _ in live_lines(source, files, [])))
 
     published.prepare(arguments, NAME, None, plan)
 
@@ -84,7 +85,8 @@ class LiveJob:
         except ValueError as error:
             raise BadRow("damaged_line", str(error)) from error
         clip, _, words = live_parts(key, row)
-        path = f"{self.base}/{safe_path(key, clip.get('video'))}"
+        video_path = safe_path(key, clip.get("video"))
+        path = f"{self.base}/{video_path}"
         start, end = clip.get("video_start"), clip.get("video_end")
         if not isinstance(start, int | float) or not isinstance(end, int | float) or start < 0:
             raise BadRow("no_clip", f"video_start {start!r} and video_end {end!r}")
@@ -95,15 +97,31 @@ class LiveJob:
                 frames = decode_clip(video, LONGEST, float(start), stop)
         except FileNotFoundError as error:
             raise BadRow("missing_video", path) from error
-        return Row(key, {**row, "frame_times": frames.times}, frames.images)
+        return Row(key, {**row, "frame_times": frames.times}, frames.images, video_path)
 
 
 def live_jobs(source: str, files: list[str]) -> Iterator[Job]:
     """Jobs over the lines of the annotations, in order."""
-    import datasets
-
     batch: list[tuple[str, str]] = []
     damages: list[int] = []
+    for keyed in live_lines(source, files, damages):
+        batch.append(keyed)
+        if len(batch) == JOB_SAMPLES:
+            yield _job(source, batch)
+            batch = []
+    if batch:
+        yield _job(source, batch)
+    if damages:
+        yield Skips("damaged annotations", {"damaged_annotations": len(damages)})
+
+
+def live_lines(source: str, files: list[str], damages: list[int]) -> Iterator[tuple[str, str]]:
+    """The lines of the annotations under their keys.
+
+    :param damages: receives the number of a file that could be read to a part only.
+    """
+    import datasets
+
     for number, file in enumerate(files):
         stream = datasets.load_dataset(
             "text", data_files={"train": [file]}, split="train", streaming=True
@@ -111,16 +129,8 @@ def live_jobs(source: str, files: list[str]) -> Iterator[Job]:
         rows = until_damage(stream, source, partial(damages.append, number))
         for position, row in enumerate(rows):
             line = row["text"].strip()
-            if not line or line.startswith(("[0,", "[0]")):  # byte offsets of the lines
-                continue
-            batch.append((f"{NAME}-{number:02d}-{position:07d}", line))
-            if len(batch) == JOB_SAMPLES:
-                yield _job(source, batch)
-                batch = []
-    if batch:
-        yield _job(source, batch)
-    if damages:
-        yield Skips("damaged annotations", {"damaged_annotations": len(damages)})
+            if line and not line.startswith(("[0,", "[0]")):  # byte offsets of the lines
+                yield f"{NAME}-{number:02d}-{position:07d}", line
 
 
 def _job(source: str, batch: list[tuple[str, str]]) -> LiveJob:

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             total = sum(map(len, rows.values()))
             jobs = video_jobs(source, subset, rows, skips)
             origin = {"dataset": "llava_video", "subset": subset}
-            return SplitPlan(directory, "llava_video", subset, jobs, total, "rows", origin)
+            args = directory, "llava_video", subset, jobs, total, "rows", origin
+            return SplitPlan(*args, rows=lambda: total)
 
         summaries.append(published.prepare(arguments, "llava_video", subset, plan))
     published.print_total(summaries)
@@ -79,6 +80,7 @@ class VideoJob:
         return sum(len(rows) for _, rows in self.videos)
 
     def rows(self) -> Iterator[Row | Skip]:
+        from casa_train.data.conversation import safe_path
         from casa_train.data.schemas import BadRow
 
         for video, rows in self.videos:
@@ -91,7 +93,7 @@ class VideoJob:
                 continue
             for key, row in rows:
                 stored = {**row, "subset": self.subset, "frame_times": frames.times}
-                yield Row(key, stored, frames.images)
+                yield Row(key, stored, frames.images, safe_path(key, row.get("video")))
 
 
 def read_annotations(

@@ -8,8 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+import yaml
 
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.errors import UserError
@@ -34,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes (default: everything published, wherever CASA_DATA will point)",
     )
     parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="leave these out, what is held out as a whole for example: sources, subsets or "
+        "DATASET/SUBSET, or patterns of them such as '*vqa*'",
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="for example conf/data/mine.yaml"
     )
 
@@ -43,33 +55,54 @@ def run(arguments: argparse.Namespace) -> None:
 
     :raises UserError: nothing prepared, or the same samples twice.
     """
-    text = published_mixture()
-    if arguments.data is not None:
-        found = prepared(arguments.data)
-        if not found:
-            raise UserError(
-                f"--data {arguments.data} holds no finished dataset of images "
-                "(DATASET/SUBSET/train/meta.json); run recipes with --out below it first."
-            )
-        command = f"python -m data_recipes mixture --data {arguments.data} --out {arguments.out}"
-        text = mixture_yaml(
-            {name: (origin, str(path)) for name, (origin, path) in found.items()}, f"# {command}"
-        )
+    if arguments.data is None:
+        text = published_mixture(arguments.exclude)
+    else:
+        text = prepared_mixture(arguments.data, arguments.exclude, arguments.out)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
-    print(f"{arguments.out}: {text.count('path:')} sources")
+    written = yaml.safe_load(text)
+    held_out = len(written.get("validation", {}))
+    print(f"{arguments.out}: {len(written['sources'])} sources, {held_out} held-out splits")
 
 
-def prepared(data: Path) -> dict[str, tuple[Origin, Path]]:
-    """Source name -> (origin, path of the split) of the image subsets prepared below `data`."""
-    found = {}
+def prepared_mixture(data: Path, exclude: Sequence[str], out: Path) -> str:
+    """The mixture of the image subsets prepared below `data`.
+
+    :raises UserError: nothing prepared, a pattern of nothing, or nothing left.
+    """
+    found, others = prepared(data)
+    if not found:
+        raise UserError(
+            f"--data {data} holds no finished dataset of images "
+            "(DATASET/SUBSET/train/meta.json); run recipes with --out below it first."
+        )
+    if others:
+        print(f"not in the mixture, because they are no published images: {', '.join(others)}")
+    command = ["python", "-m", "data_recipes", "mixture", "--data", str(data)]
+    command += ["--exclude", *exclude] if exclude else []
+    return mixture_yaml(
+        {name: (origin, str(path)) for name, (origin, path) in found.items()},
+        f"# {shlex.join([*command, '--out', str(out)])}",
+        exclude=exclude,
+        held_out={name: str(path.parent / "validation") for name, (_, path) in found.items()},
+    )
+
+
+def prepared(data: Path) -> tuple[dict[str, tuple[Origin, Path]], list[str]]:
+    """Source name -> (origin, path of the split) of the image subsets prepared below `data`, and
+    the folders of other prepared data.
+    """
+    found, others = {}, []
     for meta_file in sorted([*data.glob("*/train/meta.json"), *data.glob("*/*/train/meta.json")]):
         meta = json.loads(meta_file.read_text())
         origin = meta.get("origin") or {}
         if meta.get("modality") == "image" and origin:
             pair = (origin["dataset"], origin["subset"])
             found[source_name(pair)] = pair, meta_file.parent.absolute()
-    return found
+        else:
+            others.append(str(meta_file.parent.parent.relative_to(data)))
+    return found, others
 
 
 def source_name(origin: Origin) -> str:
@@ -78,12 +111,46 @@ def source_name(origin: Origin) -> str:
     return prefix + slug(origin[1])
 
 
-def mixture_yaml(sources: Mapping[str, tuple[Origin, str]], *comment: str) -> str:
+def excluded(origins: Mapping[str, Origin], patterns: Sequence[str]) -> set[str]:
+    """The sources that patterns name, by source, by subset or by DATASET/SUBSET.
+
+    :raises UserError: a pattern that names none.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        named = {
+            name
+            for name, (dataset, subset) in origins.items()
+            for spelling in (name, subset, f"{dataset}/{subset}")
+            if spelling == pattern or fnmatchcase(spelling, pattern)
+        }
+        if not named:
+            known = ", ".join(subset for _, subset in origins.values())
+            raise UserError(
+                f"--exclude {pattern} names none of the subsets, which are {known}; expected one "
+                "of them or a pattern such as '*vqa*'. Mend the name."
+            )
+        found |= named
+    return found
+
+
+def mixture_yaml(
+    sources: Mapping[str, tuple[Origin, str]],
+    *comment: str,
+    exclude: Sequence[str] = (),
+    held_out: Mapping[str, str] | None = None,
+) -> str:
     """The configuration as text.
 
     :param sources: name -> (origin, path).
-    :raises UserError: the same samples twice.
+    :param exclude: patterns of what stays out.
+    :param held_out: name -> path of its validation split, if there is one.
+    :raises UserError: the same samples twice, a pattern of nothing, or nothing left.
     """
+    out = excluded({name: origin for name, (origin, _) in sources.items()}, exclude)
+    whole, sources = sources, {n: s for n, s in sources.items() if n not in out}
+    if not sources:
+        raise UserError("--exclude leaves every subset out; expected at least one. Shorten it.")
     there = {origin for origin, _ in sources.values()}
     kept = {
         name: (origin, path)
@@ -91,16 +158,37 @@ def mixture_yaml(sources: Mapping[str, tuple[Origin, str]], *comment: str) -> st
         if IN_PLACE_OF.get(origin) not in there
     }
     refuse_double_counting({name: origin for name, (origin, _) in kept.items()})
+    for name, (origin, _) in kept.items():
+        for other in sorted(out):
+            if _same_samples(origin, whole[other][0]):
+                print(f"note: {name}, which stays, has samples of {other}, which is excluded")
     lines = [*comment, "sources:"]
     for name, (origin, path) in kept.items():
         repeats = REPEATS.get(origin)
         more = f", repeats: {repeats}" if repeats else ""
         lines.append(f"  {name}: {{path: {_quoted(path)}{more}}}")
+    validation = {n: p for n, p in (held_out or {}).items() if n in kept and is_split(p)}
+    if validation:
+        lines.append("validation:")
+        lines += [f"  {name}: {{path: {_quoted(path)}}}" for name, path in validation.items()]
     budgets = ("text_tokens: 2048", "image_tokens: 20480", "max_pixels: 906304  # 952x952")
     return "\n".join([*lines, *budgets, "packs_per_step: 128", "workers: 8", ""])
 
 
-def published_mixture() -> str:
+def _same_samples(one: Origin, other: Origin) -> bool:
+    try:
+        refuse_double_counting({"one": one, "other": other})
+    except UserError:
+        return True
+    return False
+
+
+def is_split(path: str) -> bool:
+    """Whether a prepared split lies there."""
+    return Path(path, "meta.json").is_file()
+
+
+def published_mixture(exclude: Sequence[str] = ()) -> str:
     """The full mixture, with paths below the environment's CASA_DATA (default: ./data)."""
     origins = [
         *(("finevision", name) for name in finevision.SUBSETS),
@@ -116,6 +204,7 @@ def published_mixture() -> str:
         "#   python -m data_recipes finevision --out $CASA_DATA/finevision",
         "#   python -m data_recipes llava_onevision --out $CASA_DATA/llava_onevision",
         "# For a part of it: python -m data_recipes mixture --data $CASA_DATA --out conf/data/...",
+        exclude=exclude,
     )
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from casa_train.errors import UserError
+from data_recipes.held_out import Aside, HoldOut, divide, forget, set_aside
 
 if TYPE_CHECKING:
     from casa_train.data.tokens import TurnCounter
@@ -45,11 +46,15 @@ BAD_SHARE_FROM = 1000  # rows, before which no share of bad ones is judged
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the input: a key, the columns without images, the image bytes."""
+    """One row of the input: a key, the columns without images, the image bytes.
+
+    :param video: the path of the video whose frames they are.
+    """
 
     key: str
     row: Mapping[str, Any]
     images: Sequence[bytes] = ()
+    video: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class SplitPlan:
 
     :param jobs: made while shards are written, in an order that is always the same.
     :param total: sum of the weights of all jobs, if it is known.
+    :param rows: counts the rows of the input, for who holds some of them out.
     """
 
     directory: Path
@@ -105,6 +111,7 @@ class SplitPlan:
     total: int | None = None
     unit: str = "files"
     origin: Mapping[str, str] = field(default_factory=dict)
+    rows: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,10 +163,12 @@ def write_split(
     workers: int,
     limit: int | None = None,
     max_bad_share: float = 1.0,
+    hold_out: HoldOut | None = None,
 ) -> dict[str, Any]:
     """Writes every shard that is not finished yet, then the index; returns the meta file.
 
     :param limit: at most so many rows of the input, read by this process alone.
+    :param hold_out: what becomes the split `validation` beside this one.
     :raises UserError: too many bad rows, an unreadable source, a process that was killed.
     """
     from casa_train.data.shards import finish_split, finished_shard
@@ -185,6 +194,8 @@ def write_split(
         for number, job in jobs:
             shards = number + 1
             shard = finished_shard(plan.directory, number)
+            if hold_out is not None and not set_aside(plan.directory, number):
+                shard = None
             if shard is not None and shard["consumed"]["unit"] != job.name:
                 raise UserError(
                     f"{plan.directory}: shard {number} was made from "
@@ -194,7 +205,7 @@ def write_split(
             if shard is None:
                 left = None if limit is None else limit - seen["rows"]
                 task = partial(
-                    _write_shard, plan.directory, number, plan.schema, job, encoding, left
+                    _write_shard, plan.directory, number, plan.schema, job, encoding, left, hold_out
                 )
                 waiting.append((number, job, pool.submit(task)))
             else:
@@ -207,25 +218,43 @@ def write_split(
         while waiting:
             collect()
     progress.close()
-    fingerprints = turn_counter(encoding).fingerprints
-    return finish_split(plan.directory, shards, plan.schema, fingerprints, plan.origin)
+    counter = turn_counter(encoding)
+    rest = plan.schema, counter.fingerprints, plan.origin
+    if hold_out is None:
+        return finish_split(plan.directory, shards, *rest)
+    train = plan.directory
+    shards, held_out = divide(train, shards, plan.schema, counter, hold_out)
+    finish_split(train.parent / "validation", held_out, *rest)
+    meta = finish_split(train, shards, *rest)
+    forget(train)
+    return meta
 
 
 def _write_shard(
-    directory: Path, number: int, schema: str, job: Job, encoding: Encoding, limit: int | None
+    directory: Path,
+    number: int,
+    schema: str,
+    job: Job,
+    encoding: Encoding,
+    limit: int | None,
+    hold_out: HoldOut | None,
 ) -> dict[str, Any]:
     from casa_train.data.shards import Shard, finished_shard
 
     shard = Shard(directory, number, schema, turn_counter(encoding))
+    aside = None if hold_out is None else Aside(shard, hold_out)
     rows = 0
     for item in islice(job.rows(), limit):
         if isinstance(item, Skip):
             shard.skipped[item.reason] += item.count
             rows += item.count
         else:
-            shard.write(item.key, item.row, item.images)
+            if aside is None:
+                shard.write(item.key, item.row, item.images)
+            else:
+                aside.write(item.key, item.row, item.images, item.video)
             rows += 1
-    shard.finish({"unit": job.name, "rows": rows})
+    (aside or shard).finish({"unit": job.name, "rows": rows})
     finished = finished_shard(directory, number)
     assert finished is not None
     return finished

@@ -1,20 +1,24 @@
 """What the recipes of published datasets have in common: options, tokenizer, one folder a subset.
 
-A subset is written to OUT/SUBSET/train with OUT/SUBSET/summary.json, so that subsets can be
+A subset is written to OUT/SUBSET/train with OUT/SUBSET/summary.json, and OUT/SUBSET/validation
+where samples are held out, so that subsets can be
 prepared by separate commands, at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
-from data_recipes.hub import Converter, parquet_jobs
+from data_recipes.held_out import HoldOut
+from data_recipes.hub import Converter, count_rows, parquet_jobs
 from data_recipes.pipeline import (
     Encoding,
     SplitPlan,
@@ -43,7 +47,7 @@ def add_arguments(
         type=Path,
         required=True,
         metavar="DIR",
-        help="where SUBSET/train, SUBSET/summary.json and tokenizer/ go",
+        help="where SUBSET/train, SUBSET/validation, SUBSET/summary.json and tokenizer/ go",
     )
     parser.add_argument(
         "--source",
@@ -70,6 +74,13 @@ def add_arguments(
         "--limit", type=int, metavar="N", help="only the first N rows of a subset, to try it out"
     )
     parser.add_argument(
+        "--validation",
+        type=int,
+        metavar="N",
+        help="hold out N samples of each subset as SUBSET/validation, the same on every run; no "
+        "image of a subset stands in both (default: none)",
+    )
+    parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.1,
@@ -91,13 +102,16 @@ def prepare(
     subset: str | None,
     plan: Callable[[Path], SplitPlan],
 ) -> dict[str, Any]:
-    """Writes one subset, or goes on with it, or says that it is there; returns its summary.
+    """Writes one subset, or goes on with it, or says that it is there.
+
+    Returns its summary by split.
 
     :param subset: None for a dataset without subsets, which goes straight to --out.
     :param plan: the directory of the split -> what to write there.
     :raises UserError: bad numbers, a directory that holds something else, an unreadable source.
     """
-    for name, value in (("--workers", arguments.workers), ("--limit", arguments.limit)):
+    numbers = ("--workers", arguments.workers), ("--limit", arguments.limit)
+    for name, value in (*numbers, ("--validation", arguments.validation)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected a whole number of at least 1.")
     usual, its_template = arguments.usual
@@ -113,24 +127,34 @@ def prepare(
         "tokenizer": fingerprints["tokenizer_fingerprint"],
         "template": fingerprints["turns_fingerprint"],
         "limit": arguments.limit,
+        "validation": arguments.validation,
     }
     with writing(out, wanted) as done:
         if done:
             print(f"{out} already holds this dataset: nothing to do.")
-            found: dict[str, Any] = stored_summary(out)["train"]
-            return found
+            stored = stored_summary(out)
+            return {name: stored[name] for name in ("train", "validation") if name in stored}
+        split = plan(out / "train")
+        hold_out = None
+        if arguments.validation is not None:
+            assert split.rows is not None
+            rows = split.rows()
+            hold_out = HoldOut.of(arguments.validation, min(rows, arguments.limit or rows))
         header = {"recipe": recipe, "arguments": wanted}
         save_summary(out, {**header, "finished": False})
-        meta = write_split(
-            plan(out / "train"),
+        write_split(
+            split,
             encoding,
             arguments.workers,
             arguments.limit,
             arguments.max_bad_share,
+            hold_out,
         )
-        summary = summary_of(meta)
-        save_summary(out, {**header, "finished": True, "train": summary})
-    print_summary(out, {"train": summary})
+        names = ("train",) if hold_out is None else ("train", "validation")
+        metas = {name: json.loads((out / name / "meta.json").read_text()) for name in names}
+        summary = {name: summary_of(meta) for name, meta in metas.items()}
+        save_summary(out, {**header, "finished": True, **summary})
+    print_summary(out, summary)
     return summary
 
 
@@ -148,7 +172,8 @@ def prepare_parquet(
 
         def plan(directory: Path, jobs: Any = jobs, origin: Any = origin) -> SplitPlan:
             label = origin["subset"]
-            return SplitPlan(directory, recipe, label, jobs, len(jobs), origin=origin)
+            rows = partial(count_rows, arguments.source, label)
+            return SplitPlan(directory, recipe, label, jobs, len(jobs), origin=origin, rows=rows)
 
         summaries.append(prepare(arguments, recipe, subset, plan))
     print_total(summaries)
@@ -185,10 +210,10 @@ def copy_tokenizer(out: Path, name: str, template: str) -> Encoding:
 
 
 def print_total(summaries: list[dict[str, Any]]) -> None:
-    """One line over several subsets."""
+    """One line over several subsets, whatever is held out among them."""
     if len(summaries) > 1:
         total = {
-            name: sum(summary[name] for summary in summaries)
+            name: sum(split[name] for summary in summaries for split in summary.values())
             for name in ("samples", "images", "text_tokens")
         }
         print(

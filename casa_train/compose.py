@@ -390,9 +390,9 @@ def check(config: Config) -> None:
                     f"expression ({error}). Mend it."
                 ) from error
     for allowed in config.checkpoint.resume_allow:
-        if allowed != "data" and allowed not in flatten(config):
+        if allowed not in flatten(config):
             raise UserError(
-                f"checkpoint.resume_allow names {allowed!r}; expected 'data' or a field of this "
+                f"checkpoint.resume_allow names {allowed!r}; expected a field of this "
                 "configuration, such as 'trainer.steps'."
             )
     for name, source in [*data.sources.items(), *data.validation.items()]:

@@ -173,7 +173,7 @@ class DataConfig:
     filtering by them hurts, so nothing is filtered unless asked."""
     packs_per_step: int = 128
     """Packed sequences of one optimiser step over all ranks; accumulation is this over the world
-    size, which must divide it."""
+    size, which must divide it. A resumed run may change it (`checkpoint.resume_allow`)."""
     open_packs: int = 24
     """Packs that best-fit keeps open."""
     balance_block: int = 32
@@ -285,7 +285,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto continues from the newest valid checkpoint; never starts over in an empty directory."""
     resume_allow: list[str] = field(default_factory=list)
-    """Fields (dotted names) that may differ from the run's own configuration on resume."""
+    """Fields (dotted names) that may differ from the run's own configuration on resume. What the
+    positions in the data are counted by stays all the same: seed, sources and their rates, budgets,
+    bounds on pixels, ratings, locality, lanes."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from casa_train.errors import UserError
 from casa_train.files import write_atomic
 from casa_train.lines import LineFile, warn
 from casa_train.provenance import code_commit
+from casa_train.resume_fields import reason_to_keep
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -135,10 +136,9 @@ def record_failure(run_dir: Path, message: str) -> None:
         (run_dir / FAILURE_FILE).write_text(message + "\n", encoding="utf-8")
 
 
-def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> None:
-    """Writes configurations and environment; moves an earlier life away under `resume=never`.
+def prepare_run_directory(run_dir: Path, config: Config) -> None:
+    """Makes the directory, or finds this run's; moves an earlier life away under `resume=never`.
 
-    :param model_config: the Hugging Face configuration as JSON: an export needs no base model.
     :raises UserError: the directory belongs to another configuration or cannot be written.
     """
     try:
@@ -148,9 +148,20 @@ def prepare_run_directory(run_dir: Path, config: Config, model_config: str) -> N
             _move_away(run_dir)
         if stored.exists():
             check_same_run(stored, config)
-        write_atomic(stored, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
         (run_dir / REQUEUE_FILE).unlink(missing_ok=True)  # the last job's, which is being followed
+    except OSError as error:
+        raise UserError(unwritable(run_dir, error)) from error
+
+
+def record_run(run_dir: Path, config: Config, model_config: str) -> None:
+    """Writes configurations and environment, once nothing refuses to go on with them.
+
+    :param model_config: the Hugging Face configuration as JSON: an export needs no base model.
+    :raises UserError: the directory cannot be written.
+    """
+    try:
+        write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
         write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(unwritable(run_dir, error)) from error
@@ -170,17 +181,23 @@ def check_same_run(stored: Path, config: Config) -> None:
             "or checkpoint.resume=never to start over."
         ) from error
     ours = run_fields(config)
-    differing = [
-        f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} now"
+    names = [
+        name
         for name in sorted({*theirs, *ours})
         if theirs.get(name) != ours.get(name) and name not in config.checkpoint.resume_allow
     ]
-    if differing:
+    if names:
+        differing = [
+            f"{name}: {theirs.get(name, 'absent')!r} there, {ours.get(name, 'absent')!r} now"
+            for name in names
+        ]
+        kept = [name for name in names if reason_to_keep(name)]
+        but = f" (not {', '.join(kept)}: a run with a checkpoint keeps it)" if kept else ""
         raise UserError(
             f"{stored.parent} belongs to another configuration: {'; '.join(differing)}. Choose "
             "another "
             "name=..., start over with checkpoint.resume=never, or allow the fields by name with "
-            "checkpoint.resume_allow=[...]."
+            f"checkpoint.resume_allow=[...]{but}."
         )
 
 

@@ -61,6 +61,7 @@ from casa_train.optim import (
     set_rates,
 )
 from casa_train.ranks import agree, gather
+from casa_train.resume_fields import plan_record, refuse_changes
 from casa_train.run_directory import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -68,6 +69,7 @@ from casa_train.run_directory import (
     Quarantine,
     RunLock,
     prepare_run_directory,
+    record_run,
     request_requeue,
 )
 from casa_train.sizes import work_counter
@@ -101,10 +103,11 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
-    agree(lambda: prepare_run_directory(run_dir, config, described) if rank == 0 else None)
+    agree(lambda: prepare_run_directory(run_dir, config) if rank == 0 else None)
     fingerprints = {
         "config": fingerprint(config),
         "data": json.dumps(data.fingerprints, sort_keys=True),
+        "plan": plan_record(config, checked.processor),
     }
     watchdog = Watchdog(
         60 * config.trainer.watchdog_minutes,
@@ -122,6 +125,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     found = checkpoints.latest()
     if found is not None:
         check_resume(found, fingerprints, config)
+    agree(lambda: record_run(run_dir, config, described) if rank == 0 else None)
     agree(lambda: check_writable(run_dir, rank))
     step = found.step if found is not None else 0
     agree(lambda: check_room(config, model.parameters(), step, len(checkpoints.steps())))
@@ -390,7 +394,8 @@ def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) 
             "run's config.yaml, name what may differ in checkpoint.resume_allow, or start over "
             "with checkpoint.resume=never."
         )
-    if theirs["data"] != fingerprints["data"] and "data" not in config.checkpoint.resume_allow:
+    refuse_changes(str(found.path), theirs.get("plan"), fingerprints["plan"])
+    if theirs["data"] != fingerprints["data"]:
         raise UserError(
             f"{found.path} was trained on other data: index digests {theirs['data']} there, "
             f"{fingerprints['data']} now. Restore the data, or start over with "

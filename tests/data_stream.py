@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from casa_train.data.lengths import sample_lengths
@@ -29,8 +30,9 @@ SOURCES = {"plain": (IMAGE, 1), "six": (IMAGE, 6), "film": (VIDEO, 1)}
 SETTINGS = PlanSettings(TEXT, IMAGES, packs_per_step=G, seed=7, balance_block=2, balance_group=6)
 
 
-def loaders(data: Path, world: int, workers: int) -> list[PackLoader]:
+def loaders(data: Path, world: int, workers: int, packs_per_step: int = G) -> list[PackLoader]:
     """The loader of every rank."""
+    settings = replace(SETTINGS, packs_per_step=packs_per_step)
     processor = CasaProcessor(load_tokenizer(str(data / "tokenizer")), 7056, TEMPLATE)
     split = Split(data / "validation")
     lengths = sample_lengths(split, processor)
@@ -41,9 +43,9 @@ def loaders(data: Path, world: int, workers: int) -> list[PackLoader]:
     splits = dict.fromkeys(SOURCES, split)
     return [
         PackLoader(
-            Planner(sources, SETTINGS),
+            Planner(sources, settings),
             Materializer(splits, processor, TEXT, IMAGES),
-            G,
+            packs_per_step,
             rank,
             world,
             workers,
@@ -54,8 +56,8 @@ def loaders(data: Path, world: int, workers: int) -> list[PackLoader]:
 
 def read_step(ranks: list[PackLoader]) -> list[list[str]]:
     """Ids of the packs of one step, in global order."""
-    batches = [loader.next_step() for loader in ranks]
-    return [b.sample_ids for micro in zip(*batches, strict=True) for b in micro]
+    batches = [batch for loader in ranks for batch in loader.next_step()]
+    return [batch.sample_ids for batch in sorted(batches, key=lambda batch: batch.index)]
 
 
 def main() -> None:

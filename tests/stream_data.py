@@ -139,8 +139,8 @@ def loaders(
 
 def read_step(ranks: list[StreamLoader]) -> list[list[str]]:
     """Ids of the packs of one step, in global order."""
-    batches = [loader.next_step() for loader in ranks]
-    return [batch.sample_ids for micro in zip(*batches, strict=True) for batch in micro]
+    batches = [batch for loader in ranks for batch in loader.next_step()]
+    return [batch.sample_ids for batch in sorted(batches, key=lambda batch: batch.index)]
 
 
 def saved(loader: StreamLoader) -> dict[str, Any]:

@@ -274,25 +274,29 @@ def test_null_is_the_tokenizer_s_own_template(data_dir: Path) -> None:
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    from casa_train.run_directory import prepare_run_directory
+    from casa_train.run_directory import prepare_run_directory, record_run
+
+    def start() -> None:
+        prepare_run_directory(tmp_path / "run", config)
+        record_run(tmp_path / "run", config, "{}")
 
     config = composed("+experiment=demo", f"run_dir={tmp_path / 'run'}")
-    prepare_run_directory(tmp_path / "run", config, "{}")
-    prepare_run_directory(tmp_path / "run", config, "{}")
+    start()
+    start()
     config.seed = 5
     with pytest.raises(UserError, match="seed: 0 there, 5 now"):
-        prepare_run_directory(tmp_path / "run", config, "{}")
+        start()
     config.checkpoint.resume_allow = ["seed"]
-    prepare_run_directory(tmp_path / "run", config, "{}")
+    start()
     config.seed = 6
     config.checkpoint.resume_allow = []
     config.checkpoint.resume = "never"
-    prepare_run_directory(tmp_path / "run", config, "{}")
+    start()
     assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()
     # Without its configuration an earlier life is moved aside all the same.
     (tmp_path / "run" / "config.yaml").unlink()
     (tmp_path / "run" / "checkpoints").mkdir()
-    prepare_run_directory(tmp_path / "run", config, "{}")
+    start()
     assert (tmp_path / "run" / "previous_2" / "checkpoints").is_dir()
 
 

@@ -169,7 +169,7 @@ def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> No
     (tmp_path / "metrics.jsonl").write_text("")
     lock = RunLock(tmp_path)
     config = Config(run_dir=str(tmp_path), checkpoint=CheckpointConfig(resume="never"))
-    prepare_run_directory(tmp_path, config, "{}")
+    prepare_run_directory(tmp_path, config)
     assert (tmp_path / "previous_1" / "metrics.jsonl").exists()
     with pytest.raises(UserError, match="in use by host"):
         RunLock(tmp_path)

@@ -35,6 +35,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 # so that the run counts them, and rows that are only too long stop it.
 FRUITLESS = 500
 Item = tuple[str, int, int, int, int]  # source, unit, row of the unit, text tokens, image tokens
+Sizes = Sequence[tuple[int, int]]  # number of a block, packs that it and the following ones have
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class StreamSettings:
 
     :param lanes: L; numbers of ranks must divide it.
     :param open_units: row groups that a lane draws from at a time.
-    :param block: packs of a lane that are sorted by size together.
+    :param block: packs of a lane that are sorted by size together, in blocks that begin now.
     """
 
     text_budget: int
@@ -217,13 +218,23 @@ class Lane:
     """The endless packs of lane `number`.
 
     :param mixture: of units; a lane sets its position before it draws.
+    :param sizes: for all lanes alike, number of a block and its packs, which the following blocks
+        have, too; None: those of the settings.
     """
 
-    def __init__(self, number: int, rows: Rows, mixture: Mixture, settings: StreamSettings) -> None:
+    def __init__(
+        self,
+        number: int,
+        rows: Rows,
+        mixture: Mixture,
+        settings: StreamSettings,
+        sizes: Sizes | None = None,
+    ) -> None:
         self.number = number
         self.rows = rows
         self.mixture = mixture
         self.settings = settings
+        self.sizes = sizes or [(0, settings.block)]
         self._drawn = dict.fromkeys(mixture.names, 0)  # units dealt to all lanes, by source
         self._units: list[_Unit] = []
         self._opened = 0
@@ -243,7 +254,7 @@ class Lane:
         self._fruitless = 0
         while not self._ordered:
             self._fill()
-        if len(self._arrived) < self.settings.block:
+        if len(self._arrived) < self._size():
             self._fill()
         pack = self._ordered.popleft()
         entries = [self._entry(item) for item in pack.items]
@@ -284,14 +295,18 @@ class Lane:
         A block is sorted by image tokens and permuted by the same permutation in every lane. Lanes
         next to each other, which make up a micro-step, then give packs of about the same cost.
         """
-        if len(self._arrived) < self.settings.block:
+        if len(self._arrived) < self._size():
             self._arrived.append(self._next_bin())
-        if len(self._arrived) == self.settings.block and not self._ordered:
+        if len(self._arrived) == self._size() and not self._ordered:
             packs = sorted(self._arrived, key=lambda pack: pack.images)
             order = philox(f"{self.settings.seed}/balance/{self._block}").permutation(len(packs))
             self._ordered.extend(packs[i] for i in order)
             self._arrived = []
             self._block += 1
+
+    def _size(self) -> int:
+        """Packs of the block that is being made."""
+        return next(packs for first, packs in reversed(self.sizes) if first <= self._block)
 
     def _next_bin(self) -> Bin:
         while not self._finished:

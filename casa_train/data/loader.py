@@ -28,7 +28,8 @@ class _RankPacks(torch.utils.data.Sampler[Pack]):
         self.planner, self.rank, self.world = planner, rank, world
 
     def __iter__(self) -> Iterator[Pack]:
-        # G is a multiple of W, so pack s * G + m * W + r is r modulo W.
+        # G is a multiple of W, so pack s * G + m * W + r is r modulo W. Where G has changed on the
+        # way, a step may begin anywhere: of any G packs in a row, G / W are r modulo W.
         return (pack for pack in self.planner if pack.index % self.world == self.rank)
 
 
@@ -101,7 +102,7 @@ class PackLoader:
         self.rank, self.world = rank, world
         self.workers, self.prefetch = workers, prefetch
         self.seed = seed
-        self.steps_consumed = 0
+        self.packs_consumed = 0
         self._iterator: Iterator[PackedBatch | UserError] | None = None
 
     def next_step(self) -> list[PackedBatch]:
@@ -135,16 +136,16 @@ class PackLoader:
                 if isinstance(batch, UserError):
                     raise RankError(f"rank {self.rank}: {batch}")
                 batches.append(batch)
-        self.steps_consumed += 1
+        self.packs_consumed += self.packs_per_step
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Position as *consumed*, not as fetched; free of rank and worker counts."""
-        return self.planner.state_dict(self.steps_consumed * self.packs_per_step)
+        return self.planner.state_dict(self.packs_consumed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues after the last consumed step; call before the first `next_step`."""
         if self._iterator is not None:
             raise RuntimeError("load_state_dict after data was read: make a new PackLoader")
         self.planner.load_state_dict(state)
-        self.steps_consumed = int(state["consumed"]) // self.packs_per_step
+        self.packs_consumed = int(state["consumed"])

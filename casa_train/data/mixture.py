@@ -42,7 +42,7 @@ class Mixture:
     """
 
     def __init__(self, sources: Mapping[str, SourceSize], seed: int, locality: int = 0) -> None:
-        self.names = list(sources)
+        self.names = sorted(sources)  # so that it does not matter which of them is named first
         self.sources = dict(sources)
         self.seed = seed
         self.locality = locality

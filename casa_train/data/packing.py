@@ -40,7 +40,7 @@ class BestFitPacker:
         return (text <= self.text_budget) & (images <= self.image_budget)
 
     def add(self, item: Any, text: int, images: int) -> list[Bin]:
-        """Places one sample that fits; returns the packs this finishes (none, one or two)."""
+        """Places one sample that fits; returns the packs this finishes, mostly none or one."""
         self.seen += 1
         finished: list[Bin] = []
         if self.bins and self.seen - self.bins[0].born > self.max_age:
@@ -62,7 +62,7 @@ class BestFitPacker:
             if fill > best_fill:
                 best, best_fill = candidate, fill
         if best is None:
-            if len(self.bins) >= self.open_packs:
+            while len(self.bins) >= self.open_packs:  # more than once where it has been lowered
                 fullest = max(self.bins, key=self._fill)
                 self.bins.remove(fullest)
                 finished.append(fullest)

@@ -5,13 +5,16 @@ sorted by image tokens, cut into groups of `balance_group` packs of one modality
 permuted: the ranks of a micro-step then get packs of about the same cost, and none waits long for
 another. In step s, micro-step m and rank r the run trains pack s * G + m * W + r; the number of
 ranks W enters nowhere, so the same packs make up a step on any number of ranks.
+
+A block keeps the settings that it was begun with, and its state names them. A run that goes on with
+another G, or blocks of another kind, first uses up the block that it was in.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -78,6 +81,23 @@ class PlanSettings:
     balance_group: int = 64
     video_share: float = 0.25
     locality: int = 0
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of packs: where it stands in the order, and how it is made.
+
+    :param first: index of its first pack; :param groups: groups of all blocks before it.
+    :param packs: how many it has; :param group: packs of a group.
+    """
+
+    number: int
+    first: int
+    groups: int
+    packs: int
+    group: int
+    video_share: float
+    open_packs: int
 
 
 class _Stream:
@@ -165,7 +185,7 @@ class Planner:
                 f"{settings.packs_per_step} packs; expected a divisor of {self.block_packs}. Set "
                 "data.balance_group to one."
             )
-        self._start(0)
+        self._start(self._block_at(0, 0, 0))
 
     def __iter__(self) -> Iterator[Pack]:
         return self
@@ -175,7 +195,7 @@ class Planner:
         # a whole block.
         while len(self._ordered) == 0:
             self._plan_one()
-        if self._in_block < self.block_packs:
+        if self._in_block < self._block.packs:
             self._plan_one()
         return self._ordered.popleft()
 
@@ -195,27 +215,54 @@ class Planner:
         Small, and free of the number of ranks: the state at the start of the block that pack
         `consumed` belongs to, from which its packs are planned again.
         """
-        block = consumed // self.block_packs
-        while len(self._starts) > 1 and self._starts[0][0] < block:
+        while len(self._starts) > 1 and self._starts[1][0].first <= consumed:
             self._starts.popleft()
-        start, streams = self._starts[0]
-        return {"consumed": consumed, "block": start, "streams": streams}
+        block, streams = self._starts[0]
+        return {"consumed": consumed, "block": asdict(block), "streams": streams}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at the state's `consumed` pack."""
+        """Continues at the state's `consumed` pack.
+
+        :raises UserError: a state of an earlier version, or of other sources.
+        """
+        if not isinstance(state.get("block"), dict) or set(state["streams"]) != set(self._streams):
+            raise UserError(
+                "the checkpoint's plan of samples is of an older version of casa_train, which has "
+                "to finish its run, or of other kinds of sources. Start over with "
+                "checkpoint.resume=never, or a new run from an export (model.init_from)."
+            )
         for modality, stream in self._streams.items():
             stream.load_state_dict(state["streams"][modality])
-        block, consumed = int(state["block"]), int(state["consumed"])
+        block = _Block(**state["block"])
         self._start(block)
-        for _ in range(consumed - block * self.block_packs):
+        for _ in range(int(state["consumed"]) - block.first):
             next(self)
 
-    def _start(self, block: int) -> None:
+    def _block_at(self, number: int, first: int, groups: int) -> _Block:
+        """A block with the settings that are in force now."""
+        settings = self.settings
+        return _Block(
+            number,
+            first,
+            groups,
+            self.block_packs,
+            settings.balance_group,
+            settings.video_share,
+            settings.open_packs,
+        )
+
+    def _start(self, block: _Block) -> None:
+        """Begins to plan a block, whatever was planned before."""
+        self._ordered: deque[Pack] = deque()
+        self._starts: deque[tuple[_Block, dict[str, Any]]] = deque()
+        self._begin(block)
+
+    def _begin(self, block: _Block) -> None:
         self._block = block  # the block being planned
         self._in_block = 0
         self._arrived: dict[str, list[Bin]] = {modality: [] for modality in self._streams}
-        self._ordered: deque[Pack] = deque()
-        self._starts: deque[tuple[int, dict[str, Any]]] = deque()
+        for stream in self._streams.values():
+            stream.packer.open_packs = block.open_packs
         self._remember()
 
     def _remember(self) -> None:
@@ -224,38 +271,36 @@ class Planner:
 
     def _plan_one(self) -> None:
         """Plans one pack of the block; once it is whole and the last is used up, orders it."""
-        if self._in_block < self.block_packs:
-            modality = self._modality(self._in_block // self.settings.balance_group)
+        block = self._block
+        if self._in_block < block.packs:
+            modality = self._modality(self._in_block // block.group)
             self._arrived[modality].append(self._streams[modality].next_pack())
             self._in_block += 1
-        if self._in_block == self.block_packs and not self._ordered:
+        if self._in_block == block.packs and not self._ordered:
             self._ordered.extend(self._order())
-            self._block += 1
-            self._in_block = 0
-            self._arrived = {modality: [] for modality in self._streams}
-            self._remember()
+            groups = block.groups + block.packs // block.group
+            self._begin(self._block_at(block.number + 1, block.first + block.packs, groups))
 
     def _modality(self, group: int) -> str:
         """Of a group of the block being planned: every fourth is video where the share is 1/4."""
         if len(self._streams) == 1:
             return next(iter(self._streams))
-        number = self._block * (self.block_packs // self.settings.balance_group) + group
-        share = Fraction(self.settings.video_share).limit_denominator(1000)
+        number = self._block.groups + group
+        share = Fraction(self._block.video_share).limit_denominator(1000)
         return VIDEO if (number + 1) * share // 1 > number * share // 1 else IMAGE
 
     def _order(self) -> list[Pack]:
-        size = self.settings.balance_group
-        generator = philox(f"{self.settings.seed}/block/{self._block}")
+        block, size = self._block, self._block.group
+        generator = philox(f"{self.settings.seed}/block/{block.number}")
         groups: dict[str, list[list[Bin]]] = {}
         for modality, packs in self._arrived.items():
             packs = sorted(packs, key=lambda pack: pack.images)  # stable: ties as they arrived
             cut = [packs[i : i + size] for i in range(0, len(packs), size)]
             groups[modality] = [cut[i] for i in generator.permutation(len(cut))]
-        first = self._block * self.block_packs
         ordered: list[Pack] = []
-        for number in range(self.block_packs // size):
+        for number in range(block.packs // size):
             for pack in groups[self._modality(number)].pop():
-                index = first + len(ordered)
+                index = block.first + len(ordered)
                 ordered.append(Pack(index, tuple(pack.items), pack.text, pack.images))
         return ordered
 

@@ -20,6 +20,7 @@ import torch
 from casa_train.data.lanes import (
     Lane,
     Rows,
+    Sizes,
     StreamSettings,
     StreamSource,
     packer,
@@ -189,6 +190,7 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
     """The packs of some lanes in turn, endlessly, each lane from its state on.
 
     :param first: for each lane, the index of its next pack.
+    :param sizes: of blocks, see `Lane`.
     """
 
     def __init__(
@@ -200,12 +202,13 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
         memory: int,
         lanes: Mapping[int, State | None],
         first: Mapping[int, int],
+        sizes: Sizes,
         count_work: CountWork | None,
     ) -> None:
         self.sources, self.settings = sources, settings
         self.processor = processor
         self.retries, self.memory = retries, memory
-        self.lanes, self.first = lanes, first
+        self.lanes, self.first, self.sizes = lanes, first, sizes
         self.count_work = count_work
 
     def __iter__(self) -> Iterator[Streamed | UserError]:
@@ -224,7 +227,7 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
         while True:
             number = min(following, key=lambda lane: following[lane])
             if number not in lanes:  # read as late as possible
-                lanes[number] = Lane(number, rows, mixture, settings)
+                lanes[number] = Lane(number, rows, mixture, settings, self.sizes)
                 state = self.lanes[number]
                 if state is not None:
                     lanes[number].load_state_dict(state)
@@ -286,7 +289,8 @@ class StreamLoader:
         self.prefetch = prefetch
         self._own = range(rank, settings.lanes, world)
         self.workers = min(workers, len(self._own))
-        self.steps_consumed = 0
+        self.packs_consumed = 0
+        self.sizes: Sizes = [(0, settings.block)]
         # By lane of this rank, the state after its last consumed pack; None before its first.
         self.lane_states: dict[int, State | None] = dict.fromkeys(self._own)
         self._iterators: list[Iterator[Streamed | UserError]] = []
@@ -298,19 +302,22 @@ class StreamLoader:
         """
         if not self._iterators:
             self._iterators = self._start()
-        micro_steps = self.packs_per_step // self.world
-        first = self.steps_consumed * micro_steps
         batches = []
-        for number in range(first, first + micro_steps):
-            place = number % len(self._own)
+        for pack in self._next_packs(self.packs_per_step):
+            place = pack % self.settings.lanes // self.world  # of its lane among this rank's
             with dead_workers_named(self.rank):
                 item = next(self._iterators[place % len(self._iterators)])
             if isinstance(item, UserError):
                 raise RankError(f"rank {self.rank}: {item}")
             self.lane_states[item.lane] = item.state
             batches.append(item.batch)
-        self.steps_consumed += 1
+        self.packs_consumed += self.packs_per_step
         return batches
+
+    def _next_packs(self, count: int) -> range:
+        """Of the next `count` packs of all ranks, those of this one: i with i mod W = r."""
+        consumed, world = self.packs_consumed, self.world
+        return range(consumed + (self.rank - consumed) % world, consumed + count, world)
 
     def state_dict(self) -> State:
         """Position as *consumed*, not as fetched; free of rank and worker counts. Collective."""
@@ -318,12 +325,19 @@ class StreamLoader:
         for states in self.gather(self.lane_states):
             lanes.update(states)
         return {
-            "consumed": self.steps_consumed * self.packs_per_step,
+            "consumed": self.packs_consumed,
+            "sizes": [list(pair) for pair in self.sizes],
             "lanes": [lanes[number] for number in range(self.settings.lanes)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues after the last consumed step; call before the first `next_step`."""
+        """Continues after the last consumed step; call before the first `next_step`.
+
+        Blocks of another size begin with the first one that no lane has begun, so that all lanes
+        go on making the same blocks.
+
+        :raises UserError: another number of lanes, or a state of an earlier version.
+        """
         if self._iterators:
             raise RuntimeError("load_state_dict after data was read: make a new StreamLoader")
         if len(state["lanes"]) != self.settings.lanes:
@@ -331,13 +345,24 @@ class StreamLoader:
                 f"the checkpoint holds {len(state['lanes'])} lanes, data.stream.lanes is "
                 f"{self.settings.lanes}; expected the same number. Set it back."
             )
-        self.steps_consumed = int(state["consumed"]) // self.packs_per_step
+        if "sizes" not in state:
+            raise UserError(
+                "the checkpoint's stream is of an older version of casa_train, which has to finish "
+                "its run. Start over with checkpoint.resume=never, or a new run from an export "
+                "(model.init_from)."
+            )
+        self.packs_consumed = int(state["consumed"])
+        begun = max((lane["block"] for lane in state["lanes"] if lane), default=-1)
+        sizes = [(int(number), int(packs)) for number, packs in state["sizes"]]
+        if sizes[-1][1] != self.settings.block:
+            sizes = [pair for pair in sizes if pair[0] <= begun]
+            sizes.append((begun + 1, self.settings.block))
+        self.sizes = sizes
         self.lane_states = {number: state["lanes"][number] for number in self._own}
 
     def _start(self) -> list[Iterator[Streamed | UserError]]:
         """One iterator a worker; the lane at place p of this rank belongs to p modulo workers."""
-        lanes = self.settings.lanes
-        consumed = self.steps_consumed * self.packs_per_step
+        lanes, consumed = self.settings.lanes, self.packs_consumed
         first = {number: consumed + (number - consumed) % lanes for number in self._own}
         iterators: list[Iterator[Streamed | UserError]] = []
         for worker in range(max(1, self.workers)):
@@ -350,6 +375,7 @@ class StreamLoader:
                 self.memory,
                 {number: self.lane_states[number] for number in mine},
                 {number: first[number] for number in mine},
+                self.sizes,
                 self.count_work,
             )
             if not self.workers:

@@ -70,7 +70,12 @@ def open_processor(config: Config) -> tuple[CasaProcessor, Resolved]:
     tokenizer = load_tokenizer(name)
     resolved = resolve(asdict(config.model.template), tokenizer, name, "model.template")
     try:
-        processor = CasaProcessor(tokenizer, config.data.max_pixels, asdict(resolved.template))
+        processor = CasaProcessor(
+            tokenizer,
+            config.data.max_pixels,
+            asdict(resolved.template),
+            min_pixels=config.data.min_pixels,
+        )
     except ValueError as error:
         raise UserError(f"model.template: {error}") from error
     return processor, resolved

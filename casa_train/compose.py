@@ -245,6 +245,12 @@ def check(config: Config) -> None:
         (data.text_tokens >= 2, "data.text_tokens", data.text_tokens, "at least 2"),
         (data.image_tokens >= 2, "data.image_tokens", data.image_tokens, "at least 2"),
         (data.max_pixels >= 784, "data.max_pixels", data.max_pixels, "at least 784 (28x28)"),
+        (
+            0 <= data.min_pixels <= data.max_pixels,
+            "data.min_pixels",
+            data.min_pixels,
+            f"0 to data.max_pixels ({data.max_pixels})",
+        ),
         (data.packs_per_step >= 1, "data.packs_per_step", data.packs_per_step, "at least 1"),
         (data.open_packs >= 1, "data.open_packs", data.open_packs, "at least 1"),
         (data.balance_block >= 1, "data.balance_block", data.balance_block, "at least 1"),

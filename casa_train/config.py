@@ -167,6 +167,10 @@ class DataConfig:
     """Image-token budget of a packed sequence."""
     max_pixels: int = 952 * 952
     """Upper bound on the pixels of an image; larger ones are shrunk, aspect kept."""
+    min_pixels: int = 0
+    """Smaller images are enlarged to so many pixels at least, aspect kept, by the rule of
+    Qwen2.5-VL's own image processor; `max_pixels` and the bound on a video's frames go before it.
+    0 enlarges none, but to the side of a token: the sizes of runs from before this field."""
     ratings: dict[str, int] = field(default_factory=dict)
     """Least rating, 1 to 5, of a turn to be trained, by name: relevance, image_correspondence,
     visual_dependency, formatting. Turns without a rating stay. FineVision's authors found that

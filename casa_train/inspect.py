@@ -225,8 +225,15 @@ def _messages(split: Split, row: int) -> list[MessageView] | None:
 def _settings(config: Config, template: ChatTemplate) -> list[tuple[str, str]]:
     """The fields that the data depends on; :param template: what is in force."""
     data = config.data
-    plain = ("text_tokens", "image_tokens", "max_pixels", "packs_per_step", "open_packs")
-    order = ("balance_block", "balance_group", "video_share", "locality")
+    plain = ("text_tokens", "image_tokens", "max_pixels", "min_pixels")
+    order = (
+        "packs_per_step",
+        "open_packs",
+        "balance_block",
+        "balance_group",
+        "video_share",
+        "locality",
+    )
     return [
         ("seed", str(config.seed)),
         ("model.tokenizer", str(config.model.tokenizer or config.model.backbone.pretrained)),

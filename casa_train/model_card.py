@@ -36,6 +36,10 @@ Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a ste
 
 ## Use
 
+```sh
+pip install torch "transformers>=4.51.3" einops pillow numpy
+```
+
 ```python
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -51,6 +55,9 @@ batch = processor.tokenize_messages(messages).to(model.device)
 out = model.generate_from_image(**batch, max_new_tokens=32)
 print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
+
+Images are resized as in training: aspect kept, sides multiples of 28, at most {max_pixels:,}
+pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at most 896x896 instead.
 
 ## Base models and licences
 
@@ -101,6 +108,8 @@ def model_card(config: Config, step: int, model: Any) -> str:
         tokens="Image tokens join the text stream and the KV cache."
         if inserts
         else "Only text enters the KV cache.",
+        max_pixels=config.data.max_pixels,
+        least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         depth=vision.depth,

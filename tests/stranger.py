@@ -4,7 +4,8 @@
 
 Needs torch, transformers, einops, pillow and numpy only. Runs casa.md's contract and the ordinary
 interface of a Hugging Face VLM; SAVE_TO is where `save_pretrained` writes, to be tried again with
-another version of transformers.
+another version of transformers. A parameter is given another value than the export and the library
+have by themselves, and what it does is looked at: one that is dropped in silence fails here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw
@@ -35,6 +37,11 @@ def picture(colour, width=100, height=60):
     image = Image.new("RGB", (width, height), "ivory")
     ImageDraw.Draw(image).ellipse((4, 9, width // 2, height - 4), fill=colour)
     return image
+
+
+def use_to_sample(model):
+    """Makes sampling the model's habit, so that greedy decoding has to be asked for."""
+    model.generation_config.update(do_sample=True, temperature=9.0, top_k=0)
 
 
 RED, BLUE, TALL = picture("red"), picture("blue"), picture("green", 40, 90)
@@ -92,15 +99,112 @@ def check_auto_classes(path):
             )
             assert type(model).__name__ == "CasaForConditionalGeneration"
             assert next(model.parameters()).dtype == torch.float32
+            assert model.config._attn_implementation == implementation
     multimodal = getattr(transformers, "AutoModelForMultimodalLM", None)
     if multimodal is not None:
         assert type(multimodal.from_pretrained(path, trust_remote_code=True)) is type(model)
-    half = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype="bfloat16")
-    assert next(half.parameters()).dtype == torch.bfloat16
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True, image_size=84)
-    assert processor.image_processor.max_pixels == 84 * 84
-    batch = processor.tokenize_messages(SHORT).to(torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        half = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype=name)
+        assert next(half.parameters()).dtype == dtype
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    batch = processor.tokenize_messages(SHORT).to(torch.float16)
     assert half.generate_from_image(**batch, max_new_tokens=2).shape[0] == 1
+
+
+PHOTO, DOT = picture("red", 300, 200), picture("blue", 20, 20)
+JINJA = "{% for m in messages %}{{ m['role'] }}!{% endfor %}"
+
+
+def check_processor_options(path, folder):
+    """What `AutoProcessor.from_pretrained` is given acts, or is refused by its name."""
+
+    def read(**options):
+        return AutoProcessor.from_pretrained(path, trust_remote_code=True, **options)
+
+    def sizes(processor):
+        """(H, W) of a photo and of a dot, by all ways to the pixels."""
+        batch = chat(processor, ask("?", PHOTO, DOT))
+        direct = [processor.image_processor.process_images(image) for image in (PHOTO, DOT)]
+        assert all(map(torch.equal, batch["pixel_values"], direct))
+        return [tuple(pixels.shape[1:]) for pixels in direct]
+
+    own = read()
+    photo, dot = sizes(own)
+    for options, large, small in (
+        ({"image_size": 112}, (84, 112), dot),
+        ({"max_pixels": 3500}, (28, 56), dot),
+        ({"min_pixels": 7000}, photo, (84, 84)),
+        ({"max_pixels": 9500, "min_pixels": 7000}, (56, 112), (84, 84)),
+        ({"image_size": 28}, (28, 28), (28, 28)),  # goes before the export's own min_pixels
+    ):
+        processor = read(**options)
+        assert sizes(processor) == [large, small], (options, sizes(processor))
+        assert [large, small] != [photo, dot]
+        processor.save_pretrained(folder / "bounds")
+        again = AutoProcessor.from_pretrained(folder / "bounds", trust_remote_code=True)
+        assert sizes(again) == [large, small], options
+    processor = read()
+    processor.image_processor.max_pixels = 3500  # as users of Qwen's processors do
+    assert sizes(processor)[0] == (28, 56) and processor.max_pixels == 3500
+    processor.save_pretrained(folder / "bounds")
+    assert (
+        AutoProcessor.from_pretrained(folder / "bounds", trust_remote_code=True).max_pixels == 3500
+    )
+
+    other = "right" if own.tokenizer.padding_side == "left" else "left"
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side=other)
+    for options in ({"padding_side": other}, {"tokenizer": tokenizer}):
+        processor = read(**options)
+        assert processor.tokenizer.padding_side == other
+        short = processor.tokenize_messages([SHORT, LONG])["attention_mask"][0]
+        assert short[-1] == (other == "left") and short[0] == (other == "right")
+    assert processor.tokenizer is tokenizer
+    pad = own.tokenizer.convert_ids_to_tokens(5)
+    assert own.tokenizer.pad_token != pad
+    processor = read(pad_token=pad, truncation_side="left", model_max_length=77)
+    batch = processor.tokenize_messages([SHORT, LONG])
+    assert (batch["input_ids"][0][batch["attention_mask"][0] == 0] == 5).all()
+    assert own.tokenizer.truncation_side != processor.tokenizer.truncation_side == "left"
+    assert own.tokenizer.model_max_length != processor.tokenizer.model_max_length == 77
+
+    rendered = own.apply_chat_template(SHORT)
+    processor = read(chat_template=JINJA)
+    assert processor.apply_chat_template(SHORT) == "user!" != rendered
+    assert processor.tokenizer.chat_template == JINJA
+    template = {**own.template, "user_start": "Q:", "user_end": "!"}
+    processor = read(template=template)
+    changed = processor.apply_chat_template(SHORT)
+    assert changed != rendered and "Q:<image>" in changed.replace(template["image_start"], "")
+    same_batch(
+        processor(text=changed, images=RED, return_tensors="pt"),
+        chat(processor, SHORT, add_generation_prompt=False),
+    )
+
+    processor, unused = read(image_size=112, return_unused_kwargs=True)
+    assert processor.max_pixels == 112 * 112 and unused == {}
+    # Pipelines hand on what is their model's.
+    read(torch_dtype=torch.float16, device_map="cpu").save_pretrained(folder / "bounds")
+    for options, words in (
+        ({"imagesize": 448}, "imagesize=448 (did you mean image_size?)"),
+        ({"size": {"longest_edge": 448}}, "size={'longest_edge': 448}"),
+        ({"do_resize": False, "image_mean": [0.5]}, "do_resize=False, image_mean=[0.5]"),
+        ({"image_size": 112, "max_pixels": 3500}, "image_size=112 and max_pixels=3500 both"),
+        ({"image_size": "112"}, "image_size is '112'"),
+        ({"image_size": 27}, "image_size is 27"),
+        ({"max_pixels": 7000, "min_pixels": 7001}, "min_pixels is 7001"),
+        ({"use_fast": False}, "use_fast=False"),
+    ):
+        refused(words, read, **options)
+
+
+def refused(words, call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except ValueError as error:
+        assert words in str(error), f"expected {words!r} in {error!r}"
+    else:
+        raise AssertionError(f"no error with the words {words!r}")
 
 
 def check_generation(model, processor):
@@ -116,6 +220,13 @@ def check_generation(model, processor):
     alone = model.generate_from_image(**one, **GREEDY)
     assert alone.shape == (1, width + 6) and torch.equal(alone[:, :width], one["input_ids"])
     assert torch.equal(model.generate(**one, **GREEDY), alone)
+    # Each of the options of GREEDY acts: without it the answer is another one.
+    assert model.generate(**one, **{**GREEDY, "max_new_tokens": 7}).shape[1] == width + 7
+    end = {"eos_token_id": int(alone[0, width])}
+    assert model.generate(**one, **{**GREEDY, "min_new_tokens": 0}, **end).shape[1] == width + 1
+    assert model.generate(**one, **{**GREEDY, "min_new_tokens": 4}, **end).shape[1] >= width + 4
+    torch.manual_seed(0)
+    assert not torch.equal(model.generate(**one, **{**GREEDY, "do_sample": True}), alone)
     assert processor.tokenizer.padding_side == "left"
     both = processor.tokenize_messages([SHORT, LONG])
     assert (both["attention_mask"][0] == 0).any() and both["attention_mask"][0, -1] == 1
@@ -123,12 +234,17 @@ def check_generation(model, processor):
     second = processor.tokenize_messages(LONG)
     second = model.generate(**second, **GREEDY)[0, -6:]
     assert torch.equal(model.generate(**both, **GREEDY)[1, -6:], second)
-    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 6}
+    sampling = {"do_sample": True, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 5}
+    sampling["min_new_tokens"] = 5
     draws = []
     for seed in (0, 0, 1, 2, 3):
         torch.manual_seed(seed)
         draws.append(model.generate(**both, **sampling).tolist())
     assert draws[0] == draws[1] and any(draw != draws[0] for draw in draws)
+    nearly = model.generate(**one, **{**sampling, "temperature": 1e-4})  # the likeliest token
+    assert torch.equal(nearly, alone[:, :-1])
+    nearly = model.generate(**one, **{**sampling, "top_p": 1e-4})
+    assert torch.equal(nearly, alone[:, :-1])
     return one, alone
 
 
@@ -138,10 +254,22 @@ def check_empty_slot(model, processor, one, alone):
     assert empty["pixel_values"] == []
     pixels = processor.image_processor.process_images(RED)
     frames = processor.image_processor.process_images(pixels[None].repeat(2, 1, 1, 1), img_size=56)
-    assert frames.ndim == 4 and frames.shape[0] == 2
+    assert pixels.shape[-2:] == (56, 112) and frames.shape == (2, 3, 28, 56)
     assert torch.equal(pixels, one["pixel_values"][0])
     empty["pixel_values"] = pixels[None]
     assert torch.equal(model.generate_from_image(**empty, **GREEDY), alone)
+    # Without insertion points, the image stands behind the text, between these tokens.
+    before, after = [5, 6], [7]
+    assert (before, after) != (processor.pre_image_tokens, processor.post_image_tokens)
+    words = processor.tokenize_messages(ask("What now?"))
+    given = {"input_ids": words["input_ids"], "pixel_values": [pixels]}
+    given["image_embeds_insertion_points"] = None
+    around = {"pre_image_tokens": before, "post_image_tokens": after}
+    out = model.generate_from_image(**given, **around, **GREEDY)
+    given["input_ids"] = torch.cat([words["input_ids"], torch.tensor([[*before, *after]])], 1)
+    given["image_embeds_insertion_points"] = [[words["input_ids"].shape[1] + len(before)]]
+    expected = model.generate(**given, **GREEDY)
+    assert torch.equal(out[:, -6:], expected[:, -6:])
 
 
 @torch.no_grad()
@@ -221,17 +349,31 @@ def check_chat(model, processor, folder):
         rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [[RED], [RED, TALL, BLUE]]
         images = {id(SHORT): RED, id(LONG): images[1]}.get(id(messages), images)
-        called = processor(text=rendered, images=images, padding=True, return_tensors="pt")
+        called = processor(text=rendered, images=images, return_tensors="pt")
         same_batch(called, expected)
+        for arguments in ((images, rendered), (rendered, images)):  # clients of both orders exist
+            same_batch(processor(*arguments, return_tensors="pt"), expected)
+        wide = expected["input_ids"].shape[1] + 3
+        rows = processor(text=rendered, images=images, padding="max_length", max_length=wide)
+        assert {len(row) for row in rows["input_ids"]} == {wide}
         answer = model.generate(**batch, **GREEDY)
         words = processor.batch_decode(answer, skip_special_tokens=True)
         assert len(words) == len(answer) and "<image>" not in words[0]
+        whole = [processor.decode(row, skip_special_tokens=False) for row in answer]
+        assert all(len(a) < len(b) for a, b in zip(words, whole, strict=True))
     ids = processor.apply_chat_template(SHORT, tokenize=True, add_generation_prompt=True)
     assert ids == processor.tokenize_messages(SHORT)["input_ids"][0].tolist()
     RED.save(folder / "red.png")
     coded = base64.b64encode((folder / "red.png").read_bytes()).decode()
     expected = chat(processor, SHORT)
     for where in (
+        {"image": np.asarray(RED)},
+        {"image": np.asarray(RED).astype("float32") / 255},
+        {"image": torch.from_numpy(np.array(RED)).permute(2, 0, 1)},
+        {"image": {"bytes": (folder / "red.png").read_bytes(), "path": None}},
+        {"bytes": (folder / "red.png").read_bytes()},
+        {"image": coded},
+        {"url": (folder / "red.png").as_uri()},
         {"image": str(folder / "red.png")},
         {"path": str(folder / "red.png")},
         {"url": (folder / "red.png").as_posix()},
@@ -266,6 +408,7 @@ def check_pipeline(path, model, processor):
     pipe = pipeline(
         "image-text-to-text", model=path, trust_remote_code=True, torch_dtype=torch.float32
     )
+    use_to_sample(pipe.model)
     for messages in (SHORT, LONG):
         (record,) = in_list(pipe(text=messages, generate_kwargs=dict(GREEDY)))
         answer = record["generated_text"][-1]
@@ -333,20 +476,17 @@ def check_bad_input(model, processor):
         ("holds 0 places for images", lambda: processor(text="a", images=RED)),
         ("does not take {'truncation': True}", lambda: processor(text="a", truncation=True)),
     ):
-        try:
-            call()
-        except ValueError as error:
-            assert words in str(error), f"expected {words!r} in {error!r}"
-        else:
-            raise AssertionError(f"no error with the words {words!r}")
+        refused(words, call)
 
 
 def main(path, saved=None):
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     model, processor = load(path)
+    use_to_sample(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         check_auto_classes(path)
+        check_processor_options(path, folder)
         one, alone = check_generation(model, processor)
         check_empty_slot(model, processor, one, alone)
         check_streams(model, processor, one, alone)

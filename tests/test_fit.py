@@ -7,10 +7,12 @@ import io
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
+from casa_train.data.lengths import measure
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
@@ -187,6 +189,41 @@ def test_frames_shrink_together_then_go_evenly(
             assert len(cut.images) == budget // LEAST_FRAME_TOKENS
             gaps = {b - a for a, b in zip(cut.images, cut.images[1:], strict=False)}
             assert cut.images[0] == 0 and max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+@pytest.mark.parametrize("budgets", [(10_000, 10_000), (90, 60)], ids=str)
+def test_lengths_are_those_of_enlarged_images(
+    conversations: Split, videos: Split, processor: CasaProcessor, budgets: tuple[int, int]
+) -> None:
+    least = 131 * 131  # 22 tokens at least, more than a shrunk video's frames may have
+    bounds = {"max_pixels": 280 * 280, "template": BRACKETS}
+    large = CasaProcessor(processor.tokenizer, **bounds, min_pixels=least)
+    plain = CasaProcessor(processor.tokenizer, **bounds)
+    enlarged = 0
+    for split in (conversations, videos):
+        fit = Fit(split, large, *budgets)
+        text, images, _ = fit.lengths()
+        _, before, _ = Fit(split, plain, *budgets).lengths()
+        fitting = np.flatnonzero((text <= budgets[0]) & (images <= budgets[1])).tolist()
+        assert fitting
+        for row in fitting:
+            assert (text[row], images[row]) == trained(fit, row, large)[:2]
+            enlarged += images[row] > before[row]
+            if max(budgets) > 1000:  # a stream counts from the images' headers
+                assert measure(split.read(row), large) == (text[row], images[row])
+    assert enlarged > 3
+
+
+def test_frames_are_shrunk_below_the_bound_of_small_images(
+    videos: Split, processor: CasaProcessor
+) -> None:
+    least = 280 * 280  # 100 tokens; forty frames get 65 each
+    large = CasaProcessor(processor.tokenizer, 2 * least, BRACKETS, min_pixels=least)
+    fit = Fit(videos, large, 10_000, 65 * 40)
+    row = len(videos) - 1
+    text, images, frames = trained(fit, row, large)
+    assert frames == 40 and images <= 65 * 40
+    assert (text, images) == tuple(int(lengths[row]) for lengths in fit.lengths()[:2])
 
 
 def test_frames_go_for_lack_of_text_tokens_too(videos: Split, processor: CasaProcessor) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from casa_train.model_card import CARD
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "casa_train"
@@ -64,6 +67,17 @@ def test_modeling_stands_alone(path: Path) -> None:
             top = name.split(".")[0]
             allowed = top in MODELING_MAY or top in sys.stdlib_module_names
             assert allowed, f"{path.name} imports {name}, which a user of an export may not have"
+
+
+def test_the_model_card_tells_what_an_export_imports() -> None:
+    found = {n.split(".")[0] for p in sources(PACKAGE / "modeling") for _, n in imports(p) if n}
+    local = {path.stem for path in sources(PACKAGE / "modeling")}
+    # Optional; comes with transformers.
+    needed = found - local - set(sys.stdlib_module_names) - {"flash_attn", "tokenizers"}
+    (command,) = re.findall("pip install (.*)", CARD)
+    packages = {re.split("[<>=]", word.strip('"'))[0] for word in command.split()}
+    assert "einops" in needed
+    assert packages == {{"PIL": "pillow"}.get(name, name) for name in needed}
 
 
 def test_modeling_imports_are_acyclic() -> None:

@@ -231,7 +231,7 @@ def test_nothing_of_the_data_is_markup_and_nothing_is_loaded(odd: Path, tmp_path
 def test_one_sample_before_and_after(odd: Path, tmp_path: Path) -> None:
     html, page = look(tmp_path, str(odd), *BUDGETS, "--sample", f"odd {HOSTILE}/many")
     assert "PNG 30×50 RGB" in page.text  # as stored; the next as the model reads it
-    assert html.count("<figcaption>28×56<br>2 tokens") == 3
+    assert html.count("<figcaption>56×84<br>6 tokens") == 3  # data.min_pixels
     assert len([d for d in page.all("div") if " w " in f"{d.get('class')} "]) == 2
     _, page = look(tmp_path, str(odd), *BUDGETS, "--sample", "broken")
     assert "unreadable_image" in page.text

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import transformers
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -17,6 +19,11 @@ from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageE
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes.synthetic import build_tokenizer
 from tests.commands import TEMPLATE
+
+if transformers.__version__.startswith("4."):
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+else:  # the other of its modules needs torchvision
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,42 @@ def test_sizes_are_on_the_grid_and_within_the_budget(width: int, height: int, bu
     # The aspect is kept as far as whole image tokens allow.
     if min(h, w) > 28 * 4:
         assert abs(w / h * height / width - 1) < 0.3
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.sampled_from([1, 784, 3136, 5000, 50176, 200704]),
+    st.sampled_from([784, 7056, 12_000, 200_704, 952 * 952]),
+)
+def test_sizes_are_those_of_qwens_own_processor(w: int, h: int, least: int, most: int) -> None:
+    """transformers' function is the oracle, wherever it keeps to its own bounds."""
+    old = transformers.__version__.startswith("4.")
+    assume(max(w, h) <= 200 * min(w, h) and least <= most)
+    assume(not old or min(w, h) >= 28)  # 4.51 refuses the others
+    size = target_size(w, h, most, least)
+    theirs = smart_resize(h, w, 28, least, most)
+    if 0 < theirs[0] * theirs[1] <= most:
+        assert size == theirs
+    else:  # theirs forgets the upper bound where it enlarges, and for very long images
+        assert 784 <= size[0] * size[1] <= most
+        assert size == target_size(w, h, most, 0) or size[0] * size[1] > most / 4
+
+
+def test_small_images_are_enlarged_to_the_bound_and_no_further() -> None:
+    for least, size in ((0, (28, 28)), (784, (28, 28)), (785, (56, 56)), (3136, (56, 56))):
+        assert target_size(20, 20, 952**2, least) == size
+    assert target_size(64, 64, 952**2, 3136) == (56, 56)
+    assert target_size(64, 64, 952**2, 3137) == (84, 84)
+    assert target_size(30, 50, 952**2, 3136) == (84, 56)
+    assert target_size(20, 20, 784, 3136) == (28, 28)  # the upper bound goes first
+    images = CasaImageProcessor(140 * 140, 84 * 84)
+    assert images.token_count(30, 30) == 9
+    assert images.load(Image.new("RGB", (30, 30))).shape == (3, 84, 84)
+    assert images.process_images(Image.new("RGB", (30, 30)), img_size=56).shape == (3, 56, 56)
+    frames = torch.zeros(2, 3, 10, 20, dtype=torch.uint8)
+    assert images.process_images(frames).shape == (2, 3, 84, 140)
 
 
 def test_known_sizes() -> None:
@@ -119,9 +162,22 @@ def test_unusable_images_have_a_reason(bad: object, reason: str) -> None:
     assert caught.value.reason == reason
 
 
-def test_too_small_a_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_pixels is 100"):
-        CasaImageProcessor(100)
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"max_pixels": 100}, "max_pixels is 100; one image token needs 784"),
+        ({"max_pixels": "7056"}, "max_pixels is '7056'; expected a whole number of pixels"),
+        ({"max_pixels": 7056.5}, "max_pixels is 7056.5; expected a whole number"),
+        (
+            {"min_pixels": -1},
+            "min_pixels is -1; expected 0 .enlarge nothing. to max_pixels, 906304",
+        ),
+        ({"min_pixels": 7057, "max_pixels": 7056}, "min_pixels is 7057; .* to max_pixels, 7056"),
+    ],
+)
+def test_bounds_that_no_image_can_meet_are_refused(bounds: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CasaImageProcessor(**bounds)
 
 
 # ------------------------------------------------------------------------------------- template

@@ -17,6 +17,7 @@ from tests.commands import TEMPLATE
 from tests.tiny import tiny_model, tiny_text_config
 
 MAX_PIXELS = 84 * 84
+MIN_PIXELS = 56 * 56
 # Every field of a template, tokens around images too.
 FULL_TEMPLATE = {
     **TEMPLATE,
@@ -34,7 +35,7 @@ def write_tiny_export(
     """Writes an export of a two-layer model through the gate; returns its directory."""
     tokenizer = build_tokenizer()
     pieces = FULL_TEMPLATE if template is None else template
-    processor = CasaProcessor(tokenizer, MAX_PIXELS, pieces)
+    processor = CasaProcessor(tokenizer, MAX_PIXELS, pieces, min_pixels=MIN_PIXELS)
     processor.tokenizer.padding_side = "left"
     text = tiny_text_config(
         vocab_size=len(tokenizer),

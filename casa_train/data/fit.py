@@ -65,6 +65,7 @@ class Fit:
         self.budgets = text_budget, image_budget
         self.ratings = dict(ratings or {})
         self.max_pixels = processor.max_pixels
+        self.min_pixels = processor.min_pixels
         self.video = split.modality == VIDEO
         # Captions of a live video stand between its frames: without a frame two of them would
         # meet, and be other tokens than the index counted.
@@ -97,7 +98,8 @@ class Fit:
         tokens = np.zeros(len(widths), np.int64)
         if len(widths):
             sizes, inverse = np.unique(np.stack([widths, heights], 1), axis=0, return_inverse=True)
-            each = np.array([image_tokens(int(w), int(h), self.max_pixels) for w, h in sizes])
+            bounds = self.max_pixels, self.min_pixels
+            each = np.array([image_tokens(int(w), int(h), *bounds) for w, h in sizes])
             tokens = each[inverse.ravel()]
         turn_counts, image_counts = (
             _segment_sums(kept, at) for kept, at in ((turns, offsets), (shown, image_offsets))
@@ -127,7 +129,7 @@ class Fit:
             fitted = self._fit_images(sizes, self.budgets[0] - fixed, spare=count == 1)
             if fitted is not None:
                 kept, max_pixels = fitted
-                tokens = sum(image_tokens(*sizes[i], max_pixels) for i in kept)
+                tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
                 return Cut(count, kept, max_pixels, fixed + self.per_image * len(kept), tokens)
         return None
 
@@ -159,7 +161,7 @@ class Fit:
             if not (self.video and spare and self.frames_may_go and room >= self.per_image):
                 return None
             count = room // self.per_image
-        whole = sum(image_tokens(*size, self.max_pixels) for size in sizes)
+        whole = sum(image_tokens(*size, self.max_pixels, self.min_pixels) for size in sizes)
         if count == len(sizes) and whole <= budget:
             return tuple(range(count)), self.max_pixels
         if not self.video or budget < 1:
@@ -203,20 +205,18 @@ class Fit:
         return turns
 
 
-def image_tokens(width: int, height: int, max_pixels: int) -> int:
+def image_tokens(width: int, height: int, max_pixels: int, min_pixels: int) -> int:
     """Image tokens of a stored image, none if the image code will refuse it."""
     try:
-        h, w = target_size(width, height, max_pixels)
+        h, w = target_size(width, height, max_pixels, min_pixels)
     except ImageError:
         return 0
     return h * w // SIDE**2
 
 
 def processor_for(processor: CasaProcessor, max_pixels: int) -> CasaImageProcessor:
-    """The image code with another bound on pixels."""
-    if max_pixels == processor.max_pixels:
-        return processor.image_processor
-    return CasaImageProcessor(max_pixels)
+    """The image code with another upper bound on pixels."""
+    return processor.image_processor.at_most(max_pixels)
 
 
 def _segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Images: header checks, decoding, resizing to multiples of 28; out come uint8 (3, H, W) tensors.
 
 Training and every export run this file, so an image reaches the model with the same bits. Sizes
-follow Qwen2.5-VL: aspect kept, both sides multiples of 28, at most `max_pixels`. The model
-normalises.
+follow Qwen2.5-VL: aspect kept, both sides multiples of 28, at most `max_pixels` and, where it is
+set, at least `min_pixels`. The model normalises.
 
 What becomes of unusual files: transparent pixels stand on white, an animation gives its first
 frame, 16-bit grey is scaled to 8 bits, and EXIF orientation is applied, as `datasets` and
@@ -12,31 +12,23 @@ is judged before a pixel is decoded.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+import operator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from .image_sources import ImageError, name_of, named, open_file, open_image
 
 SIDE = 28  # pixels of an image token's side: patch 14, 2x2 merge
 MAX_PIXELS = 952 * 952
 MAX_ASPECT = 200
-URLS = ("http://", "https://", "data:")
-TIMEOUT = 30  # seconds for an image of a URL
 MAX_SOURCE_PIXELS = 89_478_485  # of an image as it is stored; from here on Pillow warns of bombs
 
-# Pillow's other readers include some that start programs (EPS) or that no training data needs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
-END_OF_JPEG = b"\xff\xd9"
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa")
 MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", *ALPHA_MODES)
 
@@ -53,17 +45,16 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; `reason` is a short name that statistics count by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-def target_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def target_size(
+    width: int, height: int, max_pixels: int = MAX_PIXELS, min_pixels: int = 0
+) -> tuple[int, int]:
     """(H, W) that an image of this size is resized to; H * W / 784 image tokens.
 
+    The rule of Qwen2.5-VL's image processor, which has no upper bound for very long images.
+
+    :param max_pixels: upper bound on H * W, whatever `min_pixels` is.
+    :param min_pixels: smaller images are enlarged to so many pixels at least; 0 enlarges none, but
+        to the side of a token.
     :raises ImageError: an empty image, an aspect ratio over 200, or over `MAX_SOURCE_PIXELS`.
     """
     if width < 1 or height < 1:
@@ -77,7 +68,12 @@ def target_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[
             "too_many_pixels",
             f"image of {width}x{height} pixels: over the limit of {MAX_SOURCE_PIXELS:,} pixels",
         )
-    rows, columns = max(1, round(height / SIDE)), max(1, round(width / SIDE))
+    rows, columns = round(height / SIDE), round(width / SIDE)
+    if rows * columns * SIDE**2 < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * enlarge / SIDE)
+        columns = math.ceil(width * enlarge / SIDE)
+    rows, columns = max(1, rows), max(1, columns)
     budget = max_pixels // SIDE**2
     if rows * columns > budget:
         shrink = math.sqrt(height * width / max_pixels)
@@ -95,66 +91,80 @@ def read_header(data: bytes, name: str = "image") -> tuple[str, int, int]:
 
     :raises ImageError: whatever the header tells cannot be used.
     """
-    with _named(name), _open(data) as image:
+    with named(name), open_file(data) as image:
         return str(image.format), *_checked(image)[:2]
 
 
 class CasaImageProcessor:
-    """Turns paths, PIL images, encoded bytes or uint8 frames into resized uint8 tensors.
+    """Turns whatever `image_sources` takes into resized uint8 tensors.
 
     :param max_pixels: upper bound on H * W; 952 * 952 in the paper.
+    :param min_pixels: lower bound, to which smaller images are enlarged; 0: none.
+    :raises ValueError: bounds that no image can meet.
     """
 
-    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
-        if max_pixels < SIDE**2:
+    def __init__(self, max_pixels: int = MAX_PIXELS, min_pixels: int = 0) -> None:
+        self.max_pixels = _whole("max_pixels", max_pixels)
+        self.min_pixels = _whole("min_pixels", min_pixels)
+        if self.max_pixels < SIDE**2:
             raise ValueError(
                 f"max_pixels is {max_pixels}; one image token needs {SIDE**2} pixels "
                 f"({SIDE}x{SIDE})"
             )
-        self.max_pixels = int(max_pixels)
+        if not 0 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"min_pixels is {min_pixels}; expected 0 (enlarge nothing) to max_pixels, "
+                f"{max_pixels}"
+            )
+
+    def at_most(self, max_pixels: int) -> CasaImageProcessor:
+        """The same with another upper bound, which goes before the lower one."""
+        max_pixels = _whole("max_pixels", max_pixels)
+        if max_pixels == self.max_pixels:
+            return self
+        return CasaImageProcessor(max_pixels, min(self.min_pixels, max_pixels))
 
     def token_count(self, width: int, height: int) -> int:
         """Image tokens of an image of this size."""
-        h, w = target_size(width, height, self.max_pixels)
+        h, w = target_size(width, height, self.max_pixels, self.min_pixels)
         return h * w // SIDE**2
 
     def load(self, image: Any, name: str | None = None) -> Tensor:
         """One image, resized.
 
-        :param image: path, http(s) or data URL, bytes of an image file, PIL image, or a uint8
-            (3, H, W) tensor.
+        :param image: a path, a URL (http, https, file, data), base64, bytes of an image file,
+            `{"bytes": ...}`, a PIL image, or an array or tensor of pixels; see `image_sources`.
         :param name: what messages call it; the path or URL, where there is one.
         :return: (3, H, W) uint8.
         :raises ImageError: an image that cannot be used.
         """
-        if name is None:
-            known = isinstance(image, str | os.PathLike)
-            name = f"image {str(image)[:200]}" if known else "image"
-        with _named(name):
-            if isinstance(image, Tensor):
-                pixels = _checked_tensor(image)
-            elif isinstance(image, Image.Image):
-                pixels = _to_tensor(image)
-            else:
-                with _open(image) as opened:
-                    pixels = _to_tensor(opened)
+        with named(name_of(image) if name is None else name):
+            opened = open_image(image)
+            pixels = opened if isinstance(opened, Tensor) else _to_tensor(opened)
+            if pixels.ndim != 3:
+                raise ImageError(
+                    "unreadable_image", f"found are {len(pixels)} frames; expected one image"
+                )
             return self._resize(pixels)
 
     def process_images(self, images: Any, img_size: int | None = None) -> Tensor:
-        """A PIL image, or a uint8 frame tensor (F, 3, H, W).
+        """One image as `load` takes it, or frames: (F, 3, H, W), or (F, H, W, 3).
 
         :param img_size: at most img_size * img_size pixels instead of `max_pixels`.
         :return: (3, H, W) uint8, or (F, 3, H, W) uint8 for frames.
         """
-        processor = self if img_size is None else CasaImageProcessor(img_size**2)
-        if isinstance(images, Tensor) and images.ndim == 4:
-            return processor._resize(_checked_tensor(images))
+        processor = self if img_size is None else self.at_most(square(img_size, "img_size"))
+        if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+            with named("frames"):
+                frames = open_image(images)
+                assert isinstance(frames, Tensor)  # pictures have three axes
+                return processor._resize(frames)
         return processor.load(images)
 
     def _resize(self, pixels: Tensor) -> Tensor:
         """(..., 3, H, W) uint8 -> the same, resized."""
         height, width = pixels.shape[-2:]
-        size = target_size(width, height, self.max_pixels)
+        size = target_size(width, height, self.max_pixels, self.min_pixels)
         if size == (height, width):
             return pixels.contiguous()
         batch = pixels if pixels.ndim == 4 else pixels[None]
@@ -162,47 +172,21 @@ class CasaImageProcessor:
         return (out if pixels.ndim == 4 else out[0]).contiguous()
 
 
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Turns whatever an image raises into an ImageError that names it."""
+def square(side: int, name: str) -> int:
+    """Pixels of a square image.
+
+    :raises ValueError: a side that is no number of at least 28 pixels; `name` is what it is called.
+    """
+    if _whole(name, side) < SIDE:
+        raise ValueError(f"{name} is {side}; one image token is {SIDE}x{SIDE} pixels")
+    return int(side) ** 2
+
+
+def _whole(name: str, value: Any) -> int:
     try:
-        yield
-    except ImageError as error:
-        raise ImageError(error.reason, f"{name}: {error}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_many_pixels", f"{name}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            "unreadable_image", f"{name} cannot be read as any of {', '.join(FORMATS)}"
-        ) from error
-    except Exception as error:  # Pillow and urllib raise many types
-        raise ImageError(
-            "unreadable_image", f"{name} cannot be read: {error}; expected a whole image file"
-        ) from error
-
-
-def _open(source: Any) -> Image.Image:
-    """Reads the header of a file, given as bytes, path or URL."""
-    if isinstance(source, str) and source.startswith(URLS):
-        with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
-            source = response.read()
-    elif isinstance(source, str | os.PathLike):
-        source = Path(source).read_bytes()
-    if not isinstance(source, bytes):
-        raise ImageError(
-            "unreadable_image",
-            f"found is a {type(source).__name__}; expected a path, a URL, bytes, a PIL image or a "
-            "tensor",
-        )
-    if not source:
-        raise ImageError("unreadable_image", "the file holds no bytes")
-    file = io.BytesIO(source)
-    image = Image.open(file, formats=FORMATS)
-    # Pillow now stands where the pixels start. Lost bytes that came back as zeros, as after a
-    # broken download, still decode: into grey. Only the missing end tells.
-    if image.format == "JPEG" and source.find(END_OF_JPEG, file.tell()) < 0:
-        raise ImageError("unreadable_image", "a JPEG without its end; expected a whole image file")
-    return image
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of pixels") from None
 
 
 def _checked(image: Image.Image) -> tuple[int, int, int]:
@@ -219,16 +203,6 @@ def _checked(image: Image.Image) -> tuple[int, int, int]:
         width, height = height, width
     target_size(width, height)
     return width, height, orientation
-
-
-def _checked_tensor(pixels: Tensor) -> Tensor:
-    if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-3] != 3:
-        raise ImageError(
-            "unreadable_image",
-            f"found is a tensor {tuple(pixels.shape)} of {pixels.dtype}; expected uint8 "
-            "(3, H, W), or (F, 3, H, W) for frames",
-        )
-    return pixels
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -275,3 +249,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey)
+
+
+__all__ = ["CasaImageProcessor", "ImageError", "read_header", "square", "target_size"]

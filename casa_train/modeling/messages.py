@@ -7,9 +7,10 @@ A message is `{"role": ..., "content": ...}`; its content is a string or a list 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 Message = dict[str, Any]
@@ -81,7 +82,7 @@ def _image_of(part: dict[str, Any]) -> Any:
     if part.get("type") == "image_url":
         value = part.get("image_url")
         return value.get("url") if isinstance(value, dict) else value
-    for name in ("image", "url", "path"):
+    for name in ("image", "url", "bytes", "path"):
         if part.get(name) is not None:
             return part[name]
     encoded = part.get("base64")
@@ -91,9 +92,49 @@ def _image_of(part: dict[str, Any]) -> Any:
 
 
 def frames_of(video: Any) -> list[Any]:
-    if not isinstance(video, (list, tuple, Tensor)) or len(video) == 0:
+    if not (isinstance(video, (list, tuple)) or are_frames(video)) or len(video) == 0:
         raise ValueError(
-            f"a video is {type(video).__name__}; expected a list of frames (paths or PIL images) "
-            "or a uint8 tensor (F, 3, H, W): video files are not decoded here"
+            f"a video is {type(video).__name__}; expected a list of frames (whatever an image may "
+            "be) or an array or tensor (F, H, W, 3) or (F, 3, H, W): video files are not decoded "
+            "here"
         )
     return list(video)
+
+
+def are_frames(images: Any) -> bool:
+    """Whether this is an array or a tensor of several images."""
+    return isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+
+
+def in_order(images: Any, text: Any, holds_place: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Images and text of a call, whichever stood first: users of both orders exist.
+
+    :param holds_place: whether a text has a place for an image or a video.
+    :raises ValueError: no text, or one that is none.
+    """
+    if _is_text(images):
+        first, second = (_any_place(given, holds_place) for given in (images, text))
+        swapped = not _is_text(text) if text is not None else first
+        if swapped or (first and not second):  # of two texts, the one with a place for the other
+            images, text = text, images
+    if text is None:
+        found = f"given is {images!r:.80} as images alone: " if _is_text(images) else ""
+        raise ValueError(
+            f"the processor needs text: {found}pass text=..., or messages to apply_chat_template "
+            "or tokenize_messages"
+        )
+    if not _is_text(text) and text != []:
+        raise ValueError(f"text is {type(text).__name__}; expected a string or a list of strings")
+    return images, text
+
+
+def _is_text(given: Any) -> bool:
+    if isinstance(given, (list, tuple)):
+        return bool(given) and all(isinstance(one, str) for one in given)
+    return isinstance(given, str)
+
+
+def _any_place(given: Any, holds_place: Callable[[str], bool]) -> bool:
+    if not _is_text(given):
+        return False
+    return any(map(holds_place, [given] if isinstance(given, str) else given))

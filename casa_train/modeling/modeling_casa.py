@@ -34,7 +34,9 @@ from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
 from .hyper import HyperAttention
 from .image_processing_casa import SIDE
+from .image_sources import ImageError
 from .insertion import Insertion
+from .loading_options import split_options
 from .mechanisms import build_mechanism
 from .messages import Message
 from .outputs import CACHE, NEW_NAME, OLD_NAME, next_token_loss, one_cache, with_both_names
@@ -443,6 +445,7 @@ __all__ = [
     "GatedCrossAttention",
     "HyperAttention",
     "ChatTemplate",
+    "ImageError",
     "ImageReads",
     "Insertion",
     "Message",
@@ -451,4 +454,5 @@ __all__ = [
     "Segments",
     "TextIds",
     "WindowedMechanism",
+    "split_options",
 ]

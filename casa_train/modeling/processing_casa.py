@@ -26,8 +26,20 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja
-from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, ImageError, target_size
-from .messages import Message, as_batch, frames_of, parts_of, runs, slots_of, text_of
+from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
+from .image_sources import ImageError
+from .loading_options import split_options
+from .messages import (
+    Message,
+    are_frames,
+    as_batch,
+    frames_of,
+    in_order,
+    parts_of,
+    runs,
+    slots_of,
+    text_of,
+)
 from .text_ids import Piece, TextIds
 
 
@@ -119,9 +131,11 @@ class CasaProcessor(ProcessorMixin):
     :param tokenizer: a fast tokenizer.
     :param max_pixels: upper bound on the pixels of an image.
     :param template: `ChatTemplate` as a dict.
-    :param image_size: when given, at most image_size * image_size pixels.
+    :param image_size: when given, at most image_size * image_size pixels, whatever `max_pixels` is.
     :param chat_template: jinja to render with instead of the template's own.
-    :raises ValueError: no fast tokenizer, or a template with fields of another type.
+    :param min_pixels: smaller images are enlarged to so many pixels at least; 0: none.
+    :raises ValueError: no fast tokenizer, a template with fields of another type, or bounds that no
+        image can meet.
     """
 
     attributes = ["tokenizer"]
@@ -134,9 +148,12 @@ class CasaProcessor(ProcessorMixin):
         template: dict[str, Any] | None = None,
         image_size: int | None = None,
         chat_template: str | None = None,
+        min_pixels: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.max_pixels = image_size**2 if image_size is not None else max_pixels
+        if image_size is not None:
+            max_pixels = square(image_size, "image_size")
+        self._image_processor = CasaImageProcessor(max_pixels, min_pixels)
         self._template = ChatTemplate(**(template or {}))
         self.template = asdict(self._template)
         pieces = self._template.pieces
@@ -144,7 +161,6 @@ class CasaProcessor(ProcessorMixin):
         self._jinja = as_jinja(self._template, self._text_ids.special)
         self._rendered = RenderedText(self._template, list(self._text_ids.special))
         super().__init__(tokenizer, chat_template=chat_template or self._jinja, **kwargs)
-        self._image_processor = CasaImageProcessor(self.max_pixels)
         # A text-only prompt of the tokenizer's own reads as the processor's.
         tokenizer.chat_template = self.chat_template
         self._pieces = {name: self._text_ids.pieces(text) for name, text in pieces.items()}
@@ -154,6 +170,57 @@ class CasaProcessor(ProcessorMixin):
         self._start: list[int] | None = None  # what a caller has set in place of the template's
         self._end: list[int] | None = None
         self._opening_tokens: int | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As the library's, but that every keyword acts, in every version of it, or is refused.
+
+        :param kwargs: this class's own, among them `image_size`, `max_pixels` and `min_pixels` in
+            place of what the directory says; a tokenizer's; and where files are.
+        :raises ValueError: a keyword that would have no effect.
+        """
+        own, passed = split_options(kwargs)
+        with_unused = passed.pop("return_unused_kwargs", False)  # transformers 5 fails over it
+        processor = super().from_pretrained(pretrained_model_name_or_path, **passed)
+        if own:
+            processor = processor._changed(**own)
+        return (processor, {}) if with_unused else processor
+
+    def _changed(self, **own: Any) -> CasaProcessor:
+        """The same with other arguments."""
+        size = own.pop("image_size", None)
+        if size is not None:
+            own["max_pixels"] = square(size, "image_size")
+        if "max_pixels" in own and "min_pixels" not in own:
+            own["min_pixels"] = self._image_processor.at_most(own["max_pixels"]).min_pixels
+        same = {"tokenizer": self.tokenizer, "template": self.template}
+        same |= {"max_pixels": self.max_pixels, "min_pixels": self.min_pixels}
+        if self.chat_template != self._jinja:  # else it follows from the template
+            same["chat_template"] = self.chat_template
+        return type(self)(**{**same, **own})
+
+    @property
+    def max_pixels(self) -> int:
+        """Upper bound on the pixels of an image; may be set, here or on the image processor."""
+        return self._image_processor.max_pixels
+
+    @max_pixels.setter
+    def max_pixels(self, pixels: int) -> None:
+        self._image_processor.max_pixels = pixels
+
+    @property
+    def min_pixels(self) -> int:
+        """Lower bound; see `max_pixels`."""
+        return self._image_processor.min_pixels
+
+    @min_pixels.setter
+    def min_pixels(self, pixels: int) -> None:
+        self._image_processor.min_pixels = pixels
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the library's: what `save_pretrained` writes, with the bounds in force."""
+        bounds = {"max_pixels": self.max_pixels, "min_pixels": self.min_pixels}
+        return {**super().to_dict(*args, **kwargs), **bounds}
 
     @property
     def asst_start_tokens(self) -> list[int]:
@@ -200,9 +267,9 @@ class CasaProcessor(ProcessorMixin):
 
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
             string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
-            (also under "url", "path" or "base64") and `{"type": "video", "video": [frame, ...]}`.
-            Texts that touch are one text. Images in an answer are frames that arrive meanwhile: all
-            but the first follow the one before.
+            (also under "url", "path", "base64" or "bytes") and
+            `{"type": "video", "video": [frame, ...]}`. Texts that touch are one text. Images in an
+            answer are frames that arrive meanwhile: all but the first follow the one before.
         :param generation_prompt: open an assistant's turn at the end.
         :param continues: the messages go on with a conversation whose answer ended with its first
             end token: neither bos nor a default system turn, but what the template has behind that
@@ -321,7 +388,7 @@ class CasaProcessor(ProcessorMixin):
         videos: Any = None,
         **options: Any,
     ) -> CasaBatch:
-        """A batch from text as the chat template renders it.
+        """A batch from text as the chat template renders it. The text may stand first as well.
 
         :param images: for the places `<image>` in the text: one image, a list over all texts, or a
             list for each text.
@@ -331,11 +398,7 @@ class CasaProcessor(ProcessorMixin):
         :param options: `return_tensors` ("pt" or None), `padding`, `max_length`.
         :raises ValueError: another number of places than of images or videos; unknown options.
         """
-        if text is None:
-            raise ValueError(
-                "the processor needs text: pass text=..., or messages to apply_chat_template or "
-                "tokenize_messages"
-            )
+        images, text = in_order(images, text, self._holds_place)
         texts = [text] if isinstance(text, str) else list(text)
         pieces = [list(self._rendered.read(t)) for t in texts]
         counts = {slot: [sum(kind == slot for kind, _ in p) for p in pieces] for slot in SLOTS}
@@ -443,6 +506,9 @@ class CasaProcessor(ProcessorMixin):
         # The library keeps the padding side only if it was given when the tokenizer was built.
         portable_tokenizer_config(save_directory, padding_side=self.tokenizer.padding_side)
         return saved
+
+    def _holds_place(self, text: str) -> bool:
+        return any(kind in SLOTS for kind, _ in self._rendered.read(text))
 
     def _batch(
         self,
@@ -628,15 +694,14 @@ def portable_tokenizer_config(directory: str | os.PathLike[str], **values: str) 
 def _image_lists(images: Any) -> list[Any]:
     if images is None:
         return []
-    many = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
-    return list(images) if many else [images]
+    return list(images) if isinstance(images, (list, tuple)) or are_frames(images) else [images]
 
 
 def _video_lists(videos: Any) -> list[Any]:
     if videos is None:
         return []
     many = isinstance(videos, (list, tuple)) and all(
-        isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.ndim == 4) for v in videos
+        isinstance(v, (list, tuple)) or are_frames(v) for v in videos
     )
     return list(videos) if many else [videos]
 

@@ -20,6 +20,7 @@ from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import RankError, UserError
 from casa_train.leaving import EXIT_REQUEUE, StopRequest
 from casa_train.lines import drop_unwritten
+from casa_train.overrides import as_typed
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
@@ -93,7 +94,10 @@ def run() -> int:
     _messages.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:
+        sys.argv[1:] = as_typed(sys.argv[1:])
         main()
+    except UserError as error:
+        report(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         report(explain(error))
     except SystemExit as leave:

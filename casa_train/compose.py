@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,8 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from casa_train.config import Config, TemplateConfig, flatten
+from casa_train.config import SIZES, Config, TemplateConfig, flatten
 from casa_train.errors import UserError
+from casa_train.kinds import Bound, Place, leaves, local_path, values
+from casa_train.overrides import as_typed
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 CONF_DIR = Path(__file__).resolve().parent / "conf"
@@ -67,7 +70,7 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-dir",
         "-cd",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="a folder of your own laid out like conf/, such as DIR/experiment/mine.yaml",
     )
@@ -102,7 +105,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
-    where = search_path(config_dir)
+    overrides, where = as_typed(overrides), search_path(config_dir)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             raw = compose("train", overrides=[*where, *overrides])
@@ -118,7 +121,7 @@ def compose_stored(path: Path, overrides: Sequence[str], config_dir: Path | None
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
-    where = search_path(CONF_DIR, config_dir)
+    overrides, where = as_typed(overrides), search_path(CONF_DIR, config_dir)
     try:
         with initialize_config_dir(str(path.parent.absolute()), version_base="1.3"):
             raw = compose(path.stem, overrides=[*where, *overrides])
@@ -137,6 +140,7 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """
     schema = OmegaConf.structured(Config)
     try:
+        refuse_unquoted(OmegaConf.to_container(raw, resolve=False))
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
         container: Any = without_nulls(Config, OmegaConf.to_container(raw, resolve=True))
         model = container["model"]
@@ -156,6 +160,7 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(config, Config)
+    resolve_places(config)
     check(config)
     return config
 
@@ -203,11 +208,57 @@ def template_fields(values: Any, overrides: Sequence[str]) -> Any:
     }
 
 
+def refuse_unquoted(container: Any) -> None:
+    """Text that YAML read as a value has lost its writing: 012 is 10 there, and 1:30 is 90.
+
+    :param container: plain values, nothing resolved.
+    :raises UserError: naming the field.
+    """
+    for leaf in leaves(Config):
+        if leaf.type is str:
+            for found in values(container, leaf.path):
+                if isinstance(found.value, bool | int | float):
+                    raise UserError(
+                        f"{found.name} is {found.value!r} as YAML reads it, a "
+                        f"{type(found.value).__name__}; expected text. Put it in quotes where it "
+                        "is written."
+                    )
+
+
+def resolve_places(config: Config) -> None:
+    """Expands `~` in every path.
+
+    :raises UserError: a URL, or a home directory that there is not.
+    """
+    if not config.name or config.name.startswith("~") or "://" in config.name:
+        raise refused("name", config.name, "a name; where the run is written says run_dir")
+    for leaf in leaves(Config):
+        if isinstance(leaf.kind, Place):
+            for found in values(config, leaf.path):
+                try:
+                    found.set(leaf.kind.resolve(found.name, found.value))
+                except ValueError as error:
+                    raise UserError(f"{error}.") from error
+
+
 def check(config: Config) -> None:
     """Refuses values that no run can have.
 
     :raises UserError: naming the field.
     """
+    for leaf in leaves(Config):
+        if isinstance(leaf.kind, Bound):
+            for found in values(config, leaf.path):
+                if expected := leaf.kind.refusal(found.value):
+                    raise refused(found.name, found.value, expected)
+    for section, bounds in SIZES.items():
+        for found in values(config, (*section.split("."), "*")):
+            if isinstance(found.value, int | float) and not isinstance(found.value, bool):
+                bound = bounds.get(
+                    found.name.rpartition(".")[2], Bound(-math.inf, words="a number")
+                )
+                if expected := bound.refusal(found.value):
+                    raise refused(found.name, found.value, expected)
     data, parallel, optim = config.data, config.parallel, config.optim
     rules = [
         (
@@ -222,44 +273,12 @@ def check(config: Config) -> None:
             sorted(data.stream.datasets),
             "none beside data.sources: a run is either prepared or streamed",
         ),
-        (data.stream.lanes >= 1, "data.stream.lanes", data.stream.lanes, "at least 1"),
         (
-            data.stream.open_units >= 1,
-            "data.stream.open_units",
-            data.stream.open_units,
-            "at least 1",
-        ),
-        (
-            data.stream.memory_mib >= 1,
-            "data.stream.memory_mib",
-            data.stream.memory_mib,
-            "at least 1",
-        ),
-        (data.stream.attempts >= 1, "data.stream.attempts", data.stream.attempts, "at least 1"),
-        (
-            data.stream.retry_seconds >= 0,
-            "data.stream.retry_seconds",
-            data.stream.retry_seconds,
-            "0 or more",
-        ),
-        (data.text_tokens >= 2, "data.text_tokens", data.text_tokens, "at least 2"),
-        (data.image_tokens >= 2, "data.image_tokens", data.image_tokens, "at least 2"),
-        (data.max_pixels >= 784, "data.max_pixels", data.max_pixels, "at least 784 (28x28)"),
-        (
-            0 <= data.min_pixels <= data.max_pixels,
+            data.min_pixels <= data.max_pixels,
             "data.min_pixels",
             data.min_pixels,
-            f"0 to data.max_pixels ({data.max_pixels})",
+            f"at most data.max_pixels ({data.max_pixels})",
         ),
-        (data.packs_per_step >= 1, "data.packs_per_step", data.packs_per_step, "at least 1"),
-        (data.open_packs >= 1, "data.open_packs", data.open_packs, "at least 1"),
-        (data.balance_block >= 1, "data.balance_block", data.balance_block, "at least 1"),
-        (data.balance_group >= 1, "data.balance_group", data.balance_group, "at least 1"),
-        (0 <= data.video_share <= 1, "data.video_share", data.video_share, "a share 0..1"),
-        (data.locality >= 0, "data.locality", data.locality, "0 or more"),
-        (data.workers >= 0, "data.workers", data.workers, "0 or more"),
-        (0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share 0..1"),
-        (parallel.zero_stage in (1, 2, 3), "parallel.zero_stage", parallel.zero_stage, "1, 2 or 3"),
         (
             parallel.precision in ("bf16", "fp32"),
             "parallel.precision",
@@ -272,28 +291,6 @@ def check(config: Config) -> None:
             parallel.activation_checkpointing,
             "none, decoder, vision or all",
         ),
-        (parallel.threads >= 0, "parallel.threads", parallel.threads, "0 or more"),
-        (
-            config.world_size is None or config.world_size >= 1,
-            "world_size",
-            config.world_size,
-            "at least 1",
-        ),
-        (config.trainer.steps >= 1, "trainer.steps", config.trainer.steps, "at least 1"),
-        (
-            config.trainer.log_every >= 1,
-            "trainer.log_every",
-            config.trainer.log_every,
-            "at least 1",
-        ),
-        (config.trainer.gc_every >= 0, "trainer.gc_every", config.trainer.gc_every, "0 or more"),
-        (config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "at least 1"),
-        (
-            config.checkpoint.keep_last >= 1,
-            "checkpoint.keep_last",
-            config.checkpoint.keep_last,
-            "at least 1",
-        ),
         (
             config.checkpoint.resume in ("auto", "never"),
             "checkpoint.resume",
@@ -302,32 +299,8 @@ def check(config: Config) -> None:
         ),
         (len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"),
         (bool(optim.groups), "optim.groups", optim.groups, "at least one group"),
-        (all(0 <= b < 1 for b in optim.betas), "optim.betas", optim.betas, "numbers from 0 to 1"),
-        (optim.eps > 0, "optim.eps", optim.eps, "a positive number"),
-        (optim.clip >= 0, "optim.clip", optim.clip, "0 (off) or more"),
-        (optim.warmup_steps >= 0, "optim.warmup_steps", optim.warmup_steps, "0 or more"),
-        (optim.decay_steps >= 0, "optim.decay_steps", optim.decay_steps, "0 or more"),
         (
-            config.checkpoint.keep_every >= 0,
-            "checkpoint.keep_every",
-            config.checkpoint.keep_every,
-            "0 or more",
-        ),
-        (config.evaluation.every >= 0, "evaluation.every", config.evaluation.every, "0 or more"),
-        (
-            config.evaluation.loss_samples >= 1,
-            "evaluation.loss_samples",
-            config.evaluation.loss_samples,
-            "at least 1",
-        ),
-        (
-            config.evaluation.questions >= 0,
-            "evaluation.questions",
-            config.evaluation.questions,
-            "0 or more",
-        ),
-        (
-            config.export.every >= 0 and config.export.every % config.checkpoint.every == 0,
+            config.export.every % config.checkpoint.every == 0,
             "export.every",
             config.export.every,
             f"0 or a multiple of checkpoint.every = {config.checkpoint.every}",
@@ -339,54 +312,16 @@ def check(config: Config) -> None:
             "false where nothing is validated (evaluation.every and data.validation)",
         ),
         (
-            config.evaluation.batch_size >= 1,
-            "evaluation.batch_size",
-            config.evaluation.batch_size,
-            "at least 1",
-        ),
-        (
-            config.evaluation.max_samples >= 1,
-            "evaluation.max_samples",
-            config.evaluation.max_samples,
-            "at least 1",
-        ),
-        (
-            config.evaluation.max_new_tokens >= 1,
-            "evaluation.max_new_tokens",
-            config.evaluation.max_new_tokens,
-            "at least 1",
-        ),
-        (
-            config.evaluation.attention_samples >= 0,
-            "evaluation.attention_samples",
-            config.evaluation.attention_samples,
-            "0 (off) or more",
-        ),
-        (
-            config.metrics.peak_tflops is None or config.metrics.peak_tflops > 0,
-            "metrics.peak_tflops",
-            config.metrics.peak_tflops,
-            "a positive number of TFLOP/s, or null",
-        ),
-        (
             "mechanism" in config.fusion,
             "fusion",
             config.fusion,
             "a fusion group, such as fusion=casa",
         ),
     ]
-    for holds, name, found, expected in rules:
+    for holds, name, value, expected in rules:
         if not holds:
-            raise UserError(
-                f"{name} is {found!r}; expected {expected}. Set it on the command line or in the "
-                "experiment."
-            )
+            raise refused(name, value, expected)
     for name, group in optim.groups.items():
-        if group.lr < 0 or group.weight_decay < 0:
-            raise UserError(
-                f"optim.groups.{name} has rate {group.lr} and decay {group.weight_decay}; expected "
-                "0 or more. Set them on the command line or in the experiment."
-            )
         for pattern in group.patterns:
             try:
                 re.compile(pattern)
@@ -401,19 +336,14 @@ def check(config: Config) -> None:
                 f"checkpoint.resume_allow names {allowed!r}; expected a field of this "
                 "configuration, such as 'trainer.steps'."
             )
-    for name, source in [*data.sources.items(), *data.validation.items()]:
-        if source.repeats < 1 or (source.weight is not None and source.weight <= 0):
-            raise UserError(
-                f"data source {name!r} has weight {source.weight} and repeats {source.repeats}; "
-                "expected a positive weight and at least one repeat."
-            )
-    for name, dataset in data.stream.datasets.items():
-        for subset, repeats in dataset.repeats.items():
-            if repeats < 1:
-                raise UserError(
-                    f"data.stream.datasets.{name}.repeats.{subset} is {repeats}; expected at least "
-                    "one. To leave a subset out name it in exclude."
-                )
+
+
+def refused(name: str, value: Any, expected: str) -> UserError:
+    """What to say of a field's value that cannot be."""
+    return UserError(
+        f"{name} is {value!r}; expected {expected}. Set it on the command line or in the "
+        "experiment."
+    )
 
 
 def explain(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The whole configuration as dataclasses, a docstring under every field: the manual.
 
-`compose.py` reads conf/ into them and refuses values that contradict each other.
+`compose.py` reads conf/ into them and refuses values that contradict each other. Bounds of numbers
+and places of files are part of the types (`kinds.py`).
 """
 
 from __future__ import annotations
@@ -8,14 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from casa_train.kinds import (
+    MOST_COUNT,
+    Bound,
+    LocalPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathOrHubId,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
 
 
 @dataclass
 class BackboneConfig:
     """The text decoder."""
 
-    pretrained: str | None = None
+    pretrained: PathOrHubId | None = None
     """Directory or hub id to start from; its configuration gives the sizes. Of a Qwen2.5-VL
     checkpoint the language model is taken. null: random."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -32,12 +45,38 @@ class BackboneConfig:
 class VisionConfig:
     """The Qwen2.5-VL vision tower."""
 
-    pretrained: str | None = None
+    pretrained: PathOrHubId | None = None
     """Directory or hub id of a Qwen2.5-VL checkpoint with the tower. null: random weights."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of `Qwen2_5_VLVisionConfig`."""
-    train_last_blocks: int = 4
+    train_last_blocks: Annotated[int, Bound(-1, MOST_COUNT, "-1, 0 or more")] = 4
     """How many of the last blocks train, the merger with them; 0 none, -1 everything."""
+
+
+_COUNT = Bound(1, MOST_COUNT, "at least 1")
+_DEPTH = Bound(1, 1000, "1 to 1000")
+_POSITIVE = Bound(0, words="a positive number", open_least=True)
+# Numbers of the two free-form sections above; of others only that they are finite.
+SIZES = {
+    "model.backbone.config": {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), _COUNT),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _COUNT),
+        **dict.fromkeys(("max_position_embeddings", "sliding_window", "pretraining_tp"), _COUNT),
+        "num_hidden_layers": _DEPTH,
+        "rms_norm_eps": _POSITIVE,
+        "rope_theta": _POSITIVE,
+        "max_window_layers": Bound(0, MOST_COUNT, "0 or more"),
+        "initializer_range": Bound(0, words="0 or more"),
+        "attention_dropout": Bound(0, 1, "0 or more, below 1", open_most=True),
+    },
+    "model.vision.config": {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), _COUNT),
+        **dict.fromkeys(("num_heads", "in_channels", "window_size", "tokens_per_second"), _COUNT),
+        **dict.fromkeys(("patch_size", "spatial_merge_size", "temporal_patch_size"), _COUNT),
+        "depth": _DEPTH,
+        "initializer_range": Bound(0, words="0 or more"),
+    },
+}
 
 
 @dataclass
@@ -81,9 +120,9 @@ class TemplateConfig:
 class ModelConfig:
     """What is assembled."""
 
-    tokenizer: str | None = None
+    tokenizer: PathOrHubId | None = None
     """Directory or hub id of a fast tokenizer. null: the pretrained backbone's."""
-    init_from: str | None = None
+    init_from: PathOrHubId | None = None
     """An export to start a later stage from: every weight, the fusion's too. Beside it `pretrained`
     loads nothing: it only says where the earlier stage began."""
     template: TemplateConfig = field(default_factory=TemplateConfig)
@@ -98,13 +137,13 @@ class ModelConfig:
 class SourceConfig:
     """One prepared split."""
 
-    path: str = "???"
+    path: LocalPath = "???"
     """Directory with `index.arrow`, `meta.json` and shards."""
-    weight: float | None = None
+    weight: PositiveFloat | None = None
     """Relative rate. Either every source has one or none has; then rates follow the sizes."""
-    repeats: int = 1
+    repeats: PositiveInt = 1
     """Passes over this source that count as one epoch (over-sampling)."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Use only the first so many samples. null: all."""
 
 
@@ -112,7 +151,7 @@ class SourceConfig:
 class StreamDatasetConfig:
     """One published dataset of parquet files, read as it is."""
 
-    source: str = "???"
+    source: PathOrHubId = "???"
     """Hub id, or a directory with the same files, its README.md included."""
     schema: str = "finevision"
     """How rows are read: a name in `casa_train.data.schemas`."""
@@ -120,7 +159,7 @@ class StreamDatasetConfig:
     """Its subsets (configurations of the dataset card); empty: all of them."""
     exclude: list[str] = field(default_factory=list)
     """Subsets that stay out."""
-    repeats: dict[str, int] = field(default_factory=dict)
+    repeats: dict[str, PositiveInt] = field(default_factory=dict)
     """By subset: passes that count as one epoch (over-sampling), 1 where it is not named."""
     split: str = "train"
     """The split to read."""
@@ -135,17 +174,17 @@ class StreamConfig:
 
     datasets: dict[str, StreamDatasetConfig] = field(default_factory=dict)
     """Datasets by name, NAME=null deletes one; used where `data.sources` is empty."""
-    lanes: int = 256
+    lanes: PositiveInt = 256
     """Logical lanes, each with its own row groups and packs; the number of ranks must divide it.
     The order of samples depends on it, so it stays the same for the life of a run."""
-    open_units: int = 4
+    open_units: PositiveInt = 4
     """Row groups that a lane draws rows from at a time: more mix better and take more memory."""
-    memory_mib: int = 4096
+    memory_mib: PositiveInt = 4096
     """Memory of each loader process for row groups and for the samples of unfinished packs; what
     does not fit is read again. The start prints about how much is needed."""
-    attempts: int = 8
+    attempts: PositiveInt = 8
     """How often a failed read is tried before the run ends."""
-    retry_seconds: float = 1.0
+    retry_seconds: NonNegativeFloat = 1.0
     """Wait after the first failed read; it doubles with every further one, up to a minute."""
 
 
@@ -161,39 +200,39 @@ class DataConfig:
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     """Held-out splits by name, NAME=null deletes one; validation and evaluation read them, training
     never does."""
-    text_tokens: int = 2048
+    text_tokens: Annotated[int, Bound(2, MOST_COUNT, "at least 2")] = 2048
     """Text budget of a packed sequence."""
-    image_tokens: int = 20480
+    image_tokens: Annotated[int, Bound(2, MOST_COUNT, "at least 2")] = 20480
     """Image-token budget of a packed sequence."""
-    max_pixels: int = 952 * 952
+    max_pixels: Annotated[int, Bound(784, MOST_COUNT, "at least 784 (28x28)")] = 952 * 952
     """Upper bound on the pixels of an image; larger ones are shrunk, aspect kept."""
-    min_pixels: int = 0
+    min_pixels: NonNegativeInt = 0
     """Smaller images are enlarged to so many pixels at least, aspect kept, by the rule of
     Qwen2.5-VL's own image processor; `max_pixels` and the bound on a video's frames go before it.
     0 enlarges none, but to the side of a token: the sizes of runs from before this field."""
-    ratings: dict[str, int] = field(default_factory=dict)
+    ratings: dict[str, Annotated[int, Bound(1, 5, "a rating 1..5")]] = field(default_factory=dict)
     """Least rating, 1 to 5, of a turn to be trained, by name: relevance, image_correspondence,
     visual_dependency, formatting. Turns without a rating stay. FineVision's authors found that
     filtering by them hurts, so nothing is filtered unless asked."""
-    packs_per_step: int = 128
+    packs_per_step: PositiveInt = 128
     """Packed sequences of one optimiser step over all ranks; accumulation is this over the world
     size, which must divide it. A resumed run may change it (`checkpoint.resume_allow`)."""
-    open_packs: int = 24
+    open_packs: PositiveInt = 24
     """Packs that best-fit keeps open."""
-    balance_block: int = 32
+    balance_block: PositiveInt = 32
     """Steps whose packs are sorted by size together, so that the ranks of a micro-step get packs of
     about the same cost."""
-    balance_group: int = 64
+    balance_group: PositiveInt = 64
     """Packs of about the same size that stay together; divides balance_block x packs_per_step. The
     number of ranks is a good value."""
-    video_share: float = 0.25
+    video_share: Share = 0.25
     """Share of packs that are video, where sources of both modalities are mixed."""
-    locality: int = 0
+    locality: NonNegativeInt = 0
     """0 shuffles all samples of a source; n its shards, and then the samples of n shards at a time,
     for object stores."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Loader processes of each rank; 0 materialises in the training process."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """Stop when more than this share of the samples (of at least 1,000) could not be used."""
 
 
@@ -203,9 +242,9 @@ class GroupConfig:
 
     patterns: list[str] = field(default_factory=list)
     """Regular expressions searched in parameter names."""
-    lr: float = 1e-4
+    lr: NonNegativeFloat = 1e-4
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; never applied to norms and biases."""
     required: bool = True
     """Whether a group that matches no trainable parameter is an error."""
@@ -217,15 +256,17 @@ class OptimConfig:
 
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Groups by name; every trainable parameter matches exactly one."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Annotated[float, Bound(0, 1, "0 or more, below 1", open_most=True)]] = field(
+        default_factory=lambda: [0.9, 0.95]
+    )
     """AdamW's two decay rates."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
-    decay_steps: int = 0
+    decay_steps: NonNegativeInt = 0
     """Steps of linear decay to zero at the end of the run."""
-    clip: float = 1.0
+    clip: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns it off."""
 
 
@@ -233,7 +274,7 @@ class OptimConfig:
 class ParallelConfig:
     """How the model is spread and in which precision it runs."""
 
-    zero_stage: int = 2
+    zero_stage: Annotated[int, Bound(1, 3, "1, 2 or 3")] = 2
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
     precision: str = "bf16"
     """bf16 (fp32 masters and accumulation) or fp32."""
@@ -241,7 +282,7 @@ class ParallelConfig:
     """Blocks that keep only their inputs for the backward pass and run again there: none, decoder
     (fusion included), vision (the trained blocks) or all. Less memory, more work, the same
     numbers."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """CPU threads of each rank's torch; 0 leaves torch's choice. Results depend on it."""
 
 
@@ -249,21 +290,21 @@ class ParallelConfig:
 class TrainerConfig:
     """The loop."""
 
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimiser steps of the run."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between two console lines; metrics.jsonl has every step."""
-    max_hours: float = 0.0
+    max_hours: NonNegativeFloat = 0.0
     """Save and leave with code 75 before so many hours of this start have passed; 0: no limit."""
-    watchdog_minutes: float = 30.0
+    watchdog_minutes: Annotated[float, Bound(0, 1e6, "0 (off) or more")] = 30.0
     """Leave with code 75 and write every thread's stack when nothing went forward for so long; more
     than the longest step, save or start. 0 turns it off."""
-    max_skipped_steps: int = 5
+    max_skipped_steps: PositiveInt = 5
     """Steps in a row without finite loss and gradients, each left out, that end the run."""
     deterministic: bool = False
     """Use torch's deterministic algorithms: the same run on the same machine repeats bit for bit,
     slower on a GPU. An operation that has none ends the run by name."""
-    gc_every: int = 100
+    gc_every: NonNegativeInt = 100
     """Steps between two collections of Python's garbage, on all ranks at once and at no other time;
     0 leaves them to Python."""
     worst_case: bool | None = None
@@ -280,11 +321,11 @@ class TrainerConfig:
 class CheckpointConfig:
     """Resumable checkpoints."""
 
-    every: int = 1000
+    every: PositiveInt = 1000
     """Steps between two checkpoints; the last step is always saved."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Checkpoints kept, newest first."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Keep every n-th step's checkpoint for good; 0 keeps none."""
     resume: str = "auto"
     """auto continues from the newest valid checkpoint; never starts over in an empty directory."""
@@ -298,21 +339,21 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Held-out samples: during training, and by `python -m casa_train.evaluate`."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """Steps between two validations during training, the last step is one, too; 0: none. They need
     `data.validation`."""
-    loss_samples: int = 512
+    loss_samples: PositiveInt = 512
     """Held-out samples at most whose loss and exact match every validation computes: the same ones
     each time, in even shares of the sources. They cost about a third of training on as many."""
-    questions: int = 8
+    questions: NonNegativeInt = 8
     """Fixed questions that every validation answers, for the report; 0: none."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Questions that `evaluate` answers at once."""
-    max_samples: int = 1000
+    max_samples: PositiveInt = 1000
     """Questions of `evaluate` at most."""
-    max_new_tokens: int = 16
+    max_new_tokens: PositiveInt = 16
     """Longest generated answer."""
-    attention_samples: int = 64
+    attention_samples: NonNegativeInt = 64
     """Questions over which `evaluate` measures how much answers read from the image, layer by
     layer; 0: not at all."""
 
@@ -321,7 +362,7 @@ class EvaluationConfig:
 class ExportConfig:
     """Exports that a run makes of itself, by a process in the background without a GPU."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """Export the checkpoint of every n-th step to RUN/exports/step_N, a multiple of
     checkpoint.every; 0: none."""
     best: bool = False
@@ -344,7 +385,7 @@ class MetricsConfig:
     """User or team there. null: the login's own."""
     wandb_tags: list[str] = field(default_factory=list)
     """Tags of the run there."""
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     """What one device can do at most, in TFLOP/s, for the utilisation (mfu). null: what is known of
     the GPU in bf16; of CPUs, unknown GPUs and fp32 nothing is."""
 
@@ -355,14 +396,14 @@ class Config:
 
     name: str = "run"
     """Names the run; its directory is runs/NAME."""
-    run_dir: str = "runs/${name}"
+    run_dir: LocalPath = "runs/${name}"
     """Where everything of the run is written."""
-    seed: int = 0
+    seed: Annotated[int, Bound(0, 2**63 - 1, "0 or more")] = 0
     """Seeds weights and data order."""
     dry_run: bool = False
     """Print parameters, memory and floating-point work of the run instead of running it: in
     seconds, without data, tokenizer, GPU or network."""
-    world_size: int | None = None
+    world_size: PositiveInt | None = None
     """Ranks that the dry run counts with, null: 1. A run itself has as many as were started."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is assembled."""

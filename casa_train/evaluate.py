@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from casa_train.checkpoint.loading import load_model, load_processor
-from casa_train.compose import explain, to_config
+from casa_train.compose import compose_stored
 from casa_train.config import Config, SourceConfig
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
@@ -33,6 +31,7 @@ from casa_train.evaluation.reads import image_reads
 from casa_train.export import export as write_export
 from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import EXPORT_MARKER, sha256, write_atomic
+from casa_train.kinds import local_path
 from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE
 from casa_train.sweep import run_directories
@@ -67,12 +66,8 @@ def evaluation_config(run: Path, overrides: Sequence[str]) -> Config:
                 f"NAME is one of {', '.join(OVERRIDES)} or a field below them, such as "
                 "data.validation.NAME.path=DIR."
             )
-    try:
-        stored = OmegaConf.load(run / CONFIG_FILE)
-        raw = OmegaConf.merge(stored, OmegaConf.from_dotlist(list(overrides)))
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
-    return to_config(raw)  # type: ignore[arg-type]
+    # Whether the run had such a source or not.
+    return compose_stored(run / CONFIG_FILE, [f"++{override}" for override in overrides])
 
 
 def evaluate_run(run: Path, export: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -204,26 +199,30 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
-    parser.add_argument("run", nargs="?", help="a run directory, such as runs/demo")
+    parser.add_argument(
+        "run", type=local_path, nargs="?", help="a run directory, such as runs/demo"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         help=f"fields, such as evaluation.max_samples=200; those known: {', '.join(OVERRIDES)}",
     )
-    parser.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
+    parser.add_argument(
+        "--sweep", type=local_path, metavar="DIR", help="where a sweep's jobs are: runs"
+    )
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
-    parser.add_argument("--export", type=Path, help="the export (default: RUN/export)")
+    parser.add_argument("--export", type=local_path, help="the export (default: RUN/export)")
     arguments = parser.parse_intermixed_args(argv)
     run, overrides = arguments.run, arguments.overrides
     if arguments.sweep is not None:
-        overrides = [*([] if run is None else [run]), *overrides]
+        overrides = [*([] if run is None else [str(run)]), *overrides]
     elif run is None:
         parser.error("name a run directory, or the directory of a sweep with --sweep")
     quiet_libraries()
     try:
         if arguments.sweep is not None:
             return 2 if evaluate_sweep(arguments.sweep, arguments.only, overrides) else 0
-        result = evaluate_run(Path(run), arguments.export or Path(run, "export"), overrides)
+        result = evaluate_run(run, arguments.export or run / "export", overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from casa_train.checkpoint.slices import read_weights
 from casa_train.compose import to_config
 from casa_train.config import Config
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
 from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.quiet import quiet_libraries
@@ -148,8 +149,8 @@ def _tied(model: Any) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run directory, such as runs/demo")
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("run", type=local_path, help="a run directory, such as runs/demo")
+    parser.add_argument("--out", type=local_path, required=True, help="the directory to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the run's precision")
     arguments = parser.parse_args(argv)

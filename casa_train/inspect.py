@@ -31,6 +31,7 @@ from casa_train.inspection import pictures
 from casa_train.inspection.packs import view_packs
 from casa_train.inspection.page import MessageView, OneSample, Page, Part, write_page
 from casa_train.inspection.statistics import view_plan
+from casa_train.kinds import local_path
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.run_directory import CONFIG_FILE
 
@@ -246,9 +247,13 @@ def _settings(config: Config, template: ChatTemplate) -> list[tuple[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.inspect", description=__doc__)
-    parser.add_argument("target", help="DIR/train of prepared data, a run, or an experiment")
+    parser.add_argument(
+        "target", type=local_path, help="DIR/train of prepared data, a run, or an experiment"
+    )
     parser.add_argument("overrides", nargs="*", help="fields, such as data.text_tokens=4096")
-    parser.add_argument("--out", type=Path, default=Path("inspect.html"), help="file to write")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("inspect.html"), help="file to write"
+    )
     parser.add_argument("--packs", type=int, default=4, help="packs that are drawn (default: 4)")
     parser.add_argument("--first", type=int, help="the first of them (default: spread over a plan)")
     parser.add_argument("--sample", metavar="[SOURCE/]KEY", help="show this sample alone")
@@ -260,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--packs and --first must be 0 or more")
     try:
         target = find_target(
-            arguments.target, arguments.experiment, arguments.overrides, arguments.config_dir
+            str(arguments.target), arguments.experiment, arguments.overrides, arguments.config_dir
         )
         if arguments.seed is not None:
             target.config.seed = arguments.seed

@@ -20,6 +20,7 @@ from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import question_of, read_question
 from casa_train.export import load_run_config
+from casa_train.kinds import local_path
 from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.report.sweep import markdown, write_sweep
 from casa_train.metrics.sinks import Record, read_metrics
@@ -109,8 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.report", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("run", type=Path, nargs="?", help="a run directory, such as runs/demo")
-    what.add_argument("--sweep", type=Path, metavar="DIR", help="where a sweep's jobs are: runs")
+    what.add_argument("run", type=local_path, nargs="?", help="a run directory, such as runs/demo")
+    what.add_argument(
+        "--sweep", type=local_path, metavar="DIR", help="where a sweep's jobs are: runs"
+    )
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     arguments = parser.parse_args(argv)
     try:

@@ -17,6 +17,7 @@ import yaml
 
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
 from data_recipes import finevision, llava_onevision
 from data_recipes.pipeline import slug
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument(
         "--data",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="take what is prepared here: the directory that holds the --out directories of "
         "recipes (default: everything published, wherever CASA_DATA will point)",
@@ -46,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "DATASET/SUBSET, or patterns of them such as '*vqa*'",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="for example conf/data/mine.yaml"
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="FILE",
+        help="for example conf/data/mine.yaml",
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
+from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.held_out import HoldOut
 from data_recipes.hub import Converter, count_rows, parquet_jobs
 from data_recipes.pipeline import (
@@ -44,19 +45,21 @@ def add_arguments(
     """Declares the options that every recipe of a published dataset has."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="DIR",
         help="where SUBSET/train, SUBSET/validation, SUBSET/summary.json and tokenizer/ go",
     )
     parser.add_argument(
         "--source",
+        type=path_or_hub_id,
         default=source,
         metavar="HUB_ID_OR_DIR",
         help=f"the hub's dataset, or a directory with the same files (default: {source})",
     )
     parser.add_argument(
         "--tokenizer",
+        type=path_or_hub_id,
         default=tokenizer,
         metavar="DIR_OR_HUB_ID",
         help=f"the model's tokenizer: the index holds its token counts (default: {tokenizer})",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
+from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.pipeline import (
     Encoding,
     Pool,
@@ -25,13 +26,21 @@ from data_recipes.published import AUTO, copy_tokenizer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="an --out directory of a recipe"
+        "--data",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="an --out directory of a recipe",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where the same folders go"
+        "--out", type=local_path, required=True, metavar="DIR", help="where the same folders go"
     )
     parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR_OR_HUB_ID", help="the tokenizer to count with"
+        "--tokenizer",
+        type=path_or_hub_id,
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="the tokenizer to count with",
     )
     add_template_argument(parser)
     parser.add_argument(

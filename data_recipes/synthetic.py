@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casa_train.errors import UserError
+from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.pipeline import (
     Encoding,
     Row,
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="DIR",
         help="where train/, validation/, tokenizer/ and summary.json go",
@@ -109,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer",
+        type=path_or_hub_id,
         metavar="DIR_OR_HUB_ID",
         help="tokenizer to count with and to copy (default: one built here)",
     )

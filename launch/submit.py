@@ -52,6 +52,8 @@ from casa_train.compose import (
 )
 from casa_train.config import Config
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
+from casa_train.overrides import as_typed
 from casa_train.provenance import SNAPSHOT_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_config_dir(parser)
     parser.add_argument("--max-running", type=int, help="tasks of the array at a time")
-    parser.add_argument("--submissions", type=Path, default=Path("runs/submissions"))
+    parser.add_argument("--submissions", type=local_path, default=Path("runs/submissions"))
     parser.add_argument("--dry-run", action="store_true", help="print, write and submit nothing")
     return parser.parse_intermixed_args(arguments)
 
@@ -162,7 +164,7 @@ def compose_jobs(
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: what is wrong with the configuration, or lists without --array.
     """
-    where = search_path(config_dir)
+    overrides, where = as_typed(overrides), search_path(config_dir)
     try:
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(list(overrides))
@@ -180,7 +182,7 @@ def compose_jobs(
             base = compose("train", [*where, *plain], return_hydra_config=True)
             of_sweep = [f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()]
             choices: list[list[str]] = []
-            for override in parser.parse_overrides([*of_sweep, *overrides]):
+            for override in parser.parse_overrides([*as_typed(of_sweep), *overrides]):
                 key = override.get_key_element()
                 if override.is_sweep_override():
                     values = [f"{key}={value}" for value in override.sweep_string_iterator()]

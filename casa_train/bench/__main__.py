@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from casa_train.bench import attention, faults, images, packing, step, streaming
 from casa_train.bench._benchmark import Benchmark, add_common_arguments
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_common_arguments(own)
     arguments = parser.parse_args(argv)
     try:
-        if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        if arguments.json and not arguments.json.absolute().parent.is_dir():
             raise UserError(f"--json {arguments.json}: the folder does not exist; create it first.")
         report = BENCHMARKS[arguments.name].run(arguments)
     except UserError as error:
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(report.text)
     if arguments.json:
-        write_atomic(Path(arguments.json), json.dumps(report.data, indent=1) + "\n")
+        write_atomic(arguments.json, json.dumps(report.data, indent=1) + "\n")
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from casa_train.kinds import local_path
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +41,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="also write every number to FILE")
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="also write every number to FILE"
+    )
 
 
 def device_and_dtype(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

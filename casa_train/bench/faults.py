@@ -26,6 +26,7 @@ from casa_train.bench._benchmark import Benchmark, Report, aligned
 from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
 from casa_train.checkpoint.slices import read_weights
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
 from casa_train.metrics.sinks import read_metrics
 from casa_train.metrics.starts import STARTS_FILE, read_starts
 from casa_train.run_directory import CHECKPOINTS, METRICS_FILE
@@ -258,7 +259,10 @@ def differences(one: Path, other: Path) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="to work in and keep (default: a new one)"
+        "--directory",
+        type=local_path,
+        metavar="DIR",
+        help="to work in and keep (default: a new one)",
     )
     parser.add_argument("--processes", type=int, default=2, help="1 or 2 (default: 2)")
 

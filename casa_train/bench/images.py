@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers.utils import is_torchvision_available, logging
 from casa_train.bench._benchmark import Benchmark, Report, aligned, describe_machine, machine
 from casa_train.bench._timing import interleaved
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
 from casa_train.modeling.image_processing_casa import (
     MAX_PIXELS,
     SIDE,
@@ -91,7 +91,9 @@ class Theirs:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", nargs="+", type=Path, help="images to read instead of rendering")
+    parser.add_argument(
+        "--files", nargs="+", type=local_path, help="images to read instead of rendering"
+    )
     parser.add_argument("--images", type=int, default=8, help="rendered images (default: 8)")
     parser.add_argument("--width", type=int, default=1600, help="of those (default: 1600)")
     parser.add_argument("--height", type=int, default=1200, help="of those (default: 1200)")

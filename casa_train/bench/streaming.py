@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from casa_train.bench._benchmark import (
 from casa_train.bench._timing import synchronise, tensor_bytes
 from casa_train.checkpoint.loading import load_model
 from casa_train.errors import UserError
+from casa_train.kinds import local_path
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.quiet import quiet_libraries
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         nargs="+",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="exports to compare (default: random models of casa and insertion)",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -76,7 +77,7 @@ def read_template(spec: str, setting: str) -> dict[str, Any]:
     if spec in ready_names():
         path = READY / f"{spec}.yaml"
     elif not spec.lstrip().startswith("{"):
-        path = Path(spec)
+        path = Path(os.path.expanduser(spec))
     else:
         path = None
     try:

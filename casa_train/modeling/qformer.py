@@ -33,10 +33,12 @@ class QFormerInsertion(Insertion):
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
         width = text_config.hidden_size
-        for key, least in (("queries", 1), ("layers", 1), ("heads", 0)):
+        for key, least, most in (("queries", 1, 1 << 16), ("layers", 1, 1000), ("heads", 0, width)):
             value = self.fusion[key]
-            if type(value) is not int or value < least:
-                raise ValueError(f"fusion.{key} is {value!r}; expected a whole number >= {least}")
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(
+                    f"fusion.{key} is {value!r}; expected a whole number from {least} to {most}"
+                )
         self.heads = self.fusion["heads"] or max(1, width // 64)
         if width % self.heads:
             raise ValueError(

@@ -250,15 +250,16 @@ class GroupConfig:
     """Whether a group that matches no trainable parameter is an error."""
 
 
+Decay = Annotated[float, Bound(0, 1, "0 or more, below 1", open_most=True)]
+
+
 @dataclass
 class OptimConfig:
     """AdamW and its schedule: linear warm-up, constant, linear decay."""
 
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Groups by name; every trainable parameter matches exactly one."""
-    betas: list[Annotated[float, Bound(0, 1, "0 or more, below 1", open_most=True)]] = field(
-        default_factory=lambda: [0.9, 0.95]
-    )
+    betas: list[Decay] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""

@@ -8,7 +8,7 @@ TASKS := colour,shape,count
 COMPAT := .venv-compat
 # What runs on both generations of transformers: the tests of casa_train/modeling and of exports.
 CORE := $(addprefix tests/test_,$(addsuffix .py,windows attention fusion generation parity vision processing interface compat \
-	conversations streamed_conversations pickling))
+	conversations streamed_conversations pickling image_sources))
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1

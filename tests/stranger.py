@@ -299,7 +299,7 @@ def check_streams(model, processor, one, alone):
             input_ids=torch.cat([earlier, fresh], 1),
             pixel_values=[*pixels, *more["pixel_values"]],
             image_embeds_insertion_points=[[*points[0], start]],
-            use_cache=True,
+            use_cache=False,
             **GREEDY,
         )[:, earlier.shape[1] :]
 

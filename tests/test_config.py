@@ -94,6 +94,8 @@ def message_of(
         (["trainer.stepz=5"], ["stepz"]),
         (["+trainer.stepz=5"], ["trainer.stepz", "Fields of trainer", "steps"]),
         (["data.balance_group=0"], ["data.balance_group is 0", "at least 1"]),
+        (["data.min_pixels=-1"], ["data.min_pixels is -1", "0 to data.max_pixels"]),
+        (["data.min_pixels=7057"], ["data.min_pixels is 7057", "0 to data.max_pixels (7056)"]),
         (["data.video_share=2"], ["data.video_share", "2", "a share 0..1"]),
         (["trainer.steps=many"], ["trainer.steps", "'many'"]),
         (["+experiment=a=b"], ["+experiment=a=b: ", "in quotes"]),

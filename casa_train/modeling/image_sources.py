@@ -195,6 +195,6 @@ def _from_base64(text: str) -> bytes:
         Image.open(io.BytesIO(data), formats=FORMATS).close()
     except Exception as error:  # a word may be base64 as well
         raise ImageError(
-            "unreadable_image", f"there is no such file, nor is it base64 of an image ({error})"
+            "unreadable_image", "there is no such file, nor is it base64 of an image"
         ) from error
     return data

@@ -5,13 +5,24 @@ from __future__ import annotations
 import functools
 import io
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
+from casa_train.data.fit import (
+    LEAST_FRAME_TOKENS,
+    NEVER,
+    Fit,
+    image_tokens,
+    processor_for,
+    token_counts,
+)
 from casa_train.data.lengths import measure
 from casa_train.data.shards import Split
 from casa_train.data.tokens import load_tokenizer
@@ -251,3 +262,141 @@ def test_ratings_that_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         Fit(conversations, processor, 100, 100, ratings).lengths()
+
+
+# ------------------------------------------------------------------------------ all at once
+
+sides = st.one_of(
+    st.integers(0, 60),
+    st.integers(1, 3000),
+    st.sampled_from([14, 42, 70, 5000, 9459, 9460, 20_000, 89_478_485, 2**31 - 1]),
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(sides, sides, st.integers(784, 10**6)), min_size=1, max_size=40),
+    st.sampled_from([0, 3136, 50_000, 2_000_000]),
+)
+def test_tokens_of_many_images_are_those_of_each(
+    images: list[tuple[int, int, int]], least: int
+) -> None:
+    widths, heights, limits = (np.array(values) for values in zip(*images, strict=True))
+    expected = [image_tokens(*image, least) for image in images]
+    sizes = widths.astype(np.int32), heights.astype(np.int32)
+    assert token_counts(*sizes, limits, least).tolist() == expected
+    expected = [image_tokens(width, height, 906_304, least) for width, height, _ in images]
+    assert token_counts(*sizes, 906_304, least).tolist() == expected
+
+
+def test_tokens_of_every_small_image_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves round to even; in parts that are not full."""
+    monkeypatch.setattr("casa_train.data.fit.IMAGES", 1000)
+    widths, heights = (side.ravel() for side in np.meshgrid(np.arange(1, 130), np.arange(1, 130)))
+    for limits in ((784, 0), (20_000, 0), (20_000, 3136)):
+        found = token_counts(widths, heights, *limits)
+        pairs = zip(widths.tolist(), heights.tolist(), strict=True)
+        assert found.tolist() == [image_tokens(w, h, *limits) for w, h in pairs]
+
+
+class Columns:
+    """Columns of an index, as a `Split` gives them."""
+
+    def __init__(self, rows: list[list[tuple[int, int, int, list[tuple[int, int]]]]], schema: str):
+        self.meta = {"schema": schema}
+        self.modality = "image" if schema == "finevision" else "video"
+        turns = [turn for row in rows for turn in row]
+        images = [
+            (number, width, height)
+            for row in rows
+            for number, (_, _, _, sizes) in enumerate(row)
+            for width, height in sizes
+        ]
+        self._turns = np.array([turn[:3] for turn in turns], np.int32).reshape(-1, 3)
+        self._images = np.array(images, np.int32).reshape(-1, 3)
+        shown = [sum(len(turn[3]) for turn in row) for row in rows]
+        self._offsets = tuple(
+            np.cumsum([0, *counts]).astype(np.int32) for counts in (map(len, rows), shown)
+        )
+
+    def __len__(self) -> int:
+        return len(self._offsets[0]) - 1
+
+    def list_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if name in ("image_turns", "widths", "heights"):
+            at = ("image_turns", "widths", "heights").index(name)
+            return self._images[:, at], self._offsets[1]
+        at = ("user_tokens", "assistant_tokens", "relevance").index(name)
+        return self._turns[:, at], self._offsets[0]
+
+    turn_ratings = list_column
+
+
+def slowly(fit: Fit) -> tuple[list[int], list[int], dict[str, int]]:
+    """`Fit.lengths`, one sample after the other."""
+    text, images = [], []
+    counts = {"shortened": 0, "ratings": 0}
+    for row in range(len(fit.split)):
+        turns = fit._turns(row)
+        sizes = [size for _, shown in turns for size in shown]
+        whole = (
+            fit.base + sum(words for words, _ in turns) + fit.per_image * len(sizes),
+            sum(image_tokens(*size, fit.max_pixels, fit.min_pixels) for size in sizes),
+        )
+        if not turns:
+            counts["ratings"] += 1
+            whole = NEVER, whole[1]
+        elif whole[0] > fit.budgets[0] or whole[1] > fit.budgets[1]:
+            cut = fit.cut(row)
+            if cut is not None:
+                counts["shortened"] += 1
+                whole = cut.text_tokens, cut.image_tokens
+        text.append(whole[0])
+        images.append(whole[1])
+    return text, images, counts
+
+
+@st.composite
+def fits(draw: st.DrawFn, processor: Any) -> Fit:
+    """Any conversations, budgets and ratings; videos of frames of one size or of several."""
+    schema = draw(st.sampled_from(["finevision", "llava_video", "live_whisperx"]))
+    size = st.tuples(st.integers(1, 400), st.integers(1, 400))
+    longest = 3 if schema == "finevision" else 40
+    turn = st.tuples(
+        st.integers(0, 60), st.integers(0, 60), st.integers(0, 5), st.lists(size, max_size=longest)
+    )
+    rows = draw(st.lists(st.lists(turn, max_size=5), min_size=1, max_size=12))
+    budgets = draw(st.tuples(st.integers(1, 300), st.integers(0, 1500)))
+    ratings = draw(st.sampled_from([{}, {"relevance": 3}, {"relevance": 5}]))
+    fit = Fit(Columns(rows, schema), processor, *budgets, ratings)  # type: ignore[arg-type]
+    fit.max_pixels = draw(st.sampled_from([784, 19_600, 400 * 400]))
+    fit.per_image = draw(st.integers(0, 3))
+    return fit
+
+
+@pytest.fixture
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("casa_train.data.fit.ROWS", 3)
+    yield
+
+
+def test_lengths_of_all_samples_are_those_of_each(
+    processor: CasaProcessor, few_at_once: None
+) -> None:
+    met = {"shortened": 0, "ratings": 0, "whole": 0, "unfit": 0}
+
+    @settings(max_examples=150, deadline=None)
+    @given(fits(processor))
+    def compare(fit: Fit) -> None:
+        text, images, counts = fit.lengths()
+        expected = slowly(fit)
+        assert (text.tolist(), images.tolist(), counts) == expected
+        assert fit.lengths(2)[0].tolist() == text[:2].tolist()
+        unfit = ((text > fit.budgets[0]) | (images > fit.budgets[1])).sum()
+        met["shortened"] += counts["shortened"]
+        met["ratings"] += counts["ratings"]
+        met["unfit"] += int(unfit) - counts["ratings"]
+        met["whole"] += len(text) - int(unfit) - counts["shortened"]
+
+    compare()
+    assert min(met.values()) > 20, met

@@ -3,7 +3,8 @@
 A conversation over budget loses trailing turns. The frames of a video shrink together until they
 fit; below 64 image tokens a frame, frames are left out evenly instead. The plan asks for lengths,
 and materialising asks again how a sample is cut: both get the same answer, since it depends on the
-index, the budgets and the configuration alone.
+index, the budgets and the configuration alone. `Fit.cut` says how one sample is cut; `Fit.lengths`
+knows the outcome for all of them, in arrays: millions of samples take seconds.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from casa_train.data.plan import VIDEO
-from casa_train.data.ratings import kept_images, kept_turns
+from casa_train.data.ratings import carry_images, kept_images, kept_turns
 from casa_train.data.sample import Sample, filter_turns, keep_images
 from casa_train.data.shards import Split
 from casa_train.modeling.image_processing_casa import (
+    MAX_ASPECT,
+    MAX_SOURCE_PIXELS,
     SIDE,
     CasaImageProcessor,
     ImageError,
@@ -26,6 +29,8 @@ from casa_train.modeling.image_processing_casa import (
 from casa_train.modeling.processing_casa import CasaProcessor
 
 LEAST_FRAME_TOKENS = 64
+ROWS = 1 << 15  # samples that are cut at once, and
+IMAGES = 1 << 15  # images whose tokens are counted at once: what a cache holds
 NEVER = np.iinfo(np.int32).max  # a length that fits no budget
 
 
@@ -90,33 +95,28 @@ class Fit:
         answers, _ = split.list_column("assistant_tokens")
         widths, image_offsets = split.list_column("widths")
         heights, _ = split.list_column("heights")
-        turns = np.ones(len(user), bool)
-        shown = np.ones(len(widths), bool)
+        tokens = token_counts(widths, heights, self.max_pixels, self.min_pixels)
+        words = np.add(user, answers, dtype=np.int64)
+        turns, shown = None, tokens
+        turn_counts, image_counts = np.diff(offsets), np.diff(image_offsets)
         if self.ratings:
             turns = kept_turns(split, self.ratings)
-            shown = kept_images(split, turns)
-        tokens = np.zeros(len(widths), np.int64)
-        if len(widths):
-            sizes, inverse = np.unique(np.stack([widths, heights], 1), axis=0, return_inverse=True)
-            bounds = self.max_pixels, self.min_pixels
-            each = np.array([image_tokens(int(w), int(h), *bounds) for w, h in sizes])
-            tokens = each[inverse.ravel()]
-        turn_counts, image_counts = (
-            _segment_sums(kept, at) for kept, at in ((turns, offsets), (shown, image_offsets))
-        )
-        text = _segment_sums((user.astype(np.int64) + answers) * turns, offsets)
-        text += self.base + self.per_image * image_counts
-        images = _segment_sums(tokens * shown, image_offsets)
+            kept = kept_images(split, turns)
+            words, shown = words * turns, tokens * kept
+            turn_counts = _segment_sums(turns, offsets)
+            image_counts = _segment_sums(kept, image_offsets)
+        text = _segment_sums(words, offsets) + (self.base + self.per_image * image_counts)
+        images = _segment_sums(shown, image_offsets)
         text, images, turn_counts = (values[:count] for values in (text, images, turn_counts))
         empty = turn_counts == 0
         text[empty] = NEVER
         over = np.flatnonzero(((text > self.budgets[0]) | (images > self.budgets[1])) & ~empty)
         shortened = 0
-        for row in over.tolist():
-            cut = self.cut(row)
-            if cut is not None:
-                text[row], images[row] = cut.text_tokens, cut.image_tokens
-                shortened += 1
+        for start in range(0, len(over), ROWS):
+            rows = over[start : start + ROWS]
+            fitted, cut_text, cut_images = self._cut_lengths(rows, words, turns, tokens)
+            text[rows[fitted]], images[rows[fitted]] = cut_text[fitted], cut_images[fitted]
+            shortened += int(fitted.sum())
         counts = {"shortened": shortened, "ratings": int(empty.sum())}
         return text.astype(np.int32), images.astype(np.int32), counts
 
@@ -147,6 +147,97 @@ class Fit:
         if len(kept) < len(sample.images):
             sample = keep_images(sample, kept)
         return sample, cut.max_pixels
+
+    def _cut_lengths(
+        self, rows: np.ndarray, words: np.ndarray, turns: np.ndarray | None, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which samples `cut` makes fit, and their text and image tokens then: three arrays.
+
+        :param rows: samples with at least one turn that their ratings leave.
+        :param words: (turns,) text tokens of all turns of the split, 0 of those that are dropped.
+        :param turns: (turns,) bool, those that are kept; None: all of them.
+        :param tokens: (images,) tokens of all images of the split.
+        """
+        offsets = self.split.list_column("user_tokens")[1]
+        shown_in, image_offsets = self.split.list_column("image_turns")
+        # From here on turns and images are those of the rows alone, one row after the other.
+        at, firsts, counts = _ragged(offsets, rows)
+        text, kept = words[at], np.ones(len(at), bool) if turns is None else turns[at]
+        images_at, _, image_counts = _ragged(image_offsets, rows)
+        turn = shown_in[images_at] + np.repeat(firsts, image_counts)
+        order = np.argsort(turn, kind="stable")  # as the turns show them
+        images_at, turn = images_at[order], turn[order]
+        if turns is not None:
+            turn, shown = carry_images(turn, kept, np.repeat(firsts + counts, image_counts))
+            images_at, turn = images_at[shown], turn[shown]
+        numbers = np.bincount(turn, minlength=len(at))
+        whole = np.bincount(turn, tokens[images_at], len(at)).astype(np.int64)
+        first_images = np.cumsum(numbers)[firsts] - numbers[firsts]
+        # Of the beginning of a row that ends with a turn: text, number and tokens of its images.
+        fixed, number, whole = (
+            _sums_within(values, firsts, counts) for values in (text, numbers, whole)
+        )
+        fixed += self.base
+        only = kept & (_sums_within(kept, firsts, counts) == 1)
+        possible, frames, shrunk = self._fit_many(number, whole, self.budgets[0] - fixed, only)
+        # The longest beginning that fits.
+        last = np.maximum.reduceat(np.where(possible & kept, np.arange(len(at)), -1), firsts)
+        fitted = last >= 0
+        last = np.maximum(last, 0)
+        cut_text, cut_images = fixed[last] + self.per_image * frames[last], whole[last]
+        smaller = np.flatnonzero(fitted & shrunk[last])
+        if len(smaller):
+            ends = last[smaller]
+            cut_images[smaller] = self._shrunk_tokens(
+                images_at, first_images[smaller], number[ends], frames[ends]
+            )
+        return fitted, cut_text, cut_images
+
+    def _fit_many(
+        self, number: np.ndarray, whole: np.ndarray, room: np.ndarray, only: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_fit_images` of many beginnings of conversations at once.
+
+        :param number: of images; :param whole: their tokens; :param room: text tokens left for
+            what stands around them; :param only: whether the beginning has one turn.
+        :return: whether they can be made fit, how many images stay, and whether they are shrunk.
+        """
+        budget = self.budgets[1]
+        possible = room >= self.per_image * number
+        frames = number
+        if self.video and self.frames_may_go and self.per_image:
+            spare = ~possible & only & (room >= self.per_image)
+            frames = np.where(spare, room // self.per_image, number)
+            possible = possible | spare
+        fit = (frames == number) & (whole <= budget)
+        if not self.video or budget < 1:
+            return possible & fit, frames, ~fit
+        thinned = budget // np.maximum(frames, 1) < LEAST_FRAME_TOKENS
+        frames = np.where(thinned & ~fit, max(1, budget // LEAST_FRAME_TOKENS), frames)
+        if not self.frames_may_go:
+            possible = possible & (frames == number)
+        return possible, frames, ~fit
+
+    def _shrunk_tokens(
+        self, images_at: np.ndarray, firsts: np.ndarray, number: np.ndarray, frames: np.ndarray
+    ) -> np.ndarray:
+        """(rows,) image tokens of videos whose frames are shrunk together.
+
+        :param images_at: images of all rows; :param firsts: (rows,) where there those of a row
+            begin; :param number: (rows,) how many they are; :param frames: (rows,) how many stay.
+        """
+        row = np.repeat(np.arange(len(frames)), frames)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(frames) - frames, frames)
+        # As np.linspace(0, number - 1, frames) places them.
+        step = (number - 1) / np.maximum(frames - 1, 1)
+        even = np.rint(place * step[row]).astype(np.int64)
+        final = (place == frames[row] - 1) & (place > 0)
+        even[final] = number[row[final]] - 1
+        at = images_at[firsts[row] + even]
+        each = np.minimum(self.max_pixels // SIDE**2, self.budgets[1] // frames)
+        widths, heights = (self.split.list_column(name)[0][at] for name in ("widths", "heights"))
+        tokens = token_counts(widths, heights, (each * SIDE**2)[row], self.min_pixels)
+        return np.bincount(row, tokens, len(frames)).astype(np.int64)
 
     def _fit_images(
         self, sizes: list[tuple[int, int]], room: int, spare: bool
@@ -214,12 +305,79 @@ def image_tokens(width: int, height: int, max_pixels: int, min_pixels: int) -> i
     return h * w // SIDE**2
 
 
+def token_counts(
+    widths: np.ndarray, heights: np.ndarray, max_pixels: int | np.ndarray, min_pixels: int
+) -> np.ndarray:
+    """`image_tokens` of many images at once, (images,) int64.
+
+    :param max_pixels: one for all, or (images,) one for each.
+    """
+    counts = np.empty(len(widths), np.int64)
+    limits = np.broadcast_to(np.asarray(max_pixels, np.int64), counts.shape)
+    for start in range(0, len(counts), IMAGES):
+        part = slice(start, start + IMAGES)
+        counts[part] = _token_counts(widths[part], heights[part], limits[part], min_pixels)
+    return counts
+
+
+def _token_counts(
+    widths: np.ndarray, heights: np.ndarray, max_pixels: np.ndarray, min_pixels: int
+) -> np.ndarray:
+    """The rules of `target_size`, operation by operation, so that no rounding differs."""
+    width, height = widths.astype(np.int64), heights.astype(np.int64)
+    area, shorter = width * height, np.minimum(width, height)
+    refused = (shorter < 1) | (np.maximum(width, height) > MAX_ASPECT * shorter)
+    refused |= area > MAX_SOURCE_PIXELS
+    rows = np.rint(height / SIDE).astype(np.int64)
+    columns = np.rint(width / SIDE).astype(np.int64)
+    small = np.flatnonzero((rows * columns * SIDE**2 < min_pixels) & ~refused)
+    if len(small):
+        enlarge = np.sqrt(min_pixels / area[small])
+        rows[small] = np.ceil(height[small] * enlarge / SIDE)
+        columns[small] = np.ceil(width[small] * enlarge / SIDE)
+    counts = np.maximum(1, rows) * np.maximum(1, columns)
+    budget = max_pixels // SIDE**2
+    big = np.flatnonzero((counts > budget) & ~refused)
+    if len(big):
+        budget = budget[big]
+        shrink = np.sqrt(area[big] / max_pixels[big])
+        rows, columns = (
+            np.minimum(np.maximum(1, np.floor(side[big] / shrink / SIDE)), budget)
+            for side in (height, width)
+        )
+        counts[big] = (rows * columns).astype(np.int64)
+    counts[refused] = 0
+    return counts
+
+
 def processor_for(processor: CasaProcessor, max_pixels: int) -> CasaImageProcessor:
     """The image code with another upper bound on pixels."""
     return processor.image_processor.at_most(max_pixels)
 
 
 def _segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    sums: np.ndarray = total[offsets[1:]] - total[offsets[:-1]]
+    """Sums of values[offsets[i]:offsets[i + 1]], int64."""
+    total = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=total[1:])
+    sums: np.ndarray = np.diff(total[offsets])
+    return sums
+
+
+def _ragged(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the values of some rows lie, one row after the other.
+
+    :return: (values,) positions; and (rows,) where each row begins among them and how many it has.
+    """
+    begins = offsets[rows].astype(np.int64)
+    counts = offsets[rows + 1] - begins
+    firsts = np.cumsum(counts) - counts
+    at = np.arange(int(counts.sum())) + np.repeat(begins - firsts, counts)
+    return at, firsts, counts
+
+
+def _sums_within(values: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """For each value the sum of its row up to it; every row has at least one."""
+    total = np.cumsum(values, dtype=np.int64)
+    before = total[firsts] - values[firsts]
+    sums: np.ndarray = total - np.repeat(before, counts)
     return sums

@@ -46,14 +46,26 @@ def kept_images(split: Split, turns: np.ndarray) -> np.ndarray:
     shown_in, image_offsets = split.list_column("image_turns")
     sample = np.repeat(np.arange(len(split)), np.diff(image_offsets))
     turn = turn_offsets[sample] + shown_in  # each image's turn, counted over the whole split
+    return carry_images(turn, turns, turn_offsets[sample + 1])[1]
+
+
+def carry_images(
+    turn: np.ndarray, turns: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which turn shows an image once some turns are dropped, and whether one does.
+
+    :param turn: (images,) the turn that shows each image.
+    :param turns: (turns,) bool, those that are kept.
+    :param ends: (images,) where the turns of the image's sample end.
+    """
     pictured = np.zeros(len(turns), dtype=bool)
     pictured[turn] = True
     # For each turn, the first kept one at or after it.
     position = np.where(turns, np.arange(len(turns)), len(turns))
     following = np.minimum.accumulate(position[::-1])[::-1]
     target = following[turn] if len(turns) else turn
-    inside = target < turn_offsets[sample + 1]
+    inside = target < ends
     bare = np.zeros(len(turn), dtype=bool)
     bare[inside] = ~pictured[target[inside]]
     kept: np.ndarray = turns[turn] | (inside & bare)
-    return kept
+    return target, kept

@@ -145,9 +145,14 @@ def test_packing_keeps_its_bars(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     """Fill and balance are no times: they are the same on every machine."""
     out = tmp_path / "packing.json"
     arguments = ["--samples", "8000", "--steps", "32", "--buffer", "500", "--json", str(out)]
+    arguments += ["--sources", "7", "--large-samples", "70000"]
     assert main(["packing", *arguments]) == 0
-    assert "3 images : 1 video" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 images : 1 video" in printed
+    assert "start with 7 sources, 70,000 samples: lengths" in printed
     found = json.loads(out.read_text())
+    started = found.pop("start")
+    assert started["lengths_seconds"] < 1 and started["step_milliseconds"] > 0
     assert found["images"]["efficiency"] >= 0.99
     assert found["3 images : 1 video"]["efficiency"] >= 0.98
     for stage in found.values():

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
+from casa_train.data.fit import Fit
 from casa_train.data.mixture import Mixture, SourceSize
 from casa_train.data.plan import IMAGE, RESERVED, VIDEO, Planner, PlanSettings, PlanSource
-from casa_train.modeling.image_processing_casa import SIDE, target_size
+from casa_train.modeling.image_processing_casa import MAX_PIXELS, SIDE, target_size
 
+TURNS = 3.7  # a sample, on average, in FineVision: 89M turns of 24.3M samples
 LENGTHS = Path(__file__).with_name("lengths.json")
 DESCRIPTION = """\
 Samples are drawn from the length model in casa_train/bench/lengths.json, which says where its
@@ -26,6 +28,11 @@ efficiency   packs that a perfect packing needs at least (the larger of both tot
 slowest      per micro-step the largest number of image tokens on a rank, summed, over the sum
              of means; unsorted: the same packs in random order
 samples/s    planned on one core, packing and ordering included
+
+Then the start of a rank at FineVision's size: --sources sources with --large-samples samples
+together, of the length model's images and turns. Lengths are made as training makes them from the
+columns of an index; resume is a plan that goes on in the middle of a block of 32 steps. Seconds are
+those of the processor; GiB is what lengths and orders of one epoch take.
 """
 Sizes = tuple[np.ndarray, np.ndarray]  # text tokens, image tokens
 
@@ -147,6 +154,104 @@ def plan(sources: dict[str, PlanSource], budgets: dict[str, int], arguments: Any
     }
 
 
+class _Columns:
+    """A source's columns of an index, drawn; what `Fit` reads of a split."""
+
+    modality = IMAGE
+    meta = {"schema": "finevision"}  # noqa: RUF012
+
+    def __init__(self, samples: int, model: dict[str, Any], generator: np.random.Generator) -> None:
+        classes = model["image_mix"]
+        weights = np.array([c["weight"] for c in classes])
+        chosen = generator.choice(len(classes), samples, p=weights / weights.sum())
+        turns = generator.geometric(1 / TURNS, samples)
+        numbers, words = np.zeros(samples, np.int64), np.zeros(samples)
+        sides = np.zeros((samples, 3))
+        for index, kind in enumerate(classes):
+            places = np.flatnonzero(chosen == index)
+            counts, shares = zip(*kind["images"], strict=True)
+            numbers[places] = generator.choice(counts, len(places), p=shares)
+            words[places] = _text(kind["text_tokens"], len(places), generator)
+            sides[places] = kind.get("size", (1, 1, 0))
+        sample = np.repeat(np.arange(samples), numbers)
+        width, height, sigma = sides[sample].T
+        spread = np.exp(generator.normal(0, 1, (2, len(sample))) * sigma)
+        self._turns = np.concatenate([[0], np.cumsum(turns)])
+        self._images = np.concatenate([[0], np.cumsum(numbers)])
+        each = np.repeat(words / turns, turns).astype(np.int32)
+        images = np.rint(np.stack([width, height]) * spread).astype(np.int32)
+        self._columns = {
+            "user_tokens": (each // 4, self._turns),
+            "assistant_tokens": (each - each // 4, self._turns),
+            "widths": (images[0], self._images),
+            "heights": (images[1], self._images),
+            "image_turns": (np.zeros(len(sample), np.int32), self._images),
+        }
+
+    def __len__(self) -> int:
+        return len(self._turns) - 1
+
+    def list_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._columns[name]
+
+
+class _Processor:
+    """What `Fit` reads of a processor."""
+
+    max_pixels = MAX_PIXELS
+    pre_image_tokens = post_image_tokens = ()
+
+    def opening_tokens(self) -> int:
+        return 1
+
+
+def start(model: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Lengths and a planner for many large sources: CPU seconds, and the memory that stays."""
+    generator = np.random.default_rng(arguments.seed)
+    budgets = model["budgets"]["image_stage"]
+    packs, steps = arguments.packs_per_step, 16
+    seconds = 0.0
+    sources = {}
+    processor: Any = _Processor()
+    for number in range(arguments.sources):
+        columns: Any = _Columns(arguments.large_samples // arguments.sources, model, generator)
+        began = time.process_time()
+        text, images, _ = Fit(columns, processor, budgets["text"], budgets["image"]).lengths()
+        seconds += time.process_time() - began
+        sources[f"source_{number:03d}"] = PlanSource(text, images, SourceSize(len(text)))
+    settings = PlanSettings(
+        text_budget=budgets["text"] + RESERVED,
+        image_budget=budgets["image"] + RESERVED,
+        packs_per_step=packs,
+        seed=arguments.seed,
+        balance_group=arguments.ranks,
+    )
+    began = time.process_time()
+    planner = Planner(sources, settings)
+    next(planner)
+    first = time.process_time() - began
+    began = time.process_time()
+    for _ in range(steps * packs):
+        next(planner)
+    step = (time.process_time() - began) / steps
+    state = planner.state_dict(steps * packs)
+    again = Planner(sources, settings)
+    began = time.process_time()
+    again.load_state_dict(state)
+    next(again)
+    arrays = sum(source.text.nbytes + source.images.nbytes for source in sources.values())
+    orders = sum(len(source.text) * np.dtype(np.uint32).itemsize for source in sources.values())
+    return {
+        "sources": len(sources),
+        "samples": sum(len(source.text) for source in sources.values()),
+        "lengths_seconds": seconds,
+        "first_block_seconds": first,
+        "step_milliseconds": 1000 * step,
+        "resume_seconds": time.process_time() - began,
+        "gib": (arrays + orders) / 2**30,
+    }
+
+
 def run(arguments: argparse.Namespace) -> Report:
     model = json.loads(LENGTHS.read_text())
     generator = np.random.default_rng(arguments.seed)
@@ -175,7 +280,16 @@ def run(arguments: argparse.Namespace) -> Report:
         cells = [f"{found[key]:.3f}" for key in columns.values()]
         rows.append([name, *cells, f"{found['samples_per_second']:,.0f}"])
     packs = arguments.steps * arguments.packs_per_step
-    return Report(f"{aligned(rows)}\n{packs:,} packs each, planned on one core", results)
+    text = f"{aligned(rows)}\n{packs:,} packs each, planned on one core"
+    if arguments.sources:
+        found = results["start"] = start(model, arguments)
+        text += (
+            f"\nstart with {found['sources']} sources, {found['samples']:,} samples: lengths "
+            f"{found['lengths_seconds']:.1f} s, first block {found['first_block_seconds']:.1f} s, "
+            f"then {found['step_milliseconds']:.1f} ms a step; resume "
+            f"{found['resume_seconds']:.1f} s; {found['gib']:.2f} GiB"
+        )
+    return Report(text, results)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +297,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=128, help="optimiser steps to plan")
     parser.add_argument("--packs-per-step", type=int, default=128)
     parser.add_argument("--ranks", type=int, default=64, help="also the balance group")
+    parser.add_argument("--sources", type=int, default=200, help="of the start; 0 leaves it out")
+    parser.add_argument("--large-samples", type=int, default=24_000_000, help="of the start")
     parser.add_argument("--buffer", type=int, default=2000, help="of first-fit-decreasing")
 
 

@@ -50,7 +50,7 @@ def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, Stream
     :param say: prints one line for the user, since a hub may take minutes.
     :raises UserError: datasets, subsets or files that are not there, or the same samples twice.
     """
-    retries = _retries(config)
+    retries = retries_of(config)
     datasets = config.data.stream.datasets
     if datasets and config.data.ratings:
         raise UserError(
@@ -159,16 +159,7 @@ def _streamed(
             "before it reads; expected none. Prepare the data with its recipe, or leave it out."
         )
     check_lanes(stream.lanes, world)
-    settings = StreamSettings(
-        text_budget=data.text_tokens,
-        image_budget=data.image_tokens,
-        seed=config.seed,
-        lanes=stream.lanes,
-        open_units=stream.open_units,
-        open_packs=data.open_packs,
-        # The same number of packs is sorted together as in a plan.
-        block=max(1, data.balance_block * data.packs_per_step // stream.lanes),
-    )
+    settings = stream_settings(config)
 
     def loader(rank: int) -> StreamLoader:
         return StreamLoader(
@@ -179,7 +170,7 @@ def _streamed(
             rank,
             world,
             data.workers,
-            retries=_retries(config),
+            retries=retries_of(config),
             memory=stream.memory_mib * MIB,
             gather=gather,
             count_work=count_work,
@@ -187,6 +178,21 @@ def _streamed(
 
     fingerprints = {name: source.fingerprint for name, source in streams.items()}
     return Data(fingerprints, _notes(config, streams, settings, world), loader)
+
+
+def stream_settings(config: Config) -> StreamSettings:
+    """What the order of the configuration's stream depends on."""
+    data, stream = config.data, config.data.stream
+    return StreamSettings(
+        text_budget=data.text_tokens,
+        image_budget=data.image_tokens,
+        seed=config.seed,
+        lanes=stream.lanes,
+        open_units=stream.open_units,
+        open_packs=data.open_packs,
+        # The same number of packs is sorted together as in a plan.
+        block=max(1, data.balance_block * data.packs_per_step // stream.lanes),
+    )
 
 
 def _notes(
@@ -262,5 +268,6 @@ def _chosen(
     return chosen
 
 
-def _retries(config: Config) -> Retries:
+def retries_of(config: Config) -> Retries:
+    """How long a stream tries to read."""
     return Retries(config.data.stream.attempts, config.data.stream.retry_seconds)

@@ -1,6 +1,6 @@
 """python -m casa_train.inspect TARGET [overrides ...]: a page of the data as training sees it.
 
-TARGET is a prepared split, a run directory or an experiment.
+TARGET is a prepared split, a run directory or an experiment, also one that streams its data.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from casa_train.data.materialize import Materializer
 from casa_train.data.plan import Pack, Planner
 from casa_train.data.schemas import BadRow
 from casa_train.data.shards import META_FILE, Split
+from casa_train.data.stream import check_lanes, draw_packs
 from casa_train.errors import UserError
+from casa_train.feed import MIB, list_streams, retries_of, stream_settings
 from casa_train.inspection import pictures
 from casa_train.inspection.packs import view_packs
 from casa_train.inspection.page import MessageView, OneSample, Page, Part, write_page
 from casa_train.inspection.statistics import view_plan
+from casa_train.inspection.streams import view_stream
 from casa_train.kinds import local_path
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.run_directory import CONFIG_FILE
@@ -114,6 +117,8 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
             f"data.packs_per_step is {config.data.packs_per_step}, which world_size={world} does "
             "not divide; expected a multiple of it. Set one of them."
         )
+    if not config.data.sources:
+        return inspect_stream(target, packs, first or 0)
     planner, splits, materializer = open_data(config)
     whole = -(-PLANNED // planner.block_packs) * planner.block_packs
     planned = list(itertools.islice(planner, max(whole, (first or 0) + packs)))
@@ -130,6 +135,38 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
         packs_per_step=config.data.packs_per_step,
         world=world,
         plan=view_plan(planned[:whole], planner, splits, world, steps if target.run else None),
+    )
+
+
+def inspect_stream(target: Target, packs: int, first: int) -> Page:
+    """Some packs of a stream as training sees them.
+
+    :param packs: how many are drawn; :param first: the first of them.
+    """
+    config = target.config
+    processor = build_processor(config)
+    streams = list_streams(config, lambda line: print(line, file=sys.stderr, flush=True))
+    settings, world = stream_settings(config), config.world_size or 1
+    check_lanes(settings.lanes, world)
+    lanes = min(packs, settings.lanes)
+    print(
+        f"reading {packs} packs: {lanes} of {settings.lanes} lanes, each with "
+        f"{settings.open_units} row groups and {settings.block} packs in the making",
+        file=sys.stderr,
+        flush=True,
+    )
+    memory = config.data.stream.memory_mib * MIB
+    numbers = range(first, first + packs)
+    drawn = draw_packs(streams, settings, processor, retries_of(config), memory, numbers)
+    budgets = settings.text_budget, settings.image_budget
+    view, shown = view_stream(drawn, streams, settings.lanes, processor.tokenizer, budgets)
+    return Page(
+        title=target.title,
+        settings=_settings(config, ChatTemplate(**processor.template)),
+        packs=shown,
+        packs_per_step=config.data.packs_per_step,
+        world=world,
+        stream=view,
     )
 
 
@@ -194,9 +231,10 @@ def open_data(config: Config) -> tuple[Planner, dict[str, Split], Materializer]:
     processor = build_processor(config)
     if not config.data.sources:
         raise UserError(
-            f"run {config.name} streams its data, which has no index; expected prepared sources "
-            "(data.sources). Prepare a part of it with 'python -m data_recipes NAME --limit N' and "
-            "inspect that directory."
+            f"run {config.name} streams its data, which has no index to find a sample by; expected "
+            "prepared sources (data.sources). Leave --sample out to see packs of the stream, or "
+            "prepare a part of it with 'python -m data_recipes NAME --limit N' and inspect that "
+            "directory."
         )
     splits = open_splits(config.data.sources, processor)
     fits = build_fits(config, splits, processor)
@@ -241,6 +279,7 @@ def _settings(config: Config, template: ChatTemplate) -> list[tuple[str, str]]:
         *((f"model.template.{k}", repr(v)) for k, v in template.given().items()),
         *((f"data.{field}", f"{getattr(data, field):,}") for field in (*plain, *order)),
         *((f"data.sources.{name}.path", source.path) for name, source in data.sources.items()),
+        *((f"data.stream.datasets.{n}.source", d.source) for n, d in data.stream.datasets.items()),
     ]
 
 
@@ -255,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=local_path, default=Path("inspect.html"), help="file to write"
     )
     parser.add_argument("--packs", type=int, default=4, help="packs that are drawn (default: 4)")
-    parser.add_argument("--first", type=int, help="the first of them (default: spread over a plan)")
+    parser.add_argument("--first", type=int, help="first of them (default: spread over a plan)")
     parser.add_argument("--sample", metavar="[SOURCE/]KEY", help="show this sample alone")
     parser.add_argument("--seed", type=int, help="the order's seed (default: the configuration's)")
     parser.add_argument("--experiment", help="whose tokenizer, template and budgets a split gets")
@@ -286,6 +325,14 @@ def summary(page: Page) -> str:
     """The page in a few words."""
     failures = sum(len(pack.failures) for pack in page.packs)
     failed = f", {failures} of their samples failed" if failures else ""
+    if page.stream is not None:
+        stream = page.stream
+        return (
+            f"{stream.packs:,} packs drawn of a stream of {sum(s.rows for s in stream.subsets):,} "
+            f"rows, {stream.samples:,} samples, text fill {stream.fills[0]:.1%}, image fill "
+            f"{stream.fills[1]:.1%}, {stream.left_out:,} rows fit no pack, "
+            f"{len(stream.failures):,} rows could not be used"
+        )
     if page.plan is None:
         return f"sample {page.sample.id}{failed}" if page.sample else failed
     plan = page.plan

@@ -19,6 +19,7 @@ import torch
 
 from casa_train.data.lanes import (
     Lane,
+    LanePack,
     Rows,
     Sizes,
     StreamSettings,
@@ -184,6 +185,45 @@ class Streamed:
     def pin_memory(self) -> Streamed:
         """With the batch in page-locked memory; torch's DataLoader calls this where it pins."""
         return Streamed(self.lane, self.batch.pin_memory(), self.state)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A pack of a stream and what came of it.
+
+    :param lane: what its lane gave: its samples, and the bad rows that it met on the way.
+    :param batch: of its samples; its failures are theirs alone.
+    """
+
+    lane: LanePack
+    batch: PackedBatch
+
+
+def draw_packs(
+    sources: Mapping[str, StreamSource],
+    settings: StreamSettings,
+    processor: CasaProcessor,
+    retries: Retries,
+    memory: int,
+    numbers: range,
+) -> list[Drawn]:
+    """Some packs of a stream's beginning as training gets them, read in this process.
+
+    :param numbers: of the packs; packs before them in the same lanes are drawn, too.
+    :raises UserError: files that cannot be read, or budgets that nothing fits.
+    """
+    rows = Rows(sources, processor, packer(settings).fits, retries, memory)
+    mixture = unit_mixture(sources, settings.seed)
+    budgets = settings.text_budget, settings.image_budget
+    found = {}
+    for number in sorted({index % settings.lanes for index in numbers}):
+        lane = Lane(number, rows, mixture, settings)
+        for index in range(number, numbers.stop, settings.lanes):
+            pack = lane.next_pack()
+            if index in numbers:
+                batch = build_batch(index, pack.entries, processor, *budgets)
+                found[index] = Drawn(pack, batch)
+    return [found[index] for index in numbers]
 
 
 class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):

@@ -180,20 +180,44 @@ class TokenTexts:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A batch, and the samples that its pack was made of, in order.
+
+    :param samples: of each its source in the mixture, "source/key" and planned lengths.
+    """
+
+    batch: PackedBatch
+    samples: list[tuple[str, str, tuple[int, int]]]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Text and image tokens that the plan promised."""
+        lengths = [own for _, _, own in self.samples]
+        return sum(text for text, _ in lengths), sum(images for _, images in lengths)
+
+
 def view_packs(packs: Sequence[Pack], materializer: Materializer) -> list[PackView]:
     """Materialises packs and looks at what came out."""
-    batches = [materializer[pack] for pack in packs]
-    side = pictures.side_for(sum(len(batch.inputs.images) for batch in batches))
-    texts = TokenTexts(materializer.processor.tokenizer)
-    return [
-        _view(pack, batch, materializer, texts, side)
-        for pack, batch in zip(packs, batches, strict=True)
-    ]
+    planned = [Planned(materializer[pack], _named(pack, materializer)) for pack in packs]
+    budgets = materializer.text_budget, materializer.image_budget
+    return view_batches(planned, materializer.processor.tokenizer, budgets)
 
 
-def _view(
-    pack: Pack, batch: PackedBatch, materializer: Materializer, texts: TokenTexts, side: int
-) -> PackView:
+def view_batches(
+    planned: Sequence[Planned], tokenizer: Any, budgets: tuple[int, int]
+) -> list[PackView]:
+    """Looks at batches.
+
+    :param budgets: text and image tokens of a full pack.
+    """
+    side = pictures.side_for(sum(len(one.batch.inputs.images) for one in planned))
+    texts = TokenTexts(tokenizer)
+    return [_view(one, budgets, texts, side) for one in planned]
+
+
+def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: int) -> PackView:
+    batch = planned.batch
     chunks = batch.inputs.chunks
     tokens = _tokens(batch, texts)
     shown = _pictures(batch, side)
@@ -223,12 +247,12 @@ def _view(
     samples: list[SampleView] = []
     failures, ids = list(batch.failures), batch.sample_ids
     chunk = 0
-    for mixture, id, item in _named(pack, materializer):
-        if chunk < len(ids) and ids[chunk] == id:
-            samples.append(trained(chunk, id, mixture, TRAINED))
-            chunk += 1
-        else:
+    for mixture, id, item in planned.samples:
+        if failures and f"{failures[0].source}/{failures[0].key}" == id:
             samples.append(SampleView(id, mixture, FAILED, *item, failure=failures.pop(0)))
+        else:  # a row of a stream may call its source by another name
+            samples.append(trained(chunk, ids[chunk], mixture, TRAINED))
+            chunk += 1
     samples += [trained(c, "dummy", "", DUMMY) for c in range(len(ids), len(chunks))]
 
     stretches: list[Stretch] = []
@@ -242,9 +266,9 @@ def _view(
         index=batch.index,
         text_tokens=batch.text_tokens,
         image_tokens=batch.image_tokens,
-        text_budget=materializer.text_budget,
-        image_budget=materializer.image_budget,
-        planned=(pack.text_tokens, pack.image_tokens),
+        text_budget=budgets[0],
+        image_budget=budgets[1],
+        planned=planned.lengths,
         samples=samples,
         text=text,
         images=stretches,

@@ -18,6 +18,7 @@ from casa_train.files import write_atomic
 from casa_train.inspection import charts
 from casa_train.inspection.packs import PackView
 from casa_train.inspection.statistics import PlanView
+from casa_train.inspection.streams import StreamView
 from casa_train.lines import count
 
 # HTML cannot hold control characters; they have pictures.
@@ -62,7 +63,7 @@ class Page:
 
     :param settings: names and values of the configuration that the data depends on.
     :param packs_per_step, world: place a pack in a step, a micro-step and on a rank.
-    :param plan: None on the page of one sample, `sample` elsewhere.
+    :param plan, sample, stream: one of them says what the page is about.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Page:
     world: int
     plan: PlanView | None = None
     sample: OneSample | None = None
+    stream: StreamView | None = None
 
 
 def write_page(page: Page, path: Path) -> None:

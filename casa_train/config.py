@@ -351,7 +351,7 @@ class EvaluationConfig:
     batch_size: PositiveInt = 32
     """Questions that `evaluate` answers at once."""
     max_samples: PositiveInt = 1000
-    """Questions of `evaluate` at most."""
+    """Questions of `evaluate` at most, in even shares of the held-out sources."""
     max_new_tokens: PositiveInt = 16
     """Longest generated answer."""
     attention_samples: NonNegativeInt = 64

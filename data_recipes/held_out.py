@@ -100,7 +100,7 @@ class Aside:
         _candidates_path(folder, number).write_text(json.dumps(self._candidates))
         np.save(_trained_path(folder, number), np.array(self._trained, np.uint64))
         self.shard.finish(consumed)
-        self.train.finish(consumed)
+        self.train.finish({**consumed, "set_aside": len(self.shard)})
 
 
 def set_aside(train: Path, number: int) -> bool:

@@ -51,12 +51,17 @@ def subset_names(source: str) -> list[str]:
     """
     import datasets
 
-    local = is_local(source)
-    if local and not (Path(base_path(source)) / "README.md").is_file():
-        raise UserError(
-            f"--source {source} has no README.md, which names the subsets of a published dataset; "
-            "copy it from the dataset's page, too."
-        )
+    from casa_train.data.stream import card_of
+
+    if is_local(source):
+        path = base_path(source)
+        if not (Path(path) / "README.md").is_file():
+            raise UserError(
+                f"--source {source} has no README.md, which names the subsets of a published "
+                "dataset; copy it from the dataset's page, too."
+            )
+        if named := card_of(path):  # of a partial copy, too
+            return list(named)
     try:
         return list(_asked(lambda: datasets.get_dataset_config_names(load_path(source)), source))
     except (FileNotFoundError, ValueError) as error:  # no such dataset, a card without subsets
@@ -66,13 +71,17 @@ def subset_names(source: str) -> list[str]:
 def chosen_subsets(source: str, wanted: Sequence[str] | None, default: Sequence[str]) -> list[str]:
     """The subsets to prepare.
 
-    :param default: without `wanted`; empty: all that there are.
+    :param default: without `wanted`; empty: all that there are. Of a partial copy what it holds.
     :raises UserError: one that the source does not have, or two with the same folder.
     """
-    there = subset_names(source)
-    chosen = list(dict.fromkeys(wanted or default or there))
+    named = subset_names(source)
+    there = _held(source, named)
+    chosen = list(dict.fromkeys(wanted or default or named))
     missing = [name for name in chosen if name not in there]
-    if missing:
+    if missing and not wanted and is_local(source) and set(chosen) & set(there):
+        print(f"--source {source} holds no files of {', '.join(missing)}: left out")
+        chosen = [name for name in chosen if name in there]
+    elif missing:
         raise UserError(
             f"--source {source} has no subset {', '.join(map(repr, missing))}; it has "
             f"{', '.join(there)}."
@@ -82,6 +91,33 @@ def chosen_subsets(source: str, wanted: Sequence[str] | None, default: Sequence[
         if folders[slug(name)] != name:
             raise UserError(f"subsets {name!r} and {folders[slug(name)]!r} have the same folder.")
     return chosen
+
+
+def _held(source: str, subsets: list[str]) -> list[str]:
+    """Those of the subsets of which a local copy holds files."""
+    if not is_local(source):
+        return subsets
+    from casa_train.data.row_groups import Retries
+    from casa_train.data.stream import copied_subsets
+
+    return copied_subsets(base_path(source), subsets, Retries(1, 0))
+
+
+def load_arguments(source: str, subset: str) -> dict[str, Any]:
+    """What `datasets` is asked for: of a local copy the files that its card names for the subset.
+
+    Otherwise the library looks for those of the first subset, too, which a partial copy may lack.
+    """
+    from datasets.data_files import sanitize_patterns
+
+    from casa_train.data.stream import card_of
+
+    arguments: dict[str, Any] = {"path": load_path(source), "name": subset}
+    described = card_of(base_path(source)).get(subset, {}) if is_local(source) else {}
+    if "data_files" in described and "data_dir" not in described:
+        patterns = sanitize_patterns(described["data_files"])
+        arguments["data_files"] = {str(split): files for split, files in patterns.items()}
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -158,7 +194,7 @@ def open_stream(source: str, subset: str) -> Any:
 
     def load() -> Any:
         return datasets.load_dataset(
-            load_path(source), subset, split="train", streaming=True, on_bad_files="skip"
+            **load_arguments(source, subset), split="train", streaming=True, on_bad_files="skip"
         ).decode(False)
 
     try:
@@ -172,7 +208,9 @@ def data_files(source: str, subset: str) -> tuple[str, ...]:
     """The files of split "train" of a subset, in the order in which they are streamed."""
     import datasets
 
-    builder = _asked(lambda: datasets.load_dataset_builder(load_path(source), subset), source)
+    builder = _asked(
+        lambda: datasets.load_dataset_builder(**load_arguments(source, subset)), source
+    )
     return tuple(builder.config.data_files["train"])
 
 

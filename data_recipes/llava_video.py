@@ -22,7 +22,8 @@ from data_recipes.hub import (
     chosen_subsets,
     files_matching,
     is_local,
-    load_path,
+    load_arguments,
+    subset_names,
     until_damage,
 )
 from data_recipes.pipeline import Job, Row, Skip, Skips, SplitPlan, slug
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prepares the chosen subsets, one after the other."""
     source = arguments.source
-    default = [name for name in chosen_subsets(source, None, ()) if name != ELSEWHERE]
+    default = [name for name in subset_names(source) if name != ELSEWHERE]
     summaries = []
     for subset in chosen_subsets(source, arguments.subset, default):
 
@@ -107,7 +108,7 @@ def read_annotations(
 
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     skips: Counter[str] = Counter()
-    builder = datasets.load_dataset_builder(load_path(source), subset)
+    builder = datasets.load_dataset_builder(**load_arguments(source, subset))
     for split, files in builder.config.data_files.items():
         for number, file in enumerate(files):
             stream = datasets.load_dataset(

@@ -254,7 +254,11 @@ def _write_shard(
             else:
                 aside.write(item.key, item.row, item.images, item.video)
             rows += 1
-    (aside or shard).finish({"unit": job.name, "rows": rows})
+    consumed = {"unit": job.name, "rows": rows}
+    if aside is None:
+        shard.finish(consumed)
+    else:
+        aside.finish(consumed)
     finished = finished_shard(directory, number)
     assert finished is not None
     return finished
@@ -349,10 +353,11 @@ class Progress:
     def update(self, weight: int, shard: Mapping[str, Any], new: bool = True) -> None:
         """Counts a finished shard; one of an earlier run is not `new`."""
         self.done += weight
-        self.samples += int(shard["samples"])
+        samples = int(shard["samples"]) + int(shard.get("consumed", {}).get("set_aside", 0))
+        self.samples += samples
         if not new:
             self._old += weight
-            self._old_samples += int(shard["samples"])
+            self._old_samples += samples
         if self._bar is not None:
             self._bar.update(weight)
             self._bar.set_postfix(samples=self.samples)

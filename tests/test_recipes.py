@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,22 @@ def test_a_copy_without_its_card_is_refused(
     (source / "README.md").unlink()
     assert recipe("finevision", source, tmp_path / "out", tokenizer) == 2
     assert "has no README.md, which names the subsets" in capsys.readouterr().err
+
+
+def test_a_partial_copy_gives_what_it_holds(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("aokvqa", "chartqa")  # the first one of the card is not there
+    rows = {name: FOUR_FILES[:1] for name in names}
+    source = published.parquet_dataset(
+        tmp_path / "source", rows, dict.fromkeys(names, published.FINEVISION)
+    )
+    shutil.rmtree(source / "aokvqa")
+    assert recipe("finevision", source, tmp_path / "out", tokenizer) == 0
+    assert "holds no files of aokvqa: left out" in capsys.readouterr().out
+    assert len(Split(tmp_path / "out" / "chartqa" / "train")) == 10
+    asked = recipe("finevision", source, tmp_path / "two", tokenizer, "--subset", *names)
+    assert asked == 2 and "has no subset 'aokvqa'; it has chartqa" in capsys.readouterr().err
 
 
 def test_one_onevision_subset_of_each_form(tmp_path: Path, tokenizer: str) -> None:

@@ -60,9 +60,9 @@ def subset_names(source: str, revision: str | None, retries: Retries) -> list[st
 
     def work() -> list[str]:
         place = os.path.expanduser(source)
-        return list(_card(place) if is_local(source) else ()) or datasets.get_dataset_config_names(
-            place, revision=revision
-        )
+        return list(
+            card_of(place) if is_local(source) else ()
+        ) or datasets.get_dataset_config_names(place, revision=revision)
 
     return _patience(source, retries).run(_named(source), work)
 
@@ -72,13 +72,13 @@ def copied_subsets(source: str, subsets: Sequence[str], retries: Retries) -> lis
 
     def work() -> list[str]:
         place = os.path.expanduser(source)
-        card = _card(place)
+        card = card_of(place)
         return [s for s in subsets if s not in card or _files_of(place, card[s])]
 
     return retries.run(_named(source), work)
 
 
-def _card(directory: str) -> dict[str, Any]:
+def card_of(directory: str) -> dict[str, Any]:
     """By subset what the card of a local copy says of its files; nothing without a card."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
@@ -140,7 +140,7 @@ def open_subset(
 
     def work() -> Any:
         place = os.path.expanduser(source)
-        card = _card(place) if is_local(source) else {}
+        card = card_of(place) if is_local(source) else {}
         if subset in card:
             return _files_of(place, card[subset])
         try:

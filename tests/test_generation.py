@@ -344,7 +344,8 @@ def test_what_generation_cannot_do_is_refused_by_name() -> None:
             model.generate(**batch, **{name: value}, max_new_tokens=2)
     with pytest.raises(ValueError, match="StaticCache, whose|cache_implementation='static'"):
         model.generate(**batch, cache_implementation="static", max_new_tokens=2)
-    for name in ("output_hidden_states", "output_attentions"):
-        with pytest.raises(TypeError, match=name):
-            model(**batch, **{name: True})
-        assert model(**batch, **{name: False}).logits is not None
+    cache = DynamicCache()
+    model(**batch, past_key_values=cache)
+    cache.crop(cache.get_seq_length() - 1)
+    with pytest.raises(ValueError, match="holds 6 tokens, but 7 entered"):
+        model(input_ids=batch["input_ids"][:, :1], past_key_values=cache)

@@ -145,7 +145,7 @@ def test_rendered_text_reads_as_the_messages(
     )
     stranger.same_batch(direct, called)
     assert direct["input_ids"][0].tolist() == expected.ids
-    assert direct["image_embeds_insertion_points"] == [expected.points]
+    assert stranger.columns(direct) == [expected.points]
     if any(expected.follows):
         assert direct["image_follows"] == called["image_follows"] == [expected.follows]
     else:
@@ -157,7 +157,7 @@ def test_a_place_is_a_point_and_a_quoted_word_is_text() -> None:
     batch = reader(text=r"a<image>b <\image> c", images=RED)
     expected = [reader.tokenizer.encode(w, add_special_tokens=False) for w in ("a", "b <image> c")]
     assert batch["input_ids"] == [expected[0] + expected[1]]
-    assert batch["image_embeds_insertion_points"] == [[len(expected[0])]]
+    assert stranger.columns(batch) == [[len(expected[0])]]
 
 
 def test_frames_of_a_video_follow_the_first() -> None:

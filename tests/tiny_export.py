@@ -44,6 +44,10 @@ def write_tiny_export(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = tiny_model(mechanism, text_config=text)
+    # As assemble.build_model does.
+    model.config.pre_image_tokens = processor.pre_image_tokens
+    model.config.post_image_tokens = processor.post_image_tokens
+    model.config.answer_end_token = processor.answer_end_token
     question = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}]
     write_export(
         directory,

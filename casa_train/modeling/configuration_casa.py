@@ -27,6 +27,8 @@ class CasaConfig(PretrainedConfig):
     """
 
     model_type = "casa_vlm"
+    # What a Trainer's evaluation leaves out of the predictions it gathers.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sub_configs = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
 
     def __init__(

@@ -111,6 +111,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
     `resampler.*` what a mechanism puts between tower and decoder.
     """
 
+    # A Trainer then says by how many tokens to divide, and does not divide itself.
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: CasaConfig) -> None:
@@ -141,6 +143,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             custom_object_save(self, save_directory)
+
+    @property
+    def base_model(self) -> CasaForConditionalGeneration:
+        """What trainers run for hidden states alone (TRL): the backbone by itself sees no images.
+        The `last_hidden_state` of the output has them.
+        """
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.model.embed_tokens
@@ -311,7 +320,10 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             ),
             **{CACHE: cache},
         )
-        return with_both_names(output) if options["return_dict"] else output.to_tuple()
+        if not options["return_dict"]:
+            return output.to_tuple()
+        output.last_hidden_state = padded  # beside the fields, so that no one gathers it
+        return with_both_names(output)
 
     def _output_options(
         self, attentions: Any, hidden_states: Any, return_dict: Any

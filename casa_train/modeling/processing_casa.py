@@ -365,8 +365,9 @@ class CasaProcessor(ProcessorMixin):
         :param suppress_bos_token: the messages go on with a stream, whose last answer ended with an
             end token; see `encode`'s `continues` and `end_answer`.
         :return: `input_ids` and `attention_mask` (B, T); `image_embeds_insertion_points`, for each
-            sample the columns of `input_ids` at which its images stand; `pixel_values`, a list of
-            (3, H, W) uint8 tensors over all samples. Slots with image None have no pixels.
+            sample an int64 tensor of the columns of `input_ids` at which its images stand;
+            `pixel_values`, a list of (3, H, W) uint8 tensors over all samples. Slots with image
+            None have no pixels.
         """
         conversations, _ = as_batch(messages)
         return self._batch(
@@ -395,7 +396,7 @@ class CasaProcessor(ProcessorMixin):
         :param text: one text or a list. `<image>` and `<video>` are places, never tokens; written
             `<\\image>` they are words.
         :param videos: for the places `<video>`: one list of frames, or a list of such lists.
-        :param options: `return_tensors` ("pt" or None), `padding`, `max_length`.
+        :param options: `return_tensors` ("pt" or None), `padding`, `padding_side`, `max_length`.
         :raises ValueError: another number of places than of images or videos; unknown options.
         """
         images, text = in_order(images, text, self._holds_place)
@@ -516,14 +517,16 @@ class CasaProcessor(ProcessorMixin):
         *,
         return_tensors: str | None = "pt",
         padding: bool | str | None = None,
+        padding_side: str | None = None,
         max_length: int | None = None,
         return_assistant_tokens_mask: bool = False,
         **options: Any,
     ) -> CasaBatch:
-        """Encoded samples side by side, padded on the tokenizer's side.
+        """Encoded samples side by side.
 
         :param return_tensors: "pt" gives tensors and pads if needed; None lists of ids, padded only
             if `padding` says so.
+        :param padding_side: None: the tokenizer's.
         :param options: anything else must be None or False.
         """
         # The template holds the special tokens, and cutting a prompt could cut off its images.
@@ -532,7 +535,7 @@ class CasaProcessor(ProcessorMixin):
             found = unknown or {"return_tensors": return_tensors}
             raise ValueError(
                 f"the processor does not take {found}; it takes return_tensors ('pt' or None), "
-                "padding (True, False, 'longest' or 'max_length') and max_length"
+                "padding (True, False, 'longest' or 'max_length'), padding_side and max_length"
             )
         lengths = [len(e.ids) for e in encoded]
         width = max(lengths, default=0)
@@ -547,7 +550,10 @@ class CasaProcessor(ProcessorMixin):
             raise ValueError(
                 f"padding=False, but the samples have {lengths} tokens: tensors need padding=True"
             )
-        left = self.tokenizer.padding_side == "left"
+        side = padding_side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side={side!r}; expected 'left' or 'right'")
+        left = side == "left"
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = self.tokenizer.eos_token_id or 0
@@ -559,7 +565,7 @@ class CasaProcessor(ProcessorMixin):
             ids.append([pad] * before + e.ids + [pad] * after)
             mask.append([0] * before + [1] * length + [0] * after)
             answers.append([0] * before + [int(a) for a in e.answer] + [0] * after)
-            points.append([before + p for p in e.points])
+            points.append(torch.tensor([before + p for p in e.points], dtype=torch.long))
         rows = {"input_ids": ids, "attention_mask": mask}
         if return_assistant_tokens_mask:
             rows["assistant_masks"] = answers

@@ -204,7 +204,8 @@ def test_a_compiled_tower_reads_frames_of_one_size(
     model, processor = stranger.load(export_of("casa"))
     batch = processor.tokenize_messages(SHORT)
     expected = model.generate(**batch, **GREEDY)
-    tokens = [model.visual([frame]) for frame in frames_like(batch["pixel_values"][0])]
+    frames, backend = frames_like(batch["pixel_values"][0]), model.attention_backend
+    tokens = [model.visual([frame], backend) for frame in frames]
     torch._dynamo.reset()
     if in_place:
         model.visual.compile(backend="eager")
@@ -212,8 +213,8 @@ def test_a_compiled_tower_reads_frames_of_one_size(
         model.visual = torch.compile(model.visual, backend="eager")
     assert torch.equal(model.generate(**batch, **GREEDY), expected)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for frame, plain in zip(frames_like(batch["pixel_values"][0]), tokens, strict=True):
-            torch.testing.assert_close(model.visual([frame]), plain, rtol=0, atol=1e-5)
+        for frame, plain in zip(frames, tokens, strict=True):
+            torch.testing.assert_close(model.visual([frame], backend), plain, rtol=0, atol=1e-5)
 
 
 def frames_like(frame: Tensor) -> list[Tensor]:

@@ -297,8 +297,11 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
                 state.pending = before
                 self.forward(input_ids=before, cache=cache)
         valid = valid_columns(input_ids, attention_mask)
+        # Points first: where samples were joined wrongly, their message says so.
+        points = image_embeds_insertion_points
+        points = None if points is None else [as_ints(p) for p in points]
         counts = self.visual.token_counts(images)
-        chunks = chunks_of(valid, image_embeds_insertion_points, image_follows, counts, state)
+        chunks = chunks_of(valid, points, image_follows, counts, state)
         flat = flat_index(valid)
         flat_ids = input_ids.flatten().index_select(0, flat.to(input_ids.device))
         hidden = self._hidden(flat_ids, chunks, images, cache, states=states)

@@ -92,7 +92,7 @@ def unflatten(packed: Tensor, flat: Tensor, batch: int, width: int) -> Tensor:
 
 def chunks_of(
     valid: np.ndarray,
-    points: Sequence[Any] | None,
+    points: Sequence[Sequence[int]] | None,
     follows: Sequence[Sequence[bool]] | None,
     counts: Sequence[int],
     state: StreamingState | None,
@@ -106,7 +106,7 @@ def chunks_of(
     :raises ValueError: other numbers of samples or images, points outside.
     """
     batch, width = valid.shape
-    columns = [as_ints(p) for p in points] if points is not None else [[] for _ in range(batch)]
+    columns = points if points is not None else [()] * batch
     if len(columns) != batch:
         raise ValueError(
             f"image_embeds_insertion_points lists {len(columns)} samples, input_ids holds {batch}"
@@ -122,8 +122,8 @@ def chunks_of(
     for row, sample_points in enumerate(columns):
         if any(not 0 <= p <= width for p in sample_points):
             raise ValueError(
-                f"insertion points {sample_points} of sample {row} lie outside 0..{width}, the "
-                "columns of input_ids"
+                f"insertion points {list(sample_points)} of sample {row} lie outside 0..{width}, "
+                "the columns of input_ids"
             )
         before = np.concatenate([[0], np.cumsum(valid[row])])  # text tokens before each column
         chunks.append(

@@ -21,12 +21,13 @@ help:  ## list the targets
 
 setup: $(VENV)/.installed  ## create .venv with the pinned versions of constraints.txt
 
+# -qq leaves pip's errors and no warnings: some machines name index folders that are not there.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "the pinned versions need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check torch --constraint constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
 demo: setup  ## data, training, export, evaluation and report of a tiny model on the CPU, in minutes
@@ -50,8 +51,8 @@ test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.5
 
 $(COMPAT)/.installed: constraints-compat.txt
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints-compat.txt
-	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-compat.txt
+	$(COMPAT)/bin/python -m pip install -qq --disable-pip-version-check torch --constraint constraints-compat.txt
+	$(COMPAT)/bin/python -m pip install -qq --disable-pip-version-check --requirement constraints-compat.txt
 	touch $@
 
 test-newest:  ## the core's tests on the newest transformers, whatever that is; installs it anew

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from casa_train import __version__
 from casa_train.compose import CONF_DIR, explain, to_config
 from casa_train.errors import RankError, UserError
 from casa_train.leaving import EXIT_REQUEUE, StopRequest
@@ -91,6 +92,9 @@ def report(message: str, alone: bool = False) -> None:
 
 def run() -> int:
     """The command; leaves with 2 after anything that the user can mend, 75 to be started again."""
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(f"casa_train {__version__}")
+        return 0
     _messages.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:

@@ -55,6 +55,12 @@ NOT_SIZES = (
 )
 
 
+NO_BACKBONE = (
+    "model.backbone names no model: model.backbone.pretrained, model.init_from and "
+    "model.backbone.config.model_type are all empty; expected one of them. Set it."
+)
+
+
 def build_processor(config: Config) -> CasaProcessor:
     """Tokenizer, chat template and image code; see `open_processor`."""
     return open_processor(config)[0]
@@ -183,10 +189,7 @@ def open_sources(config: Config) -> Sources:
     if whole is not None:
         return Sources(whole=Pretrained(whole, "model.init_from"))
     if backbone is None and "model_type" not in config.model.backbone.config:
-        raise UserError(
-            "model.backbone names no model: model.backbone.pretrained, model.init_from and "
-            "model.backbone.config.model_type are all empty; expected one of them. Set it."
-        )
+        raise UserError(NO_BACKBONE)
     return Sources(
         None if backbone is None else Pretrained(backbone, "model.backbone.pretrained"),
         None if vision is None else Pretrained(vision, "model.vision.pretrained"),
@@ -230,6 +233,8 @@ def describe_model(
     text, vision = dict(config.model.backbone.config), dict(config.model.vision.config)
     model_type = text.pop("model_type", base_text.get("model_type"))
     model_type = ALIASES.get(model_type, model_type)
+    if model_type is None:
+        raise UserError(NO_BACKBONE)
     if model_type not in BACKBONES:
         raise UserError(
             f"model.backbone.config.model_type: backbone {model_type!r} is not supported; choose "
@@ -463,7 +468,12 @@ def banner(
         f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
         f"{backbone.hidden_size}, {sizes['text backbone']:,} parameters",
         f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, "
-        f"{sizes['vision tower']:,} parameters, {model.visual.frozen_blocks} frozen blocks",
+        f"{sizes['vision tower']:,} parameters, {model.visual.frozen_blocks} frozen blocks"
+        + (
+            ", random at the start: neither model.vision.pretrained nor model.init_from is set"
+            if config.model.vision.pretrained is None and config.model.init_from is None
+            else ""
+        ),
         f"fusion {config.fusion['mechanism']}: {sizes['fusion']:,} parameters"
         + (
             f", an adapter from width {vision.out_hidden_size} to {backbone.hidden_size} among them"

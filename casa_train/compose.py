@@ -312,6 +312,18 @@ def check(config: Config) -> None:
             "false where nothing is validated (evaluation.every and data.validation)",
         ),
         (
+            all(1 <= len(tag) <= 64 for tag in config.metrics.wandb_tags),
+            "metrics.wandb_tags",
+            config.metrics.wandb_tags,
+            "tags of 1 to 64 characters, wandb's limit",
+        ),
+        (
+            bool(re.fullmatch(r"[^/\\#?%:]{1,128}", config.metrics.wandb_project)),
+            "metrics.wandb_project",
+            config.metrics.wandb_project,
+            "1 to 128 characters without any of / \\ # ? % :, as wandb wants it",
+        ),
+        (
             "mechanism" in config.fusion,
             "fusion",
             config.fusion,

@@ -54,9 +54,18 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
     :return: rank, world size and this rank's device.
     """
     env = os.environ
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        if absent:
+            raise UserError(
+                f"SLURM_NTASKS is {env['SLURM_NTASKS']} and SLURM_PROCID {env['SLURM_PROCID']}, so "
+                f"this process is one of {env['SLURM_NTASKS']} tasks of srun, but {absent} are not "
+                "set: expected launch/slurm.sbatch, which sets them. In a shell that an allocation "
+                "left these variables in, `unset SLURM_NTASKS SLURM_PROCID` first: then it runs "
+                "alone."
+            )
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         with socket.socket() as probe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 MOST_WAITING = 20_000
 
@@ -76,6 +77,22 @@ def append(text: str, path: Path) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; what a kill cut short, and was ended later, is left out.
+
+    :raises OSError: it cannot be read.
+    """
+    objects = []
+    for line in path.read_bytes().split(b"\n"):  # a character may be cut, too
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
 
 
 def count(number: int, noun: str) -> str:

@@ -21,6 +21,7 @@ from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import question_of, read_question
 from casa_train.export import load_run_config
 from casa_train.kinds import local_path
+from casa_train.lines import read_json_lines
 from casa_train.metrics.report import RunData, choose_answers, write_report
 from casa_train.metrics.report.sweep import markdown, write_sweep
 from casa_train.metrics.sinks import Record, read_metrics
@@ -46,7 +47,8 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
         raise UserError(f"{metrics} is missing: the run has not finished a step yet.")
     evaluation: dict[str, Any] | None = None
     if (run / EVALUATION_FILE).is_file():
-        evaluation = json.loads((run / EVALUATION_FILE).read_text())
+        evaluation = _json(run / EVALUATION_FILE)
+    environment = run / "environment.json"
     validations: list[Record] = []
     if (run / VALIDATION_FILE).is_file():
         validations = read_metrics(run / VALIDATION_FILE)
@@ -54,7 +56,7 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
         name=config.name,
         metrics=read_metrics(metrics),
         config_yaml=(run / CONFIG_FILE).read_text(),
-        environment=json.loads((run / "environment.json").read_text()),
+        environment=_json(environment) if environment.is_file() else {},
         evaluation=evaluation,
         pictures={**_pictures(config, evaluation), **_asked(config, validations)},
         quarantine=_quarantine(run),
@@ -98,12 +100,24 @@ def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[byte
 
 
 def _quarantine(run: Path) -> list[dict[str, Any]]:
-    lines = [
-        line
-        for path in sorted(run.glob("quarantine_*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    return [json.loads(line) for line in dict.fromkeys(lines)]  # a resume may meet them again
+    """What all ranks quarantined, each sample once: a resume may meet it again."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(run.glob("quarantine_*.jsonl")):
+        for line in read_json_lines(path):
+            found.setdefault(json.dumps(line, sort_keys=True), line)
+    return list(found.values())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """:raises UserError: it is cut short or edited."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); expected the JSON that a run or an evaluation "
+            "wrote. Restore it, or remove it to report without it."
+        ) from error
+    return content
 
 
 def main(argv: Sequence[str] | None = None) -> int:

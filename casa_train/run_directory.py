@@ -250,4 +250,24 @@ def _move_away(run_dir: Path) -> None:
         number += 1
     (run_dir / f"previous_{number}").mkdir()
     for path in sorted(earlier, key=lambda p: p.name != CHECKPOINTS):
-        os.rename(path, run_dir / f"previous_{number}" / path.name)
+        aside = run_dir / f"previous_{number}" / path.name
+        if path.is_symlink() and path.is_dir():
+            _empty_linked(path.resolve(), aside)
+        else:
+            os.rename(path, aside)
+
+
+def _empty_linked(target: Path, aside: Path) -> None:
+    """Moves what a linked directory holds into a folder of its own on that disk, and links it.
+
+    The run's own link stays: on that disk it has room for its checkpoints.
+    """
+    content = [p for p in target.iterdir() if not p.name.startswith("previous_")]
+    number = 1
+    while (target / f"previous_{number}").exists():
+        number += 1
+    moved = target / f"previous_{number}"
+    moved.mkdir()
+    for path in content:
+        os.rename(path, moved / path.name)
+    aside.symlink_to(moved)

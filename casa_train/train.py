@@ -46,6 +46,7 @@ from casa_train.evaluation.validation import Validator
 from casa_train.evaluation.validation import describe as describe_validation
 from casa_train.feed import list_streams, open_data
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
+from casa_train.lines import count
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
 from casa_train.metrics.sinks import Sink, last_step, open_sinks
@@ -396,9 +397,20 @@ def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) 
         )
     refuse_changes(str(found.path), theirs.get("plan"), fingerprints["plan"])
     if theirs["data"] != fingerprints["data"]:
+        there, now = json.loads(theirs["data"]), json.loads(fingerprints["data"])
+        differing = {
+            "not named now": [name for name in there if name not in now],
+            "new": [name for name in now if name not in there],
+            "of other content": [n for n in there if n in now and there[n] != now[n]],
+        }
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+            for what, names in differing.items()
+            if names
+        ]
         raise UserError(
-            f"{found.path} was trained on other data: index digests {theirs['data']} there, "
-            f"{fingerprints['data']} now. Restore the data, or start over with "
+            f"{found.path} was trained on other data: of {count(len(there), 'source')} there and "
+            f"{len(now)} now, {'; '.join(parts)}. Restore the data, or start over with "
             "checkpoint.resume=never."
         )
 

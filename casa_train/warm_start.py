@@ -44,6 +44,7 @@ class Account:
     source: str
     loaded: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)  # fusion's, from their blocks' own layers
     unused: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # settings of an export that this run changes
     # Embedding and head that gained rows: how many there are there, how many here.
@@ -51,13 +52,14 @@ class Account:
 
     def line(self) -> str:
         """For the start of a run."""
+        copied = f", {len(self.copied)} copied from the blocks they stand in" if self.copied else ""
         new = f", {len(self.new)} newly initialised" if self.new else ""
         unused = f", {len(self.unused)} of the checkpoint unused" if self.unused else ""
         changed = f"; {', '.join(self.changed)}" if self.changed else ""
         for name, (old, rows) in self.resized.items():
             changed += f"; {name} has {rows} rows instead of {old}, new ones start as their mean"
         loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
-        return f"{self.part}: {loaded}{new}{unused}{changed}"
+        return f"{self.part}: {loaded}{copied}{new}{unused}{changed}"
 
 
 class Pretrained:
@@ -258,11 +260,13 @@ def find_backbone(
     }
     account = _find(parameters, pretrained, "backbone", names, stored, resize=resize)
     account.unused = sorted(unused)
-    account.new = sorted(
+    rest = sorted(
         name
         for name, _ in model.named_parameters()
         if name not in parameters and not name.startswith("visual.")
     )
+    account.copied = [name for name in rest if model.mechanism.copied(name)]
+    account.new = [name for name in rest if not model.mechanism.copied(name)]
     return account
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from casa_train.lines import read_json_lines
+
 STARTS_FILE = "starts.jsonl"
 FINISHED = "finished"
 
@@ -90,9 +92,8 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     """
     starts: dict[int, dict[str, Any]] = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                fields = json.loads(line)
+        for fields in read_json_lines(path):
+            if "start" in fields and "time" in fields:
                 start = starts.setdefault(fields["start"], {})
                 if "left" in fields:
                     fields["left_time"] = fields.pop("time")

@@ -126,6 +126,15 @@ class Casa(WindowedMechanism):
             layer.self_attn = None  # dropped; its weights, if any, are adopted by fusion
         return fusion
 
+    def copied(self, name: str) -> bool:
+        if self.shared or self.fusion["init"] == "random" or ".fusion." not in name:
+            return False
+        part = name.split(".fusion.")[1].split(".")[0]
+        if part in ("norm", "text_norm"):
+            return True
+        zero = part == "o_proj" and self.fusion["init"] == "zero_output"
+        return part in PROJECTIONS and self.placement != "replace" and not zero
+
     def adopt(self, name: str) -> str | None:
         if self.placement != "replace" or self.shared or ".self_attn." not in name:
             return name

@@ -76,6 +76,10 @@ class FusionMechanism:
     def initialise(self, layer: Any) -> None:
         """Gives new parameters of a decoder layer their first values, once weights are loaded."""
 
+    def copied(self, name: str) -> bool:
+        """Whether `initialise` fills a parameter with a copy of its decoder layer's own."""
+        return False
+
     def adopt(self, name: str) -> str | None:
         """Where a tensor of the plain backbone goes; None: this model has no place for it."""
         return name

@@ -69,6 +69,10 @@ class HyperAttention(WindowedMechanism):
             for name in ("k_proj", "v_proj"):
                 getattr(fusion, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
 
+    def copied(self, name: str) -> bool:
+        own = self.fusion["init"] == "from_self_attention"
+        return own and (".fusion.k_proj." in name or ".fusion.v_proj." in name)
+
     def run_layer(
         self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
     ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from casa_train.metrics.sinks.console import ConsoleSink
 from casa_train.metrics.sinks.guarded import Guarded
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, last_step, read_metrics
 from casa_train.metrics.sinks.tensorboard import TensorBoardSink
-from casa_train.metrics.sinks.wandb import WandbSink
+from casa_train.metrics.sinks.wandb import WandbSink, run_name, switched_off
 
 __all__ = [
     "ConsoleSink",
@@ -51,13 +51,15 @@ def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:
                 warn=console.say,
             )
         )
-    if wanted.wandb:
+    if wanted.wandb and switched_off():
+        console.say("wandb: nothing is reported, WANDB_MODE=disabled")
+    elif wanted.wandb:
         sinks.append(
             Guarded(
                 "metrics.wandb",
                 lambda: WandbSink(
                     run_dir,
-                    config.name,
+                    run_name(config.name, run_dir),
                     wanted.wandb_project,
                     wanted.wandb_entity,
                     wanted.wandb_tags,

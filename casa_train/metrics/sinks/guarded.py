@@ -46,9 +46,11 @@ class Guarded:
         except Exception as error:  # whatever a service or its library may think of
             broken, self.sink = self.sink, None
             with contextlib.suppress(Exception):
+                said = " ".join(str(error).split())  # some libraries write pages
+                said = said if len(said) <= 300 else said[:300] + "..."
                 self.warn(
                     f"{self.name} is switched off until the next start: "
-                    f"{type(error).__name__}: {error}; training goes on"
+                    f"{type(error).__name__}: {said}; training goes on"
                 )
             if broken is not None:
                 with contextlib.suppress(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from casa_train.files import write_atomic
-from casa_train.lines import LineFile, warn
+from casa_train.lines import LineFile, read_json_lines, warn
 from casa_train.metrics.sinks.base import Record
 
 LONGEST_LINES = 4 << 20  # bytes in which a whole line is found, with thousands of sources in it
@@ -45,12 +45,9 @@ def read_metrics(path: Path) -> list[Record]:
     A line cut short by a kill is left out.
     """
     records: dict[int, Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[record["step"]] = record
+    for record in read_json_lines(path):
+        if isinstance(record.get("step"), int):
+            records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 
 

@@ -17,6 +17,7 @@ from casa_train.metrics.fields import scalars
 from casa_train.metrics.sinks.base import Record
 
 ID_FILE = "wandb_id"
+LONGEST_NAME = 128  # characters that the server takes
 SERVER = "https://api.wandb.ai"
 CONNECT_SECONDS = 3.0
 INIT_SECONDS = 20.0
@@ -88,6 +89,19 @@ class WandbSink:
         self._run.finish()
 
 
+def switched_off() -> bool:
+    """Whether the user wants nothing of wandb at all, neither files nor reports."""
+    return os.environ.get("WANDB_MODE") == "disabled"
+
+
+def run_name(name: str, run_dir: Path) -> str:
+    """The name that wandb shows: of a sweep's job its directory's, since all share `name`."""
+    shown = run_dir.name if run_dir.name.startswith(f"{name},") else name
+    if len(shown) > LONGEST_NAME:  # the end tells jobs apart
+        shown = shown[: LONGEST_NAME - 43] + "..." + shown[-40:]
+    return shown
+
+
 def _run_id(path: Path) -> str:
     """The id of the run's first start, or a new one that is kept."""
     if not path.exists():
@@ -98,7 +112,7 @@ def _run_id(path: Path) -> str:
 def _why_offline() -> str | None:
     """Why nothing can be sent; None: somebody is logged in and the server is within reach."""
     mode = os.environ.get("WANDB_MODE")
-    if mode in ("offline", "disabled", "dryrun"):
+    if mode in ("offline", "dryrun"):
         return f"WANDB_MODE={mode}"
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER)
     host = server.hostname or ""

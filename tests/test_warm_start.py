@@ -143,11 +143,12 @@ def test_text_logits_equal_the_backbone_s_own(
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
     assert len(backbone.loaded) == len(dict(plain.named_parameters()))
-    assert not backbone.unused and all(".fusion." in name for name in backbone.new)
+    assert not backbone.unused and all(".fusion." in name for name in backbone.copied)
     # The fusion layers start as copies of what was loaded, not of the random start.
     layer = model.model.layers[1]
     assert torch.equal(layer.fusion.k_proj.weight, plain.model.layers[1].self_attn.k_proj.weight)
-    assert "newly initialised" in backbone.line() and "unused" in vision.line()
+    assert backbone.copied and not backbone.new
+    assert "copied from the blocks" in backbone.line() and "unused" in vision.line()
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual."])
@@ -230,7 +231,7 @@ def test_replacing_layers_adopt_self_attention(
         for key, value in getattr(source.self_attn, name).state_dict().items():
             assert torch.equal(ours.state_dict()[key], value), (name, key)
     assert torch.equal(fused.fusion.norm.weight, source.input_layernorm.weight)
-    assert backbone.new == ["model.layers.1.fusion.norm.weight"]
+    assert backbone.copied == ["model.layers.1.fusion.norm.weight"] and not backbone.new
     assert not backbone.unused and len(backbone.loaded) == len(list(plain.parameters()))
     # Without a start from self-attention there is no room for it; one lost tensor is still missed.
     _, (backbone, _) = started(configured(data_dir, *overrides, "fusion.init=random"))
@@ -531,7 +532,7 @@ def test_a_later_stage_starts_from_an_export(data_dir: Path, qwen_vl: Path, tmp_
     pretrained += [f"model.vision.pretrained={qwen_vl}"]
     first = [f"run_dir={tmp_path / 'first'}"]
     done = run(train_command([*common(data_dir), "trainer.steps=2", *first, *pretrained]))
-    assert re.search(r"backbone: 29 tensors loaded from .*, \d+ newly initialised", done.stdout)
+    assert re.search(r"backbone: 29 tensors loaded from .*, \d+ copied from", done.stdout)
     assert re.search(r"vision tower: \d+ tensors loaded from .*, \d+ .* unused", done.stdout)
     # A resume takes everything from the checkpoint.
     again = run(train_command([*common(data_dir), "trainer.steps=2", *first, *pretrained]))

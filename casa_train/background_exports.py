@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What makes a process a rank, or a part of this one's torch.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "ROLE_", "DS_")
-THREADS = 4  # the run's ranks and loaders want the others
+THREADS = 4  # at most, where parallel.threads is 0: the run's ranks and loaders want the others
 
 
 class BackgroundExports:
@@ -151,6 +151,7 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(THREADS)}
+    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
     return {**kept, **more}

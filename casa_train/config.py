@@ -284,7 +284,9 @@ class ParallelConfig:
     (fusion included), vision (the trained blocks) or all. Less memory, more work, the same
     numbers."""
     threads: NonNegativeInt = 0
-    """CPU threads of each rank's torch; 0 leaves torch's choice. Results depend on it."""
+    """CPU threads of each rank's torch, also when the run is exported and evaluated; 0 leaves
+    torch's choice: one a core, or OMP_NUM_THREADS, which torchrun sets to 1. Sums round differently
+    with another number. On a CPU small models gain little from a second thread."""
 
 
 @dataclass

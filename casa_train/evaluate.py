@@ -35,6 +35,7 @@ from casa_train.kinds import local_path
 from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE
 from casa_train.sweep import run_directories
+from casa_train.threads import use_threads
 
 OVERRIDES = (
     "evaluation.max_samples",
@@ -79,6 +80,7 @@ def evaluate_run(run: Path, export: Path, overrides: Sequence[str] = ()) -> dict
     :raises UserError: no export, or no validation questions with images.
     """
     config = evaluation_config(run, [override.lstrip("+") for override in overrides])
+    use_threads(config.parallel.threads)
     if not (export / EXPORT_MARKER).is_file():
         raise UserError(
             f"{export} is not an export; name one with --export (a run keeps its own in "

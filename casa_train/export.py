@@ -30,6 +30,7 @@ from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.quiet import quiet_libraries
 from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE
+from casa_train.threads import use_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -44,6 +45,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     """
     check_target(out)
     config = load_run_config(run)
+    use_threads(config.parallel.threads)
     found = find_checkpoint(run, step)
     processor = build_processor(config)
     processor.tokenizer.padding_side = "left"  # what generation from a batch needs

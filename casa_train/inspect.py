@@ -37,6 +37,7 @@ from casa_train.inspection.streams import view_stream
 from casa_train.kinds import local_path
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.run_directory import CONFIG_FILE
+from casa_train.threads import use_threads
 
 PLANNED = 1000  # packs that statistics count at least, in whole blocks
 
@@ -308,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if arguments.seed is not None:
             target.config.seed = arguments.seed
+        use_threads(target.config.parallel.threads)
         if arguments.sample is not None:
             page = inspect_sample(target, arguments.sample)
         else:

@@ -74,6 +74,7 @@ from casa_train.run_directory import (
     request_requeue,
 )
 from casa_train.sizes import work_counter
+from casa_train.threads import use_threads
 from casa_train.trainer import Progress, Trainer
 
 
@@ -86,8 +87,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         started again.
     :raises UserError: on every rank alike, whatever the user can mend.
     """
-    if config.parallel.threads:
-        torch.set_num_threads(config.parallel.threads)
+    use_threads(config.parallel.threads)
     set_determinism(config.trainer.deterministic)
     # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
     # would abort the processes without a word of that.

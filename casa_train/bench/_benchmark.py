@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from casa_train.kinds import local_path
+from casa_train.lines import count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,8 +69,10 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def describe_machine(facts: dict[str, Any]) -> str:
+    threads = facts["threads"]  # a list where they differ between what is compared
+    said = count(threads, "thread") if isinstance(threads, int) else f"threads {threads}"
     return (
-        f"{facts['device']}, {facts['threads']} threads, {facts['dtype']}, "
+        f"{facts['device']}, {said}, {facts['dtype']}, "
         f"torch {facts['torch']}, transformers {facts['transformers']}"
     )
 

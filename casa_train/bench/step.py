@@ -34,6 +34,7 @@ from casa_train.metrics.meter import Meter
 from casa_train.metrics.peak import peak_tflops
 from casa_train.optim import build_groups, build_optimizer, set_rates
 from casa_train.sizes import size_model, work_counter
+from casa_train.threads import use_threads
 from casa_train.trainer import Trainer
 from casa_train.warm_start import Stored
 
@@ -121,7 +122,7 @@ class Arm:
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.records: list[dict[str, Any]] = []
-        self.peak = 0
+        self.peak = self.threads = 0
 
     def measure(
         self, steps: int, warm_up: int, world: int, device: torch.device, seed: int
@@ -130,6 +131,8 @@ class Arm:
 
         :raises UserError: the memory of the device does not hold it.
         """
+        use_threads(self.config.parallel.threads)
+        self.threads = torch.get_num_threads()
         try:
             trainer = self._build(world, device, seed, last=warm_up + steps + 1)
             for step in range(1, warm_up + steps + 1):
@@ -206,6 +209,7 @@ class Arm:
             "experiment": self.name,
             "parameters": self.parameters,
             "micro_steps": self.micro_steps,
+            "threads": self.threads,
             "text_tokens": last["text_tokens"],
             "image_tokens": last["image_tokens"],
             "seconds": statistics.median(seconds),
@@ -251,9 +255,6 @@ def run(arguments: argparse.Namespace) -> Report:
         Arm(name, arguments.set, world, arguments.config_dir)
         for name in arguments.experiments or DEFAULT
     ]
-    threads = arms[0].config.parallel.threads
-    if threads:
-        torch.set_num_threads(threads)
     for _ in range(arguments.rounds):
         for arm in arms:
             arm.measure(arguments.steps, arguments.warm_up, world, device, arguments.seed)
@@ -262,6 +263,8 @@ def run(arguments: argparse.Namespace) -> Report:
                 torch.cuda.empty_cache()
     results = [arm.result() for arm in arms]
     facts = machine(device, DTYPES[arms[0].config.parallel.precision])
+    threads = [result["threads"] for result in results]
+    facts["threads"] = threads[0] if len(set(threads)) == 1 else threads  # one of each
     data = {"machine": facts, "ranks": world, "results": results}
     dist.barrier()
     leave_processes()

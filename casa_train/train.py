@@ -45,6 +45,7 @@ from casa_train.evaluation.questions import Questions
 from casa_train.evaluation.validation import Validator
 from casa_train.evaluation.validation import describe as describe_validation
 from casa_train.feed import list_streams, open_data
+from casa_train.fusion_start import start_warning
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
 from casa_train.lines import count
 from casa_train.metrics.meter import Meter
@@ -341,6 +342,8 @@ def build_engine(
                 "note: model.backbone.trainable is false, so the rows of new tokens stay as they "
                 "start: the model will not learn to tell them apart"
             )
+    if fresh and (warning := start_warning(config, model)) is not None:
+        say(warning)
     # The weights above are the same on every rank; what is drawn from here on may differ.
     seed_all(config.seed + rank)
     groups = build_groups(model.named_parameters(), config.optim.groups)

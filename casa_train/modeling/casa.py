@@ -46,7 +46,9 @@ class Casa(WindowedMechanism):
     - `window_scope` frame: every frame of a video opens a window; all_frames: one window holds all
       frames of a video and the text between them.
     - `init`: from_self_attention copies projections and norm from the block's self-attention;
-      zero_output does too, but with a zero output projection; random keeps the random start.
+      zero_output does too, but with a zero output projection; random keeps the random start. The
+      first suits decoders that know image tokens, or long runs; beside a frozen text-only one the
+      second begins at the loss of the text alone.
     - `image_positions`: RoPE positions of image keys. `frozen`: all at K, the text tokens before
       the image, or (K, K + row, K + column) for multimodal RoPE. `advance`: queries and keys count
       images too, as insertion does. `none`: images are not rotated. The paper says only that images
@@ -86,6 +88,7 @@ class Casa(WindowedMechanism):
         self.history = options["history"] == "all"
         self.all_frames = options["window_scope"] == "all_frames"
         replaces = self.placement == "replace"
+        self.repeats_attention = options["init"] == "from_self_attention" and not replaces
         self.leading_reads = self.history and self.text_in_window and replaces
         self.positions = options.get("image_positions", "frozen")
         self._refuse_contradictions()

@@ -41,6 +41,9 @@ class FusionMechanism:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Whether image tokens enter the decoder's own stream and so its KV cache.
     inserts: ClassVar[bool] = False
+    # Whether new layers begin as the block's self-attention a second time, so that what they read
+    # in images changes the text's stream from the first step.
+    repeats_attention: bool = False
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         unknown = sorted(set(fusion) - {"mechanism"} - set(self.options))

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from casa_train.checkpoint.frozen import FrozenFile, write_frozen
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.errors import UserError
 from casa_train.metrics.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.quiet import quiet_deepspeed
+from casa_train.ranks import gather
 from casa_train.zero_state import ZeroState
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
@@ -164,6 +166,7 @@ class Engine:
         clip: float,
     ) -> None:
         self.zero_stage = zero_stage
+        self._frozen: FrozenFile | None = None  # what rank 0 wrote or loaded
         settings = _settings(zero_stage, precision)
         # Allocated whole on every rank, whatever the size of the model.
         settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(
@@ -254,13 +257,38 @@ class Engine:
         value: Tensor = full
         return value
 
-    def save(self, directory: Path) -> None:
-        """Writes this rank's part of weights and optimiser state into `directory`.
+    def save(self, directory: Path) -> FrozenFile | None:
+        """Writes this rank's part of trained weights and optimiser state into `directory`.
 
+        Frozen weights go beside it, the first time that a checkpoint is written there: they cannot
+        change (the audit looks whether they did), so later ones name the same file. Collective.
+
+        :param directory: lies where the run's checkpoints do.
+        :return: on rank 0 the file of the frozen weights, if any are frozen; None on others.
         :raises OSError: this rank's part could not be written.
         """
-        state = self._state()
-        write_slices(directory / STATE_DIRECTORY, dist.get_rank(), state.to_save(), state.updates())
+        state, rank = self._state(), dist.get_rank()
+        self._save_frozen(state, directory.parent)
+        slices = state.trained()
+        write_slices(directory / STATE_DIRECTORY, rank, slices, state.updates(), self._frozen)
+        return self._frozen
+
+    def _save_frozen(self, state: ZeroState, checkpoints: Path) -> None:
+        """Rank 0 writes the whole frozen weights; under ZeRO-3 all ranks give their parts."""
+        first = dist.get_rank() == 0
+        written = self._frozen is not None and self._frozen.there(checkpoints)
+        if self.zero_stage == 3:
+            written = gather(written)[0]
+        parameters = state.frozen_parameters()
+        if written or not parameters or not (first or self.zero_stage == 3):
+            return
+        whole = (self.full_parameter(parameter) for parameter in parameters.values())
+        try:
+            if first:
+                self._frozen = write_frozen(checkpoints, state.frozen_kinds(), whole)
+        finally:
+            for _ in whole:  # others wait for this rank in each, whatever its disk says
+                pass
 
     def load(self, directory: Path) -> None:
         """Loads what any number of ranks saved under any ZeRO stage; on a fresh engine, collective.
@@ -269,7 +297,11 @@ class Engine:
 
         :raises UserError: it is the state of another model, or incomplete.
         """
-        self._state().load(SavedSlices(directory / STATE_DIRECTORY))
+        state, saved = self._state(), SavedSlices(directory / STATE_DIRECTORY)
+        state.load(saved)
+        # In another precision they were rounded: the next checkpoint needs a file of its own.
+        if dist.get_rank() == 0 and saved.frozen_kinds() == state.frozen_kinds():
+            self._frozen = saved.frozen
 
     def _state(self) -> ZeroState:
         return ZeroState(self._engine.optimizer, self.module, self.zero_stage)

@@ -30,7 +30,8 @@ from casa_train.assemble import (
 )
 from casa_train.audit import Audit
 from casa_train.background_exports import BackgroundExports
-from casa_train.checkpoint.manager import CheckpointManager, Found, derive_seed, seed_all
+from casa_train.checkpoint.manager import CheckpointManager, Found, Write
+from casa_train.checkpoint.random_state import derive_seed, seed_all
 from casa_train.collection import ScheduledCollection
 from casa_train.config import Config, fingerprint
 from casa_train.data.loader import PackLoader, dead_workers_named
@@ -130,7 +131,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     agree(lambda: record_run(run_dir, config, described) if rank == 0 else None)
     agree(lambda: check_writable(run_dir, rank))
     step = found.step if found is not None else 0
-    agree(lambda: check_room(config, model.parameters(), step, len(checkpoints.steps())))
+    held, shared = len(checkpoints.steps()), found is not None and found.frozen is not None
+    agree(lambda: check_room(config, model.parameters(), step, held, shared))
 
     for line in banner(config, model, [checked.template, *data.notes], world, device):
         say(line)
@@ -167,7 +169,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     def validate(step: int) -> bool:
         return validator is not None and validator(step) and config.export.best
 
-    def save(step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+    def save(step: int, write: Write, state: dict[str, Any]) -> None:
         best = validator is not None and validator.best.step == step
         try:
             checkpoints.save(step, write, state)

@@ -45,7 +45,7 @@ class TrainingEngine(Protocol):
 
     def gradient_norm(self) -> float: ...
 
-    def save(self, directory: Path) -> None: ...
+    def save(self, directory: Path) -> Any: ...
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Trainer:
     save_every: int
     max_bad_share: float
     set_rates: Callable[[int], dict[str, float]]
-    save: Callable[[int, Callable[[Path], None], dict[str, Any]], Any]
+    save: Callable[[int, Callable[[Path], Any], dict[str, Any]], Any]
     quarantine: Callable[[Sequence[Any]], None]
     gather: Callable[[Any], Sequence[Any]]
     sinks: Sequence[Sink]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from casa_train.checkpoint.frozen import Kinds
 from casa_train.checkpoint.slices import FROZEN, MASTER, MOMENTS, SavedSlices, Slice
 
 
@@ -61,9 +62,7 @@ class ZeroState:
     def frozen(self) -> list[Slice]:
         """What this rank holds of frozen weights, all of it below stage 3; can be written."""
         slices = []
-        for parameter in self._parameters.values():
-            if parameter.requires_grad:
-                continue
+        for parameter in self.frozen_parameters().values():
             if self.stage == 3:
                 start, count = self._own_range(parameter)
                 if count:
@@ -73,10 +72,13 @@ class ZeroState:
                 slices.append(self._slice(parameter, 0, {FROZEN: parameter.data.view(-1)}))
         return slices
 
-    def to_save(self) -> list[Slice]:
-        """This rank's share: over all ranks every element once."""
-        frozen = self.frozen()
-        return self.trained() + (frozen if self.stage == 3 else frozen[self.rank :: self.world])
+    def frozen_parameters(self) -> dict[str, Any]:
+        """By name, in the order of the module: the same on every rank."""
+        return {name: p for name, p in self._parameters.items() if not p.requires_grad}
+
+    def frozen_kinds(self) -> Kinds:
+        """Type and shape of the frozen weights, whole."""
+        return {name: (p.dtype, _shape(p)) for name, p in self.frozen_parameters().items()}
 
     def updates(self) -> int:
         """How many updates Adam has made."""
@@ -91,8 +93,7 @@ class ZeroState:
         :raises UserError: on every rank, it is not the state of this model.
         """
         shapes = {name: _shape(parameter) for name, parameter in self._parameters.items()}
-        frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
-        saved.check(shapes, frozen)
+        saved.check(shapes, self.frozen_parameters())
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # gives up whole parameters, soon outdated
         if saved.updates:

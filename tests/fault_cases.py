@@ -3,7 +3,7 @@
 `python -m tests.fault_cases KINDS DIR [DISK]` prints one JSON line a case of these kinds
 (kill,damage,...); DISK is a small file system of its own. Every life of a run is a pair of
 processes forked from here, since loading the libraries takes longer than any case. They train a
-tiny model with the real trainer, engine and checkpoints.
+tiny model, whose backbone is frozen, with the real trainer, engine and checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 
-from casa_train.checkpoint.manager import CheckpointManager, seed_all
+from casa_train.checkpoint.frozen import FROZEN_DIRECTORY
+from casa_train.checkpoint.manager import CheckpointManager
+from casa_train.checkpoint.random_state import seed_all
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.disk_room import checkpoint_bytes
 from casa_train.engine import Engine, init_processes, leave_processes
@@ -100,6 +102,9 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     checkpoints = CheckpointManager(run / "checkpoints", 2, 0, {}, said.append, phase=life.phase)
     result: dict[str, Any] = {"rank": rank, "said": said, "error": None, "resumed": 0}
     model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".fusion." in name)
+    model.visual.set_trainable(1)
     groups = build_groups(model.named_parameters(), OPTIM.groups)
     engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", 1, 1.0)
     seed_all(rank)
@@ -220,7 +225,12 @@ def exact(run: Path) -> list[Any]:
 
 
 def held(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    return sorted(p.name for p in (run / "checkpoints").iterdir() if p.name != FROZEN_DIRECTORY)
+
+
+def frozen(run: Path) -> list[str]:
+    """Files of frozen weights."""
+    return sorted(path.name for path in (run / "checkpoints" / FROZEN_DIRECTORY).glob("*"))
 
 
 def die(*_: object) -> None:
@@ -242,6 +252,24 @@ def half_a_file(engine: Engine, path: Path) -> None:
         die()
 
 
+def half_the_frozen(engine: Engine, path: Path) -> None:
+    """Killed with the frozen weights written in part."""
+    whole, left = engine.full_parameter, iter(range(5))
+
+    def read(parameter: Any) -> Any:
+        if next(left, None) is None:
+            die()
+        return whole(parameter)
+
+    engine.full_parameter = read  # type: ignore[method-assign]
+    engine.save(path)
+
+
+def at_first(name: str) -> Life:
+    """Killed when the first save, of step 2, is about to do this."""
+    return Life(phase=lambda phase: die() if phase.startswith(f"saving step 2: {name}") else None)
+
+
 # By name: who is killed where, and the step that the next start must find.
 KILLS: dict[str, tuple[int, Life, tuple[int, ...]]] = {
     "writing": (0, at("writing"), (4,)),
@@ -256,6 +284,8 @@ KILLS: dict[str, tuple[int, Life, tuple[int, ...]]] = {
     "after the rename": (0, at("pruning"), (6,)),
     "after the rename, rank 1": (1, at("pruning"), (6,)),
     "between deletions": (0, at("deleting"), (6,)),
+    "half the frozen weights": (0, Life(write=half_the_frozen), (0,)),
+    "frozen weights without a checkpoint": (0, at_first("hashing"), (0,)),
 }
 
 
@@ -264,12 +294,13 @@ def kill_case(name: str, run: Path, whole: dict[str, Any]) -> dict[str, Any]:
     lives = [Life(), Life()]
     lives[rank] = life
     ends = pair(run, lives)
-    left = held(run)
+    left, frozen_left = held(run), frozen(run)
     again = pair(run, [Life(), Life()])
     return {
         "killed": ends[rank] == -signal.SIGKILL,
         "other_left": ends[1 - rank],
         "left": left,
+        "frozen_left": frozen_left,
         "resumed": again[0]["resumed"],
         "resumed_well": again[0]["resumed"] in expected,
         **compare(run, again, whole),
@@ -282,6 +313,7 @@ def compare(run: Path, results: Sequence[Any], whole: dict[str, Any]) -> dict[st
         "weights": all(result["weights"] == whole["weights"] for result in results),
         "metrics": exact(run) == whole["metrics"],
         "held": held(run),
+        "frozen": frozen(run) == whole["frozen"],
         "said": results[0]["said"],
         "errors": [result["error"] for result in results],
     }
@@ -312,6 +344,19 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def lost_frozen(damage: Callable[[Path], None], run: Path, whole: dict[str, Any]) -> dict[str, Any]:
+    """A start with the frozen weights damaged, and one with the file back."""
+    (file,) = (run / "checkpoints" / FROZEN_DIRECTORY).iterdir()
+    content = file.read_bytes()
+    damage(file)
+    refused = [result["error"] for result in pair(run, [Life(), Life()])]
+    left = held(run)
+    file.write_bytes(content)
+    results = pair(run, [Life(), Life()])
+    more = {"file": str(file), "refused": refused, "left": left, "resumed": results[0]["resumed"]}
+    return {**more, **compare(run, results, whole)}
+
+
 def rank_1_shard(checkpoint: Path) -> Path:
     return checkpoint / "engine" / "rank_00001.pt"
 
@@ -331,12 +376,12 @@ def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
     return {"early": json.loads((run / "early").read_text()), **compare(run, results, whole)}
 
 
-def full(disk: Path) -> list[Life]:
-    """The disk is full when step 4 is saved, and has room again after that."""
+def full(disk: Path, step: int = 4) -> list[Life]:
+    """The disk is full when a step is saved, and has room again after that."""
     filler = Filler(disk)
 
     def phase(name: str) -> None:
-        if name == "saving step 4: writing":
+        if name == f"saving step {step}: writing":
             filler.fill()
 
     return [Life(phase=phase, after_save=lambda step: filler.empty()), Life(phase=phase)]
@@ -374,6 +419,8 @@ def remounts(disk: Path) -> Life:
 
 DISKS: dict[str, Callable[[Path], list[Life]]] = {
     "full during a save": full,
+    "full during the first save": lambda disk: full(disk, step=2),
+    "full during the first save, ZeRO-3": lambda disk: full(disk, step=2),
     "full for rank 1 alone": lambda disk: full_for_one(disk, [2, 4]),
     "full at the last step": lambda disk: full_for_one(disk, [STEPS]),
     "full when leaving": lambda disk: [Life(stop=7), full_for_one(disk, [7])[1]],
@@ -387,7 +434,7 @@ def disk_case(name: str, run: Path, disk: Path, whole: dict[str, Any]) -> dict[s
     (disk / "checkpoints").mkdir()
     run.mkdir()
     (run / "checkpoints").symlink_to(disk / "checkpoints")
-    results = pair(run, DISKS[name](disk))
+    results = pair(run, DISKS[name](disk), stage=3 if "ZeRO-3" in name else 2)
     return {**compare(run, results, whole), "left": results[0].get("left")}
 
 
@@ -416,11 +463,18 @@ def main() -> None:
     disk = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     undisturbed = base / "undisturbed"
     first = pair(undisturbed, [Life(), Life()])
-    whole = {"weights": first[0]["weights"], "metrics": exact(undisturbed)}
-    files = [p for p in (undisturbed / "checkpoints" / "step_8").rglob("*") if p.is_file()]
+    whole = {
+        "weights": first[0]["weights"],
+        "metrics": exact(undisturbed),
+        "frozen": frozen(undisturbed),
+    }
+    sizes = {
+        name: sum(p.stat().st_size for p in (undisturbed / "checkpoints" / name).rglob("*.*"))
+        for name in ("step_8", FROZEN_DIRECTORY)
+    }
     facts = {
         "held": held(undisturbed),
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": list(sizes.values()),
         "expected_bytes": first[0]["checkpoint_bytes"],
     }
     report("undisturbed", "", facts)
@@ -432,6 +486,10 @@ def main() -> None:
         results = pair(run, [Life(), Life()])
         return {"resumed": results[0]["resumed"], **compare(run, results, whole)}
 
+    def without_frozen(damage: Callable[[Path], None], run: Path) -> dict[str, Any]:
+        shutil.copytree(undisturbed, run)
+        return lost_frozen(damage, run, whole)
+
     cases: list[tuple[str, str, Callable[[Path], dict[str, Any]]]] = [
         *(("kill", name, functools.partial(kill_case, name, whole=whole)) for name in KILLS),
         ("slow", "writer", functools.partial(slow_writer, whole=whole)),
@@ -440,6 +498,10 @@ def main() -> None:
             for name, damage in DAMAGES.items()
         ),
         ("damage", "all", functools.partial(damaged, names=held(undisturbed), damage=flip)),
+        *(
+            ("damage", f"frozen weights, {name}", functools.partial(without_frozen, damage))
+            for name, damage in (("bit flip", flip), ("missing", Path.unlink))
+        ),
         *(("answers", f"ZeRO-{s}", functools.partial(no_answers, stage=s)) for s in (1, 2, 3)),
     ]
     if disk is not None:

@@ -2,8 +2,9 @@
 
 `python -m tests.resume_steps OUT`, started by test_resume_steps.py. Two ranks train N steps, save,
 and train N more; one rank loads what they saved and saves it again; four ranks the same; and two
-load that, train the last N steps, and load under one stage what another saved. Each writes what the
-parameters and Adam's moments are, by name, as DeepSpeed itself reads them.
+load that, train the last N steps, and load under one stage what another saved, also in the layout
+of older checkpoints. Each writes what the parameters and Adam's moments are, by name, as DeepSpeed
+itself reads them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
+from casa_train.checkpoint.slices import STATE_DIRECTORY
 from casa_train.config import GroupConfig, OptimConfig
 from casa_train.engine import Engine
 from casa_train.errors import UserError
 from casa_train.optim import build_groups, build_optimizer, set_rates
+from casa_train.tensor_file import save_tensors
 from tests.distributed import run_ranks
 from tests.tiny import HARD_PACK, Sample, fill, tiny_model
 from tests.zero_steps import pack_loss
@@ -33,6 +36,7 @@ CASES = {
     for stage, precision, frozen in itertools.product((1, 2, 3), ("fp32", "bf16"), (False, True))
 }
 CROSSINGS = [(1, 3), (3, 2), (2, 1)]  # ZeRO stages: saved, loaded
+MOSTLY_FROZEN = [case for case in CASES if case.endswith("bf16, frozen")]
 N = 2
 PACKS = 4  # in a step, over all ranks
 # Rates, decays and sizes differ, so that a mix-up of groups shows.
@@ -115,6 +119,39 @@ def settings(engine: Engine) -> list[dict[str, Any]]:
     return [{key: group[key] for key in kept} for group in engine.param_groups]
 
 
+def save_as_before(engine: Engine, directory: Path) -> None:
+    """A checkpoint as it was before frozen weights had a file of their own: every rank has a share
+    of them among its slices.
+    """
+    inner = engine._state()
+    frozen = inner.frozen()
+    if engine.zero_stage != 3:
+        frozen = frozen[dist.get_rank() :: dist.get_world_size()]
+    slices = [vars(piece) for piece in (*inner.trained(), *frozen)]
+    file = directory / STATE_DIRECTORY / f"rank_{dist.get_rank():05d}.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors({"updates": inner.updates(), "slices": slices}, file)
+
+
+def frozen_files(checkpoints: Path) -> dict[str, int]:
+    """Name and inode of every file of frozen weights."""
+    return {path.name: path.stat().st_ino for path in (checkpoints / "frozen").iterdir()}
+
+
+def saves_again(engine: Engine, directory: Path) -> list[Any]:
+    """Frozen weights after one save, another one, and one that finds the file lost."""
+    found = []
+    for number in range(3):
+        if number == 2 and dist.get_rank() == 0:
+            for path in (directory / "frozen").iterdir():
+                path.unlink()
+        dist.barrier()
+        engine.save(directory / f"step_{number}")
+        dist.barrier()
+        found.append(frozen_files(directory))
+    return found
+
+
 def refusals(saved: Path) -> list[str]:
     """What is said of a state that belongs to another model."""
     said = []
@@ -145,6 +182,9 @@ def work(action: str, before: Path, out: Path) -> None:
         found: dict[str, Any] = {"now": state(engine), "settings": settings(engine)}
         if action != "finish":
             engine.save(out / case)
+        if action == "straight" and case in MOSTLY_FROZEN:
+            found["saves again"] = saves_again(engine, out / "again" / case)
+            save_as_before(engine, out / "before" / case)
         if action != "carry":
             train(engine, N + 1, 2 * N)
             found["end"] = state(engine)
@@ -160,13 +200,22 @@ def work(action: str, before: Path, out: Path) -> None:
         said = refusals(before / "stage 2, fp32, trained")
         if rank == 0:
             (out / "refusals.json").write_text(json.dumps(said))
-        for there, here in CROSSINGS:
+        for (there, here), older in itertools.product(CROSSINGS, (False, True)):
             engine = make_engine(here, "bf16", True, seed=1)
-            engine.load(before / f"stage {there}, bf16, frozen")
+            saved = before.parent / "2" / "before" if older else before
+            engine.load(saved / f"stage {there}, bf16, frozen")
             loaded = state(engine)
+            name = f"{there} to {here}{', as before' if older else ''}"
+            engine.save(out / name / "step_1")
+            dist.barrier()
             if rank == 0:
-                torch.save(loaded, out / f"{there} to {here}.pt")
+                torch.save(loaded, out / f"{name}.pt")
             engine.close()
+        # Other precisions round frozen weights, so their file is another one.
+        engine = make_engine(2, "fp32", True, seed=1)
+        engine.load(before / "stage 2, bf16, frozen")
+        engine.save(out / "bf16 to fp32" / "step_1")
+        engine.close()
         dist.barrier()
 
 

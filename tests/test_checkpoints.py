@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from casa_train.checkpoint.manager import CheckpointManager, rng_state, set_rng_state
+from casa_train.checkpoint.manager import CheckpointManager
+from casa_train.checkpoint.random_state import rng_state, set_rng_state
 from casa_train.errors import SaveError, UserError
 
 

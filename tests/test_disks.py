@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,8 +132,8 @@ def test_a_requeue_that_cannot_be_asked_for_is_no_success(disk: Path) -> None:
 def test_room_for_the_checkpoints_held_at_once(disk: Path) -> None:
     model = nn.Linear(999, 100, device="meta")  # 99,900 weights and 100 biases
     model.bias.requires_grad_(False)
-    assert checkpoint_bytes(model.parameters(), "bf16") == 12 * 99_900 + 2 * 100
-    assert checkpoint_bytes(model.parameters(), "fp32") == 12 * 99_900 + 4 * 100
+    assert checkpoint_bytes(model.parameters(), "bf16") == (12 * 99_900, 2 * 100)
+    assert checkpoint_bytes(model.parameters(), "fp32") == (12 * 99_900, 4 * 100)
     (disk / "checkpoints").mkdir()
     config = Config(run_dir=str(disk))
     config.trainer, config.checkpoint = TrainerConfig(steps=50), CheckpointConfig(every=10)
@@ -140,12 +141,14 @@ def test_room_for_the_checkpoints_held_at_once(disk: Path) -> None:
         file.truncate(1 << 20)
         file.write(bytes(5_000_000))
 
-    def check(step: int, held: int) -> None:
-        check_room(config, model.parameters(), step, held)
+    def check(step: int, held: int, frozen_there: bool = False) -> None:
+        check_room(config, model.parameters(), step, held, frozen_there)
 
     # 3.3 MB are free, a checkpoint has 1.2 MB.
     with pytest.raises(
-        UserError, match=r"3 of 1,199,000 bytes each, since checkpoint.keep_last is 2"
+        UserError,
+        match=r"once need 3,596,600 more: 3 of 1,198,800 bytes each, since checkpoint.keep_last is "
+        "2 and .* goes, and once 200 bytes of frozen weights. Make",
     ):
         check(0, 0)
     check(20, 1)
@@ -153,6 +156,18 @@ def test_room_for_the_checkpoints_held_at_once(disk: Path) -> None:
     check(50, 0)
     config.checkpoint.keep_last = 1
     check(0, 0)
+
+    # Most of a model is frozen: its weights are written once, and not again where they are.
+    model.requires_grad_(False)
+    model.bias.requires_grad_(True)
+    with (disk / "more").open("wb") as file:
+        file.write(bytes(3_200_000))
+    free = shutil.disk_usage(disk).free
+    assert 2 * 1_200 < free < 199_800
+    with pytest.raises(UserError, match="2 of 1,200 bytes each.* and once 199,800 bytes of frozen"):
+        check(0, 0)
+    check(20, 1, frozen_there=True)
+    check(50, 1)  # nothing more to write
 
 
 def test_saves_that_are_left() -> None:

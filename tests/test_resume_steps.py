@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from casa_train.checkpoint.slices import read_weights
+from casa_train.files import sha256
 from tests.commands import run
-from tests.resume_steps import CASES, CROSSINGS, OPTIM
+from tests.resume_steps import CASES, CROSSINGS, MOSTLY_FROZEN, OPTIM, frozen_files
 
 pytestmark = pytest.mark.slow
 
@@ -93,11 +95,51 @@ def test_stages_train_alike(chain: Path, precision: str) -> None:
         assert apart < {"fp32": 1e-4, "bf16": 0.2}[precision]
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["", "as before"])
 @pytest.mark.parametrize(("there", "here"), CROSSINGS)
-def test_every_stage_loads_what_another_saved(chain: Path, there: int, here: int) -> None:
+def test_every_stage_loads_what_another_saved(
+    chain: Path, there: int, here: int, older: bool
+) -> None:
+    """Also from a checkpoint whose ranks hold shares of the frozen weights."""
     saved = found(chain / "2", f"stage {there}, bf16, frozen")["now"]
-    loaded = torch.load(chain / "finish" / f"{there} to {here}.pt", weights_only=False)
+    name = f"{there} to {here}{', as before' if older else ''}"
+    loaded = torch.load(chain / "finish" / f"{name}.pt", weights_only=False)
     assert differences(saved, loaded) == []
+    # Its next checkpoint has them in a file: the same one that others have.
+    files = frozen_files(chain / "finish" / name)
+    assert len(files) == 1 and files.keys() < frozen_files(chain / "2").keys()
+    weights = read_weights(chain / "finish" / name / "step_1")
+    for key, weight in weights.items():
+        assert torch.equal(weight, saved[key].get("master", saved[key]["weight"]))
+
+
+def test_equal_frozen_weights_have_one_file_whoever_writes_it(chain: Path) -> None:
+    """Two precisions, backbone frozen and trained: every stage and number of ranks writes these."""
+    names = frozen_files(chain / "2").keys()
+    assert len(names) == 4
+    for ranks in ("1", "4"):
+        assert frozen_files(chain / ranks).keys() == names
+    rounded = chain / "finish" / "bf16 to fp32"
+    assert not frozen_files(rounded).keys() & names
+    for directory in (chain / "2", rounded):
+        for path in (directory / "frozen").iterdir():
+            assert sha256(path) == path.stem
+
+
+@pytest.mark.parametrize("case", MOSTLY_FROZEN)
+def test_frozen_weights_are_written_once(chain: Path, case: str) -> None:
+    """By the first of two checkpoints; and again by one that does not find them."""
+    first, second, third = found(chain / "2", case)["saves again"]
+    assert len(first) == 1 and second == first and third.keys() == first.keys()
+    (name,) = first
+    weights = load_file(chain / "2" / "again" / case / "frozen" / name)
+    now = found(chain / "2", case)["now"]
+    assert weights.keys() == {n for n, kinds in now.items() if kinds.keys() == {"weight"}}
+    for name, weight in weights.items():
+        assert torch.equal(weight, now[name]["weight"])
+    assert any(name.startswith("visual.") for name in weights)  # a part of the tower
+    assert any(name.startswith("model.") for name in weights)
+    assert not any("visual.blocks.1." in name or ".fusion." in name for name in weights)
 
 
 def test_settings_differ_between_groups(chain: Path) -> None:

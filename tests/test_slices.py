@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casa_train.checkpoint.manager import derive_seed
+from casa_train.checkpoint.random_state import derive_seed
 from casa_train.checkpoint.slices import (
     FROZEN,
     MASTER,

@@ -18,7 +18,7 @@ import torch
 
 import casa_train.engine
 from casa_train.assemble import find_weights, open_sources, start_weights
-from casa_train.checkpoint.manager import rng_state, seed_all
+from casa_train.checkpoint.random_state import rng_state, seed_all
 from casa_train.compose import compose_config
 from casa_train.config import Config
 from casa_train.engine import Engine, init_processes, leave_processes

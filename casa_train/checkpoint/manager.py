@@ -2,28 +2,27 @@
 
 Every rank writes into `step_N.tmp/`, the files are hashed into a manifest, everything is flushed to
 disk, and one rename makes the checkpoint exist. At start the newest checkpoint whose every byte
-matches its manifest is taken; broken ones are renamed to `step_N.broken` and named.
+matches its manifest is taken; broken ones are renamed to `step_N.broken` and named. Frozen weights
+have one file for all checkpoints (`frozen.py`), which stays as long as a manifest refers to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
+from casa_train.checkpoint.frozen import FROZEN_DIRECTORY, UNFINISHED, FrozenFile, lost
+from casa_train.checkpoint.random_state import load_rng_state, rng_state, set_rng_state
 from casa_train.errors import SaveError, UserError
 from casa_train.files import sha256, sync_directory, write_atomic
 from casa_train.ranks import gather
@@ -33,6 +32,11 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_NAME = re.compile(r"step_(\d+)$")
 DELETED = ".deleted"
+LEFT_OVER = (f"step_*{DELETED}", f"step_*{UNFINISHED}", f"{FROZEN_DIRECTORY}/*{UNFINISHED}")
+# What reading a damaged manifest may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+Write = Callable[[Path], FrozenFile | None]
 
 T = TypeVar("T")
 
@@ -43,12 +47,17 @@ class _DiskError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A valid checkpoint: its directory and what was saved beside the engine's state."""
+    """A valid checkpoint: its directory and what was saved beside the engine's state.
+
+    :param frozen: the file of its frozen weights; None where nothing is frozen, and in older ones,
+        which hold theirs themselves.
+    """
 
     step: int
     path: Path
     state: dict[str, Any]
     manifest: dict[str, Any]
+    frozen: FrozenFile | None
 
 
 class CheckpointManager:
@@ -79,15 +88,16 @@ class CheckpointManager:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+    def save(self, step: int, write: Write, state: dict[str, Any]) -> Path:
         """Commits one checkpoint; collective.
 
         :param write: writes this rank's engine state into the given directory and flushes it to
             the disk, as `save_tensors` does; if it is collective, an OSError of one rank must come
-            after the others have what they need of it.
+            after the others have what they need of it. On rank 0 it returns the file of frozen
+            weights that the state needs, if it does, which is on the disk by then.
         :param state: JSON-able state that is the same on every rank.
-        :raises SaveError: on every rank alike, if a disk failed any of them; nothing is left of it
-            and older checkpoints stay as they are.
+        :raises SaveError: on every rank alike, if a disk failed any of them; older checkpoints stay
+            as they are, and nothing is left of it but whole frozen weights, for the next one.
         :raises UserError: the step was saved already, which only another job on it can have done.
         """
         temporary = self.directory / f"step_{step}.tmp"
@@ -100,14 +110,16 @@ class CheckpointManager:
         try:
             self._together(lambda: self._make_anew(temporary))
             self.phase(f"saving step {step}: writing")
-            self._together(lambda: self._write(temporary, write, {"step": step, **state}))
+            frozen, *_ = self._together(
+                lambda: self._write(temporary, write, {"step": step, **state})
+            )
             self.phase(f"saving step {step}: hashing")
             # A file system of many hosts may show each of them another listing.
             seen = self._together(lambda: _files(temporary))
             names = sorted({name for listing in seen for name in listing})
             shares = self._together(lambda: self._hash_share(temporary, names))
             self.phase(f"saving step {step}: committing")
-            self._together(lambda: self._commit(temporary, final, shares))
+            self._together(lambda: self._commit(temporary, final, shares, frozen))
         except _DiskError as error:
             message = self._failed(step, error)
             if self.rank == 0:
@@ -126,15 +138,19 @@ class CheckpointManager:
     def latest(self) -> Found | None:
         """The newest valid checkpoint, None where none was ever saved; collective.
 
-        :raises UserError: checkpoints exist, but none is valid; or the directory takes no changes.
+        :raises UserError: checkpoints exist, but none is valid; the file of the newest one's frozen
+            weights is not whole; or the directory takes no changes.
         """
         try:
             self._together(self._clear)
             broken: list[str] = []
             for step in reversed(gather(self.steps())[0]):  # others may see an older listing
                 path = self.directory / f"step_{step}"
-                problems = [p for share in gather(self._problems(path)) for p in share]
+                shares = gather(self._problems(path))
+                problems = [problem for own, _ in shares for problem in own]
                 if not problems:
+                    # Nothing is put aside: with its file back, the checkpoint is as good as before.
+                    _refuse([frozen for _, frozen in shares if frozen is not None])
                     return _found(step, path)
                 broken.append(f"{path.name}: {problems[0]}")
                 if self.rank == 0:
@@ -158,16 +174,19 @@ class CheckpointManager:
 
     def load_rng(self, found: Found) -> None:
         """Restores this rank's random number generators; saved by as many ranks as there are."""
-        path = found.path / f"rng_{self.rank}.pt"
-        set_rng_state(torch.load(path, weights_only=False))
+        set_rng_state(load_rng_state(found.path / f"rng_{self.rank}.pt"))
 
     def read(self, step: int) -> Found | None:
-        """The checkpoint of one step, None if it is not valid; changes nothing, not collective."""
+        """The checkpoint of one step, None if it is not valid; changes nothing, not collective.
+
+        :raises UserError: the file of its frozen weights is not whole.
+        """
         path = self.directory / f"step_{step}"
-        problems = self._problems(path)
+        problems, frozen = self._problems(path)
         if problems:
             self.say(f"checkpoint {path.name} is broken ({problems[0]})")
             return None
+        _refuse([frozen] if frozen is not None else [])
         return _found(step, path)
 
     def steps(self) -> list[int]:
@@ -182,13 +201,13 @@ class CheckpointManager:
             for name in names[self.rank :: self.world]
         }
 
-    def _problems(self, path: Path) -> list[str]:
-        """What is wrong with this rank's share of a checkpoint."""
+    def _problems(self, path: Path) -> tuple[list[str], str | None]:
+        """What is wrong with this rank's share of a checkpoint, and with its frozen weights."""
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            files = sorted(manifest["files"].items())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return [f"{MANIFEST} is missing or unreadable ({type(error).__name__})"]
+            files, frozen = sorted(manifest["files"].items()), _frozen(manifest)
+        except UNREADABLE as error:
+            return [f"{MANIFEST} is missing or unreadable ({type(error).__name__})"], None
         problems = []
         if path.name != f"step_{manifest.get('step')}" or STATE not in manifest["files"]:
             problems.append(f"{MANIFEST} is that of step {manifest.get('step')}, or lacks {STATE}")
@@ -203,7 +222,9 @@ class CheckpointManager:
                     problems.append(f"{name} does not match its sha256")
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error})")
-        return problems
+        if frozen is None or self.rank != len(files) % self.world:  # the next one in turn
+            return problems, None
+        return problems, frozen.problem(self.directory)
 
     def _make_anew(self, directory: Path) -> None:
         """An empty directory, whatever was there."""
@@ -218,14 +239,19 @@ class CheckpointManager:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(path, target)
 
-    def _write(self, temporary: Path, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        write(temporary)
+    def _write(self, temporary: Path, write: Write, state: dict[str, Any]) -> FrozenFile | None:
+        frozen = write(temporary)
         save_tensors(rng_state(), temporary / f"rng_{self.rank}.pt")
         if self.rank == 0:
             write_atomic(temporary / STATE, json.dumps(state))
+        return frozen
 
     def _commit(
-        self, temporary: Path, final: Path, shares: Sequence[dict[str, dict[str, Any]]]
+        self,
+        temporary: Path,
+        final: Path,
+        shares: Sequence[dict[str, dict[str, Any]]],
+        frozen: FrozenFile | None,
     ) -> None:
         """Manifest and rename, by rank 0."""
         if self.rank != 0:
@@ -236,6 +262,7 @@ class CheckpointManager:
             "world_size": self.world,
             "fingerprints": self.fingerprints,
             "files": dict(sorted(pair for share in shares for pair in share.items())),
+            "frozen": asdict(frozen) if frozen is not None else None,
         }
         for directory in {path.parent for path in temporary.rglob("*")}:
             sync_directory(directory)
@@ -261,15 +288,41 @@ class CheckpointManager:
             if len(steps) >= self.keep_last and match and int(match[1]) < steps[-self.keep_last]:
                 os.rename(path, path.with_name(path.name + DELETED))
         self._empty()
+        for path in self._unneeded() if steps else []:
+            self.phase(f"saving step {steps[-1]}: deleting {path.name}")
+            self._delete(path)
+
+    def _unneeded(self) -> list[Path]:
+        """Files of frozen weights that no checkpoint refers to, broken ones included."""
+        needed = set()
+        for path in self.directory.glob("step_*"):
+            if path.name.endswith((DELETED, UNFINISHED)):
+                continue
+            try:
+                frozen = _frozen(json.loads((path / MANIFEST).read_text()))
+            except UNREADABLE:
+                if STEP_NAME.match(path.name):
+                    return []  # nobody knows what it needs
+                continue
+            if frozen is not None:
+                needed.add(frozen.name)
+        files = self.directory.glob(f"{FROZEN_DIRECTORY}/*.safetensors")
+        return sorted(path for path in files if path.name not in needed)
 
     def _empty(self) -> None:
         """Deletes what has lost its name, and what a read-only disk kept of a failed save."""
-        for ending in (DELETED, ".tmp"):
-            for path in self.directory.glob(f"step_*{ending}"):
-                try:
-                    shutil.rmtree(path)
-                except OSError as error:  # a file in use on NFS; the next commit tries again
-                    self.say(f"{path} could not be deleted: {error}")
+        for pattern in LEFT_OVER:
+            for path in self.directory.glob(pattern):
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:  # a file in use on NFS; the next commit tries again
+            self.say(f"{path} could not be deleted: {error}")
 
     def _clear(self) -> None:
         """Removes what a kill left of a save or of a deletion."""
@@ -313,38 +366,19 @@ def _files(directory: Path) -> list[str]:
     return [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
 
 
+def _frozen(manifest: dict[str, Any]) -> FrozenFile | None:
+    """The file of frozen weights that a checkpoint refers to; older ones hold theirs themselves."""
+    entry = manifest.get("frozen")
+    return FrozenFile(**entry) if entry is not None else None
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    """:raises UserError: frozen weights that are not whole; at most one rank looked."""
+    if problems:
+        raise UserError(lost(problems[0]))
+
+
 def _found(step: int, path: Path) -> Found:
     manifest = json.loads((path / MANIFEST).read_text())
-    return Found(step, path, json.loads((path / STATE).read_text()), manifest)
-
-
-def rng_state() -> dict[str, Any]:
-    """States of python's, numpy's and torch's generators, CUDA's included."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def seed_all(seed: int) -> None:
-    """Seeds the generators that `rng_state` saves."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # CUDA's too
-
-
-def derive_seed(*numbers: int) -> int:
-    """A seed that follows from all the numbers, as different for (1, 2) and (2, 1) as can be."""
-    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    state = json.loads((path / STATE).read_text())
+    return Found(step, path, state, manifest, _frozen(manifest))

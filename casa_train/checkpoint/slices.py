@@ -1,24 +1,26 @@
 """The engine's part of a checkpoint: slices of parameters by name, whoever holds or wants them.
 
 Every rank writes one file: of each parameter it holds, the range of flattened elements and the
-values there, which are the fp32 master and Adam's moments, or the weight of a frozen parameter.
-What is read is found by name and range, so any number of ranks reads what any other number wrote,
-under any ZeRO stage. Files are mapped into memory: a rank reads its own part and nothing else, and
-no checkpoint is ever rewritten.
+values there, which are the fp32 master and Adam's moments. Frozen parameters have a file of their
+own for the whole run (`frozen.py`), which rank 0's file names; in older checkpoints they lie among
+the others. What is read is found by name and range, so any number of ranks reads what any other
+number wrote, under any ZeRO stage. Files are mapped into memory: a rank reads its own part and
+nothing else, and no checkpoint is ever rewritten.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from casa_train.checkpoint.frozen import FrozenFile, Kinds
 from casa_train.errors import UserError
-from casa_train.tensor_file import save_tensors
+from casa_train.tensor_file import load_tensors, save_tensors
 
 STATE_DIRECTORY = "engine"  # within a checkpoint
 MASTER, FROZEN = "master", "frozen"
@@ -40,22 +42,35 @@ class Slice:
     values: dict[str, Tensor]
 
 
-def write_slices(directory: Path, rank: int, slices: Sequence[Slice], updates: int) -> None:
+def write_slices(
+    directory: Path,
+    rank: int,
+    slices: Sequence[Slice],
+    updates: int,
+    frozen: FrozenFile | None = None,
+) -> None:
     """Writes what this rank holds.
 
     :param updates: optimiser steps that were applied, as Adam counts them.
+    :param frozen: the file of the frozen weights; rank 0 alone names it.
     :raises OSError: a disk that is full or not to be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"updates": updates, "slices": [vars(piece) for piece in slices]}
+    content = {
+        "updates": updates,
+        "slices": [vars(piece) for piece in slices],
+        "frozen": asdict(frozen) if frozen is not None else None,
+    }
     # Slices that are views into one flat tensor stay views: each storage is written once.
     save_tensors(content, directory / f"rank_{rank:05d}.pt")
 
 
 class SavedSlices:
-    """What all ranks wrote into a directory.
+    """What all ranks wrote into the state directory of a checkpoint.
 
-    :raises UserError: nothing is there, or files that do not belong together.
+    :ivar frozen: the file of the frozen weights; None where there is none.
+    :raises UserError: nothing is there, files that do not belong together, or frozen weights that
+        are not where they should be.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,8 +81,14 @@ class SavedSlices:
                 f"{directory} holds no rank_*.pt; expected the engine's state. The checkpoint is "
                 "incomplete, or of an older version of casa_train, which has to finish its run."
             )
-        loaded = [torch.load(f, map_location="cpu", mmap=True, weights_only=True) for f in files]
+        loaded = [load_tensors(file, mmap=True) for file in files]
         self._slices: dict[str, list[Slice]] = {}
+        frozen = loaded[0].get("frozen")
+        self.frozen = FrozenFile(**frozen) if frozen is not None else None
+        if self.frozen is not None:
+            for name, whole in self.frozen.tensors(directory.parent.parent).items():
+                values = {FROZEN: whole.view(-1)}
+                self._slices[name] = [Slice(name, tuple(whole.shape), 0, values)]
         for content in loaded:
             for fields in content["slices"]:
                 piece = Slice(**fields)
@@ -107,6 +128,11 @@ class SavedSlices:
                 + ". Restore the run's configuration, or start a new run from an export "
                 "(model.init_from)."
             )
+
+    def frozen_kinds(self) -> Kinds:
+        """Type and shape of the frozen weights."""
+        firsts = (pieces[0] for pieces in self._slices.values())
+        return {p.name: (p.values[FROZEN].dtype, p.shape) for p in firsts if FROZEN in p.values}
 
     def fill(self, piece: Slice) -> None:
         """Overwrites the values of a slice with those that were saved, whatever ranks hold them."""

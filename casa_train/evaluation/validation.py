@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from casa_train.checkpoint.manager import rng_state, set_rng_state
+from casa_train.checkpoint.random_state import rng_state, set_rng_state
 from casa_train.config import Config
 from casa_train.evaluation.held_out import Gather, HeldOut, score
 from casa_train.evaluation.questions import Questions

@@ -9,6 +9,8 @@ import math
 from PIL import Image
 from torch import Tensor
 
+from casa_train.modeling.image_processing_casa import FORMATS
+
 SIDE = 112  # CSS pixels of a picture's longer side; twice as many are embedded for dense screens
 FULL_SIZE = 160  # with more pictures on a page each gets smaller, so that the page does not grow
 
@@ -29,7 +31,7 @@ def of_pixels(pixels: Tensor, side: int = SIDE) -> str:
 def of_file(data: bytes, side: int = SIDE) -> tuple[str, str] | None:
     """A data URI of an image file, on white, and its kind and size; None if it cannot be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             about = f"{image.format} {image.width}×{image.height} {image.mode}"
             image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a fraction
             layered = image.convert("RGBA")

@@ -14,6 +14,8 @@ from PIL import Image
 from casa_train.metrics.report.run_data import RunData
 
 SAMPLES = 24  # rows of the table of answers
+# Readers of Pillow that start no program, as that of EPS does.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 PICTURE_SIDE = 112  # CSS pixels; twice as many are embedded for dense screens
 
 
@@ -52,7 +54,7 @@ def thumbnail(data: bytes) -> str | None:
     """A small JPEG on white as a data URI; None if the picture cannot be read."""
     side = 2 * PICTURE_SIDE
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
             layered = image.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

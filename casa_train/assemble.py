@@ -61,18 +61,20 @@ NO_BACKBONE = (
 )
 
 
-def build_processor(config: Config) -> CasaProcessor:
+def build_processor(config: Config, kept: Path | None = None) -> CasaProcessor:
     """Tokenizer, chat template and image code; see `open_processor`."""
-    return open_processor(config)[0]
+    return open_processor(config, kept)[0]
 
 
-def open_processor(config: Config) -> tuple[CasaProcessor, Resolved]:
+def open_processor(config: Config, kept: Path | None = None) -> tuple[CasaProcessor, Resolved]:
     """The processor, and where its chat template comes from.
 
+    :param kept: where a run keeps tokenizer and template; of an earlier version it does not, and
+        they are those that `config` names.
     :raises UserError: a tokenizer that cannot be loaded or lacks the template's tokens, or no
         template.
     """
-    name = tokenizer_name(config)
+    name = str(kept) if kept is not None and kept.is_dir() else tokenizer_name(config)
     tokenizer = load_tokenizer(name)
     resolved = resolve(asdict(config.model.template), tokenizer, name, "model.template")
     try:

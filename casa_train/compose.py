@@ -22,7 +22,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from casa_train.config import SIZES, Config, TemplateConfig, flatten
 from casa_train.errors import UserError
@@ -76,21 +75,20 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def search_path(*folders: Path | None) -> list[str]:
-    """The override that makes Hydra look into more folders, after the one it composes from.
+def search_path(config_dir: Path | None) -> list[str]:
+    """The override that makes Hydra look into a user's own folder, after the project's.
 
     :raises UserError: no such folder.
     """
-    given = [folder for folder in folders if folder is not None]
-    for folder in given:
-        if not folder.is_dir():
-            raise UserError(
-                f"--config-dir {folder} is not a directory; expected a folder laid out like conf/, "
-                "such as DIR/experiment/mine.yaml."
-            )
-    paths = (str(f.absolute()).replace("\\", "\\\\").replace("'", "\\'") for f in given)
-    quoted = ",".join(f"'file://{path}'" for path in paths)
-    return [f"hydra.searchpath=[{quoted}]"] if given else []
+    if config_dir is None:
+        return []
+    if not config_dir.is_dir():
+        raise UserError(
+            f"--config-dir {config_dir} is not a directory; expected a folder laid out like conf/, "
+            "such as DIR/experiment/mine.yaml."
+        )
+    path = str(config_dir.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.searchpath=['file://{path}']"]
 
 
 def experiment_names(config_dir: Path | None) -> list[str]:
@@ -114,21 +112,22 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     return to_config(raw, overrides)
 
 
-def compose_stored(path: Path, overrides: Sequence[str], config_dir: Path | None = None) -> Config:
-    """The configuration that a run stored, with overrides on top; groups and experiments, too.
+def compose_onto(
+    stored: Config, overrides: Sequence[str], config_dir: Path | None = None
+) -> Config:
+    """The configuration of a run with overrides on top, groups and experiments among them.
 
-    :param path: of its config.yaml.
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
-    overrides, where = as_typed(overrides), search_path(CONF_DIR, config_dir)
+    overrides, where = as_typed(overrides), search_path(config_dir)
+    node = OmegaConf.to_container(OmegaConf.structured(stored))
+    ConfigStore.instance().store(name="stored", node=node)
     try:
-        with initialize_config_dir(str(path.parent.absolute()), version_base="1.3"):
-            raw = compose(path.stem, overrides=[*where, *overrides])
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            raw = compose("stored", overrides=[*where, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Restore it from a backup.") from error
     return to_config(raw, overrides)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -481,6 +482,7 @@ def run_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def fingerprint(config: Config) -> str:
-    """sha256 over `run_fields`."""
-    return hashlib.sha256(json.dumps(run_fields(config), sort_keys=True).encode()).hexdigest()
+def fingerprint(config: Config, leave_out: Collection[str] = ()) -> str:
+    """sha256 over `run_fields`, less those to leave out."""
+    fields = {name: value for name, value in run_fields(config).items() if name not in leave_out}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from casa_train.checkpoint.loading import load_model, load_processor
-from casa_train.compose import compose_stored
+from casa_train.compose import compose_onto
 from casa_train.config import Config, SourceConfig
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
@@ -33,7 +33,7 @@ from casa_train.export import find_checkpoint, load_run_config
 from casa_train.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.kinds import local_path
 from casa_train.quiet import quiet_libraries
-from casa_train.run_directory import CONFIG_FILE, EVALUATION_FILE
+from casa_train.run_directory import EVALUATION_FILE
 from casa_train.sweep import run_directories
 from casa_train.threads import use_threads
 
@@ -68,7 +68,7 @@ def evaluation_config(run: Path, overrides: Sequence[str]) -> Config:
                 "data.validation.NAME.path=DIR."
             )
     # Whether the run had such a source or not.
-    return compose_stored(run / CONFIG_FILE, [f"++{override}" for override in overrides])
+    return compose_onto(config, [f"++{override}" for override in overrides])
 
 
 def evaluate_run(run: Path, export: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

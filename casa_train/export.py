@@ -28,8 +28,9 @@ from casa_train.errors import UserError
 from casa_train.kinds import local_path
 from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.places import relocated
 from casa_train.quiet import quiet_libraries
-from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE
+from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE, PROCESSOR
 from casa_train.threads import use_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,7 +48,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     config = load_run_config(run)
     use_threads(config.parallel.threads)
     found = find_checkpoint(run, step)
-    processor = build_processor(config)
+    processor = build_processor(config, run / PROCESSOR)
     processor.tokenizer.padding_side = "left"  # what generation from a batch needs
     model = build_model(config, processor, load_model_config(run))
     chosen = DTYPES[dtype or config.parallel.precision]
@@ -78,7 +79,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration that a run stored.
+    """The configuration that a run stored, with paths that hold in any folder.
 
     :raises UserError: not a run directory.
     """
@@ -92,7 +93,7 @@ def load_run_config(run: Path) -> Config:
         stored = OmegaConf.load(path)
     except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path} cannot be read ({error}). Restore it from a backup.") from error
-    return to_config(stored)  # type: ignore[arg-type]
+    return relocated(to_config(stored), run)  # type: ignore[arg-type]
 
 
 def load_model_config(run: Path) -> CasaConfig:

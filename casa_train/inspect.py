@@ -18,7 +18,7 @@ from casa_train.assemble import build_fits, build_planner, build_processor, open
 from casa_train.compose import (
     add_config_dir,
     compose_config,
-    compose_stored,
+    compose_onto,
     experiment_names,
 )
 from casa_train.config import Config, SourceConfig, TemplateConfig
@@ -28,6 +28,7 @@ from casa_train.data.schemas import BadRow
 from casa_train.data.shards import META_FILE, Split
 from casa_train.data.stream import check_lanes, draw_packs
 from casa_train.errors import UserError
+from casa_train.export import load_run_config
 from casa_train.feed import MIB, list_streams, retries_of, stream_settings
 from casa_train.inspection import pictures
 from casa_train.inspection.packs import view_packs
@@ -36,19 +37,25 @@ from casa_train.inspection.statistics import view_plan
 from casa_train.inspection.streams import view_stream
 from casa_train.kinds import local_path
 from casa_train.modeling.processing_casa import ChatTemplate
-from casa_train.run_directory import CONFIG_FILE
+from casa_train.run_directory import CONFIG_FILE, PROCESSOR
 from casa_train.threads import use_threads
 
+# Fields that choose another tokenizer than the one a run keeps.
+TOKENIZERS = ("model.tokenizer", "model.init_from", "model.backbone.pretrained")
 PLANNED = 1000  # packs that statistics count at least, in whole blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is looked at: its configuration and, if it is one, that it is a run."""
+    """What is looked at: its configuration and, if it is one, that it is a run.
+
+    :param kept: where a run keeps its tokenizer and chat template.
+    """
 
     title: str
     config: Config
     run: bool
+    kept: Path | None = None
 
 
 def find_target(
@@ -71,8 +78,9 @@ def find_target(
             f"directory with {META_FILE}. Leave the option out, or name a split such as DIR/train."
         )
     if (path / CONFIG_FILE).is_file():
-        config = compose_stored(path / CONFIG_FILE, overrides, config_dir)
-        return Target(name, config, run=True)
+        config = compose_onto(load_run_config(path), overrides, config_dir)
+        named = any(o.lstrip("+").startswith(TOKENIZERS) for o in overrides)
+        return Target(name, config, run=True, kept=None if named else path / PROCESSOR)
     if name in experiments:
         config = compose_config([f"+experiment={name}", *overrides], config_dir)
         return Target(name, config, run=True)
@@ -120,7 +128,7 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
         )
     if not config.data.sources:
         return inspect_stream(target, packs, first or 0)
-    planner, splits, materializer = open_data(config)
+    planner, splits, materializer = open_data(config, target.kept)
     whole = -(-PLANNED // planner.block_packs) * planner.block_packs
     planned = list(itertools.islice(planner, max(whole, (first or 0) + packs)))
     if first is None:
@@ -145,7 +153,7 @@ def inspect_stream(target: Target, packs: int, first: int) -> Page:
     :param packs: how many are drawn; :param first: the first of them.
     """
     config = target.config
-    processor = build_processor(config)
+    processor = build_processor(config, target.kept)
     streams = list_streams(config, lambda line: print(line, file=sys.stderr, flush=True))
     settings, world = stream_settings(config), config.world_size or 1
     check_lanes(settings.lanes, world)
@@ -178,7 +186,7 @@ def inspect_sample(target: Target, wanted: str) -> Page:
     :raises UserError: no such sample, or several.
     """
     config = target.config
-    planner, splits, materializer = open_data(config)
+    planner, splits, materializer = open_data(config, target.kept)
     name, row = find_sample(splits, wanted)
     split, source = splits[name], planner.sources[name]
     lengths = int(source.text[row]), int(source.images[row])
@@ -227,9 +235,14 @@ def find_sample(splits: Mapping[str, Split], wanted: str) -> tuple[str, int]:
     )
 
 
-def open_data(config: Config) -> tuple[Planner, dict[str, Split], Materializer]:
-    """Data as a training run opens it."""
-    processor = build_processor(config)
+def open_data(
+    config: Config, kept: Path | None = None
+) -> tuple[Planner, dict[str, Split], Materializer]:
+    """Data as a training run opens it.
+
+    :param kept: see `Target`.
+    """
+    processor = build_processor(config, kept)
     if not config.data.sources:
         raise UserError(
             f"run {config.name} streams its data, which has no index to find a sample by; expected "

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.assemble import part_sizes
 from casa_train.config import Config
+from casa_train.places import shown
 
 # What is known of licences; anything else is left to the base model's own card.
 KNOWN_LICENCES = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence"}
@@ -89,6 +90,7 @@ def model_card(config: Config, step: int, model: Any) -> str:
 
     :param model: the model that is exported; sizes are counted on it.
     """
+    config = shown(config)
     text, vision = model.config.text_config, model.config.vision_config
     sizes = part_sizes(model)
     inserts = model.mechanism.inserts

@@ -9,9 +9,10 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from casa_train.config import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 from casa_train.lines import LineFile, warn
+from casa_train.places import places, relocated, same_place
 from casa_train.provenance import code_commit
 from casa_train.resume_fields import reason_to_keep
 
@@ -37,6 +39,7 @@ EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = "lock"
 CHECKPOINTS = "checkpoints"
 EXPORTS = "exports"
+PROCESSOR = "processor"
 EXPORT_LOG = "exports.log"
 VALIDATION_FILE = "validation.jsonl"
 PACKAGES = (
@@ -167,13 +170,30 @@ def record_run(run_dir: Path, config: Config, model_config: str) -> None:
         raise UserError(unwritable(run_dir, error)) from error
 
 
+def keep_processor(run_dir: Path, save: Callable[[Path], Any]) -> None:
+    """Keeps tokenizer and chat template with the run, whatever becomes of where they came from.
+
+    :param save: writes them into a directory.
+    :raises UserError: the run directory cannot be written.
+    """
+    kept, new = run_dir / PROCESSOR, run_dir / (PROCESSOR + ".tmp")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        save(new)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.rename(new, kept)
+    except OSError as error:
+        raise UserError(unwritable(run_dir, error)) from error
+
+
 def check_same_run(stored: Path, config: Config) -> None:
     """Refuses a run directory of another configuration.
 
     :raises UserError: listing every differing field that `resume_allow` does not name.
     """
     try:
-        theirs = run_fields(to_config(OmegaConf.load(stored)))  # type: ignore[arg-type]
+        before = relocated(to_config(OmegaConf.load(stored)), stored.parent)  # type: ignore[arg-type]
+        theirs = run_fields(before)
     except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"{stored} cannot be read as this version's configuration ({error}). Choose another "
@@ -181,10 +201,13 @@ def check_same_run(stored: Path, config: Config) -> None:
             "or checkpoint.resume=never to start over."
         ) from error
     ours = run_fields(config)
+    located = {name for name, *_ in places(config)}
     names = [
         name
         for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name) and name not in config.checkpoint.resume_allow
+        if theirs.get(name) != ours.get(name)
+        and not (name in located and same_place(theirs.get(name), ours.get(name)))
+        and name not in config.checkpoint.resume_allow
     ]
     if names:
         differing = [

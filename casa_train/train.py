@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from casa_train.evaluation.held_out import open_held_out
 from casa_train.evaluation.questions import Questions
 from casa_train.evaluation.validation import Validator
 from casa_train.evaluation.validation import describe as describe_validation
+from casa_train.export import load_run_config
 from casa_train.feed import list_streams, open_data
 from casa_train.fusion_start import start_warning
 from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
@@ -63,14 +64,17 @@ from casa_train.optim import (
     rate_factor,
     set_rates,
 )
+from casa_train.places import absolute, as_before, places
 from casa_train.ranks import agree, gather
 from casa_train.resume_fields import plan_record, refuse_changes
 from casa_train.run_directory import (
     CHECKPOINTS,
+    CONFIG_FILE,
     METRICS_FILE,
     VALIDATION_FILE,
     Quarantine,
     RunLock,
+    keep_processor,
     prepare_run_directory,
     record_run,
     request_requeue,
@@ -91,6 +95,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     """
     use_threads(config.parallel.threads)
     set_determinism(config.trainer.deterministic)
+    given, run_dir = config, Path(config.run_dir)
+    config = find_places(config, run_dir)
     # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
     # would abort the processes without a word of that.
     rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
@@ -103,12 +109,12 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     count_work = work_counter(config, model)
     data = agree(lambda: open_data(config, checked.processor, listed[0], world, gather, count_work))
     held_out = agree(lambda: open_held_out(config, checked.processor, world))
-    run_dir = Path(config.run_dir)
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)
-    agree(lambda: prepare_run_directory(run_dir, config) if rank == 0 else None)
+    stored = replace(config, run_dir=str(run_dir.absolute()))
+    agree(lambda: prepare_run_directory(run_dir, stored) if rank == 0 else None)
     fingerprints = {
-        "config": fingerprint(config),
+        "config": fingerprint(config, [name for name, *_ in places(config)]),
         "data": json.dumps(data.fingerprints, sort_keys=True),
         "plan": plan_record(config, checked.processor),
     }
@@ -127,8 +133,10 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     )
     found = checkpoints.latest()
     if found is not None:
-        check_resume(found, fingerprints, config)
-    agree(lambda: record_run(run_dir, config, described) if rank == 0 else None)
+        check_resume(found, fingerprints, config, fingerprint(given))
+    agree(lambda: record_run(run_dir, stored, described) if rank == 0 else None)
+    keep = checked.processor.save_pretrained
+    agree(lambda: keep_processor(run_dir, keep) if rank == 0 else None)
     agree(lambda: check_writable(run_dir, rank))
     step = found.step if found is not None else 0
     held, shared = len(checkpoints.steps()), found is not None and found.frozen is not None
@@ -281,6 +289,16 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     return EXIT_REQUEUE if reason is not None or cut_off else 0
 
 
+def find_places(config: Config, run_dir: Path) -> Config:
+    """The configuration with absolute paths; what is not there from this folder is where the run
+    itself found it before.
+    """
+    if (run_dir / CONFIG_FILE).is_file():
+        with contextlib.suppress(UserError):  # `prepare_run_directory` says it
+            config = as_before(config, load_run_config(run_dir))
+    return absolute(config)
+
+
 @dataclass(frozen=True)
 class Checked:
     """What a run needs, checked; the model is on the meta device.
@@ -387,13 +405,17 @@ def restore(
     return Progress(**found.state["progress"])
 
 
-def check_resume(found: Found, fingerprints: Mapping[str, str], config: Config) -> None:
+def check_resume(
+    found: Found, fingerprints: Mapping[str, str], config: Config, earlier: str
+) -> None:
     """Refuses a checkpoint whose configuration or data is not this run's.
 
+    :param earlier: the fingerprint as earlier versions took it, paths as they are given included.
     :raises UserError: with both values.
     """
     theirs = found.manifest["fingerprints"]
-    if theirs["config"] != fingerprints["config"] and not config.checkpoint.resume_allow:
+    same = theirs["config"] in (fingerprints["config"], earlier)
+    if not same and not config.checkpoint.resume_allow:
         raise UserError(
             f"{found.path} belongs to another configuration (fingerprint "
             f"{theirs['config'][:12]}... there, {fingerprints['config'][:12]}... now). Restore the "

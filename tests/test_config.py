@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from casa_train.__main__ import run
 from casa_train.assemble import build_processor
 from casa_train.bench.step import Arm
-from casa_train.compose import CONF_DIR, compose_config, compose_stored, to_config
+from casa_train.compose import CONF_DIR, compose_config, compose_onto, to_config
 from casa_train.config import Config, TemplateConfig, fingerprint, flatten, run_fields
 from casa_train.errors import UserError
 from casa_train.inspect import find_target
@@ -320,7 +320,7 @@ def own_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_one_s_own_is_read_by_every_command(own_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_one_s_own_is_read_by_every_command(own_folder: Path) -> None:
     config = compose_config(["+experiment=mine", "fusion=wide"], own_folder)
     assert (config.name, config.seed, config.trainer.steps) == ("mine", 5, 1500)
     assert config.fusion["every"] == 2
@@ -332,10 +332,7 @@ def test_a_folder_of_one_s_own_is_read_by_every_command(own_folder: Path, tmp_pa
     assert job.config.seed == 5
     assert Arm("mine,fusion=wide", [], 1, own_folder).config.fusion["every"] == 2
     # On top of what a run stored, too.
-    stored = tmp_path / "run" / "config.yaml"
-    stored.parent.mkdir()
-    stored.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    half = compose_stored(stored, ["+experiment=half", "data.text_tokens=99"], own_folder)
+    half = compose_onto(config, ["+experiment=half", "data.text_tokens=99"], own_folder)
     assert (half.trainer.steps, half.data.text_tokens, half.seed) == (33, 99, 5)
 
 
@@ -344,12 +341,6 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     for main, arguments in ((inspect, ["demo"]), (submit, ["--dry-run", "+experiment=demo"])):
         assert main([*arguments, *missing]) == 2
         assert f"--config-dir {missing[1]} is not a directory" in capsys.readouterr().err
-
-
-def test_a_stored_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("name: [demo\n")
-    with pytest.raises(UserError, match=rf"{tmp_path}/config.yaml cannot be read"):
-        compose_stored(tmp_path / "config.yaml", [])
 
 
 def test_jobs_of_a_sweep_are_named_by_their_overrides() -> None:

@@ -9,7 +9,7 @@ import math
 from PIL import Image
 from torch import Tensor
 
-from casa_train.modeling.image_processing_casa import FORMATS
+from casa_train.modeling.image_sources import FORMATS
 
 SIDE = 112  # CSS pixels of a picture's longer side; twice as many are embedded for dense screens
 FULL_SIZE = 160  # with more pictures on a page each gets smaller, so that the page does not grow

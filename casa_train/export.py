@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from yaml import YAMLError
 
 from casa_train import modeling
 from casa_train.assemble import build_model, build_processor
+from casa_train.caches import check_cache
 from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
@@ -45,6 +47,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     :raises UserError: no such run or checkpoint, a bad target, a failed gate.
     """
     check_target(out)
+    check_cache(HF_MODULES_CACHE)  # the gate loads the export by its own code
     config = load_run_config(run)
     use_threads(config.parallel.threads)
     found = find_checkpoint(run, step)

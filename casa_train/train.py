@@ -79,6 +79,7 @@ from casa_train.run_directory import (
     record_run,
     request_requeue,
 )
+from casa_train.shared_memory import check_shared_memory, ranks_beside
 from casa_train.sizes import work_counter
 from casa_train.threads import use_threads
 from casa_train.trainer import Progress, Trainer
@@ -108,6 +109,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     dist.broadcast_object_list(listed, src=0)
     count_work = work_counter(config, model)
     data = agree(lambda: open_data(config, checked.processor, listed[0], world, gather, count_work))
+    beside, pinned = ranks_beside(gather), torch.cuda.is_available()
+    agree(lambda: check_shared_memory(config.data, world, beside, pinned))
     held_out = agree(lambda: open_held_out(config, checked.processor, world))
     described = model.config.to_json_string()
     lock = agree(lambda: RunLock(run_dir) if rank == 0 else None)

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from casa_train.caches import unwritable_cache
 from casa_train.errors import UserError
 
 GENERATION = "generation_config.json"
@@ -168,6 +169,10 @@ def _resolve(name: str, setting: str) -> Path:
         patterns = ["*.json", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, permission and repository errors have many types
+        if cache := unwritable_cache(error):
+            raise UserError(
+                f"{setting}: {name!r} cannot be fetched from the hub: {cache}"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"{setting}: {name!r} cannot be fetched from the hub ({first}). Download it where "

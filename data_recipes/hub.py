@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from casa_train.caches import permanent, unwritable_cache
 from casa_train.errors import UserError
 from data_recipes.pipeline import Row, Skip, slug
 
@@ -263,6 +264,8 @@ def until_damage(
         except (pa.ArrowException, ValueError):
             return damaged()
         except Exception as error:  # OSError of a damaged page, or any error of a network
+            if cache := unwritable_cache(error):
+                raise UserError(f"--source {source} cannot be read: {cache}") from error
             tries += 1
             if is_local(source) or (tries == TRIES and type(error) is OSError):
                 return damaged()
@@ -278,9 +281,16 @@ def _asked(request: Callable[[], Any], source: str) -> Any:
     while True:
         try:
             return request()
-        except (pa.ArrowException, ValueError, FileNotFoundError):
-            raise
         except Exception as error:
+            if cache := unwritable_cache(error):
+                raise UserError(f"--source {source} cannot be read: {cache}") from error
+            if isinstance(error, pa.ArrowException | ValueError | FileNotFoundError):
+                raise
+            if permanent(error):
+                raise UserError(
+                    f"--source {source} cannot be read: {_first_line(error)}. Mend it, or choose "
+                    "another --source, and run the same command again."
+                ) from error
             if is_local(source):
                 raise
             tries += 1

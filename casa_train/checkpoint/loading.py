@@ -9,7 +9,9 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
+from casa_train.caches import check_cache
 from casa_train.errors import UserError
 from casa_train.files import EXPORT_MARKER
 
@@ -40,8 +42,9 @@ def load_processor(directory: Path) -> Any:
 def _trust(directory: Path) -> None:
     """Only code that this project wrote into a directory is run.
 
-    :raises UserError: a directory that is no export.
+    :raises UserError: a directory that is no export, or no cache to run its code from.
     """
+    check_cache(HF_MODULES_CACHE)  # transformers copies the code there
     if not (directory / EXPORT_MARKER).is_file():
         raise UserError(
             f"{directory} is no export of this project ({EXPORT_MARKER} is missing), and the code "

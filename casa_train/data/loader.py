@@ -20,6 +20,8 @@ from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.plan import Pack, Planner
 from casa_train.errors import RankError, UserError
 
+PREFETCH = 4  # packs of each worker that wait
+
 
 class _RankPacks(torch.utils.data.Sampler[Pack]):
     """The packs of one rank, in order, from the planner's position on."""
@@ -93,7 +95,7 @@ class PackLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        prefetch: int = 4,
+        prefetch: int = PREFETCH,
         seed: int = 0,
     ) -> None:
         self.planner = planner

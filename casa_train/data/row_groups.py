@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from casa_train.caches import permanent, unwritable_cache
 from casa_train.data.schemas import BadRow
 from casa_train.errors import UserError
 
@@ -53,12 +54,14 @@ class Retries:
                 return work()
             except UserError:
                 raise
-            except (FileNotFoundError, PermissionError) as error:
-                raise UserError(
-                    f"{what} cannot be read: {_short(error)}. Check data.stream.datasets and that "
-                    "you may read it, then run the same command again."
-                ) from error
             except Exception as error:  # every file system and HTTP library raises types of its own
+                if cache := unwritable_cache(error):
+                    raise UserError(f"{what} cannot be read: {cache}") from error
+                if permanent(error):
+                    raise UserError(
+                        f"{what} cannot be read: {_short(error)}. Check data.stream.datasets and "
+                        "that you may read it, then run the same command again."
+                    ) from error
                 if attempt >= self.attempts:
                     raise UserError(
                         f"{what} could not be read in {attempt} attempts; the last one ended with "

@@ -27,7 +27,7 @@ from casa_train.data.lanes import (
     packer,
     unit_mixture,
 )
-from casa_train.data.loader import dead_workers_named
+from casa_train.data.loader import PREFETCH, dead_workers_named
 from casa_train.data.materialize import CountWork, PackedBatch, build_batch
 from casa_train.data.row_groups import Retries, list_files
 from casa_train.errors import RankError, UserError
@@ -314,7 +314,7 @@ class StreamLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        prefetch: int = 4,
+        prefetch: int = PREFETCH,
         retries: Retries | None = None,
         memory: int = 1 << 31,
         gather: Callable[[Any], Sequence[Any]] = _alone,

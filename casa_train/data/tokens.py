@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
+from casa_train.caches import unwritable_cache
 from casa_train.data.conversation import BadRow
 from casa_train.data.sample import Sample
 from casa_train.errors import UserError
@@ -49,6 +50,8 @@ def load_tokenizer(name: str) -> Any:
                 "tokenizer that needs none. Copy its tokenizer.json and tokenizer_config.json, "
                 "without entries auto_map, into a directory and name that."
             ) from error
+        if cache := unwritable_cache(error):
+            raise UserError(f"tokenizer {name!r} cannot be loaded: {cache}") from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"tokenizer {name!r} cannot be loaded: {first_line}") from error
 

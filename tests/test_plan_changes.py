@@ -318,9 +318,9 @@ def test_a_field_that_positions_are_counted_by_is_refused_though_allowed(name: s
     put(config, name, VALUES[name])
     config.checkpoint.resume_allow = [name]
     now = plan_record(config, processor())
-    found = Found(7, Path("run/checkpoints/step_7"), {}, {"fingerprints": prints(before)})
+    found = Found(7, Path("run/checkpoints/step_7"), {}, {"fingerprints": prints(before)}, None)
     with pytest.raises(UserError) as error:
-        check_resume(found, prints(now), config)
+        check_resume(found, prints(now), config, "earlier")
     message = str(error.value)
     reason = next(why for pattern, why in KEPT.items() if matches(pattern, name))
     assert f"{flatten(example())[name]!r} there, {VALUES[name]!r} now ({reason})" in message
@@ -333,9 +333,9 @@ def test_every_field_that_is_kept_is_tried() -> None:
 
 def test_other_data_and_other_tokens_are_refused() -> None:
     record = plan_record(example(), processor())
-    found = Found(7, Path("run/step_7"), {}, {"fingerprints": prints(record)})
+    found = Found(7, Path("run/step_7"), {}, {"fingerprints": prints(record)}, None)
     with pytest.raises(UserError, match="trained on other data"):
-        check_resume(found, {**prints(record), "data": "{}"}, example())
+        check_resume(found, {**prints(record), "data": "{}"}, example(), "earlier")
     fields = json.loads(record)
     assert fields["model.template.system"] == ""
     system = json.dumps({**fields, "model.template.system": "Be kind."})

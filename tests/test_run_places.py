@@ -186,7 +186,7 @@ def test_a_checkpoint_of_an_earlier_version_belongs_to_its_run(tmp_path: Path) -
     other = config_of(tmp_path, "runs/x", prefix=f"{tmp_path}/")
     assert fingerprint(other, list(values(other))) == without
     other.seed = 7
-    now = {"config": without, "data": "{}"}
+    now = {"config": without, "data": "{}", "plan": "{}"}
 
     def check(theirs: str) -> None:
         found: Any = SimpleNamespace(

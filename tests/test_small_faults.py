@@ -65,9 +65,11 @@ def test_other_data_is_named_by_what_differs() -> None:
     now = {**there, "source_7": "else", "new": "x"}
     del now["source_3"]
     stored = {"config": "c", "data": json.dumps(there)}
-    found = Found(5, Path("run/checkpoints/step_5"), {}, {"fingerprints": stored})
+    found = Found(5, Path("run/checkpoints/step_5"), {}, {"fingerprints": stored}, None)
     with pytest.raises(UserError) as caught:
-        check_resume(found, {"config": "c", "data": json.dumps(now)}, compose_config([]))
+        check_resume(
+            found, {"config": "c", "data": json.dumps(now), "plan": "{}"}, compose_config([]), "c"
+        )
     message = str(caught.value)
     for words in (
         "of 210 sources there and 210 now",
@@ -79,7 +81,7 @@ def test_other_data_is_named_by_what_differs() -> None:
     assert "digest" not in message and len(message) < 400
     with pytest.raises(UserError, match="210 of other content .*, source_7, .../source|, ...\\)"):
         changed = json.dumps({name: "x" for name in there})
-        check_resume(found, {"config": "c", "data": changed}, compose_config([]))
+        check_resume(found, {"config": "c", "data": changed, "plan": "{}"}, compose_config([]), "c")
 
 
 def test_a_dry_run_without_a_backbone_names_the_field() -> None:
@@ -222,7 +224,7 @@ def test_a_linked_directory_stays_linked_when_a_run_starts_over(tmp_path: Path) 
     (run / "checkpoints").symlink_to("../disk")
     for life in (1, 2):
         (disk / f"step_{life}").mkdir()
-        prepare_run_directory(run, config, "{}")
+        prepare_run_directory(run, config)
         assert (run / "checkpoints").resolve() == disk
         assert [p.name for p in disk.iterdir() if p.name.startswith("step")] == []
         assert (run / f"previous_{life}" / "checkpoints" / f"step_{life}").is_dir()
@@ -234,4 +236,4 @@ def test_a_linked_directory_stays_linked_when_a_run_starts_over(tmp_path: Path) 
 
 def test_make_leaves_pip_its_errors_alone() -> None:
     lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    assert len(lines) == 4 and all(" -qq " in line for line in lines)
+    assert len(lines) == 6 and all(" -qq " in line for line in lines)

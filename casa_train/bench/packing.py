@@ -198,7 +198,7 @@ class _Columns:
 class _Processor:
     """What `Fit` reads of a processor."""
 
-    max_pixels = MAX_PIXELS
+    max_pixels, min_pixels = MAX_PIXELS, 0
     pre_image_tokens = post_image_tokens = ()
 
     def opening_tokens(self) -> int:

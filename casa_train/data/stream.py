@@ -64,7 +64,7 @@ def subset_names(source: str, revision: str | None, retries: Retries) -> list[st
             card_of(place) if is_local(source) else ()
         ) or datasets.get_dataset_config_names(place, revision=revision)
 
-    return _patience(source, retries).run(_named(source), work)
+    return retries.run(_named(source), work)
 
 
 def copied_subsets(source: str, subsets: Sequence[str], retries: Retries) -> list[str]:
@@ -113,13 +113,6 @@ def _named(source: str) -> str:
     return f"dataset {source} of the hub (there is no directory of that name)"
 
 
-def _patience(source: str, retries: Retries) -> Retries:
-    """A hub that this process may not ask will not answer later, either."""
-    from datasets import config
-
-    return Retries(1, 0) if config.HF_HUB_OFFLINE and not is_local(source) else retries
-
-
 def open_subset(
     source: str,
     subset: str,
@@ -151,7 +144,7 @@ def open_subset(
             ) from error
         return builder.config.data_files
 
-    found_files = _patience(source, retries).run(f"subset {subset} of {_named(source)}", work)
+    found_files = retries.run(f"subset {subset} of {_named(source)}", work)
     files = found_files or {}
     if split not in files:
         raise UserError(

@@ -138,9 +138,10 @@ def check_processor_options(path, folder):
 
     own = read()
     photo, dot = sizes(own)
+    capped = dot if dot[0] * dot[1] <= 3500 else (56, 56)  # the export's own min_pixels may be more
     for options, large, small in (
         ({"image_size": 112}, (84, 112), dot),
-        ({"max_pixels": 3500}, (28, 56), dot),
+        ({"max_pixels": 3500}, (28, 56), capped),
         ({"min_pixels": 7000}, photo, (84, 84)),
         ({"max_pixels": 9500, "min_pixels": 7000}, (56, 112), (84, 84)),
         ({"image_size": 28}, (28, 28), (28, 28)),  # goes before the export's own min_pixels

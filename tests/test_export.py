@@ -79,7 +79,7 @@ def export_of(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def make(mechanism: str) -> Path:
         run_dir = tmp_path_factory.mktemp("export") / mechanism
         where = [f"run_dir={run_dir}", f"fusion={mechanism}", "trainer.steps=3"]
-        where += ["data.min_pixels=3137"]
+        where += ["data.min_pixels=2000"]
         run(train_command(["+experiment=demo", *TINY, *on_data(data_dir), *where]))
         command = [sys.executable, "-m", "casa_train.export", str(run_dir)]
         done = run([*command, "--out", str(run_dir / "export")])
@@ -127,7 +127,7 @@ def test_the_export_is_complete_and_described(
         assert words.lower() in card.lower()
     assert "at most 7,056\npixels and at least 3,137" in card
     reader = json.loads((export / "processor_config.json").read_text())
-    assert (reader["max_pixels"], reader["min_pixels"]) == (7056, 3137)
+    assert (reader["max_pixels"], reader["min_pixels"]) == (7056, 2000)
     provenance = json.loads((export / EXPORT_MARKER).read_text())
     assert provenance["step"] == 3
     config = json.loads((export / "config.json").read_text())

@@ -103,13 +103,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
-    overrides, where = as_typed(overrides), search_path(config_dir)
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            raw = compose("train", overrides=[*where, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-    return to_config(raw, overrides)
+    return _composed("train", overrides, config_dir)
 
 
 def compose_onto(
@@ -120,12 +114,17 @@ def compose_onto(
     :param config_dir: a folder of the user's own with more groups and experiments.
     :raises UserError: naming the field or the override.
     """
-    overrides, where = as_typed(overrides), search_path(config_dir)
     node = OmegaConf.to_container(OmegaConf.structured(stored))
     ConfigStore.instance().store(name="stored", node=node)
+    return _composed("stored", overrides, config_dir)
+
+
+def _composed(root: str, overrides: Sequence[str], config_dir: Path | None) -> Config:
+    """:param root: the configuration that the overrides are put onto."""
+    overrides, where = as_typed(overrides), search_path(config_dir)
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            raw = compose("stored", overrides=[*where, *overrides])
+            raw = compose(root, overrides=[*where, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     return to_config(raw, overrides)

@@ -17,6 +17,7 @@ from casa_train import evaluate, export, inspect, report
 from casa_train.compose import compose_config
 from casa_train.config import Config, SourceConfig, StreamDatasetConfig, fingerprint
 from casa_train.errors import UserError
+from casa_train.kinds import Place, leaves
 from casa_train.places import absolute, as_before, places, relocated, same_place, shown
 from casa_train.run_directory import check_same_run
 from casa_train.train import check_resume
@@ -109,6 +110,12 @@ def config_of(folder: Path, run_dir: str, prefix: str = "") -> Config:
 
 def values(config: Config) -> dict[str, Any]:
     return {name: getattr(holder, field) for name, holder, field in places(config)}
+
+
+def test_the_places_are_those_that_the_fields_declare(tmp_path: Path) -> None:
+    declared = {leaf.name for leaf in leaves(Config) if isinstance(leaf.kind, Place)}
+    found = {re.sub(r"\.[abs]\.", ".*.", name) for name in values(config_of(tmp_path, "runs/x"))}
+    assert found == declared - {"run_dir"}
 
 
 def test_places_are_found_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

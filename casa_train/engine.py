@@ -49,6 +49,10 @@ if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+# What `init_processes` put into the environment of a process that runs alone.
+_alone: dict[str, str] = {}
+
+
 def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]:
     """Joins the process group that torchrun, SLURM or nobody (one process) set up.
 
@@ -69,10 +73,12 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            env["MASTER_PORT"] = str(probe.getsockname()[1])
+            alone["MASTER_PORT"] = str(probe.getsockname()[1])
+        env.update(alone)
+        _alone.update(alone)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         raise UserError(
@@ -102,9 +108,13 @@ def leave_processes() -> None:
     """Leaves the process group after an end that all ranks share; without it some exits abort.
 
     Once a process, at its end: DeepSpeed keeps groups that a new process group would not know.
+    A process that ran alone is no rank afterwards, neither to this program nor to other libraries.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in _alone:
+        os.environ.pop(name, None)
+    _alone.clear()
 
 
 def abandon_processes(code: int) -> None:

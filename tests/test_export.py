@@ -125,7 +125,7 @@ def test_the_export_is_complete_and_described(
     card = (export / "README.md").read_text()
     for words in ("2512.19535", mechanism, "MIT", "synthetic", "hidden_size: 32", "Licences"):
         assert words.lower() in card.lower()
-    assert "at most 7,056\npixels and at least 3,137" in card
+    assert "at most 7,056\npixels and at least 2,000" in card
     reader = json.loads((export / "processor_config.json").read_text())
     assert (reader["max_pixels"], reader["min_pixels"]) == (7056, 2000)
     provenance = json.loads((export / EXPORT_MARKER).read_text())

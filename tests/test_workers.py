@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,30 @@ def test_an_unknown_failure_is_an_error_that_names_the_sample(
     with pytest.raises(RuntimeError, match=r"sample unit/k-\d+ of pack 0: TypeError"):
         loader.next_step()
     assert time.monotonic() - began < SOON
+
+
+LEAVES_DURING_A_DELIVERY = """
+import os, socket, sys, threading, time
+from multiprocessing import resource_sharer
+from casa_train.data.loader import start_worker
+
+start_worker(0) if sys.argv[1] == "started" else None
+resource_sharer.DupFd(0)
+with socket.socket(socket.AF_UNIX) as trainer:
+    trainer.connect(resource_sharer._resource_sharer._address)
+    trainer.recv(1)  # and goes with the rest of the challenge unread: a reset
+resource_sharer.stop(timeout=10)
+"""
+
+
+@pytest.mark.parametrize("how", ["started", "bare"])
+def test_a_trainer_that_leaves_during_a_delivery_gets_no_traceback(how: str) -> None:
+    command = [sys.executable, "-c", LEAVES_DURING_A_DELIVERY, how]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ("ConnectionResetError" in done.stderr) == (how == "bare")
+    assert how == "bare" or not done.stderr
 
 
 def test_images_of_a_pack_share_one_storage_with_the_same_pixels() -> None:

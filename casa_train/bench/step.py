@@ -251,6 +251,14 @@ def run(arguments: argparse.Namespace) -> Report:
                 "parallel.precision=fp32."
             )
     rank, world, device = init_processes()
+    try:
+        return _measure(arguments, rank, world, device)
+    except UserError:  # on all ranks alike
+        leave_processes()
+        raise
+
+
+def _measure(arguments: argparse.Namespace, rank: int, world: int, device: torch.device) -> Report:
     arms = [
         Arm(name, arguments.set, world, arguments.config_dir)
         for name in arguments.experiments or DEFAULT

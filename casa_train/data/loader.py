@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,6 +81,23 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def start_worker(_: int) -> None:
+    """Keeps a worker quiet about a trainer that left while it took a delivery.
+
+    The thread of `multiprocessing.resource_sharer` that hands storages over gives every failure to
+    `sys.excepthook`, so a run that ends in that moment, for whatever reason, would end with a
+    worker's traceback below its own message. What breaks in the worker itself travels otherwise.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        delivers = threading.current_thread() is not threading.main_thread()
+        if not (delivers and issubclass(kind, (ConnectionError, EOFError))):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 class PackLoader:
     """Endless micro-batches of one rank, in plan order whatever the number of workers.
 
@@ -121,6 +139,7 @@ class PackLoader:
                     batch_size=None,
                     num_workers=self.workers,
                     collate_fn=_as_is,
+                    worker_init_fn=start_worker,
                     # Its own generator: otherwise making the loader advances torch's, and a resumed
                     # run draws other random numbers than one that was never stopped.
                     generator=torch.Generator().manual_seed(self.seed),

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from casa_train.checkpoint.loading import load_model, load_processor
-from casa_train.compose import compose_onto
-from casa_train.config import Config, SourceConfig
+from casa_train.compose import add_config_dir, compose_onto, search_path
+from casa_train.config import Config, SourceConfig, flatten
 from casa_train.data.shards import Split
 from casa_train.errors import UserError
 from casa_train.evaluation.exact_match import (
@@ -49,37 +49,61 @@ OVERRIDES = (
 """What an evaluation depends on, beside the export; the rest of a run's configuration is done."""
 
 
-def evaluation_config(run: Path, overrides: Sequence[str]) -> Config:
+def evaluation_config(
+    run: Path, overrides: Sequence[str], config_dir: Path | None = None
+) -> Config:
     """The configuration of a run with overrides of an evaluation on top.
 
+    :param config_dir: a folder of the user's own with groups for evaluations: `held_out=photos`
+        is DIR/held_out/photos.yaml, which begins with `# @package _global_`.
     :raises UserError: no run, an override of something else, or a value that cannot be.
     """
     config = load_run_config(run)
-    if not overrides:
-        return config
+    search_path(config_dir)  # refuses what is no folder
+    composed = []
     for override in overrides:
         name, equals, _ = override.partition("=")
-        if not equals or not any(
-            name == known or name.startswith(f"{known}.") for known in OVERRIDES
-        ):
+        if equals and _known(name):
+            composed.append(f"++{override}")  # whether the run had such a source or not
+        elif equals and config_dir is not None and (config_dir / name).is_dir():
+            composed.append(f"+{override}")
+        else:
             raise UserError(
                 f"override {override!r} says nothing to an evaluation; expected NAME=VALUE, where "
                 f"NAME is one of {', '.join(OVERRIDES)} or a field below them, such as "
-                "data.validation.NAME.path=DIR."
+                "data.validation.NAME.path=DIR, or a folder in that of --config-dir."
             )
-    # Whether the run had such a source or not.
-    return compose_onto(config, [f"++{override}" for override in overrides])
+    if not composed:
+        return config
+    changed = compose_onto(config, composed, config_dir)
+    before, after = flatten(config), flatten(changed)
+    for name in sorted({*before, *after}):
+        if not _known(name) and before.get(name) != after.get(name):
+            raise UserError(
+                f"{' '.join(overrides)} sets {name} to {after.get(name)!r}, which says nothing to "
+                f"an evaluation; expected {', '.join(OVERRIDES)} or fields below them alone. Take "
+                f"it out of the files in {config_dir}."
+            )
+    return changed
 
 
-def evaluate_run(run: Path, export: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def _known(name: str) -> bool:
+    return any(name == known or name.startswith(f"{known}.") for known in OVERRIDES)
+
+
+def evaluate_run(
+    run: Path, export: Path, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> dict[str, Any]:
     """Evaluates an export on the run's validation splits; writes and returns `evaluation.json`.
 
     The export is loaded as a user would: plain transformers and its own remote code.
 
     :param overrides: of the run's configuration, see `OVERRIDES`.
+    :param config_dir: see `evaluation_config`.
     :raises UserError: no export, or no validation questions with images.
     """
-    config = evaluation_config(run, [override.lstrip("+") for override in overrides])
+    plain = [override.lstrip("+") for override in overrides]
+    config = evaluation_config(run, plain, config_dir)
     use_threads(config.parallel.threads)
     if not (export / EXPORT_MARKER).is_file():
         raise UserError(
@@ -148,10 +172,16 @@ def _trained(sources: Mapping[str, SourceConfig]) -> dict[str, Split]:
     return splits
 
 
-def evaluate_sweep(sweep: Path, only: str = "*", overrides: Sequence[str] = ()) -> int:
+def evaluate_sweep(
+    sweep: Path,
+    only: str = "*",
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+) -> int:
     """Exports and evaluates the newest checkpoint of every job, where that is not done yet.
 
     :param overrides: see `evaluate_run`; an evaluation with others is not the same.
+    :param config_dir: see `evaluation_config`.
     :return: how many jobs could not be evaluated; each is named with its reason.
     :raises UserError: there is no run.
     """
@@ -164,7 +194,7 @@ def evaluate_sweep(sweep: Path, only: str = "*", overrides: Sequence[str] = ()) 
             done = "already evaluated"
             there = run / EVALUATION_FILE
             if _read(there, "step") != step or (_read(there, "overrides") or []) != [*overrides]:
-                result = evaluate_run(run, run / "export", overrides)
+                result = evaluate_run(run, run / "export", overrides, config_dir)
                 done = f"exact match {result['exact_match']:.3f}, blind {result['blind']:.3f}"
             print(f"{run.name}: step {step}, {done}", flush=True)
         except UserError as error:
@@ -214,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=local_path, help="the export (default: RUN/export)")
+    add_config_dir(parser)
     arguments = parser.parse_intermixed_args(argv)
+    config_dir = arguments.config_dir
     run, overrides = arguments.run, arguments.overrides
     if arguments.sweep is not None:
         overrides = [*([] if run is None else [str(run)]), *overrides]
@@ -222,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name a run directory, or the directory of a sweep with --sweep")
     quiet_libraries()
     try:
-        if arguments.sweep is not None:
-            return 2 if evaluate_sweep(arguments.sweep, arguments.only, overrides) else 0
-        result = evaluate_run(run, arguments.export or run / "export", overrides)
+        if (sweep := arguments.sweep) is not None:
+            return 2 if evaluate_sweep(sweep, arguments.only, overrides, config_dir) else 0
+        result = evaluate_run(run, arguments.export or run / "export", overrides, config_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -137,9 +137,14 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     found = checkpoints.latest()
     if found is not None:
         check_resume(found, fingerprints, config, fingerprint(given))
-    agree(lambda: record_run(run_dir, stored, described) if rank == 0 else None)
     keep = checked.processor.save_pretrained
-    agree(lambda: keep_processor(run_dir, keep) if rank == 0 else None)
+
+    def record() -> None:
+        agree(lambda: record_run(run_dir, stored, described) if rank == 0 else None)
+        agree(lambda: keep_processor(run_dir, keep) if rank == 0 else None)
+
+    if found is None:
+        record()
     agree(lambda: check_writable(run_dir, rank))
     step = found.step if found is not None else 0
     held, shared = len(checkpoints.steps()), found is not None and found.frozen is not None
@@ -152,6 +157,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     progress = Progress()
     if found is not None:
         progress = restore(found, engine, loader, checkpoints, config.seed, world, rank)
+        record()  # now that it fits: what a run was is not overwritten by what it cannot become
         say(f"resuming from {found.path} at step {found.step}")
     if progress.step >= config.trainer.steps:
         say(f"nothing to do: {run_dir} holds step {progress.step} of {config.trainer.steps}")

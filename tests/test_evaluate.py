@@ -168,6 +168,35 @@ def test_other_overrides_are_refused_by_name(
     assert words in error and error.startswith("error: ") and "Traceback" not in error
 
 
+def test_a_folder_of_ones_own_holds_groups_of_an_evaluation(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write(tmp_path / "own", {"charts": 9})
+    folder = tmp_path / "conf" / "held_out"
+    folder.mkdir(parents=True)
+    validation = {"synthetic": None, "own": {"path": str(own.directory)}}
+    fields: dict[str, Any] = {"data": {"validation": validation}, "evaluation": {"batch_size": 3}}
+    head = "# @package _global_\n"
+    (folder / "charts.yaml").write_text(head + OmegaConf.to_yaml(OmegaConf.create(fields)))
+    fields["data"]["image_tokens"] = 33
+    (folder / "more.yaml").write_text(head + OmegaConf.to_yaml(OmegaConf.create(fields)))
+    where = ["--config-dir", str(tmp_path / "conf")]
+    assert main([str(run_dir), "held_out=charts", "evaluation.max_samples=4", *where]) == 0
+    result = stored(run_dir)
+    assert result["questions"] == 4 and result["validation"] == {"own": str(own.directory)}
+    assert result["overrides"] == ["held_out=charts", "evaluation.max_samples=4"]
+    for arguments, words in (
+        (["held_out=more", *where], "sets data.image_tokens to 33"),
+        (["held_out=none", *where], "held_out/none"),
+        (["held_out=charts"], "'held_out=charts' says nothing to an evaluation"),
+        (["--config-dir", str(tmp_path / "absent")], "absent is not a directory"),
+    ):
+        capsys.readouterr()
+        assert main([str(run_dir), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.startswith("error: ") and "Traceback" not in error
+
+
 def test_without_training_data_there_is_no_guess(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

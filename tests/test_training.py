@@ -151,6 +151,14 @@ def test_frozen_backbone_and_prefix_in_bf16(data_dir: Path, tmp_path: Path) -> N
     assert re.search(r"audit of step 11: (\d+) of \1 trainable", done.stdout)
     assert "1 frozen blocks" in done.stdout
 
+    # What the checkpoint cannot become is refused, and the run stays what it was.
+    before = (tmp_path / "frozen" / "config.yaml").read_bytes()
+    more += ["model.backbone.trainable=true", "trainer.steps=13"]
+    more += ["checkpoint.resume_allow=[model.backbone.trainable,trainer.steps]"]
+    refused = run(train_command(overrides(data_dir, tmp_path / "frozen", *more)), check=False)
+    assert refused.returncode == 2 and "was frozen there and is trained now" in refused.stderr
+    assert (tmp_path / "frozen" / "config.yaml").read_bytes() == before
+
 
 def test_corrupt_images_are_skipped_counted_and_reported(data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir, tmp_path / "data")

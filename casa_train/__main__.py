@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -17,11 +18,15 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from casa_train import __version__
-from casa_train.compose import CONF_DIR, explain, to_config
+from casa_train.compose import CONF_DIR, explain, refuse_one_directory, to_config
 from casa_train.errors import RankError, UserError
 from casa_train.leaving import EXIT_REQUEUE, StopRequest
 from casa_train.lines import drop_unwritten
 from casa_train.overrides import as_typed
+
+# Options of Hydra that take the word behind them.
+VALUED = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"}
+VALUED |= {"--cfg", "-c", "--experimental-rerun"}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")  # type: ignore[untyped-decorator]
@@ -98,7 +103,9 @@ def run() -> int:
     _messages.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:
-        sys.argv[1:] = as_typed(sys.argv[1:])
+        sys.argv[1:] = as_typed(options_first(sys.argv[1:]))
+        if sweep := {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}:
+            refuse_one_directory(sys.argv[1:], min(sweep))
         main()
     except UserError as error:
         report(str(error))
@@ -124,6 +131,21 @@ def run() -> int:
             engine.leave_processes()
         drop_unwritten()
     return 2 if _messages else 0
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """The same with Hydra's options in front, since its parser takes no overrides on both sides."""
+    options, overrides = [], []
+    left = list(arguments)
+    while left:
+        item = left.pop(0)
+        if not item.startswith("-"):
+            overrides.append(item)
+            continue
+        options.append(item)
+        if left and (item in VALUED or (item in ("--info", "-i") and "=" not in left[0])):
+            options.append(left.pop(0))
+    return [*options, *overrides]
 
 
 def abandon(code: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ def open_processor(config: Config, kept: Path | None = None) -> tuple[CasaProces
     return processor, resolved
 
 
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Puts the configuration's field in front of what is wrong with the data that it names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+
+
 def open_splits(
     sources: Mapping[str, SourceConfig], processor: CasaProcessor, section: str = "data.sources"
 ) -> dict[str, Split]:
@@ -102,7 +112,8 @@ def open_splits(
     expected = tokenizer_fingerprint(processor.tokenizer)
     turns = turns_fingerprint(processor)
     for name, source in sources.items():
-        split = splits[name] = Split(Path(source.path), uncounted=True)
+        with named(f"{section}.{name}.path"):
+            split = splits[name] = Split(Path(source.path), uncounted=True)
         if split.tokenizer_fingerprint != expected:
             raise UserError(
                 f"{section}.{name} ({source.path}) was prepared with another tokenizer "

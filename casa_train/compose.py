@@ -130,6 +130,20 @@ def _composed(root: str, overrides: Sequence[str], config_dir: Path | None) -> C
     return to_config(raw, overrides)
 
 
+def refuse_one_directory(overrides: Sequence[str], sweep: str) -> None:
+    """:param sweep: the option that makes a sweep of the overrides.
+
+    :raises UserError: `run_dir` for all jobs.
+    """
+    given = next((o for o in overrides if o.lstrip("+").startswith("run_dir=")), None)
+    if given is not None:
+        raise UserError(
+            f"{given} beside {sweep}: expected none, since every job of a sweep has a run "
+            "directory of its own, called after its overrides. Choose the folder of these "
+            "directories with hydra.sweep.dir=DIR."
+        )
+
+
 def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """Merges a composed configuration onto the dataclasses and checks it.
 
@@ -141,8 +155,9 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
         refuse_unquoted(OmegaConf.to_container(raw, resolve=False))
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
         container: Any = without_nulls(Config, OmegaConf.to_container(raw, resolve=True))
-        model = container["model"]
-        model["template"] = template_fields(model.get("template"), overrides)
+        model = container.setdefault("model", {})  # a file cut short may lack it
+        if isinstance(model, dict):
+            model["template"] = template_fields(model.get("template"), overrides)
         plain = OmegaConf.create(container)
         merged = OmegaConf.merge(schema, plain)
         absent = sorted(OmegaConf.missing_keys(plain))
@@ -228,7 +243,8 @@ def resolve_places(config: Config) -> None:
 
     :raises UserError: a URL, or a home directory that there is not.
     """
-    if not config.name or config.name.startswith("~") or "://" in config.name:
+    parts = Path(config.name).parts
+    if not config.name or parts[0][0] in "~/" or ".." in parts or "://" in config.name:
         raise refused("name", config.name, "a name; where the run is written says run_dir")
     for leaf in leaves(Config):
         if isinstance(leaf.kind, Place):
@@ -371,6 +387,9 @@ def explain(error: Exception) -> str:
     if keys and keys[0] not in message:
         message = f"{keys[0]}: {message}"
     message += "."
+    if "is not a ListConfig" in message:
+        name = (keys or ["NAME"])[0]
+        return f"{name} is no list; expected one, in brackets: {name}=[VALUE,...]."
     if isinstance(error, OverrideParseException):
         at = "" if error.override in message else f"{error.override}: "
         message = f"{at}{message} Put values with special characters in quotes: 'NAME=\"VALUE\"'."
@@ -385,6 +404,8 @@ def explain(error: Exception) -> str:
         known = known_fields(parent)
         if parent == "fusion":
             message += f" {fusion_options(name)}"
+        elif re.fullmatch(r"optim\.groups\.[^.]+", parent):
+            message += f" Groups in conf/optim: {', '.join(group_names())}."
         elif known:
             message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
         else:
@@ -400,6 +421,13 @@ def known_fields(parent: str) -> list[str]:
             return []
         node = node._get_node(name)
     return sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []
+
+
+def group_names() -> list[str]:
+    """The parameter groups that the project's own optimisers have."""
+    files = (CONF_DIR / "optim").glob("*.yaml")
+    loaded: list[Any] = [OmegaConf.load(file) for file in files]
+    return sorted({str(name) for raw in loaded for name in raw.get("groups") or {}})
 
 
 def fusion_options(name: str) -> str:

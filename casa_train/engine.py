@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from casa_train.checkpoint.frozen import FrozenFile, write_frozen
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
-from casa_train.errors import UserError
+from casa_train.errors import RankError, UserError
 from casa_train.metrics.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.quiet import quiet_deepspeed
 from casa_train.ranks import gather
@@ -63,7 +63,7 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         if absent:
-            raise UserError(
+            raise RankError(  # of all tasks, but they have no way yet to say so once
                 f"SLURM_NTASKS is {env['SLURM_NTASKS']} and SLURM_PROCID {env['SLURM_PROCID']}, so "
                 f"this process is one of {env['SLURM_NTASKS']} tasks of srun, but {absent} are not "
                 "set: expected launch/slurm.sbatch, which sets them. In a shell that an allocation "

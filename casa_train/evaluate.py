@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from casa_train.assemble import named
 from casa_train.checkpoint.loading import load_model, load_processor
 from casa_train.compose import add_config_dir, compose_onto, search_path
 from casa_train.config import Config, SourceConfig, flatten
@@ -117,7 +118,10 @@ def evaluate_run(
             f"{run}: data.validation names no held-out split, so nothing can be evaluated. Name "
             "one: data.validation.NAME.path=DIR/validation."
         )
-    splits = {name: Split(Path(source.path)) for name, source in held_out.items()}
+    splits = {}
+    for name, source in held_out.items():
+        with named(f"data.validation.{name}.path"):
+            splits[name] = Split(Path(source.path))
     skipped: Counter[str] = Counter()
     questions = first_questions(splits, _limits(held_out), config.evaluation.max_samples, skipped)
     if not questions:

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
-from yaml import YAMLError
 
 from casa_train import modeling
 from casa_train.assemble import build_model, build_processor
@@ -24,15 +22,22 @@ from casa_train.checkpoint.export import check_target, write_export
 from casa_train.checkpoint.gate import check_export
 from casa_train.checkpoint.manager import CheckpointManager, Found
 from casa_train.checkpoint.slices import read_weights
-from casa_train.compose import to_config
 from casa_train.config import Config
 from casa_train.errors import UserError
 from casa_train.kinds import local_path
 from casa_train.model_card import model_card
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.places import relocated
 from casa_train.quiet import quiet_libraries
-from casa_train.run_directory import CHECKPOINTS, CONFIG_FILE, MODEL_CONFIG_FILE, PROCESSOR
+from casa_train.resume_fields import plan_record
+from casa_train.run_directory import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    PROCESSOR,
+    stored_config,
+)
 from casa_train.threads import use_threads
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,6 +57,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     use_threads(config.parallel.threads)
     found = find_checkpoint(run, step)
     processor = build_processor(config, run / PROCESSOR)
+    refuse_other_tokens(run, found, config, processor)
     processor.tokenizer.padding_side = "left"  # what generation from a batch needs
     model = build_model(config, processor, load_model_config(run))
     chosen = DTYPES[dtype or config.parallel.precision]
@@ -92,22 +98,48 @@ def load_run_config(run: Path) -> Config:
             f"{run} is not a run directory: {CONFIG_FILE} is missing. Expected the run_dir of a "
             "training, such as runs/demo."
         )
-    try:
-        stored = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Restore it from a backup.") from error
-    return relocated(to_config(stored), run)  # type: ignore[arg-type]
+    return relocated(stored_config(path), run)
 
 
 def load_model_config(run: Path) -> CasaConfig:
     """The Hugging Face configuration that a run stored.
 
-    :raises UserError: it is missing.
+    :raises UserError: it is missing or damaged.
     """
     path = run / MODEL_CONFIG_FILE
+    again = "start the run's command once more to write it"
     if not path.is_file():
-        raise UserError(f"{path} is missing; start the run's command once more to write it.")
-    return CasaConfig.from_dict(json.loads(path.read_text()))  # type: ignore[no-any-return]
+        raise UserError(f"{path} is missing; {again}.")
+    try:
+        stored = json.loads(path.read_text())
+        return CasaConfig.from_dict(stored)  # type: ignore[no-any-return]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); expected the model's configuration as JSON: {again}."
+        ) from error
+
+
+def refuse_other_tokens(run: Path, found: Found, config: Config, processor: CasaProcessor) -> None:
+    """Refuses a tokenizer or template other than that which the checkpoint was trained with: no
+    comparison of logits would notice.
+
+    :raises UserError: naming what differs. Checkpoints of earlier versions say nothing of it.
+    """
+    record = found.manifest["fingerprints"].get("plan")
+    there = {} if record is None else json.loads(record)
+    now = json.loads(plan_record(config, processor))
+    names = [n for n in there if n == "model.tokenizer" or n.startswith("model.template.")]
+    differ = [f"{n} {there[n]!r} there, {now.get(n)!r} here" for n in names if there[n] != now[n]]
+    if differ:
+        kept = run / PROCESSOR
+        source = (
+            f"from {kept}" if kept.is_dir() else f"from the configuration, as {kept} is missing"
+        )
+        raise UserError(
+            f"{found.path} was trained with another tokenizer or chat template than the one read "
+            f"{source}: {'; '.join(differ)} (a tokenizer by the sha256 of its content). Copy "
+            f"{PROCESSOR}/ from where the run was trained, or put the tokenizer back."
+        )
 
 
 def find_checkpoint(run: Path, step: int | None) -> Found:

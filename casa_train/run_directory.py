@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from casa_train import __version__
 from casa_train.compose import to_config
@@ -26,12 +27,14 @@ from casa_train.config import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.files import write_atomic
 from casa_train.lines import LineFile, warn
+from casa_train.metrics.sinks.jsonl import last_step
 from casa_train.places import places, relocated, same_place
 from casa_train.provenance import code_commit
 from casa_train.resume_fields import reason_to_keep
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+LOST_METRICS_FILE = "metrics_lost.jsonl"
 MODEL_CONFIG_FILE = "model_config.json"
 REQUEUE_FILE = "requeue.json"
 FAILURE_FILE = "failure.txt"
@@ -170,6 +173,27 @@ def record_run(run_dir: Path, config: Config, model_config: str) -> None:
         raise UserError(unwritable(run_dir, error)) from error
 
 
+def keep_lost_records(run_dir: Path) -> list[str]:
+    """Keeps what a run without a checkpoint reported before, which its start would drop.
+
+    :return: a line about it, if there is something.
+    :raises UserError: the run directory cannot be written.
+    """
+    try:
+        last = last_step(run_dir / METRICS_FILE)
+        if not last:
+            return []
+        with (run_dir / LOST_METRICS_FILE).open("ab") as file:
+            file.write((run_dir / METRICS_FILE).read_bytes())
+    except OSError as error:
+        raise UserError(unwritable(run_dir, error)) from error
+    return [
+        f"note: {METRICS_FILE} knows of step {last}, but {run_dir / CHECKPOINTS} holds no "
+        f"checkpoint, so this starts at step 1; earlier records are kept in {LOST_METRICS_FILE}. "
+        "If checkpoints were moved away, stop now and put them back"
+    ]
+
+
 def keep_processor(run_dir: Path, save: Callable[[Path], Any]) -> None:
     """Keeps tokenizer and chat template with the run, whatever becomes of where they came from.
 
@@ -186,20 +210,27 @@ def keep_processor(run_dir: Path, save: Callable[[Path], Any]) -> None:
         raise UserError(unwritable(run_dir, error)) from error
 
 
+def stored_config(path: Path) -> Config:
+    """The configuration that a run wrote.
+
+    :raises UserError: it cannot be read.
+    """
+    try:
+        return to_config(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (OSError, ValueError, YAMLError, UserError) as error:
+        raise UserError(
+            f"{path} cannot be read as this version's configuration of a run "
+            f"({str(error).rstrip('.')}). Restore it from a backup; a new run needs another name, "
+            "or checkpoint.resume=never to start over."
+        ) from error
+
+
 def check_same_run(stored: Path, config: Config) -> None:
     """Refuses a run directory of another configuration.
 
     :raises UserError: listing every differing field that `resume_allow` does not name.
     """
-    try:
-        before = relocated(to_config(OmegaConf.load(stored)), stored.parent)  # type: ignore[arg-type]
-        theirs = run_fields(before)
-    except (UserError, OSError, ValueError) as error:
-        raise UserError(
-            f"{stored} cannot be read as this version's configuration ({error}). Choose another "
-            "name, "
-            "or checkpoint.resume=never to start over."
-        ) from error
+    theirs = run_fields(relocated(stored_config(stored), stored.parent))
     ours = run_fields(config)
     located = {name for name, *_ in places(config)}
     names = [
@@ -264,7 +295,10 @@ def _move_away(run_dir: Path) -> None:
         p
         for p in run_dir.iterdir()
         # The lock is this job's own: a new file of that name would let a second job in.
-        if not p.name.startswith("previous_") and p.name != LOCK_FILE
+        if not p.name.startswith("previous_")
+        and p.name != LOCK_FILE
+        # A run that lies in this one's directory is another run, perhaps at work.
+        and not any(p.rglob(CONFIG_FILE))
     ]
     if not earlier:
         return

@@ -71,9 +71,11 @@ from casa_train.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
     METRICS_FILE,
+    PROCESSOR,
     VALIDATION_FILE,
     Quarantine,
     RunLock,
+    keep_lost_records,
     keep_processor,
     prepare_run_directory,
     record_run,
@@ -102,7 +104,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     # would abort the processes without a word of that.
     rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
     say = lines.say if rank == 0 else _silent
-    checked = agree(lambda: check_inputs(config, world))
+    kept = run_dir / PROCESSOR if config.checkpoint.resume == "auto" else None
+    checked = agree(lambda: check_inputs(config, world, kept))
     model = checked.model
     # One rank asks the hub, which may take minutes, and tells the others.
     listed = [agree(lambda: list_streams(config, say) if rank == 0 else {})]
@@ -150,7 +153,10 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     held, shared = len(checkpoints.steps()), found is not None and found.frozen is not None
     agree(lambda: check_room(config, model.parameters(), step, held, shared))
 
-    for line in banner(config, model, [checked.template, *data.notes], world, device):
+    notes = [*checked.notes, *data.notes]
+    if found is None:
+        notes += agree(lambda: keep_lost_records(run_dir) if rank == 0 else [])
+    for line in banner(config, model, notes, world, device):
         say(line)
     engine, groups = build_engine(config, checked, found is None, world, rank, device, say)
     loader = data.loader(rank)
@@ -312,18 +318,19 @@ def find_places(config: Config, run_dir: Path) -> Config:
 class Checked:
     """What a run needs, checked; the model is on the meta device.
 
-    :param template: a line about whose chat template is in force.
+    :param notes: lines about whose tokenizer and chat template are in force.
     """
 
     processor: CasaProcessor
     model: CasaForConditionalGeneration
     start: Start
-    template: str
+    notes: list[str]
 
 
-def check_inputs(config: Config, world: int) -> Checked:
+def check_inputs(config: Config, world: int, kept: Path | None = None) -> Checked:
     """Opens, and checks together, processor, checkpoints, model and parameter groups.
 
+    :param kept: where a run that goes on has kept its tokenizer, in case its source is gone.
     :raises UserError: whatever the user can mend.
     """
     if config.data.packs_per_step % world:
@@ -333,12 +340,20 @@ def check_inputs(config: Config, world: int) -> Checked:
             "or a "
             "multiple of it, or start another number of ranks."
         )
-    processor, resolved = open_processor(config)
+    notes = []
+    try:
+        processor, resolved = open_processor(config)
+    except UserError as error:
+        if kept is None or not kept.is_dir():
+            raise
+        processor, resolved = open_processor(config, kept)
+        notes.append(f"tokenizer: this run's own copy in {kept}, since {error}")
     sources = open_sources(config)
     model = build_model(config, processor, build_model_config(config, processor, sources))
     start = find_weights(model, sources, config.model.backbone.resize_embeddings)
     build_groups(model.named_parameters(), config.optim.groups)
-    return Checked(processor, model, start, verdict(resolved, processor.tokenizer, processor))
+    notes.append(verdict(resolved, processor.tokenizer, processor))
+    return Checked(processor, model, start, notes)
 
 
 def build_engine(

@@ -47,6 +47,7 @@ from casa_train.compose import (
     add_config_dir,
     explain,
     job_directory,
+    refuse_one_directory,
     search_path,
     to_config,
 )
@@ -165,6 +166,8 @@ def compose_jobs(
     :raises UserError: what is wrong with the configuration, or lists without --array.
     """
     overrides, where = as_typed(overrides), search_path(config_dir)
+    if array:
+        refuse_one_directory(overrides, "--array")
     try:
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(list(overrides))

@@ -149,6 +149,7 @@ def saves_again(engine: Engine, directory: Path) -> list[Any]:
         engine.save(directory / f"step_{number}")
         dist.barrier()
         found.append(frozen_files(directory))
+        dist.barrier()  # before one rank takes the files away
     return found
 
 

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
 
-from casa_train.__main__ import run
+from casa_train.__main__ import options_first, run
 from casa_train.assemble import build_processor
 from casa_train.bench.step import Arm
 from casa_train.compose import CONF_DIR, compose_config, compose_onto, to_config
@@ -151,6 +151,12 @@ def message_of(
         ),
         (["+experiment=nothing"], ["experiment/nothing"]),
         (["experiment=demo"], ["+experiment=NAME"]),
+        (["checkpoint.resume_allow=trainer.steps"], ["in brackets: checkpoint.resume_allow=["]),
+        (["optim.groups.vison.lr=1"], ["'vison'", "in conf/optim: backbone, fusion, vision."]),
+        (["model.tokenizer=absent/tokenizer"], ["no such directory in", "Prepare the data first"]),
+        (["name=../x"], ["name is '../x'", "run_dir"]),
+        (["name=/x"], ["name is '/x'", "run_dir"]),
+        (["-m", "seed=1,2"], ["run_dir=", "beside -m", "hydra.sweep.dir=DIR"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -169,6 +175,31 @@ def test_mistakes_are_named(
     for word in words:
         assert word in error, error
     assert not (tmp_path / "run").exists(), "the run directory was touched before the check"
+
+
+@pytest.mark.parametrize(
+    ("given", "sorted_"),
+    [
+        (["a=1", "--config-dir", "x", "b=2", "-m"], ["--config-dir", "x", "-m", "a=1", "b=2"]),
+        (["--info", "defaults", "a=1"], ["--info", "defaults", "a=1"]),
+        (["a=1", "--info", "b=2", "-cd=x"], ["--info", "-cd=x", "a=1", "b=2"]),
+    ],
+)
+def test_options_may_stand_anywhere(given: list[str], sorted_: list[str]) -> None:
+    assert options_first(given) == sorted_
+
+
+def test_the_folder_of_ones_own_may_stand_between_overrides(
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    own = "# @package _global_\ntrainer:\n  steps: 0\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(own)
+    command = ["+experiment=mine", "--config-dir", str(tmp_path / "conf"), "seed=3"]
+    assert "trainer.steps is 0" in message_of(capsys, monkeypatch, *command)
 
 
 def test_fields_left_open_are_named() -> None:

@@ -146,6 +146,14 @@ def test_a_shard_of_another_dataset_of_the_same_size_is_refused(tmp_path: Path) 
         Split(tmp_path / "a")
 
 
+def test_a_damaged_index_is_named_also_where_no_digest_is_taken(tmp_path: Path) -> None:
+    write(tmp_path / "d", 8)
+    index = tmp_path / "d" / "index.arrow"
+    index.write_bytes(index.read_bytes()[:500])
+    with pytest.raises(UserError, match="index.arrow cannot be read: .*Copy it again"):
+        Split(tmp_path / "d", check=False)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -158,6 +158,7 @@ def test_overrides_of_an_evaluation(
         ("evaluation.max_samples=0", "evaluation.max_samples is 0; expected at least 1"),
         ("evaluation.max_samples=few", "evaluation.max_samples"),
         ("data.validation.synthetic.paht=x", "paht"),
+        ("data.validation.synthetic.path=/nowhere", "data.validation.synthetic.path: data direct"),
     ],
 )
 def test_other_overrides_are_refused_by_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from casa_train.config import Config, SourceConfig, StreamDatasetConfig, fingerp
 from casa_train.errors import UserError
 from casa_train.kinds import Place, leaves
 from casa_train.places import absolute, as_before, places, relocated, same_place, shown
-from casa_train.run_directory import check_same_run
+from casa_train.run_directory import check_same_run, prepare_run_directory
 from casa_train.train import check_resume
 from tests.commands import TINY, environment
 
@@ -77,6 +78,104 @@ def test_commands_on_a_run_work_in_any_folder(
     assert report.main([str(run)]) == 0
     assert inspect.main([str(run), "--packs", "1"]) == 0
     assert "packs planned" in capsys.readouterr().out
+
+
+def copied(project: Path, folder: Path) -> Path:
+    """The project as if it had always been in `folder`, whatever has become of the first one."""
+    shutil.copytree(project, folder)
+    stored = folder / "runs" / "demo" / "config.yaml"
+    stored.write_text(stored.read_text().replace(str(project), str(folder)))
+    return folder
+
+
+def changed_tokenizer(source: Path, target: Path) -> None:
+    """Another tokenizer with as many tokens: two of them have changed their ids."""
+    shutil.copytree(source, target)
+    text = (target / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.__getitem__)[300:302]
+    tree = json.loads(text)
+    for old, new in ((one, other), (other, one)):
+        tree["model"]["vocab"][old] = vocabulary[new]
+    (target / "tokenizer.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.slow
+def test_an_export_has_the_tokenizer_that_was_trained(
+    project: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(project / "runs" / "demo", run)
+    changed_tokenizer(project / "demo_data" / "tokenizer", tmp_path / "other")
+    stored = OmegaConf.load(run / "config.yaml")
+    stored.model.tokenizer = str(tmp_path / "other")
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(stored))
+    assert export.main([str(run), "--out", "kept"]) == 0  # by the run's own copy
+    shutil.rmtree(run / "processor")
+    capsys.readouterr()
+    assert export.main([str(run), "--out", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "trained with another tokenizer" in error and "model.tokenizer '" in error
+    assert f"{run / 'processor'} is missing" in error and not Path("none").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_tokenizer_s_source(project: Path, tmp_path: Path) -> None:
+    folder = copied(project, tmp_path / "project")
+    shutil.move(folder / "demo_data" / "tokenizer", folder / "moved")
+    more = ["trainer.steps=4", "checkpoint.resume_allow=[trainer.steps]"]
+    done = start(folder, *more)
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer: this run's own copy in runs/demo/processor, since" in done.stdout
+    assert "saved checkpoint of step 4" in done.stdout
+    # One that starts over takes nothing from the run that was there.
+    done = start(folder, *more, "checkpoint.resume=never")
+    assert done.returncode == 2 and "is neither a directory nor a hub id" in done.stderr
+
+
+@pytest.mark.slow
+def test_records_without_a_checkpoint_are_kept(project: Path, tmp_path: Path) -> None:
+    folder = copied(project, tmp_path / "project")
+    run = folder / "runs" / "demo"
+    before = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints")
+    for times in (1, 2):
+        done = start(folder, "trainer.steps=2", "checkpoint.resume_allow=[trainer.steps]")
+        assert done.returncode == 0, done.stderr
+        assert "note: metrics.jsonl knows of step" in done.stdout and "step 1/2" in done.stdout
+        lost = (run / "metrics_lost.jsonl").read_text()
+        assert lost.startswith(before)
+        assert len(lost.splitlines()) == len(before.splitlines()) + 2 * (times - 1)
+        shutil.rmtree(run / "checkpoints")
+
+
+def test_a_run_inside_another_stays_where_it_is(tmp_path: Path) -> None:
+    for name in ("a/metrics.jsonl", "a/config.yaml", "a/sub/b/config.yaml", "a/notes/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    config = compose_config(["checkpoint.resume=never"])
+    prepare_run_directory(tmp_path / "a", config)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"previous_1", "sub"}
+    assert (tmp_path / "a" / "sub" / "b" / "config.yaml").exists()
+    assert (tmp_path / "a" / "previous_1" / "notes" / "x.txt").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "name: x\nrun_", "data: {sources: {}}\n", "\0"])
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"(?s)config\.yaml cannot be read .*[Rr]estore"):
+        export.load_run_config(tmp_path)
+    with pytest.raises(
+        UserError, match=r"(?s)config\.yaml cannot be read .*checkpoint\.resume=never"
+    ):
+        check_same_run(tmp_path / "config.yaml", compose_config([]))
+
+
+@pytest.mark.parametrize("content", ['{"a', "[]", "3", '{"text_config": 3}'])
+def test_a_damaged_model_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model_config\.json cannot be read .* start the run's"):
+        export.load_model_config(tmp_path)
 
 
 @pytest.mark.slow

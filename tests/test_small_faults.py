@@ -18,7 +18,7 @@ from casa_train.compose import compose_config
 from casa_train.config import Config, MetricsConfig
 from casa_train.dry_run import dry_run
 from casa_train.engine import init_processes
-from casa_train.errors import UserError
+from casa_train.errors import RankError, UserError
 from casa_train.lines import read_json_lines
 from casa_train.metrics.sinks import open_sinks, read_metrics
 from casa_train.metrics.sinks.guarded import Guarded
@@ -115,8 +115,9 @@ def test_left_over_variables_of_slurm_are_named(monkeypatch: pytest.MonkeyPatch)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    with pytest.raises(UserError, match="SLURM_NTASKS is 8 .*unset SLURM_NTASKS SLURM_PROCID"):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    # Whichever task the shell takes itself for, it is this one that says it.
+    with pytest.raises(RankError, match="SLURM_NTASKS is 8 .*unset SLURM_NTASKS SLURM_PROCID"):
         init_processes()
     assert "RANK" not in os.environ
 

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from casa_train.compose import to_config
+from casa_train.errors import UserError
 from casa_train.provenance import code_commit
 from launch.submit import ROOT, Code, Job, compose_jobs, frozen_yaml, main
 
@@ -41,6 +42,8 @@ def test_a_named_sweep_is_read_from_conf() -> None:
     jobs = compose_jobs(["+sweep=every", "experiment=demo"], array=True)
     assert [j.config.fusion["every"] for j in jobs] == [1, 2, 4]
     assert [j.config.run_dir for j in jobs] == [f"runs/demo,fusion.every={n}" for n in (1, 2, 4)]
+    with pytest.raises(UserError, match="run_dir=x beside --array: .*hydra.sweep.dir"):
+        compose_jobs(["+experiment=demo", "seed=1,2", "run_dir=x"], array=True)
 
 
 def test_dry_run_prints_the_script_and_writes_nothing(

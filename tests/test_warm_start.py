@@ -541,8 +541,8 @@ def test_a_later_stage_starts_from_an_export(data_dir: Path, qwen_vl: Path, tmp_
     shutil.rmtree(tmp_path / "base")
     export(tmp_path / "first", tmp_path / "stage1")
     card = (tmp_path / "stage1" / "README.md").read_text()
-    assert f"`{qwen_vl.name}`" in card and "inherit their terms" in card
-    assert str(qwen_vl.parent) not in card  # nobody else has this folder
+    assert f"`{qwen_vl.parent.name}/{qwen_vl.name}`" in card and "inherit their terms" in card
+    assert str(qwen_vl) not in card  # nobody else has this folder
     second = [f"run_dir={tmp_path / 'second'}", f"model.init_from={tmp_path / 'stage1'}"]
     second += pretrained
     more = ["trainer.steps=2", "model.backbone.trainable=false"]

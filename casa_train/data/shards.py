@@ -486,7 +486,7 @@ class Split:
             raise UserError(
                 f"data directory {self.directory} {state}: expected {META_FILE}, {INDEX_FILE} and "
                 "shard-*.tar files. Prepare it with 'python -m data_recipes NAME --out DIR' and "
-                "point data.sources.NAME.path at DIR/SPLIT."
+                "name DIR/SPLIT."
             )
         try:
             meta: dict[str, Any] = json.loads(path.read_text())
@@ -521,7 +521,12 @@ class Split:
                 f"{digest[:12]}..., the meta file expects {self.meta['index_sha256'][:12]}.... "
                 "Run the recipe again."
             )
-        table = open_index(path)
+        try:
+            table = open_index(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{path} cannot be read: {error}. Copy it again or run the recipe again."
+            ) from error
         if table.num_rows == 0:
             raise UserError(
                 f"{path} lists no sample (skipped by the recipe: {self.meta['skipped']}); "

@@ -33,8 +33,7 @@ def load_tokenizer(name: str) -> Any:
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise UserError(
             f"tokenizer {name!r} is neither a directory nor a hub id (owner/name). Prepare the "
-            "data "
-            "first (the synthetic recipe writes DIR/tokenizer) or set model.tokenizer."
+            "data first (the synthetic recipe writes DIR/tokenizer) or set model.tokenizer."
         )
     # Left unsaid, transformers would ask whether to run code, and wait, on every rank. An export's
     # tokenizer is a plain one: its config.json only names the model's code, which every rank would
@@ -53,6 +52,12 @@ def load_tokenizer(name: str) -> Any:
         if cache := unwritable_cache(error):
             raise UserError(f"tokenizer {name!r} cannot be loaded: {cache}") from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if not Path(name).exists():  # a relative path looks like owner/name
+            first_line = (
+                f"there is no such directory in {Path.cwd()}, and as a hub id: {first_line} "
+                "Prepare the data first (the synthetic recipe writes DIR/tokenizer) or set "
+                "model.tokenizer."
+            )
         raise UserError(f"tokenizer {name!r} cannot be loaded: {first_line}") from error
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja
+from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja, is_jinja_of
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
 from .image_sources import ImageError
 from .loading_options import split_options
@@ -128,6 +128,10 @@ class CasaBatch(BatchFeature):
 class CasaProcessor(ProcessorMixin):
     """Tokenizer, chat template and image code of one model.
 
+    Tokens may be added to `tokenizer` at any time; ids are the same before and after saving. In a
+    message a plain added token is read wherever it is written; one added as special stays text
+    there, as every special token does, and acts where text is given as rendered, in `__call__`.
+
     :param tokenizer: a fast tokenizer.
     :param max_pixels: upper bound on the pixels of an image.
     :param template: `ChatTemplate` as a dict.
@@ -156,20 +160,39 @@ class CasaProcessor(ProcessorMixin):
         self._image_processor = CasaImageProcessor(max_pixels, min_pixels)
         self._template = ChatTemplate(**(template or {}))
         self.template = asdict(self._template)
-        pieces = self._template.pieces
-        self._text_ids = TextIds(tokenizer, pieces.values())
-        self._jinja = as_jinja(self._template, self._text_ids.special)
-        self._rendered = RenderedText(self._template, list(self._text_ids.special))
-        super().__init__(tokenizer, chat_template=chat_template or self._jinja, **kwargs)
+        self._take_in(tokenizer)
+        if chat_template is None or is_jinja_of(self._template, chat_template):
+            chat_template = self._jinja  # of the tokenizer's tokens as they are now
+        super().__init__(tokenizer, chat_template=chat_template, **kwargs)
         # A text-only prompt of the tokenizer's own reads as the processor's.
         tokenizer.chat_template = self.chat_template
+        self._start: list[int] | None = None  # what a caller has set in place of the template's
+        self._end: list[int] | None = None
+
+    def _take_in(self, tokenizer: Any) -> None:
+        """Everything that follows from the template and the tokenizer's tokens."""
+        pieces = self._template.pieces
+        self._text_ids = TextIds(tokenizer, pieces.values())
+        self._taken_in = _tokens_of(tokenizer)
+        self._jinja = as_jinja(self._template, self._text_ids.special)
+        self._rendered = RenderedText(self._template, list(self._text_ids.special))
         self._pieces = {name: self._text_ids.pieces(text) for name, text in pieces.items()}
         self.bos_tokens = self._alone("bos")
         self.pre_image_tokens = self._alone("image_start")
         self.post_image_tokens = self._alone("image_end")
-        self._start: list[int] | None = None  # what a caller has set in place of the template's
-        self._end: list[int] | None = None
         self._opening_tokens: int | None = None
+
+    def _keep_up(self) -> None:
+        """Takes in tokens that were added to the tokenizer since: a reload would know them."""
+        if _tokens_of(self.tokenizer) == self._taken_in:
+            return
+        own = self.chat_template == self._jinja
+        shared = self.tokenizer.chat_template == self.chat_template
+        self._take_in(self.tokenizer)
+        if own:
+            self.chat_template = self._jinja
+        if shared:
+            self.tokenizer.chat_template = self.chat_template
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -188,6 +211,7 @@ class CasaProcessor(ProcessorMixin):
 
     def _changed(self, **own: Any) -> CasaProcessor:
         """The same with other arguments."""
+        self._keep_up()
         size = own.pop("image_size", None)
         if size is not None:
             own["max_pixels"] = square(size, "image_size")
@@ -279,6 +303,7 @@ class CasaProcessor(ProcessorMixin):
             `generate_from_image` does not repeat one that is there.
         :raises ValueError: unknown roles or parts.
         """
+        self._keep_up()
         draft = _Draft()
         if continues:
             self._continue(draft, end_answer)
@@ -351,6 +376,7 @@ class CasaProcessor(ProcessorMixin):
 
     def holds_special(self, text: str) -> bool:
         """Whether a text spells a special token, which it will not become."""
+        self._keep_up()
         return self._text_ids.holds_special(text)
 
     def tokenize_messages(
@@ -399,6 +425,7 @@ class CasaProcessor(ProcessorMixin):
         :param options: `return_tensors` ("pt" or None), `padding`, `padding_side`, `max_length`.
         :raises ValueError: another number of places than of images or videos; unknown options.
         """
+        self._keep_up()
         images, text = in_order(images, text, self._holds_place)
         texts = [text] if isinstance(text, str) else list(text)
         pieces = [list(self._rendered.read(t)) for t in texts]
@@ -454,6 +481,7 @@ class CasaProcessor(ProcessorMixin):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
+        self._keep_up()
         own = (chat_template or self.chat_template) == self._jinja
         if not tokenize:
             open_end = own and continue_final_message
@@ -503,6 +531,7 @@ class CasaProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the library's, in words that both transformers generations read."""
+        self._keep_up()
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         # The library keeps the padding side only if it was given when the tokenizer was built.
         portable_tokenizer_config(save_directory, padding_side=self.tokenizer.padding_side)
@@ -672,6 +701,11 @@ class CasaProcessor(ProcessorMixin):
     def _alone(self, name: str) -> list[int]:
         """Ids of a piece of the template by itself."""
         return self._text_ids.encode([self._pieces[name]], start=False)[0]
+
+
+def _tokens_of(tokenizer: Any) -> tuple[Any, ...]:
+    """What tells that tokens were added or renamed; the whole vocabulary would take too long."""
+    return tokenizer.added_tokens_decoder, tokenizer.all_special_ids
 
 
 def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ import os
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,19 @@ class ImageError(ValueError):
         self.reason = reason
 
 
+@dataclass(frozen=True, eq=False)
+class Bounded:
+    """An image with bounds of its own on its pixels; None: the processor's."""
+
+    image: Any
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+
+
 def name_of(source: Any) -> str:
     """What messages call an image: by its path or URL, where it has one."""
+    if isinstance(source, Bounded):
+        source = source.image
     if isinstance(source, Mapping) and source.get("bytes") is None:
         source = source.get("path")
     if not isinstance(source, str | os.PathLike):

@@ -27,7 +27,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja, is_jinja_of
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
-from .image_sources import ImageError
+from .image_sources import Bounded, ImageError
 from .loading_options import split_options
 from .messages import (
     Message,
@@ -292,7 +292,8 @@ class CasaProcessor(ProcessorMixin):
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
             string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
             (also under "url", "path", "base64" or "bytes") and
-            `{"type": "video", "video": [frame, ...]}`. Texts that touch are one text. Images in an
+            `{"type": "video", "video": [frame, ...]}`. Images and videos may have "max_pixels" and
+            "min_pixels" in place of the processor's. Texts that touch are one text. Images in an
             answer are frames that arrive meanwhile: all but the first follow the one before.
         :param generation_prompt: open an assistant's turn at the end.
         :param continues: the messages go on with a conversation whose answer ended with its first
@@ -301,7 +302,7 @@ class CasaProcessor(ProcessorMixin):
         :param continue_final: leave the assistant's last message open, so that it goes on.
         :param end_answer: with `continues`, that end token comes first: the answer was cut off.
             `generate_from_image` does not repeat one that is there.
-        :raises ValueError: unknown roles or parts.
+        :raises ValueError: unknown roles, parts or keys of parts.
         """
         self._keep_up()
         draft = _Draft()
@@ -607,7 +608,7 @@ class CasaProcessor(ProcessorMixin):
         pictures = [image for e in encoded for image in e.images if image is not None]
         batch["pixel_values"] = [
             # A path or a URL names itself.
-            self.image_processor.load(image, None if isinstance(image, str) else f"image {i}")
+            self.image_processor.load(image, None if _names_itself(image) else f"image {i}")
             for i, image in enumerate(pictures)
         ]
         return CasaBatch(batch)
@@ -706,6 +707,10 @@ class CasaProcessor(ProcessorMixin):
 def _tokens_of(tokenizer: Any) -> tuple[Any, ...]:
     """What tells that tokens were added or renamed; the whole vocabulary would take too long."""
     return tokenizer.added_tokens_decoder, tokenizer.all_special_ids
+
+
+def _names_itself(image: Any) -> bool:
+    return isinstance(image.image if isinstance(image, Bounded) else image, str)
 
 
 def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:

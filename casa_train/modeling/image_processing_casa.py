@@ -224,8 +224,8 @@ def _checked(image: Image.Image) -> tuple[int, int, int]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """16-bit grey. Some versions of Pillow read such a PNG in mode I, which is 32-bit elsewhere."""
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    """16-bit grey. Pillow may read such a PNG or PGM in mode I, which is 32-bit elsewhere."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _orientation(image: Image.Image) -> int:

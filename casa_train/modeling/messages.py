@@ -7,7 +7,7 @@ A message is `{"role": ..., "content": ...}`; its content is a string or a list 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,32 @@ Message = dict[str, Any]
 
 
 def as_batch(messages: Any) -> tuple[list[Any], bool]:
-    """Conversations, and whether only one was given."""
+    """Conversations, and whether only one was given.
+
+    :raises ValueError: something else, or none.
+    """
+    if not _is_list(messages):
+        raise _no_messages(messages)
     conversations = list(messages)
     if not conversations:
         raise ValueError("no conversation was given")
     single = isinstance(conversations[0], dict)
-    return ([conversations] if single else conversations), single
+    conversations = [conversations] if single else conversations
+    for conversation in conversations:
+        if not _is_list(conversation) or not all(isinstance(m, dict) for m in conversation):
+            raise _no_messages(conversation)
+    return conversations, single
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, (str, bytes, dict))
+
+
+def _no_messages(given: Any) -> ValueError:
+    return ValueError(
+        f"found is {given!r:.80} of type {type(given).__name__}; expected messages: a list of "
+        "{'role': ..., 'content': ...}, or a list of such lists"
+    )
 
 
 def parts_of(message: Message, i: int) -> list[dict[str, Any]]:
@@ -67,8 +87,8 @@ def runs(parts: list[dict[str, Any]], i: int) -> Iterator[tuple[str, Any]]:
             text += part["text"]
         else:
             raise ValueError(
-                f"message {i} holds the part {part!r}; expected {{'type': 'text', 'text': ...}}, "
-                "or for user and assistant {'type': 'image', 'image': ...} or "
+                f"message {i} holds the part {part!r:.100}; expected {{'type': 'text', 'text': "
+                "...}, or for user and assistant {'type': 'image', 'image': ...} or "
                 "{'type': 'video', 'video': [frame, ...]}"
             )
     if text:
@@ -79,8 +99,8 @@ def text_of(parts: list[dict[str, Any]], i: int) -> str:
     for part in parts:
         if part.get("type") != "text":
             raise ValueError(
-                f"message {i} holds the part {part!r}; images and videos belong into messages of "
-                "user and assistant, others hold {'type': 'text', 'text': ...} only"
+                f"message {i} holds the part {part!r:.100}; images and videos belong into messages "
+                "of user and assistant, others hold {'type': 'text', 'text': ...} only"
             )
     return "".join(text for _, text in runs(parts, i))
 

@@ -419,7 +419,7 @@ class CasaProcessor(ProcessorMixin):
         """A batch from text as the chat template renders it. The text may stand first as well.
 
         :param images: for the places `<image>` in the text: one image, a list over all texts, or a
-            list for each text.
+            list for each text, which may be None where a text has no place.
         :param text: one text or a list. `<image>` and `<video>` are places, never tokens; written
             `<\\image>` they are words.
         :param videos: for the places `<video>`: one list of frames, or a list of such lists.
@@ -482,6 +482,8 @@ class CasaProcessor(ProcessorMixin):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
+        if isinstance(conversation, str):
+            as_batch(conversation)  # says what is expected
         self._keep_up()
         own = (chat_template or self.chat_template) == self._jinja
         if not tokenize:
@@ -745,10 +747,11 @@ def _image_lists(images: Any) -> list[Any]:
 def _video_lists(videos: Any) -> list[Any]:
     if videos is None:
         return []
-    many = isinstance(videos, (list, tuple)) and all(
-        isinstance(v, (list, tuple)) or are_frames(v) for v in videos
-    )
-    return list(videos) if many else [videos]
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    given = [v for v in videos if v is not None]  # a row without any may be None
+    many = all(isinstance(v, (list, tuple)) or are_frames(v) for v in given)
+    return given if many else [videos]
 
 
 def _distribute(kind: str, given: list[Any], counts: list[int]) -> Iterator[Any]:
@@ -756,6 +759,10 @@ def _distribute(kind: str, given: list[Any], counts: list[int]) -> Iterator[Any]
 
     :raises ValueError: another number of places than of things.
     """
+    if kind == "image" and any(isinstance(g, (list, tuple)) for g in given):
+        given = [[] if g is None else g for g in given]  # a row without any may be None
+    elif all(g is None for g in given) and not sum(counts):
+        given = []
     nested = kind == "image" and given and all(isinstance(g, (list, tuple)) for g in given)
     held = [len(g) for g in given] if nested else sum(1 for _ in given)
     expected: Any = counts if nested else sum(counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import urllib.parse
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ PICTURE = Image.fromarray(LEVELS)
 EXPECTED = torch.from_numpy(LEVELS.copy()).permute(2, 0, 1)
 PNG = encoded(PICTURE)
 CODED = base64.b64encode(PNG).decode()
+URL_SAFE = base64.urlsafe_b64encode(PNG).decode()
+assert "-" in URL_SAFE and "_" in URL_SAFE
 IMAGES = CasaImageProcessor()
 AVIF = "avif" in features.modules and features.check("avif")
 
@@ -58,6 +61,12 @@ def files(folder: Path) -> dict[str, Any]:
         "base64": CODED,
         "base64 in lines": "\n".join(re.findall(".{1,76}", CODED)) + "\n",
         "data URL": f"data:image/png;base64,{CODED}",
+        "base64, URL-safe": URL_SAFE,
+        "base64, URL-safe without padding": URL_SAFE.rstrip("="),
+        "data URL, URL-safe": f"data:image/png;base64,{URL_SAFE}",
+        "data URL, quoted": "data:image/png;base64," + urllib.parse.quote(CODED),
+        "bytes of base64": CODED.encode(),
+        "bytes of base64, URL-safe": URL_SAFE.encode(),
     }
 
 
@@ -197,6 +206,11 @@ def test_what_is_resized_is_the_same_from_everywhere() -> None:
         ({"bytes": None, "path": "/gone.png"}, "image /gone.png cannot be read: .*No such file"),
         ("/gone/cat.png", "image /gone/cat.png cannot be read: .*No such file"),
         ("/gone/cat", "image /gone/cat: there is no such file, nor is it base64 of an image"),
+        ("", "^image: found is an empty string; expected a path, a URL"),
+        ("?" * 9000, r"^image \?{40}\.\.\.: found is a string of 9,000 characters, .* no file"),
+        ("/a." * 2000, r"^image (/a\.){66}/a\.\.\. cannot be read: .*File name too long"),
+        ("A" * 9000, r"^image A{40}\.\.\.: there is no such file, nor is it base64 of an image"),
+        (b"A" * 9000, "^image cannot be read as any of JPEG, PNG"),
         ("file:///gone%20cat.png", r"image file:///gone%20cat.png cannot be read: .*/gone cat.png"),
         ("file://elsewhere/cat.png", "file://elsewhere/cat.png cannot be read"),
         (CODED[: len(CODED) // 2], r"image iVBOR\S{35}\.\.\.[: ]"),
@@ -286,3 +300,73 @@ def test_a_row_of_a_dataset_with_undecoded_images(processor: CasaProcessor) -> N
     rows = rows.cast_column("image", datasets.Image(decode=False))
     batch = processor(text="<image> a", images=rows[0]["image"])
     assert torch.equal(batch["pixel_values"][0], IMAGES.load(PNG))
+
+
+def test_base64_of_a_message_may_be_url_safe(processor: CasaProcessor) -> None:
+    part = {"type": "image", "base64": URL_SAFE}
+    batch = processor.tokenize_messages([{"role": "user", "content": [part]}])
+    assert torch.equal(batch["pixel_values"][0], IMAGES.load(PNG))
+
+
+def test_a_text_without_images_may_have_none(processor: CasaProcessor) -> None:
+    texts = ["<image> a", "b"]
+    expected = processor(text=texts, images=[[PICTURE], []], return_tensors="pt")
+    given = processor(text=texts, images=[[PICTURE], None], return_tensors="pt")
+    stranger.same_batch(given, expected)
+    plain = processor(text=["a", "b"], return_tensors="pt")
+    stranger.same_batch(processor(text=["a", "b"], images=[None, None], return_tensors="pt"), plain)
+    assert processor(text=texts, images=[None])["pixel_values"] == []  # an empty place
+    films = ["<video> a", "b"]
+    expected = processor(text=films, videos=[[PICTURE, PICTURE]], return_tensors="pt")
+    given = processor(text=films, videos=[[PICTURE, PICTURE], None], return_tensors="pt")
+    stranger.same_batch(given, expected)
+    with pytest.raises(ValueError, match=r"\[1, 0\] places .* given are \[0, 1\]"):
+        processor(text=texts, images=[None, [PICTURE]])
+
+
+@pytest.mark.parametrize(
+    "pgm",
+    [
+        b"P5\n28 28\n65535\n" + bytes([156, 64]) * 784,
+        b"P2\n28 28\n65535\n" + b"40000 " * 784,
+        b"P5\n28 28\n1023\n" + bytes([2, 112]) * 784,
+    ],
+)
+def test_deep_grey_of_a_pgm_is_scaled(pgm: bytes) -> None:
+    deep = Image.fromarray(np.full((28, 28), 40000, np.uint16))
+    for source in (pgm, encoded(deep), encoded(deep, "TIFF")):
+        assert (IMAGES.load(source) == 40000 >> 8).all()
+    assert read_header(pgm) == ("PPM", 28, 28)
+
+
+@pytest.mark.parametrize(
+    "given", ["hi", ["hi"], [["hi"]], {"role": "user", "content": "hi"}, None, 3, [None]]
+)
+def test_what_is_no_conversation_is_named(processor: CasaProcessor, given: Any) -> None:
+    words = r"found is .*; expected messages: a list of {'role': ..., 'content': ...}"
+    with pytest.raises(ValueError, match=words):
+        processor.apply_chat_template(given, tokenize=True)
+    with pytest.raises(ValueError, match=words):
+        processor.tokenize_messages(given)
+    if isinstance(given, str):
+        with pytest.raises(ValueError, match=words):
+            processor.apply_chat_template(given)
+
+
+def test_a_part_that_is_unknown_is_not_printed_whole(processor: CasaProcessor) -> None:
+    part = {"type": "audio", "audio": CODED}
+    for role in ("user", "system"):
+        with pytest.raises(ValueError, match="holds the part") as caught:
+            processor.encode([{"role": role, "content": [part]}])
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [("do_resize", None), ("size", None), ("max_pixel", "max_pixels"), ("tp_siz", None)],
+)
+def test_hints_are_the_processors_own_keywords(keyword: str, hint: str | None) -> None:
+    with pytest.raises(ValueError, match=f"would not obey {keyword}=4") as caught:
+        CasaProcessor.from_pretrained("gone", **{keyword: 4})
+    assert (f"(did you mean {hint}?)" in str(caught.value)) == (hint is not None)
+    assert ("did you mean" in str(caught.value)) == (hint is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def ask(*parts: object) -> dict[str, object]:
         for p in parts
     ]
     return {"role": "user", "content": content}
+
+
+def part(**keys: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [keys]}
 
 
 # ------------------------------------------------------------------------------------- images
@@ -250,8 +255,93 @@ def test_a_dtype_moves_pixels_only(tokenizer_path: str) -> None:
         ([{"role": "user", "content": [{"type": "audio"}]}], "holds the part"),
         ([{"role": "user", "content": [{"type": "video"}]}], "expected a list of frames"),
         ([{"role": "assistant", "content": [{"type": "audio"}]}], "holds the part"),
+        (
+            [part(type="image", image=b"x", resized_height=28, resized_width=56)],
+            "message 0 .*'image' with resized_height=28, resized_width=56, which would have no "
+            "effect; expected .*; max_pixels and min_pixels bound",
+        ),
+        ([part(type="video", video=[b"x"], fps=2.0)], "'video' with fps=2.0, which would have no"),
+        ([part(type="text", text="a", image="x.png")], "'text' with image='x.png', .*; expected"),
+        ([part(type="image", image="x", text="y" * 10_000)], "with text='y{39}, which"),
     ],
 )
 def test_bad_messages_are_named(tokenizer_path: str, messages: list[object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         processor(tokenizer_path).encode(messages)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------- an image's own bounds
+
+
+def test_an_image_of_a_message_may_have_bounds_of_its_own(tokenizer_path: str) -> None:
+    p = processor(tokenizer_path)  # at most 84x84
+    large, small = Image.new("RGB", (84, 84)), Image.new("RGB", (28, 28))
+    content: list[dict[str, Any]] = [
+        {"type": "image", "image": large, "max_pixels": 784},
+        {"type": "image", "image": large},
+        {"type": "image", "url": "data:image/png;base64,x", "image": small, "min_pixels": 3136},
+        {"type": "image", "image": Image.new("RGB", (140, 140)), "max_pixels": 140 * 140},
+        {"type": "image_url", "image_url": {"url": png_url(large)}, "max_pixels": 3136},
+        {"type": "video", "video": [large, large], "max_pixels": 784},
+        {"type": "video", "video": [large], "min_pixels": None},
+        {"type": "text", "text": "a"},
+    ]
+    messages = [{"role": "user", "content": content}]
+    sides = [28, 84, 56, 140, 56, 28, 28, 84]
+    plain = [
+        {k: v for k, v in one.items() if k not in ("max_pixels", "min_pixels")} for one in content
+    ]
+    expected = p.tokenize_messages([{"role": "user", "content": plain}])
+    # Jinja of the caller's own is rendered and read back.
+    own = p.chat_template + "{# mine #}"
+    for batch in (
+        p.tokenize_messages(messages),
+        *(
+            p.apply_chat_template(
+                messages,
+                chat_template=jinja,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            for jinja in (None, own)
+        ),
+    ):
+        assert [tuple(x.shape) for x in batch["pixel_values"]] == [(3, s, s) for s in sides]
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert columns(batch) == columns(expected)
+
+
+def png_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(encoded(image)).decode()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"max_pixels": 100}, "image 0: max_pixels is 100; one image token needs 784"),
+        ({"max_pixels": "784"}, "image 0: max_pixels is '784'; expected a whole number"),
+        ({"min_pixels": 7057}, "image 0: min_pixels is 7057; expected 0 .* to max_pixels, 7056"),
+        ({"max_pixels": 0}, "image 0: max_pixels is 0; one image token"),
+    ],
+)
+def test_an_images_own_bounds_are_refused_as_the_processors_are(
+    tokenizer_path: str, bounds: dict[str, Any], words: str
+) -> None:
+    message = part(type="image", image=Image.new("RGB", (30, 30)), **bounds)
+    with pytest.raises(ValueError, match=words):
+        processor(tokenizer_path).tokenize_messages([message])
+
+
+def test_empty_columns_of_a_table_of_parts_are_no_keys(tokenizer_path: str) -> None:
+    p = processor(tokenizer_path)
+    empty = {"fps": None, "resized_height": None, "max_pixels": None, "video": None, "url": None}
+    content = [
+        {"type": "image", "image": Image.new("RGB", (30, 30)), "text": None, "index": 0, **empty},
+        {"type": "image", "text": "", "index": 1, **empty, "image": None},
+        {"type": "text", "text": "a", "image": None, "index": None, **empty},
+    ]
+    batch = p.tokenize_messages([{"role": "user", "content": content}])
+    assert len(batch["pixel_values"]) == 1
+    assert p.encode([{"role": "user", "content": content}]).images[1] is None

@@ -153,14 +153,29 @@ def as_jinja(template: ChatTemplate, special: Iterable[str] = ()) -> str:
 
     :param special: the tokens that a user's text must not bring about.
     """
-    values: dict[str, Any] = {
-        **asdict(template),
-        "opens_with_system": template.opens_with_system,
-        "words": [[word[0], word[1:]] for word in quotable(special)],
-    }
-    return re.sub(
-        "@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), JINJA
-    ).strip()
+    words = [[word[0], word[1:]] for word in quotable(special)]
+    return json.dumps(words, ensure_ascii=False).join(_around_words(template))
+
+
+def is_jinja_of(template: ChatTemplate, text: str) -> bool:
+    """Whether a text is the template as jinja, whichever tokens were special when it was made."""
+    before, after = _around_words(template)
+    if not (text.startswith(before) and text.endswith(after)):
+        return False
+    try:
+        words = json.loads(text[len(before) : len(text) - len(after)])
+    except ValueError:
+        return False
+    return isinstance(words, list)
+
+
+def _around_words(template: ChatTemplate) -> list[str]:
+    """The jinja before and after the list of words."""
+    values = {**asdict(template), "opens_with_system": template.opens_with_system}
+    return [
+        re.sub("@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), half)
+        for half in JINJA.strip().split("@words@")
+    ]
 
 
 def quotable(special: Iterable[str]) -> list[str]:

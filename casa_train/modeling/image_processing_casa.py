@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .image_sources import ImageError, name_of, named, open_file, open_image
+from .image_sources import Bounded, ImageError, name_of, named, open_file, open_image
 
 SIDE = 28  # pixels of an image token's side: patch 14, 2x2 merge
 MAX_PIXELS = 952 * 952
@@ -124,6 +124,15 @@ class CasaImageProcessor:
             return self
         return CasaImageProcessor(max_pixels, min(self.min_pixels, max_pixels))
 
+    def within(self, max_pixels: int | None, min_pixels: int | None) -> CasaImageProcessor:
+        """The same with other bounds; None: this one's.
+
+        :raises ValueError: bounds that no image can meet.
+        """
+        if min_pixels is None:
+            return self if max_pixels is None else self.at_most(max_pixels)
+        return CasaImageProcessor(self.max_pixels if max_pixels is None else max_pixels, min_pixels)
+
     def token_count(self, width: int, height: int) -> int:
         """Image tokens of an image of this size."""
         h, w = target_size(width, height, self.max_pixels, self.min_pixels)
@@ -133,12 +142,21 @@ class CasaImageProcessor:
         """One image, resized.
 
         :param image: a path, a URL (http, https, file, data), base64, bytes of an image file,
-            `{"bytes": ...}`, a PIL image, or an array or tensor of pixels; see `image_sources`.
+            `{"bytes": ...}`, a PIL image, or an array or tensor of pixels; see `image_sources`. As
+            `Bounded`, within its own bounds.
         :param name: what messages call it; the path or URL, where there is one.
         :return: (3, H, W) uint8.
         :raises ImageError: an image that cannot be used.
+        :raises ValueError: bounds that no image can meet.
         """
-        with named(name_of(image) if name is None else name):
+        name = name_of(image) if name is None else name
+        if isinstance(image, Bounded):
+            try:
+                processor = self.within(image.max_pixels, image.min_pixels)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            return processor.load(image.image, name)
+        with named(name):
             opened = open_image(image)
             pixels = opened if isinstance(opened, Tensor) else _to_tensor(opened)
             if pixels.ndim != 3:
@@ -206,8 +224,8 @@ def _checked(image: Image.Image) -> tuple[int, int, int]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """16-bit grey. Some versions of Pillow read such a PNG in mode I, which is 32-bit elsewhere."""
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    """16-bit grey. Pillow may read such a PNG or PGM in mode I, which is 32-bit elsewhere."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _orientation(image: Image.Image) -> int:

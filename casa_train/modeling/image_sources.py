@@ -1,6 +1,7 @@
 """Whatever names or holds an image -> an opened picture, or its pixels as uint8 (..., 3, H, W).
 
-Taken are paths, `file:`, http(s) and data URLs, base64 without a prefix, bytes of an image file,
+Taken are paths, `file:`, http(s) and data URLs, base64 without a prefix and in either alphabet,
+bytes of an image file or of base64,
 `{"bytes": ..., "path": ...}` as `datasets` hands out undecoded images, PIL images, and numpy arrays
 and tensors. Arrays follow transformers' rules: the channels, 1 or 3 of them, stand first or last
 (first, where both would do), and floats from 0 to 1 are scaled. An array may also be grey (H, W) or
@@ -15,8 +16,10 @@ import contextlib
 import io
 import os
 import re
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,9 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
 if "avif" in features.modules and features.check("avif"):  # from Pillow 11.3 on, if built with it
     FORMATS.append("AVIF")
 END_OF_JPEG = b"\xff\xd9"
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+URL_SAFE = str.maketrans("-_", "+/")  # base64's other alphabet
+LONGEST_NAME = 255  # of a file, in any usual file system
 
 
 class ImageError(ValueError):
@@ -48,15 +53,27 @@ class ImageError(ValueError):
         self.reason = reason
 
 
+@dataclass(frozen=True, eq=False)
+class Bounded:
+    """An image with bounds of its own on its pixels; None: the processor's."""
+
+    image: Any
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+
+
 def name_of(source: Any) -> str:
     """What messages call an image: by its path or URL, where it has one."""
+    if isinstance(source, Bounded):
+        source = source.image
     if isinstance(source, Mapping) and source.get("bytes") is None:
         source = source.get("path")
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike) or source == "":
         return "image"
     text = str(source)
-    short = 40 if text.startswith("data:") or _is_base64(text) else 200  # of pixels a few suffice
-    return f"image {text[:short]}" + ("..." if len(text) > short else "")
+    pixels = len(text) > 100 and (_is_base64(text) or _is_no_path(text))
+    # Of pixels a few characters suffice.
+    return f"image {_cut(text, 40 if pixels or text.startswith('data:') else 200)}"
 
 
 @contextlib.contextmanager
@@ -74,7 +91,8 @@ def named(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # Pillow and urllib raise many types
         raise ImageError(
-            "unreadable_image", f"{name} cannot be read: {error}; expected a whole image file"
+            "unreadable_image",
+            f"{name} cannot be read: {_cut(str(error), 160)}; expected a whole image file",
         ) from error
 
 
@@ -100,11 +118,18 @@ def open_file(source: Any) -> Image.Image:
 
     :raises ImageError: a source of another kind, no bytes, or a JPEG without its end.
     """
+    if source == "":
+        raise _unknown("an empty string")
     if isinstance(source, str) and source[:8].lower().startswith(URLS):
+        head, comma, coded = source.partition(",")
+        if head[:5].lower() == "data:" and head.endswith(";base64"):
+            source = head + comma + _standard(urllib.parse.unquote(coded))
         with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
             source = response.read()
     elif isinstance(source, str) and not os.path.exists(source) and _is_base64(source):
         source = _from_base64(source)
+    elif isinstance(source, str) and _is_no_path(source):
+        raise _unknown(f"a string of {len(source):,} characters, which names no file")
     elif isinstance(source, str | os.PathLike):
         source = Path(source).read_bytes()
     elif isinstance(source, bytearray | memoryview):
@@ -114,7 +139,15 @@ def open_file(source: Any) -> Image.Image:
     if not source:
         raise ImageError("unreadable_image", "the file holds no bytes")
     file = io.BytesIO(source)
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if not source.isascii() or not _is_base64(text := source.decode()):
+            raise
+        with contextlib.suppress(ImageError):
+            source = _from_base64(text)
+        file = io.BytesIO(source)
+        image = Image.open(file, formats=FORMATS)
     # Pillow now stands where the pixels start. Lost bytes that came back as zeros, as after a
     # broken download, still decode: into grey. Only the missing end tells.
     if image.format == "JPEG" and source.find(END_OF_JPEG, file.tell()) < 0:
@@ -185,10 +218,24 @@ def _is_base64(text: str) -> bool:
     return BASE64.fullmatch(text) is not None
 
 
+def _is_no_path(text: str) -> bool:
+    return any(len(name) > LONGEST_NAME for name in text.split("/"))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _standard(coded: str) -> str:
+    """Base64 of either alphabet in the usual one, with its padding."""
+    coded = "".join(coded.split()).translate(URL_SAFE)
+    return coded + "=" * (-len(coded) % 4)
+
+
 def _from_base64(text: str) -> bytes:
     """:raises ImageError: neither a path nor base64 of an image."""
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(_standard(text), validate=True)
     except binascii.Error:
         data = b""
     try:

@@ -70,7 +70,7 @@ def split_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     unknown = {n: v for n, v in given.items() if n not in known and not n.startswith("_")}
     if unknown:
         named = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        close = [n for name in unknown for n in difflib.get_close_matches(name, known, n=1)]
+        close = [n for name in unknown for n in difflib.get_close_matches(name, OWN, n=1)]
         hint = f" (did you mean {' and '.join(close)}?)" if close else ""
         raise ValueError(
             f"from_pretrained would not obey {named}{hint}; this processor takes "

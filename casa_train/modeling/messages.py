@@ -7,22 +7,55 @@ A message is `{"role": ..., "content": ...}`; its content is a string or a list 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from .image_sources import Bounded
+
+# What a part may hold beside its type; a table of parts has a column for each, mostly empty.
+IMAGES = ("image", "image_url", "url", "bytes", "path", "base64")
+BOUNDS = ("max_pixels", "min_pixels")
+KEYS = {
+    "text": ("text",),
+    "image": (*IMAGES, *BOUNDS),
+    "image_url": (*IMAGES, *BOUNDS),
+    "video": ("video", *BOUNDS),
+}
+ROWS = ("index",)  # which image of its row a part of a published data set means: the next one
+
 Message = dict[str, Any]
 
 
 def as_batch(messages: Any) -> tuple[list[Any], bool]:
-    """Conversations, and whether only one was given."""
+    """Conversations, and whether only one was given.
+
+    :raises ValueError: something else, or none.
+    """
+    if not _is_list(messages):
+        raise _no_messages(messages)
     conversations = list(messages)
     if not conversations:
         raise ValueError("no conversation was given")
     single = isinstance(conversations[0], dict)
-    return ([conversations] if single else conversations), single
+    conversations = [conversations] if single else conversations
+    for conversation in conversations:
+        if not _is_list(conversation) or not all(isinstance(m, dict) for m in conversation):
+            raise _no_messages(conversation)
+    return conversations, single
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, (str, bytes, dict))
+
+
+def _no_messages(given: Any) -> ValueError:
+    return ValueError(
+        f"found is {given!r:.80} of type {type(given).__name__}; expected messages: a list of "
+        "{'role': ..., 'content': ...}, or a list of such lists"
+    )
 
 
 def parts_of(message: Message, i: int) -> list[dict[str, Any]]:
@@ -42,17 +75,20 @@ def runs(parts: list[dict[str, Any]], i: int) -> Iterator[tuple[str, Any]]:
     text = ""
     for part in parts:
         kind = part.get("type")
+        if kind in tuple(KEYS):  # whatever it is
+            _check_keys(part, i)
         if kind in ("image", "image_url", "video"):
             if text:
                 yield "text", text
             text = ""
-            yield kind, frames_of(part.get("video")) if kind == "video" else [_image_of(part)]
+            images = frames_of(part.get("video")) if kind == "video" else [_image_of(part)]
+            yield kind, _bounded(images, part)
         elif kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         else:
             raise ValueError(
-                f"message {i} holds the part {part!r}; expected {{'type': 'text', 'text': ...}}, "
-                "or for user and assistant {'type': 'image', 'image': ...} or "
+                f"message {i} holds the part {part!r:.100}; expected {{'type': 'text', 'text': "
+                "...}, or for user and assistant {'type': 'image', 'image': ...} or "
                 "{'type': 'video', 'video': [frame, ...]}"
             )
     if text:
@@ -63,8 +99,8 @@ def text_of(parts: list[dict[str, Any]], i: int) -> str:
     for part in parts:
         if part.get("type") != "text":
             raise ValueError(
-                f"message {i} holds the part {part!r}; images and videos belong into messages of "
-                "user and assistant, others hold {'type': 'text', 'text': ...} only"
+                f"message {i} holds the part {part!r:.100}; images and videos belong into messages "
+                "of user and assistant, others hold {'type': 'text', 'text': ...} only"
             )
     return "".join(text for _, text in runs(parts, i))
 
@@ -75,6 +111,35 @@ def slots_of(messages: Sequence[Message], kind: str) -> list[Any]:
     if kind == "video":
         return [frames for name, frames in found if name == "video"]
     return [images[0] for name, images in found if name in ("image", "image_url")]
+
+
+def _check_keys(part: dict[str, Any], i: int) -> None:
+    """:raises ValueError: a part with something that would have no effect."""
+    kind = part["type"]
+    unknown = {
+        name: value
+        for name, value in part.items()
+        if name not in ("type", *KEYS[kind], *ROWS) and not _is_empty(value)
+    }
+    if unknown:
+        found = ", ".join(f"{name}={value!r:.40}" for name, value in unknown.items())
+        sizes = "" if kind == "text" else "; max_pixels and min_pixels bound its size"
+        raise ValueError(
+            f"message {i} holds a part of type {kind!r} with {found}, which would have no effect; "
+            f"expected {', '.join(KEYS[kind])}{sizes}"
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and not value)
+
+
+def _bounded(images: list[Any], part: dict[str, Any]) -> list[Any]:
+    """The images with the bounds that their part sets."""
+    bounds = {name: part[name] for name in BOUNDS if part.get(name) is not None}
+    if not bounds:
+        return images
+    return [None if image is None else Bounded(image, **bounds) for image in images]
 
 
 def _image_of(part: dict[str, Any]) -> Any:

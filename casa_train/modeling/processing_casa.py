@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja
+from .chat_template import SLOTS, ChatTemplate, RenderedText, as_jinja, is_jinja_of
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
-from .image_sources import ImageError
+from .image_sources import Bounded, ImageError
 from .loading_options import split_options
 from .messages import (
     Message,
@@ -128,6 +128,10 @@ class CasaBatch(BatchFeature):
 class CasaProcessor(ProcessorMixin):
     """Tokenizer, chat template and image code of one model.
 
+    Tokens may be added to `tokenizer` at any time; ids are the same before and after saving. In a
+    message a plain added token is read wherever it is written; one added as special stays text
+    there, as every special token does, and acts where text is given as rendered, in `__call__`.
+
     :param tokenizer: a fast tokenizer.
     :param max_pixels: upper bound on the pixels of an image.
     :param template: `ChatTemplate` as a dict.
@@ -156,20 +160,39 @@ class CasaProcessor(ProcessorMixin):
         self._image_processor = CasaImageProcessor(max_pixels, min_pixels)
         self._template = ChatTemplate(**(template or {}))
         self.template = asdict(self._template)
-        pieces = self._template.pieces
-        self._text_ids = TextIds(tokenizer, pieces.values())
-        self._jinja = as_jinja(self._template, self._text_ids.special)
-        self._rendered = RenderedText(self._template, list(self._text_ids.special))
-        super().__init__(tokenizer, chat_template=chat_template or self._jinja, **kwargs)
+        self._take_in(tokenizer)
+        if chat_template is None or is_jinja_of(self._template, chat_template):
+            chat_template = self._jinja  # of the tokenizer's tokens as they are now
+        super().__init__(tokenizer, chat_template=chat_template, **kwargs)
         # A text-only prompt of the tokenizer's own reads as the processor's.
         tokenizer.chat_template = self.chat_template
+        self._start: list[int] | None = None  # what a caller has set in place of the template's
+        self._end: list[int] | None = None
+
+    def _take_in(self, tokenizer: Any) -> None:
+        """Everything that follows from the template and the tokenizer's tokens."""
+        pieces = self._template.pieces
+        self._text_ids = TextIds(tokenizer, pieces.values())
+        self._taken_in = _tokens_of(tokenizer)
+        self._jinja = as_jinja(self._template, self._text_ids.special)
+        self._rendered = RenderedText(self._template, list(self._text_ids.special))
         self._pieces = {name: self._text_ids.pieces(text) for name, text in pieces.items()}
         self.bos_tokens = self._alone("bos")
         self.pre_image_tokens = self._alone("image_start")
         self.post_image_tokens = self._alone("image_end")
-        self._start: list[int] | None = None  # what a caller has set in place of the template's
-        self._end: list[int] | None = None
         self._opening_tokens: int | None = None
+
+    def _keep_up(self) -> None:
+        """Takes in tokens that were added to the tokenizer since: a reload would know them."""
+        if _tokens_of(self.tokenizer) == self._taken_in:
+            return
+        own = self.chat_template == self._jinja
+        shared = self.tokenizer.chat_template == self.chat_template
+        self._take_in(self.tokenizer)
+        if own:
+            self.chat_template = self._jinja
+        if shared:
+            self.tokenizer.chat_template = self.chat_template
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -188,6 +211,7 @@ class CasaProcessor(ProcessorMixin):
 
     def _changed(self, **own: Any) -> CasaProcessor:
         """The same with other arguments."""
+        self._keep_up()
         size = own.pop("image_size", None)
         if size is not None:
             own["max_pixels"] = square(size, "image_size")
@@ -268,7 +292,8 @@ class CasaProcessor(ProcessorMixin):
         :param messages: `{"role": "system" | "user" | "assistant", "content": ...}`; content is a
             string or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}`
             (also under "url", "path", "base64" or "bytes") and
-            `{"type": "video", "video": [frame, ...]}`. Texts that touch are one text. Images in an
+            `{"type": "video", "video": [frame, ...]}`. Images and videos may have "max_pixels" and
+            "min_pixels" in place of the processor's. Texts that touch are one text. Images in an
             answer are frames that arrive meanwhile: all but the first follow the one before.
         :param generation_prompt: open an assistant's turn at the end.
         :param continues: the messages go on with a conversation whose answer ended with its first
@@ -277,8 +302,9 @@ class CasaProcessor(ProcessorMixin):
         :param continue_final: leave the assistant's last message open, so that it goes on.
         :param end_answer: with `continues`, that end token comes first: the answer was cut off.
             `generate_from_image` does not repeat one that is there.
-        :raises ValueError: unknown roles or parts.
+        :raises ValueError: unknown roles, parts or keys of parts.
         """
+        self._keep_up()
         draft = _Draft()
         if continues:
             self._continue(draft, end_answer)
@@ -351,6 +377,7 @@ class CasaProcessor(ProcessorMixin):
 
     def holds_special(self, text: str) -> bool:
         """Whether a text spells a special token, which it will not become."""
+        self._keep_up()
         return self._text_ids.holds_special(text)
 
     def tokenize_messages(
@@ -392,13 +419,14 @@ class CasaProcessor(ProcessorMixin):
         """A batch from text as the chat template renders it. The text may stand first as well.
 
         :param images: for the places `<image>` in the text: one image, a list over all texts, or a
-            list for each text.
+            list for each text, which may be None where a text has no place.
         :param text: one text or a list. `<image>` and `<video>` are places, never tokens; written
             `<\\image>` they are words.
         :param videos: for the places `<video>`: one list of frames, or a list of such lists.
         :param options: `return_tensors` ("pt" or None), `padding`, `padding_side`, `max_length`.
         :raises ValueError: another number of places than of images or videos; unknown options.
         """
+        self._keep_up()
         images, text = in_order(images, text, self._holds_place)
         texts = [text] if isinstance(text, str) else list(text)
         pieces = [list(self._rendered.read(t)) for t in texts]
@@ -454,6 +482,9 @@ class CasaProcessor(ProcessorMixin):
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
+        if isinstance(conversation, str):
+            as_batch(conversation)  # says what is expected
+        self._keep_up()
         own = (chat_template or self.chat_template) == self._jinja
         if not tokenize:
             open_end = own and continue_final_message
@@ -503,6 +534,7 @@ class CasaProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As the library's, in words that both transformers generations read."""
+        self._keep_up()
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         # The library keeps the padding side only if it was given when the tokenizer was built.
         portable_tokenizer_config(save_directory, padding_side=self.tokenizer.padding_side)
@@ -578,7 +610,7 @@ class CasaProcessor(ProcessorMixin):
         pictures = [image for e in encoded for image in e.images if image is not None]
         batch["pixel_values"] = [
             # A path or a URL names itself.
-            self.image_processor.load(image, None if isinstance(image, str) else f"image {i}")
+            self.image_processor.load(image, None if _names_itself(image) else f"image {i}")
             for i, image in enumerate(pictures)
         ]
         return CasaBatch(batch)
@@ -674,6 +706,15 @@ class CasaProcessor(ProcessorMixin):
         return self._text_ids.encode([self._pieces[name]], start=False)[0]
 
 
+def _tokens_of(tokenizer: Any) -> tuple[Any, ...]:
+    """What tells that tokens were added or renamed; the whole vocabulary would take too long."""
+    return tokenizer.added_tokens_decoder, tokenizer.all_special_ids
+
+
+def _names_itself(image: Any) -> bool:
+    return isinstance(image.image if isinstance(image, Bounded) else image, str)
+
+
 def _move(value: Tensor, cast: bool, *args: Any, **kwargs: Any) -> Tensor:
     if not cast:
         args = tuple(a for a in args if not isinstance(a, torch.dtype))
@@ -706,10 +747,11 @@ def _image_lists(images: Any) -> list[Any]:
 def _video_lists(videos: Any) -> list[Any]:
     if videos is None:
         return []
-    many = isinstance(videos, (list, tuple)) and all(
-        isinstance(v, (list, tuple)) or are_frames(v) for v in videos
-    )
-    return list(videos) if many else [videos]
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    given = [v for v in videos if v is not None]  # a row without any may be None
+    many = all(isinstance(v, (list, tuple)) or are_frames(v) for v in given)
+    return given if many else [videos]
 
 
 def _distribute(kind: str, given: list[Any], counts: list[int]) -> Iterator[Any]:
@@ -717,6 +759,10 @@ def _distribute(kind: str, given: list[Any], counts: list[int]) -> Iterator[Any]
 
     :raises ValueError: another number of places than of things.
     """
+    if kind == "image" and any(isinstance(g, (list, tuple)) for g in given):
+        given = [[] if g is None else g for g in given]  # a row without any may be None
+    elif all(g is None for g in given) and not sum(counts):
+        given = []
     nested = kind == "image" and given and all(isinstance(g, (list, tuple)) for g in given)
     held = [len(g) for g in given] if nested else sum(1 for _ in given)
     expected: Any = counts if nested else sum(counts)

@@ -249,6 +249,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :param image_follows: for each sample, whether each image is a frame of the same video as
             the image before it; read by `window_scope=all_frames`.
         :param labels: (B, T) ids, -100 where nothing is learned.
+        :param use_cache: whether to begin a cache where none is given. None: as the configuration
+            has it, but never in training mode nor beside labels.
         :param packed: replaces all of the above; logits are then (A, vocabulary).
         :param pre_image_tokens: read where images come without insertion points: as in
             `generate_from_image`, these ids, the image and `post_image_tokens` are appended to
@@ -286,7 +288,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             )
         batch, width = input_ids.shape
         cache = one_cache(past_key_values, cache)
-        if cache is None and use_cache:
+        if cache is None and (self._caches(labels) if use_cache is None else use_cache):
             cache = DynamicCache()
         state = None
         if cache is not None:
@@ -327,6 +329,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             return output.to_tuple()
         output.last_hidden_state = padded  # beside the fields, so that no one gathers it
         return with_both_names(output)
+
+    def _caches(self, labels: Tensor | None) -> bool:
+        """Whether a call that says nothing about it, nor brings a cache, begins one."""
+        wanted = getattr(self.config, "use_cache", None)  # where callers set it
+        if wanted is None:
+            wanted = getattr(self.config.text_config, "use_cache", True)
+        return bool(wanted) and labels is None and not self.training
 
     def _output_options(
         self, attentions: Any, hidden_states: Any, return_dict: Any

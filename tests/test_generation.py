@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from casa_train.modeling import streaming
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -339,9 +339,25 @@ def test_what_generation_cannot_do_is_refused_by_name() -> None:
     batch, right = (padded_batch(fill(HARD_PACK), left=left) for left in (True, False))
     with pytest.raises(ValueError, match="ends in padding.*padding_side"):
         model.generate(**right, max_new_tokens=2)
-    for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", model)):
+    depth = model.model.config.num_hidden_layers
+    for name, value in (
+        ("prompt_lookup_num_tokens", 2),
+        ("assistant_model", model),
+        ("assistant_early_exit", 1),
+        ("token_healing", True),
+        ("penalty_alpha", 0.6),
+        ("prefill_chunk_size", 3),
+    ):
         with pytest.raises(ValueError, match=f"{name} is not supported"):
-            model.generate(**batch, **{name: value}, max_new_tokens=2)
+            model.generate(**batch, **{name: value}, top_k=4, max_new_tokens=2)
+        if name != "assistant_model":
+            config = GenerationConfig(max_new_tokens=2)
+            setattr(config, name, value)
+            with pytest.raises(ValueError, match=f"{name} is not supported"):
+                model.generate(**batch, generation_config=config)
+    assert model.model.config.num_hidden_layers == depth
+    with pytest.raises(ValueError, match="cache_implementation='paged' is not supported"):
+        model.generate(**batch, cache_implementation="paged", max_new_tokens=2)
     with pytest.raises(ValueError, match="StaticCache, whose|cache_implementation='static'"):
         model.generate(**batch, cache_implementation="static", max_new_tokens=2)
     cache = DynamicCache()

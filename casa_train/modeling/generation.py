@@ -15,6 +15,15 @@ from .padded import append_images, as_ints, image_list
 # What enters a stream with the first step of `generate`; later steps bring text.
 IMAGE_INPUTS = ("pixel_values", "image_embeds_insertion_points", "image_follows")
 OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions")
+# Ways to generate that a stream does not take, and why.
+REFUSED = {
+    "assistant_model": "a stream's state cannot take tokens back",
+    "assistant_early_exit": "a stream's state cannot take tokens back",
+    "prompt_lookup_num_tokens": "a stream's state cannot take tokens back",
+    "penalty_alpha": "a stream's state cannot take tokens back",
+    "token_healing": "it changes the ids that insertion points count",
+    "prefill_chunk_size": "a prompt enters in one piece, with its images",
+}
 
 
 class StreamingGeneration(GenerationMixin):
@@ -72,12 +81,15 @@ class StreamingGeneration(GenerationMixin):
                     f"{name}={value} is not supported: a stream's state cannot be reordered or "
                     "repeated yet; use greedy decoding or sampling with one sequence"
                 )
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if kwargs.get(name, getattr(config, name, None)) is not None:
-                raise ValueError(
-                    f"{name} is not supported: a stream's state cannot take tokens back; leave it "
-                    "out"
-                )
+        for name, reason in REFUSED.items():
+            value = kwargs.get(name, getattr(config, name, None))
+            if value:
+                raise ValueError(f"{name} is not supported: {reason}; leave it out")
+        if kwargs.get("cache_implementation", config.cache_implementation) == "paged":
+            raise ValueError(
+                "cache_implementation='paged' is not supported: it batches by itself and knows no "
+                "images; leave it out"
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(

@@ -300,6 +300,42 @@ def assert_chunks_equal_whole(
     torch.testing.assert_close(torch.cat(apart), whole, rtol=0, atol=1e-9)
 
 
+@every_variant
+def test_a_second_turn_of_generate_with_the_whole_conversation(variant: str) -> None:
+    """All ids beside the cache, with all images as Hugging Face's chats have them, or new ones."""
+    model, options = shared_model(variant), {"max_new_tokens": 4, "do_sample": False}
+    told = torch.zeros(2, 0, dtype=torch.long)
+    caches = DynamicCache(), DynamicCache()
+    masks: list[Tensor] = []
+    points, follows, images = [[], []], [[], []], [[], []]
+    for ids, mask, columns, following, pixels in stream_turns(seed=5):
+        new = [[told.shape[1] + column for column in row] for row in columns]
+        remaining = list(pixels)
+        for row in range(2):
+            points[row] += new[row]
+            follows[row] += following[row]
+            images[row] += [remaining.pop(0) for _ in new[row]]
+        masks.append(mask)
+        whole = {
+            "input_ids": torch.cat([told, ids], 1),
+            "attention_mask": torch.cat(masks, 1),
+            "image_embeds_insertion_points": points,
+            "image_follows": follows,
+            "pixel_values": images[0] + images[1],
+        }
+        late = {"image_embeds_insertion_points": new, "image_follows": following}
+        told = model.generate(**whole, past_key_values=caches[0], **options)
+        greedy_check(model, told, whole, whole["input_ids"].shape[1])
+        late = {**whole, **late, "pixel_values": pixels}
+        assert torch.equal(model.generate(**late, past_key_values=caches[1], **options), told)
+        masks.append(torch.ones(2, 4, dtype=torch.long))
+    moved = {"image_embeds_insertion_points": [[], [3]], "pixel_values": pixels}
+    with pytest.raises(ValueError, match=r"points \[3\] of sample 1.*with images at \[0, 0, 12"):
+        model.generate(told, **moved, past_key_values=caches[0])
+    with pytest.raises(ValueError, match="do not begin with the ids that past_key_values holds"):
+        model.generate(told[:, 1:], past_key_values=caches[0])
+
+
 @every_mechanism
 def test_image_tokens_around_an_appended_image(mechanism: str) -> None:
     """Without insertion points each row ends: ids before the image, the image, ids after it."""

@@ -11,9 +11,11 @@ from transformers import DynamicCache, GenerationMixin
 
 from .outputs import CACHE, NEW_NAME, OLD_NAME, one_cache, with_both_names
 from .padded import append_images, as_ints, image_list
+from .streaming import StreamingState
 
 # What enters a stream with the first step of `generate`; later steps bring text.
-IMAGE_INPUTS = ("pixel_values", "image_embeds_insertion_points", "image_follows")
+POINTS = "image_embeds_insertion_points"
+IMAGE_INPUTS = ("pixel_values", POINTS, "image_follows")
 OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions")
 # Ways to generate that a stream does not take, and why.
 REFUSED = {
@@ -70,8 +72,33 @@ class StreamingGeneration(GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`.
 
-        :raises ValueError: beams, several return sequences, speculative decoding, right padding.
+        With a cache that holds a stream, `input_ids` are all of its ids and the new ones, and so
+        are images and their points: those that entered earlier are left out.
+
+        :raises ValueError: beams, several return sequences, speculative decoding, right padding;
+            images without insertion points; ids or images other than those that entered.
         """
+        if kwargs.get("pixel_values") is not None and kwargs.get(POINTS) is None:
+            raise ValueError(
+                "pixel_values without image_embeds_insertion_points: give generate the points, as "
+                "the processor returns them, or call generate_from_image with pre_image_tokens and "
+                "post_image_tokens, which appends an image to every row"
+            )
+        state = getattr(one_cache(kwargs.get(OLD_NAME), kwargs.get(NEW_NAME)), "casa", None)
+        if state is not None and state.history is not None:
+            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            if ids is not None and not starts_with(ids, state.history):
+                raise ValueError(
+                    "input_ids do not begin with the ids that past_key_values holds: give generate "
+                    "all ids of the stream, as they entered, and then the new ones; or give the "
+                    "new ones alone to generate_from_image(reset_streaming=False)"
+                )
+            if kwargs.get(POINTS) is not None:
+                kwargs |= new_images(kwargs, state)
+        return self._generate_text(*args, **kwargs)
+
+    def _generate_text(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` where insertion points count from the first column that has not entered."""
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         config = given or self.generation_config
         for name in ("num_beams", "num_return_sequences"):
@@ -164,7 +191,7 @@ class StreamingGeneration(GenerationMixin):
             points = (
                 None if points is None else [[p + shift for p in as_ints(row)] for row in points]
             )
-        out = self.generate(
+        out = self._generate_text(
             input_ids=ids,
             attention_mask=mask,
             pixel_values=images or None,
@@ -223,3 +250,37 @@ class StreamingGeneration(GenerationMixin):
 def starts_with(ids: Tensor, head: Tensor) -> bool:
     """Whether every row of `ids` begins with that of `head`."""
     return torch.equal(ids[:, : head.shape[1]], head.to(ids.device))
+
+
+def new_images(inputs: dict[str, Any], state: StreamingState) -> dict[str, Any]:
+    """Those of the images of a whole stream that have not entered yet, as the new columns have
+    them.
+
+    :param inputs: of `generate`: points count from the first column of the stream.
+    :raises ValueError: points that are neither those that entered and new ones, nor new ones alone.
+    """
+    rows = [as_ints(row) for row in inputs[POINTS]]
+    images, follows = image_list(inputs.get("pixel_values")), inputs.get("image_follows")
+    if len(rows) != state.batch or sum(map(len, rows)) != len(images):
+        return {}  # `forward` says what does not fit
+    points, kept, following = [], [], []
+    for row, (given, entered) in enumerate(zip(rows, state.image_columns, strict=True)):
+        known = len(entered) if given[: len(entered)] == entered else 0
+        new = given[known:]
+        if any(column < state.columns for column in new):
+            raise ValueError(
+                f"insertion points {given} of sample {row}: past_key_values holds the first "
+                f"{state.columns} columns of input_ids with images at {entered}. Give generate all "
+                "ids of the stream with all its images, or with the new images alone; or give the "
+                "new ids alone to generate_from_image(reset_streaming=False)"
+            )
+        points.append([column - state.columns for column in new])
+        first = sum(map(len, rows[:row]))
+        kept += images[first + known : first + len(given)]
+        if follows is not None:
+            following.append(list(follows[row])[known:])
+    return {
+        POINTS: points,
+        "pixel_values": kept or None,
+        "image_follows": None if follows is None else following,
+    }

@@ -282,12 +282,20 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             raise ValueError("forward needs input_ids (or packed)")
 
         images = image_list(pixel_values)
+        cache = one_cache(past_key_values, cache)
         if images and image_embeds_insertion_points is None:
+            nothing_around = pre_image_tokens is None and post_image_tokens is None
+            if nothing_around and not hasattr(cache, "casa"):  # later tokens of a stream read it
+                raise ValueError(
+                    "pixel_values without image_embeds_insertion_points would stand behind the "
+                    "last token, where nothing reads them: pass the points, as the processor "
+                    "returns them, or pre_image_tokens and post_image_tokens, between which the "
+                    "image is then appended"
+                )
             input_ids, attention_mask, image_embeds_insertion_points = append_images(
                 input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
             )
         batch, width = input_ids.shape
-        cache = one_cache(past_key_values, cache)
         if cache is None and (self._caches(labels) if use_cache is None else use_cache):
             cache = DynamicCache()
         state = None
@@ -311,6 +319,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(padded[:, kept])
         if state is not None:
+            for columns, new in zip(state.image_columns, points or [], strict=False):
+                columns += [state.columns + point for point in new]
             state.columns += width
             state.pending = None
             ids = input_ids.detach()

@@ -34,6 +34,7 @@ class StreamingState:
     :param window_lengths: for each sample the number of keys kept of its open window.
     :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
+    :param image_columns: for each sample the columns at which its images entered.
     :param room: by layer index, buffers (B, Hkv, capacity, D) whose heads are the KV cache.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
@@ -48,6 +49,7 @@ class StreamingState:
     window_lengths: list[int] = field(default_factory=list)
     window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    image_columns: list[list[int]] = field(default_factory=list)
     room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
     pending: Tensor | None = None
@@ -56,6 +58,7 @@ class StreamingState:
         self.text = self.text or [0] * self.batch
         self.span = self.span or [0] * self.batch
         self.slots = self.slots or [[] for _ in range(self.batch)]
+        self.image_columns = self.image_columns or [[] for _ in range(self.batch)]
         self.window_lengths = self.window_lengths or [0] * self.batch
         self.window_text = self.window_text or [0] * self.batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,60 @@ def test_a_second_turn_of_generate_with_the_whole_conversation(variant: str) -> 
         model.generate(told, **moved, past_key_values=caches[0])
     with pytest.raises(ValueError, match="do not begin with the ids that past_key_values holds"):
         model.generate(told[:, 1:], past_key_values=caches[0])
+
+
+@every_variant
+@torch.no_grad()
+def test_rows_of_a_cache_take_their_streams_along(variant: str) -> None:
+    """Reordered, selected and repeated rows, a pickled copy among them."""
+    model, batch = shared_model(variant), padded_batch(fill(HARD_PACK))
+    following = torch.arange(len(HARD_PACK))[:, None] + 5
+    image = random_image(torch.Generator().manual_seed(1), 1, 2)
+
+    def three_steps(cache: DynamicCache, rows: list[int]) -> Tensor:
+        ids, points = following[rows], [[int(row == 2)] * (row % 2) for row in rows]
+        images = [image for row in points for _ in row]
+        first = model(input_ids=ids, past_key_values=cache).logits
+        second = model(
+            input_ids=torch.cat([ids, ids], 1),
+            pixel_values=images,
+            image_embeds_insertion_points=points,
+            past_key_values=cache,
+        ).logits
+        return torch.cat([first, second, model(input_ids=ids, past_key_values=cache).logits], 1)
+
+    def filled() -> DynamicCache:
+        cache = DynamicCache()
+        model(**batch, past_key_values=cache)
+        model(input_ids=following, past_key_values=cache)
+        return cache
+
+    expected = three_steps(filled(), [0, 1, 2, 3])
+    for rows, move in (
+        ([2, 0, 3, 1], lambda c, rows: c.reorder_cache(torch.tensor(rows))),
+        ([2, 2, 0, 1], lambda c, rows: c.reorder_cache(torch.tensor(rows))),
+        ([3, 1], lambda c, rows: c.batch_select_indices(torch.tensor(rows))),
+        ([0, 0, 1, 1, 2, 2, 3, 3], lambda c, rows: c.batch_repeat_interleave(2)),
+    ):
+        cache = pickle.loads(pickle.dumps(filled()))
+        move(cache, rows)
+        torch.testing.assert_close(three_steps(cache, rows), expected[rows], rtol=0, atol=1e-9)
+
+
+@every_mechanism
+@torch.no_grad()
+def test_an_emptied_cache_begins_a_stream(mechanism: str) -> None:
+    model, batch = shared_model(mechanism), padded_batch(fill(HARD_PACK))
+    expected = model(**batch).logits
+    cache = DynamicCache()
+    for rows in (3, 4):  # a new stream may have another number of samples
+        model(input_ids=torch.zeros(rows, 2, dtype=torch.long), past_key_values=cache)
+        cache.reset()
+    assert torch.equal(model(**batch, past_key_values=cache).logits, expected)
+    held = cache.get_seq_length()
+    cache.crop(-held)
+    assert torch.equal(model(**batch, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == held
 
 
 @every_mechanism

@@ -214,6 +214,70 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
     model.reset_ca_streaming_states()
 
 
+@pytest.mark.parametrize("answer_end", [None, 17])
+@every_variant
+def test_a_row_that_ends_first_goes_on_as_it_does_alone(
+    variant: str, answer_end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing behind an end enters; before an image the end goes, elsewhere it is the template's,
+    and both are decided row by row.
+    """
+    model, turns = shared_model(variant), list(stream_turns(seed=5))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    monkeypatch.setattr(model.config, "answer_end_token", answer_end)
+    ids, mask, columns, follows, pixels = turns[0]
+    free = model.generate_from_image(ids, pixels, columns, mask, **options)[:, ids.shape[1] :]
+    end = next(i for i in free[0].tolist()[:4] if i not in free[1].tolist())
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, VOCABULARY])
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 3)
+
+    def answers(rows: list[int]) -> list[list[list[int]]]:
+        cache, told = DynamicCache(), []
+        for turn, (ids, mask, columns, follows, pixels) in enumerate(turns):
+            width = ids.shape[1]
+            remaining = list(pixels)
+            images = [[remaining.pop(0) for _ in row] for row in columns]
+            out = model.generate_from_image(
+                ids[rows],
+                [image for row in rows for image in images[row]],
+                [columns[row] for row in rows],
+                mask[rows],
+                image_follows=[follows[row] for row in rows],
+                past_key_values=cache,
+                reset_streaming=turn == 0,
+                **options,
+            )
+            said = out[:, width:].tolist()
+            told.append([row[: row.index(end) + 1] if end in row else row for row in said])
+        return told
+
+    together = answers([0, 1])
+    assert together[0][0][-1] == end and len(together[0][0]) < len(together[0][1])
+    for row in range(2):
+        assert [turn[0] for turn in answers([row])] == [turn[row] for turn in together]
+
+
+@every_mechanism
+def test_a_batch_of_which_a_row_has_ended_keeps_the_others(mechanism: str) -> None:
+    """`generate` with the whole conversation: pads behind an end are text for no row."""
+    model = shared_model(mechanism)
+    ids, mask, columns, follows, pixels = next(stream_turns(seed=5))
+    batch = {"attention_mask": mask, "pixel_values": pixels}
+    batch["image_embeds_insertion_points"] = columns
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
+    free = model.generate(input_ids=ids, **batch, **options)[:, ids.shape[1] :].tolist()
+    end = next(i for i in free[0][:4] if i not in free[1])
+    cache, options["eos_token_id"] = DynamicCache(), end
+    told = model.generate(input_ids=ids, **batch, past_key_values=cache, **options)
+    spoken = torch.ones(2, 6, dtype=torch.long)
+    spoken[0, free[0].index(end) + 1 :] = 0
+    new = torch.arange(8).reshape(2, 4)
+    whole = {**batch, "input_ids": torch.cat([told, new], 1)}
+    whole["attention_mask"] = torch.cat([mask, spoken, torch.ones_like(new)], 1)
+    expected = model.generate(**whole, **options)
+    assert torch.equal(model.generate(**whole, past_key_values=cache, **options), expected)
+
+
 @every_variant
 def test_a_stream_outgrows_its_buffers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "GROWTH_SLOTS", 3)

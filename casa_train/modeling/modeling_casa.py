@@ -231,6 +231,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         pre_image_tokens: Sequence[int] | None = None,
         post_image_tokens: Sequence[int] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        finished: Sequence[bool] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -256,6 +257,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             `generate_from_image`, these ids, the image and `post_image_tokens` are appended to
             every row. Otherwise the `input_ids` hold them already.
         :param num_items_in_batch: tokens to divide the loss by, see `next_token_loss`.
+        :param finished: for each sample, whether its columns hold nothing: `generate` goes on with
+            a batch of which some rows have ended.
         :param output_hidden_states: also return what enters each block, and the final states, as
             `hidden_states`: (B, T, C) each, or (T, C) of a pack; of text tokens, zero in padding.
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache; a tuple where
@@ -302,11 +305,18 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if cache is not None:
             state = stream_state(cache, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
-            before = self._before(state, input_ids, image_embeds_insertion_points)
+            points = image_embeds_insertion_points
+            before = None
+            if state.pending is not None:
+                valid = valid_columns(input_ids, attention_mask, finished)
+                before = self._before(state, input_ids, points, valid)
             if before is not None:
-                state.pending = before
-                self.forward(input_ids=before, cache=cache)
-        valid = valid_columns(input_ids, attention_mask)
+                ids, kept = before
+                state.pending = None
+                self.forward(
+                    ids, attention_mask=kept, finished=(~kept).all(1).tolist(), cache=cache
+                )
+        valid = valid_columns(input_ids, attention_mask, finished)
         # Points first: where samples were joined wrongly, their message says so.
         points = image_embeds_insertion_points
         points = None if points is None else [as_ints(p) for p in points]

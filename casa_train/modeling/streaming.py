@@ -42,6 +42,8 @@ class StreamingState:
     :param room: by layer index, buffers (B, Hkv, capacity, D) whose heads are the KV cache.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
+    :param waiting: while a batch is generated, by row the end token that waits to become pending.
+    :param brought: whether the ids that enter next have the pending ones before them already.
     """
 
     batch: int
@@ -57,6 +59,8 @@ class StreamingState:
     room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
     pending: Tensor | None = None
+    waiting: dict[int, int] = field(default_factory=dict)
+    brought: bool = False
 
     def __post_init__(self) -> None:
         self.text = self.text or [0] * self.batch

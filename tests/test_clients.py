@@ -117,6 +117,12 @@ def test_images_without_points_stand_at_the_end_in_forward_too(
     assert torch.equal(appended, expected)
     with pytest.raises(ValueError, match="2 images for a batch of 1"):
         model(input_ids=ids, pixel_values=[frame, frame], pre_image_tokens=before)
+    for more in ({}, {"labels": ids}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match="would stand behind the last token"):
+            model(input_ids=ids, pixel_values=[frame], **more)
+    for around in ({}, {"pre_image_tokens": before}):
+        with pytest.raises(ValueError, match="or call generate_from_image"):
+            model.generate(input_ids=ids, pixel_values=[frame], **around)
 
 
 @torch.no_grad()

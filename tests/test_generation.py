@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from casa_train.modeling import streaming
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -213,6 +214,70 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
     model.reset_ca_streaming_states()
 
 
+@pytest.mark.parametrize("answer_end", [None, 17])
+@every_variant
+def test_a_row_that_ends_first_goes_on_as_it_does_alone(
+    variant: str, answer_end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing behind an end enters; before an image the end goes, elsewhere it is the template's,
+    and both are decided row by row.
+    """
+    model, turns = shared_model(variant), list(stream_turns(seed=5))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    monkeypatch.setattr(model.config, "answer_end_token", answer_end)
+    ids, mask, columns, follows, pixels = turns[0]
+    free = model.generate_from_image(ids, pixels, columns, mask, **options)[:, ids.shape[1] :]
+    end = next(i for i in free[0].tolist()[:4] if i not in free[1].tolist())
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, VOCABULARY])
+    monkeypatch.setattr(model.generation_config, "pad_token_id", 3)
+
+    def answers(rows: list[int]) -> list[list[list[int]]]:
+        cache, told = DynamicCache(), []
+        for turn, (ids, mask, columns, follows, pixels) in enumerate(turns):
+            width = ids.shape[1]
+            remaining = list(pixels)
+            images = [[remaining.pop(0) for _ in row] for row in columns]
+            out = model.generate_from_image(
+                ids[rows],
+                [image for row in rows for image in images[row]],
+                [columns[row] for row in rows],
+                mask[rows],
+                image_follows=[follows[row] for row in rows],
+                past_key_values=cache,
+                reset_streaming=turn == 0,
+                **options,
+            )
+            said = out[:, width:].tolist()
+            told.append([row[: row.index(end) + 1] if end in row else row for row in said])
+        return told
+
+    together = answers([0, 1])
+    assert together[0][0][-1] == end and len(together[0][0]) < len(together[0][1])
+    for row in range(2):
+        assert [turn[0] for turn in answers([row])] == [turn[row] for turn in together]
+
+
+@every_mechanism
+def test_a_batch_of_which_a_row_has_ended_keeps_the_others(mechanism: str) -> None:
+    """`generate` with the whole conversation: pads behind an end are text for no row."""
+    model = shared_model(mechanism)
+    ids, mask, columns, follows, pixels = next(stream_turns(seed=5))
+    batch = {"attention_mask": mask, "pixel_values": pixels}
+    batch["image_embeds_insertion_points"] = columns
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
+    free = model.generate(input_ids=ids, **batch, **options)[:, ids.shape[1] :].tolist()
+    end = next(i for i in free[0][:4] if i not in free[1])
+    cache, options["eos_token_id"] = DynamicCache(), end
+    told = model.generate(input_ids=ids, **batch, past_key_values=cache, **options)
+    spoken = torch.ones(2, 6, dtype=torch.long)
+    spoken[0, free[0].index(end) + 1 :] = 0
+    new = torch.arange(8).reshape(2, 4)
+    whole = {**batch, "input_ids": torch.cat([told, new], 1)}
+    whole["attention_mask"] = torch.cat([mask, spoken, torch.ones_like(new)], 1)
+    expected = model.generate(**whole, **options)
+    assert torch.equal(model.generate(**whole, past_key_values=cache, **options), expected)
+
+
 @every_variant
 def test_a_stream_outgrows_its_buffers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "GROWTH_SLOTS", 3)
@@ -300,6 +365,96 @@ def assert_chunks_equal_whole(
     torch.testing.assert_close(torch.cat(apart), whole, rtol=0, atol=1e-9)
 
 
+@every_variant
+def test_a_second_turn_of_generate_with_the_whole_conversation(variant: str) -> None:
+    """All ids beside the cache, with all images as Hugging Face's chats have them, or new ones."""
+    model, options = shared_model(variant), {"max_new_tokens": 4, "do_sample": False}
+    told = torch.zeros(2, 0, dtype=torch.long)
+    caches = DynamicCache(), DynamicCache()
+    masks: list[Tensor] = []
+    points, follows, images = [[], []], [[], []], [[], []]
+    for ids, mask, columns, following, pixels in stream_turns(seed=5):
+        new = [[told.shape[1] + column for column in row] for row in columns]
+        remaining = list(pixels)
+        for row in range(2):
+            points[row] += new[row]
+            follows[row] += following[row]
+            images[row] += [remaining.pop(0) for _ in new[row]]
+        masks.append(mask)
+        whole = {
+            "input_ids": torch.cat([told, ids], 1),
+            "attention_mask": torch.cat(masks, 1),
+            "image_embeds_insertion_points": points,
+            "image_follows": follows,
+            "pixel_values": images[0] + images[1],
+        }
+        late = {"image_embeds_insertion_points": new, "image_follows": following}
+        told = model.generate(**whole, past_key_values=caches[0], **options)
+        greedy_check(model, told, whole, whole["input_ids"].shape[1])
+        late = {**whole, **late, "pixel_values": pixels}
+        assert torch.equal(model.generate(**late, past_key_values=caches[1], **options), told)
+        masks.append(torch.ones(2, 4, dtype=torch.long))
+    moved = {"image_embeds_insertion_points": [[], [3]], "pixel_values": pixels}
+    with pytest.raises(ValueError, match=r"points \[3\] of sample 1.*with images at \[0, 0, 12"):
+        model.generate(told, **moved, past_key_values=caches[0])
+    with pytest.raises(ValueError, match="do not begin with the ids that past_key_values holds"):
+        model.generate(told[:, 1:], past_key_values=caches[0])
+
+
+@every_variant
+@torch.no_grad()
+def test_rows_of_a_cache_take_their_streams_along(variant: str) -> None:
+    """Reordered, selected and repeated rows, a pickled copy among them."""
+    model, batch = shared_model(variant), padded_batch(fill(HARD_PACK))
+    following = torch.arange(len(HARD_PACK))[:, None] + 5
+    image = random_image(torch.Generator().manual_seed(1), 1, 2)
+
+    def three_steps(cache: DynamicCache, rows: list[int]) -> Tensor:
+        ids, points = following[rows], [[int(row == 2)] * (row % 2) for row in rows]
+        images = [image for row in points for _ in row]
+        first = model(input_ids=ids, past_key_values=cache).logits
+        second = model(
+            input_ids=torch.cat([ids, ids], 1),
+            pixel_values=images,
+            image_embeds_insertion_points=points,
+            past_key_values=cache,
+        ).logits
+        return torch.cat([first, second, model(input_ids=ids, past_key_values=cache).logits], 1)
+
+    def filled() -> DynamicCache:
+        cache = DynamicCache()
+        model(**batch, past_key_values=cache)
+        model(input_ids=following, past_key_values=cache)
+        return cache
+
+    expected = three_steps(filled(), [0, 1, 2, 3])
+    for rows, move in (
+        ([2, 0, 3, 1], lambda c, rows: c.reorder_cache(torch.tensor(rows))),
+        ([2, 2, 0, 1], lambda c, rows: c.reorder_cache(torch.tensor(rows))),
+        ([3, 1], lambda c, rows: c.batch_select_indices(torch.tensor(rows))),
+        ([0, 0, 1, 1, 2, 2, 3, 3], lambda c, rows: c.batch_repeat_interleave(2)),
+    ):
+        cache = pickle.loads(pickle.dumps(filled()))
+        move(cache, rows)
+        torch.testing.assert_close(three_steps(cache, rows), expected[rows], rtol=0, atol=1e-9)
+
+
+@every_mechanism
+@torch.no_grad()
+def test_an_emptied_cache_begins_a_stream(mechanism: str) -> None:
+    model, batch = shared_model(mechanism), padded_batch(fill(HARD_PACK))
+    expected = model(**batch).logits
+    cache = DynamicCache()
+    for rows in (3, 4):  # a new stream may have another number of samples
+        model(input_ids=torch.zeros(rows, 2, dtype=torch.long), past_key_values=cache)
+        cache.reset()
+    assert torch.equal(model(**batch, past_key_values=cache).logits, expected)
+    held = cache.get_seq_length()
+    cache.crop(-held)
+    assert torch.equal(model(**batch, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == held
+
+
 @every_mechanism
 def test_image_tokens_around_an_appended_image(mechanism: str) -> None:
     """Without insertion points each row ends: ids before the image, the image, ids after it."""
@@ -339,9 +494,25 @@ def test_what_generation_cannot_do_is_refused_by_name() -> None:
     batch, right = (padded_batch(fill(HARD_PACK), left=left) for left in (True, False))
     with pytest.raises(ValueError, match="ends in padding.*padding_side"):
         model.generate(**right, max_new_tokens=2)
-    for name, value in (("prompt_lookup_num_tokens", 2), ("assistant_model", model)):
+    depth = model.model.config.num_hidden_layers
+    for name, value in (
+        ("prompt_lookup_num_tokens", 2),
+        ("assistant_model", model),
+        ("assistant_early_exit", 1),
+        ("token_healing", True),
+        ("penalty_alpha", 0.6),
+        ("prefill_chunk_size", 3),
+    ):
         with pytest.raises(ValueError, match=f"{name} is not supported"):
-            model.generate(**batch, **{name: value}, max_new_tokens=2)
+            model.generate(**batch, **{name: value}, top_k=4, max_new_tokens=2)
+        if name != "assistant_model":
+            config = GenerationConfig(max_new_tokens=2)
+            setattr(config, name, value)
+            with pytest.raises(ValueError, match=f"{name} is not supported"):
+                model.generate(**batch, generation_config=config)
+    assert model.model.config.num_hidden_layers == depth
+    with pytest.raises(ValueError, match="cache_implementation='paged' is not supported"):
+        model.generate(**batch, cache_implementation="paged", max_new_tokens=2)
     with pytest.raises(ValueError, match="StaticCache, whose|cache_implementation='static'"):
         model.generate(**batch, cache_implementation="static", max_new_tokens=2)
     cache = DynamicCache()

@@ -81,7 +81,7 @@ def test_the_configuration_asks_as_a_call_does() -> None:
     model, batch = tiny_model(), padded_batch(fill(HARD_PACK))
     logits = model(**batch).logits
     assert model(**batch).hidden_states is None
-    given = model(**batch, return_dict=False)
+    given = model(**batch, use_cache=False, return_dict=False)
     assert isinstance(given, tuple) and len(given) == 1 and torch.equal(given[0], logits)
     model.config.return_dict = False
     logits_and_cache = model(**batch, use_cache=True)
@@ -92,6 +92,30 @@ def test_the_configuration_asks_as_a_call_does() -> None:
     model.config.output_hidden_states = True
     assert len(model(**batch).hidden_states) == 3
     assert model(**batch, output_hidden_states=False).hidden_states is None
+
+
+@every_mechanism
+@torch.no_grad()
+def test_a_call_begins_a_cache_unless_told_otherwise(mechanism: str) -> None:
+    """A step on the cache of a plain call equals the whole; who learns has no use for one."""
+    model, samples = tiny_model(mechanism), fill(HARD_PACK)
+    batch = padded_batch(samples)
+    out = model(**batch)
+    following = out.logits[:, -1:].argmax(-1)
+    step = model(input_ids=following, past_key_values=out.past_key_values).logits[:, -1]
+    ids = torch.cat([batch["input_ids"], following], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(following)], 1)
+    whole = {**batch, "input_ids": ids, "attention_mask": mask, "use_cache": False}
+    torch.testing.assert_close(step, model(**whole).logits[:, -1], rtol=0, atol=1e-5)
+
+    assert model(**batch, use_cache=False).past_key_values is None
+    assert model(**batch, labels=batch["input_ids"]).past_key_values is None
+    assert model(**batch, labels=batch["input_ids"], use_cache=True).past_key_values is not None
+    assert model.train()(**batch).past_key_values is None
+    model.eval().config.text_config.use_cache = False
+    assert model(**batch).past_key_values is None
+    model.config.use_cache = True
+    assert model(**batch).past_key_values is not None
 
 
 def test_attention_weights_are_refused_by_name() -> None:

@@ -231,6 +231,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         pre_image_tokens: Sequence[int] | None = None,
         post_image_tokens: Sequence[int] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        finished: Sequence[bool] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -249,11 +250,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         :param image_follows: for each sample, whether each image is a frame of the same video as
             the image before it; read by `window_scope=all_frames`.
         :param labels: (B, T) ids, -100 where nothing is learned.
+        :param use_cache: whether to begin a cache where none is given. None: as the configuration
+            has it, but never in training mode nor beside labels.
         :param packed: replaces all of the above; logits are then (A, vocabulary).
         :param pre_image_tokens: read where images come without insertion points: as in
             `generate_from_image`, these ids, the image and `post_image_tokens` are appended to
             every row. Otherwise the `input_ids` hold them already.
         :param num_items_in_batch: tokens to divide the loss by, see `next_token_loss`.
+        :param finished: for each sample, whether its columns hold nothing: `generate` goes on with
+            a batch of which some rows have ended.
         :param output_hidden_states: also return what enters each block, and the final states, as
             `hidden_states`: (B, T, C) each, or (T, C) of a pack; of text tokens, zero in padding.
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache; a tuple where
@@ -280,23 +285,38 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             raise ValueError("forward needs input_ids (or packed)")
 
         images = image_list(pixel_values)
+        cache = one_cache(past_key_values, cache)
         if images and image_embeds_insertion_points is None:
+            nothing_around = pre_image_tokens is None and post_image_tokens is None
+            if nothing_around and not hasattr(cache, "casa"):  # later tokens of a stream read it
+                raise ValueError(
+                    "pixel_values without image_embeds_insertion_points would stand behind the "
+                    "last token, where nothing reads them: pass the points, as the processor "
+                    "returns them, or pre_image_tokens and post_image_tokens, between which the "
+                    "image is then appended"
+                )
             input_ids, attention_mask, image_embeds_insertion_points = append_images(
                 input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
             )
         batch, width = input_ids.shape
-        cache = one_cache(past_key_values, cache)
-        if cache is None and use_cache:
+        if cache is None and (self._caches(labels) if use_cache is None else use_cache):
             cache = DynamicCache()
         state = None
         if cache is not None:
             state = stream_state(cache, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
-            before = self._before(state, input_ids, image_embeds_insertion_points)
+            points = image_embeds_insertion_points
+            before = None
+            if state.pending is not None:
+                valid = valid_columns(input_ids, attention_mask, finished)
+                before = self._before(state, input_ids, points, valid)
             if before is not None:
-                state.pending = before
-                self.forward(input_ids=before, cache=cache)
-        valid = valid_columns(input_ids, attention_mask)
+                ids, kept = before
+                state.pending = None
+                self.forward(
+                    ids, attention_mask=kept, finished=(~kept).all(1).tolist(), cache=cache
+                )
+        valid = valid_columns(input_ids, attention_mask, finished)
         # Points first: where samples were joined wrongly, their message says so.
         points = image_embeds_insertion_points
         points = None if points is None else [as_ints(p) for p in points]
@@ -309,6 +329,8 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(padded[:, kept])
         if state is not None:
+            for columns, new in zip(state.image_columns, points or [], strict=False):
+                columns += [state.columns + point for point in new]
             state.columns += width
             state.pending = None
             ids = input_ids.detach()
@@ -327,6 +349,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             return output.to_tuple()
         output.last_hidden_state = padded  # beside the fields, so that no one gathers it
         return with_both_names(output)
+
+    def _caches(self, labels: Tensor | None) -> bool:
+        """Whether a call that says nothing about it, nor brings a cache, begins one."""
+        wanted = getattr(self.config, "use_cache", None)  # where callers set it
+        if wanted is None:
+            wanted = getattr(self.config.text_config, "use_cache", True)
+        return bool(wanted) and labels is None and not self.training
 
     def _output_options(
         self, attentions: Any, hidden_states: Any, return_dict: Any

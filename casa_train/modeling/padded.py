@@ -60,20 +60,28 @@ def append_images(
     return ids, mask, [[width + len(before)] for _ in range(batch)]
 
 
-def valid_columns(input_ids: Tensor, attention_mask: Tensor | None) -> np.ndarray:
-    """(B, T) bool on the host: which of the new columns hold text."""
+def valid_columns(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    finished: Sequence[bool] | None = None,
+) -> np.ndarray:
+    """(B, T) bool on the host: which of the new columns hold text.
+
+    :param finished: rows that hold none.
+    """
     batch, width = input_ids.shape
+    over = np.zeros(batch, bool) if finished is None else np.asarray(finished, bool)
     if width == 1 or attention_mask is None:
-        return np.ones((batch, width), bool)
+        return np.broadcast_to(~over[:, None], (batch, width))
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {width}) "
             "or more columns, of which the last belong to these input_ids"
         )
     valid: np.ndarray = attention_mask[:, -width:].bool().cpu().numpy()
-    if not valid.any(1).all():
+    if not (valid.any(1) | over).all():
         raise ValueError("attention_mask hides every token of a sample")
-    return valid
+    return valid & ~over[:, None]
 
 
 def flat_index(valid: np.ndarray) -> Tensor:

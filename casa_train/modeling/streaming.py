@@ -9,12 +9,16 @@ the window is the whole stream.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .windows import Range
 
@@ -34,9 +38,12 @@ class StreamingState:
     :param window_lengths: for each sample the number of keys kept of its open window.
     :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
+    :param image_columns: for each sample the columns at which its images entered.
     :param room: by layer index, buffers (B, Hkv, capacity, D) whose heads are the KV cache.
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
+    :param waiting: while a batch is generated, by row the end token that waits to become pending.
+    :param brought: whether the ids that enter next have the pending ones before them already.
     """
 
     batch: int
@@ -48,16 +55,97 @@ class StreamingState:
     window_lengths: list[int] = field(default_factory=list)
     window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    image_columns: list[list[int]] = field(default_factory=list)
     room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     history: Tensor | None = None
     pending: Tensor | None = None
+    waiting: dict[int, int] = field(default_factory=dict)
+    brought: bool = False
 
     def __post_init__(self) -> None:
         self.text = self.text or [0] * self.batch
         self.span = self.span or [0] * self.batch
         self.slots = self.slots or [[] for _ in range(self.batch)]
+        self.image_columns = self.image_columns or [[] for _ in range(self.batch)]
         self.window_lengths = self.window_lengths or [0] * self.batch
         self.window_text = self.window_text or [0] * self.batch
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Takes these of its samples, in this order; a sample may come several times."""
+        kept = [
+            list(range(a, a + n)) for a, n in zip(self._starts(), self.window_lengths, strict=True)
+        ]
+        index = torch.tensor([i for row in rows for i in kept[row]], dtype=torch.long)
+        for layer_idx, pair in self.window.items():
+            k, v = (x.index_select(0, index.to(x.device)) for x in pair)
+            self.window[layer_idx] = k, v
+        self.batch = len(rows)
+        self.text, self.span = [self.text[r] for r in rows], [self.span[r] for r in rows]
+        self.slots = [list(self.slots[r]) for r in rows]
+        self.image_columns = [list(self.image_columns[r]) for r in rows]
+        self.window_lengths = [self.window_lengths[r] for r in rows]
+        self.window_text = [self.window_text[r] for r in rows]
+        self.room.clear()  # the cache's keys are no longer their heads
+        self.history, self.pending = (
+            None if ids is None else ids[list(rows)] for ids in (self.history, self.pending)
+        )
+
+    def _starts(self) -> list[int]:
+        """Where each sample's rows of `window` begin."""
+        return list(itertools.accumulate(self.window_lengths, initial=0))[:-1]
+
+
+class Streamed:
+    """What a cache that holds a stream does beside what its class does: the state goes along."""
+
+    casa: StreamingState
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if hasattr(self, "casa"):
+            self.casa.select([row for row in range(self.casa.batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Empties the cache, for a new stream."""
+        if hasattr(self, "key_cache"):  # transformers 4.51, whose growing caches have no reset
+            self.key_cache, self.value_cache, self._seen_tokens = [], [], 0
+        else:
+            super().reset()  # type: ignore[misc]
+        self.__dict__.pop("casa", None)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        held = self.get_seq_length()  # type: ignore[attr-defined]
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if held and not self.get_seq_length():  # type: ignore[attr-defined]
+            self.reset()
+
+    def _select(self, indices: Any) -> None:
+        if hasattr(self, "casa"):
+            if isinstance(indices, Tensor):
+                indices = indices.cpu()
+            self.casa.select(torch.arange(self.casa.batch)[indices].tolist())
+
+
+# Written out, because pickle finds a class by its name in its module.
+class StreamedDynamicCache(Streamed, DynamicCache): ...
+
+
+@functools.cache
+def streamed(base: type) -> type:
+    """The class of a cache of class `base` from the moment it holds a stream."""
+    if issubclass(base, Streamed):
+        return base
+    if base is DynamicCache:
+        return StreamedDynamicCache
+    return type(base.__name__, (Streamed, base), {})
 
 
 def stream_state(cache: Any, batch: int) -> StreamingState:
@@ -78,6 +166,7 @@ def stream_state(cache: Any, batch: int) -> StreamingState:
                 f"past_key_values already holds {cache.get_seq_length()} tokens that this model "
                 "did not put there: start with an empty DynamicCache()"
             )
+        cache.__class__ = streamed(type(cache))
         state = cache.casa = StreamingState(batch)
     if state.batch != batch:
         raise ValueError(

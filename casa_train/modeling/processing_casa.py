@@ -142,6 +142,7 @@ class CasaProcessor(ProcessorMixin):
         image can meet.
     """
 
+    chat_template: str | None
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
 

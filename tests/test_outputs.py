@@ -207,3 +207,47 @@ def test_a_place_for_every_generation_config() -> None:
     model = shared_model("casa", torch.float32)
     with pytest.raises(ValueError, match="num_beams=2 is not supported"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), GenerationConfig(num_beams=2))
+
+
+@torch.no_grad()
+def test_inputs_of_another_form_are_taken_or_named() -> None:
+    model, batch = tiny_model(), padded_batch(fill(HARD_PACK[:1]))
+    ids, images = batch["input_ids"], batch["pixel_values"]
+    expected = model(**batch).logits
+    for given in ([i.numpy() for i in images], [i.float() for i in images], tuple(images)):
+        assert torch.equal(model(**{**batch, "pixel_values": given}).logits, expected)
+    dark = [0 * images[0], 0 * images[1] + 1, *images[2:]]
+    of_bytes = model(**{**batch, "pixel_values": dark}).logits
+    assert torch.equal(
+        model(**{**batch, "pixel_values": [i.float() for i in dark]}).logits, of_bytes
+    )
+
+    points = batch["image_embeds_insertion_points"]
+    for changed, error, message in (
+        ({"input_ids": ids[0]}, ValueError, r"input_ids has shape \(7,\); expected \(B, T\)"),
+        ({"input_ids": ids.tolist()}, TypeError, "input_ids is a list; expected"),
+        ({"pixel_values": ["a.png"]}, TypeError, r"pixel_values\[0\] is a str; expected"),
+        (
+            {"pixel_values": [images[0], *(i / 255 for i in images[1:])]},
+            ValueError,
+            r"pixel_values\[1\] holds values from .* expected 0..255",
+        ),
+        (
+            {"pixel_values": [i / 127.5 - 1 for i in images]},
+            ValueError,
+            r"pixel_values\[0\] holds values from -\S+ to .* expected 0..255",
+        ),
+        (
+            {"image_embeds_insertion_points": points[0]},
+            ValueError,
+            "expected one list of columns for each sample",
+        ),
+        (
+            {"past_key_values": ((ids, ids), (ids, ids))},
+            TypeError,
+            r"past_key_values is a tuple, .* pass DynamicCache\(\)",
+        ),
+    ):
+        for call in (model, model.generate, model.generate_from_image):
+            with pytest.raises(error, match=message):
+                call(**{**batch, **changed})

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
 from .outputs import CACHE, NEW_NAME, OLD_NAME, one_cache, with_both_names
-from .padded import append_images, as_ints, image_list, valid_columns
+from .padded import append_images, as_ints, check_ids, image_list, valid_columns
 from .streaming import StreamingState
 
 # What enters a stream with the first step of `generate`; later steps bring text.
@@ -117,7 +117,7 @@ class StreamingGeneration(GenerationMixin):
         state = getattr(one_cache(kwargs.get(OLD_NAME), kwargs.get(NEW_NAME)), "casa", None)
         if state is not None and state.history is not None:
             ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            if ids is not None and not starts_with(ids, state.history):
+            if isinstance(ids, Tensor) and not starts_with(ids, state.history):
                 raise ValueError(
                     "input_ids do not begin with the ids that past_key_values holds: give generate "
                     "all ids of the stream, as they entered, and then the new ones; or give the "
@@ -157,7 +157,8 @@ class StreamingGeneration(GenerationMixin):
         if cache is not None:
             kwargs[CACHE] = cache
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if isinstance(ids, Tensor):
+        if ids is not None:
+            check_ids(ids)
             kwargs["prompt_columns"] = ids.shape[1]
         out = super().generate(*args, **kwargs)
         return out if isinstance(out, Tensor) else with_both_names(out)
@@ -191,6 +192,7 @@ class StreamingGeneration(GenerationMixin):
         :return: (B, T + new) the given ids and the new ones, as `generate` returns; with
             `return_dict_in_generate` as the `sequences` of its output.
         """
+        check_ids(input_ids)
         images = image_list(pixel_values)
         if image_embeds_insertion_points is None and images:
             input_ids, attention_mask, image_embeds_insertion_points = append_images(

@@ -44,6 +44,8 @@ from .packed import PackedInputs
 from .padded import (
     append_images,
     as_ints,
+    check_ids,
+    check_pixels,
     chunks_of,
     flat_index,
     image_list,
@@ -283,8 +285,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             return output if options["return_dict"] else output.to_tuple()
         if input_ids is None:
             raise ValueError("forward needs input_ids (or packed)")
-
+        check_ids(input_ids)
         images = image_list(pixel_values)
+        check_pixels(images)
         cache = one_cache(past_key_values, cache)
         if images and image_embeds_insertion_points is None:
             nothing_around = pre_image_tokens is None and post_image_tokens is None
@@ -301,22 +304,18 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         batch, width = input_ids.shape
         if cache is None and (self._caches(labels) if use_cache is None else use_cache):
             cache = DynamicCache()
+        valid = valid_columns(input_ids, attention_mask, finished)
         state = None
         if cache is not None:
             state = stream_state(cache, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
-            points = image_embeds_insertion_points
-            before = None
-            if state.pending is not None:
-                valid = valid_columns(input_ids, attention_mask, finished)
-                before = self._before(state, input_ids, points, valid)
+            before = self._before(state, input_ids, image_embeds_insertion_points, valid)
             if before is not None:
-                ids, kept = before
                 state.pending = None
+                ids, mask = before
                 self.forward(
-                    ids, attention_mask=kept, finished=(~kept).all(1).tolist(), cache=cache
+                    ids, attention_mask=mask, finished=(~mask).all(1).tolist(), cache=cache
                 )
-        valid = valid_columns(input_ids, attention_mask, finished)
         # Points first: where samples were joined wrongly, their message says so.
         points = image_embeds_insertion_points
         points = None if points is None else [as_ints(p) for p in points]

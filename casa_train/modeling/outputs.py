@@ -22,15 +22,20 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     """The cache, whichever name it came under.
 
     :raises ValueError: two different ones.
+    :raises TypeError: keys and values as tuples, or anything else that is no cache.
     """
-    if past_key_values is None or past_key_values is cache:
-        return cache
-    if cache is not None:
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
             "past_key_values and cache are two names of the same argument, but two different "
             "caches were given: pass one of them"
         )
-    return past_key_values
+    one = cache if past_key_values is None else past_key_values
+    if one is not None and not hasattr(one, "get_seq_length"):
+        raise TypeError(
+            f"past_key_values is a {type(one).__name__}, not a cache of transformers: pass "
+            "DynamicCache(), which the call fills"
+        )
+    return one
 
 
 def with_both_names(output: Any) -> Any:

@@ -14,18 +14,75 @@ from .streaming import StreamingState
 from .windows import Chunk
 
 
-def image_list(pixel_values: Sequence[Tensor] | Tensor | None) -> list[Tensor]:
+def image_list(pixel_values: Any) -> list[Tensor]:
+    """One tensor for each image, of tensors or arrays.
+
+    :raises TypeError: images of another kind.
+    """
     if pixel_values is None:
         return []
-    if isinstance(pixel_values, Tensor) and pixel_values.ndim == 3:
-        return [pixel_values]
-    return list(pixel_values)
+    if getattr(pixel_values, "ndim", None) == 3:
+        pixel_values = [pixel_values]
+    images = [torch.tensor(p) if isinstance(p, np.ndarray) else p for p in pixel_values]
+    for number, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"pixel_values[{number}] is a {type(image).__name__}; expected a (3, H, W) tensor "
+                "or array with values 0..255, as processor.image_processor makes them"
+            )
+    return images
+
+
+def check_pixels(images: Sequence[Tensor]) -> None:
+    """Refuses images on another scale than 0..255, as far as that shows.
+
+    Whole numbers up to 1 are a dark image. Images of bytes cost nothing.
+
+    :raises ValueError: negative values, or fractions that never exceed 1.
+    """
+    floats = {number: p for number, p in enumerate(images) if p.is_floating_point() and p.numel()}
+    if not floats:
+        return
+    found = [
+        torch.stack([p.min(), p.max(), (p != p.round()).any().to(p.dtype)])
+        for p in (image.detach() for image in floats.values())
+    ]
+    bounds = torch.stack([bound.float().to(found[0].device) for bound in found]).tolist()
+    for number, (low, high, fractions) in zip(floats, bounds, strict=True):
+        if low < 0 or (high <= 1 and fractions):
+            raise ValueError(
+                f"pixel_values[{number}] holds values from {low:.3g} to {high:.3g}; expected "
+                "0..255: the model scales and normalises images itself, so give them as "
+                "processor.image_processor makes them"
+            )
+
+
+def check_ids(input_ids: Any) -> None:
+    """Refuses `input_ids` that are no batch of rows.
+
+    :raises ValueError: another number of axes; :raises TypeError: no tensor.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids is a {type(input_ids).__name__}; expected a (B, T) tensor: give the "
+            'processor return_tensors="pt"'
+        )
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected (B, T), for one sample "
+            "input_ids[None]"
+        )
 
 
 def as_ints(points: Any) -> list[int]:
     """The insertion points of one sample: a tensor, an array, or a list of numbers."""
     if hasattr(points, "tolist"):
         points = points.tolist()
+    if not isinstance(points, (list, tuple, range)):
+        raise ValueError(
+            f"insertion points of a sample are {points!r}; expected one list of columns for each "
+            "sample, such as [[25]] for a batch of one"
+        )
     values = [p.tolist() if hasattr(p, "tolist") else p for p in points]
     if any(isinstance(p, (list, tuple)) for p in values):
         raise ValueError(
@@ -78,10 +135,11 @@ def valid_columns(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({batch}, {width}) "
             "or more columns, of which the last belong to these input_ids"
         )
-    valid: np.ndarray = attention_mask[:, -width:].bool().cpu().numpy()
-    if not (valid.any(1) | over).all():
+    given: np.ndarray = attention_mask[:, -width:].bool().cpu().numpy()
+    if not (given.any(1) | over).all():
         raise ValueError("attention_mask hides every token of a sample")
-    return valid & ~over[:, None]
+    valid: np.ndarray = given & ~over[:, None]
+    return valid
 
 
 def flat_index(valid: np.ndarray) -> Tensor:

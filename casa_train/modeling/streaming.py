@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Streamed:
     def reset(self) -> None:
         """Empties the cache, for a new stream."""
         if hasattr(self, "key_cache"):  # transformers 4.51, whose growing caches have no reset
-            self.key_cache, self.value_cache, self._seen_tokens = [], [], 0
+            self.__dict__.update(key_cache=[], value_cache=[], _seen_tokens=0)
         else:
             super().reset()  # type: ignore[misc]
         self.__dict__.pop("casa", None)
@@ -166,7 +166,8 @@ def stream_state(cache: Any, batch: int) -> StreamingState:
                 f"past_key_values already holds {cache.get_seq_length()} tokens that this model "
                 "did not put there: start with an empty DynamicCache()"
             )
-        cache.__class__ = streamed(type(cache))
+        base: Hashable = type(cache)
+        cache.__class__ = streamed(base)
         state = cache.casa = StreamingState(batch)
     if state.batch != batch:
         raise ValueError(

@@ -219,8 +219,9 @@ class StreamingGeneration(GenerationMixin):
             # A caller who forwarded the last ids himself has left none pending.
             earlier = state.history.to(ids.device)
             earlier_mask = torch.ones_like(earlier)
-            before = self._before(state, ids, points, valid_columns(ids, mask))
-            mask = mask[:, -ids.shape[1] :]
+            mask = mask[:, mask.shape[1] - ids.shape[1] :]
+            valid = valid_columns(ids, mask if ids.shape[1] else None)
+            before = self._before(state, ids, points, valid)
             if before is not None:
                 pending, kept = (x.to(ids.device) for x in before)
                 shift = pending.shape[1]

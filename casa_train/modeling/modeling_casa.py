@@ -286,10 +286,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if input_ids is None:
             raise ValueError("forward needs input_ids (or packed)")
         check_ids(input_ids)
+        # Points first: where samples were joined wrongly, their message says so.
+        points = image_embeds_insertion_points
+        points = None if points is None else [as_ints(p) for p in points]
         images = image_list(pixel_values)
         check_pixels(images)
         cache = one_cache(past_key_values, cache)
-        if images and image_embeds_insertion_points is None:
+        if images and points is None:
             nothing_around = pre_image_tokens is None and post_image_tokens is None
             if nothing_around and not hasattr(cache, "casa"):  # later tokens of a stream read it
                 raise ValueError(
@@ -298,7 +301,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
                     "returns them, or pre_image_tokens and post_image_tokens, between which the "
                     "image is then appended"
                 )
-            input_ids, attention_mask, image_embeds_insertion_points = append_images(
+            input_ids, attention_mask, points = append_images(
                 input_ids, attention_mask, len(images), pre_image_tokens, post_image_tokens
             )
         batch, width = input_ids.shape
@@ -309,16 +312,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         if cache is not None:
             state = stream_state(cache, batch)
             # Generated ids that have not entered yet come first, unless the caller brings them.
-            before = self._before(state, input_ids, image_embeds_insertion_points, valid)
+            before = self._before(state, input_ids, points, valid)
             if before is not None:
                 state.pending = None
                 ids, mask = before
                 self.forward(
                     ids, attention_mask=mask, finished=(~mask).all(1).tolist(), cache=cache
                 )
-        # Points first: where samples were joined wrongly, their message says so.
-        points = image_embeds_insertion_points
-        points = None if points is None else [as_ints(p) for p in points]
         counts = self.visual.token_counts(images)
         chunks = chunks_of(valid, points, image_follows, counts, state)
         flat = flat_index(valid)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,11 @@ class Streamed:
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        if hasattr(self, "key_cache"):  # transformers 4.51 fails on layers that hold nothing
+            for layers in (self.key_cache, self.value_cache):  # type: ignore[attr-defined]
+                layers[:] = [x[indices, ...] if x.numel() else x for x in layers]
+        else:
+            super().batch_select_indices(indices)  # type: ignore[misc]
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -166,8 +170,7 @@ def stream_state(cache: Any, batch: int) -> StreamingState:
                 f"past_key_values already holds {cache.get_seq_length()} tokens that this model "
                 "did not put there: start with an empty DynamicCache()"
             )
-        base: Hashable = type(cache)
-        cache.__class__ = streamed(base)
+        cache.__class__ = streamed(cache.__class__)
         state = cache.casa = StreamingState(batch)
     if state.batch != batch:
         raise ValueError(

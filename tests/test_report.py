@@ -21,6 +21,7 @@ from casa_train.errors import UserError
 from casa_train.metrics.report import RunData, choose_answers, samples, series, text, write_report
 from casa_train.metrics.report.curves import draw_plots
 from casa_train.metrics.sinks import read_metrics
+from casa_train.modeling import image_sources
 
 VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
@@ -406,6 +407,7 @@ def test_thumbnails_are_small_and_on_white() -> None:
     assert load(_picture((30, 40), "WEBP")).size == (30, 40)  # never enlarged
     assert load(_picture((8, 8), mode="RGBA")).getpixel((4, 4)) == (255, 255, 255)
     assert load(_picture((8, 8), mode="L")).mode == "RGB"
+    assert samples.FORMATS == image_sources.FORMATS  # whatever an evaluation could read
     whole = _picture((400, 400))
     assert samples.thumbnail(b"") is None and samples.thumbnail(whole[: len(whole) // 2]) is None
 

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from PIL import Image
+from PIL import Image, features
 
 from casa_train.metrics.report.run_data import RunData
 
 SAMPLES = 24  # rows of the table of answers
 # Readers of Pillow that start no program, as that of EPS does.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
+if "avif" in features.modules and features.check("avif"):
+    FORMATS.append("AVIF")
 PICTURE_SIDE = 112  # CSS pixels; twice as many are embedded for dense screens
 
 

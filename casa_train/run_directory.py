@@ -298,7 +298,7 @@ def _move_away(run_dir: Path) -> None:
         if not p.name.startswith("previous_")
         and p.name != LOCK_FILE
         # A run that lies in this one's directory is another run, perhaps at work.
-        and not any(p.rglob(CONFIG_FILE))
+        and not any((file.parent / LOCK_FILE).is_file() for file in p.rglob(CONFIG_FILE))
     ]
     if not earlier:
         return

@@ -150,7 +150,9 @@ def test_records_without_a_checkpoint_are_kept(project: Path, tmp_path: Path) ->
 
 
 def test_a_run_inside_another_stays_where_it_is(tmp_path: Path) -> None:
-    for name in ("a/metrics.jsonl", "a/config.yaml", "a/sub/b/config.yaml", "a/notes/x.txt"):
+    inner = ("a/sub/b/config.yaml", "a/sub/b/lock")
+    wandb = "a/wandb/run-1/files/config.yaml"  # what it writes is no run of this program
+    for name in ("a/metrics.jsonl", "a/config.yaml", "a/notes/x.txt", *inner, wandb):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     config = compose_config(["checkpoint.resume=never"])
@@ -158,6 +160,7 @@ def test_a_run_inside_another_stays_where_it_is(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"previous_1", "sub"}
     assert (tmp_path / "a" / "sub" / "b" / "config.yaml").exists()
     assert (tmp_path / "a" / "previous_1" / "notes" / "x.txt").exists()
+    assert (tmp_path / "a" / "previous_1" / "wandb" / "run-1").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "name: x\nrun_", "data: {sources: {}}\n", "\0"])

@@ -72,17 +72,16 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
             )
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    if "RANK" not in env:
+    elif "RANK" not in env:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             alone["MASTER_PORT"] = str(probe.getsockname()[1])
         env.update(alone)
         _alone.update(alone)
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-    if missing:
+    elif absent:
         raise UserError(
-            f"environment variables {missing} are not set, but RANK is: start several processes "
+            f"environment variables {absent} are not set, but RANK is: start several processes "
             "with torchrun (launch/torchrun.sh), which sets them"
         )
     cuda = torch.cuda.is_available()

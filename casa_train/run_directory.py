@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -302,16 +303,21 @@ def _move_away(run_dir: Path) -> None:
     ]
     if not earlier:
         return
-    number = 1
-    while (run_dir / f"previous_{number}").exists():
-        number += 1
-    (run_dir / f"previous_{number}").mkdir()
+    previous = _new_previous(run_dir)
     for path in sorted(earlier, key=lambda p: p.name != CHECKPOINTS):
-        aside = run_dir / f"previous_{number}" / path.name
+        aside = previous / path.name
         if path.is_symlink() and path.is_dir():
             _empty_linked(path.resolve(), aside)
         else:
             os.rename(path, aside)
+
+
+def _new_previous(folder: Path) -> Path:
+    """Makes the next free `previous_N` in a folder."""
+    numbered = (folder / f"previous_{number}" for number in itertools.count(1))
+    path = next(path for path in numbered if not path.exists())
+    path.mkdir()
+    return path
 
 
 def _empty_linked(target: Path, aside: Path) -> None:
@@ -320,11 +326,7 @@ def _empty_linked(target: Path, aside: Path) -> None:
     The run's own link stays: on that disk it has room for its checkpoints.
     """
     content = [p for p in target.iterdir() if not p.name.startswith("previous_")]
-    number = 1
-    while (target / f"previous_{number}").exists():
-        number += 1
-    moved = target / f"previous_{number}"
-    moved.mkdir()
+    moved = _new_previous(target)
     for path in content:
         os.rename(path, moved / path.name)
     aside.symlink_to(moved)

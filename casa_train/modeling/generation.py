@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ class StreamingGeneration(GenerationMixin):
             )
         state = getattr(one_cache(kwargs.get(OLD_NAME), kwargs.get(NEW_NAME)), "casa", None)
         if state is not None and state.history is not None:
-            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            ids = given_ids(args, kwargs)
             if isinstance(ids, Tensor) and not starts_with(ids, state.history):
                 raise ValueError(
                     "input_ids do not begin with the ids that past_key_values holds: give generate "
@@ -156,7 +156,7 @@ class StreamingGeneration(GenerationMixin):
         cache = one_cache(kwargs.pop(OLD_NAME, None), kwargs.pop(NEW_NAME, None))
         if cache is not None:
             kwargs[CACHE] = cache
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        ids = given_ids(args, kwargs)
         if ids is not None:
             check_ids(ids)
             kwargs["prompt_columns"] = ids.shape[1]
@@ -304,6 +304,11 @@ class StreamingGeneration(GenerationMixin):
 def starts_with(ids: Tensor, head: Tensor) -> bool:
     """Whether every row of `ids` begins with that of `head`."""
     return torch.equal(ids[:, : head.shape[1]], head.to(ids.device))
+
+
+def given_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The ids among the arguments of `generate`, first or under either name; None: none."""
+    return args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
 
 
 def new_images(inputs: dict[str, Any], state: StreamingState) -> dict[str, Any]:

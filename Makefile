@@ -8,8 +8,7 @@ TASKS := colour,shape,count
 COMPAT := .venv-compat
 NEWEST := .venv-newest
 # What runs on every release of transformers: the tests of casa_train/modeling and of exports.
-CORE := $(addprefix tests/test_,$(addsuffix .py,windows attention fusion generation parity vision processing interface compat \
-	conversations streamed_conversations pickling image_sources outputs clients hf_trainer))
+CORE := tests/modeling
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
@@ -44,7 +43,7 @@ test-fast: setup  ## the tests for daily work, under five minutes
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slurm: setup  ## the batch scripts on a SLURM of two nodes on this machine (slurm-wlm, munge)
-	$(BIN)/python -m pytest -q tests/test_slurm.py
+	$(BIN)/python -m pytest -q tests/launch/test_slurm.py
 
 test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.51.3, exports to and from 5.x
 	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python -m pytest -q $(CORE)

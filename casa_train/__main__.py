@@ -18,11 +18,11 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from casa_train import __version__
-from casa_train.compose import CONF_DIR, explain, refuse_one_directory, to_config
+from casa_train.config.compose import CONF_DIR, explain, refuse_one_directory, to_config
+from casa_train.config.overrides import as_typed
 from casa_train.errors import RankError, UserError
-from casa_train.leaving import EXIT_REQUEUE, StopRequest
-from casa_train.lines import drop_unwritten
-from casa_train.overrides import as_typed
+from casa_train.io.log import drop_unwritten
+from casa_train.training.signals import EXIT_REQUEUE, StopRequest
 
 # Options of Hydra that take the word behind them.
 VALUED = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"}
@@ -39,7 +39,7 @@ def main(raw: DictConfig) -> None:
         config = to_config(raw, HydraConfig.get().overrides.task)
         # Heavy imports only once the configuration holds.
         if config.dry_run:
-            from casa_train.dry_run import dry_run
+            from casa_train.cost.dry_run import dry_run
 
             try:
                 say(*dry_run(config))
@@ -58,7 +58,7 @@ def main(raw: DictConfig) -> None:
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         alone = isinstance(error, RankError)
         if sweep and raw.get("dry_run") is not True:
-            from casa_train.run_directory import record_failure
+            from casa_train.run.directory import record_failure
 
             record_failure(Path(raw.run_dir), str(error))
         report(f"job {raw.run_dir}: {error}" if sweep else str(error), alone)
@@ -127,7 +127,7 @@ def run() -> int:
         abandon(1)
         return 1
     finally:
-        if engine := sys.modules.get("casa_train.engine"):  # only if a job got that far
+        if engine := sys.modules.get("casa_train.engine.engine"):  # only if a job got that far
             engine.leave_processes()
         drop_unwritten()
     return 2 if _messages else 0
@@ -151,7 +151,7 @@ def options_first(arguments: Sequence[str]) -> list[str]:
 def abandon(code: int) -> None:
     """Ends this rank at once where others may wait for it."""
     drop_unwritten()
-    if engine := sys.modules.get("casa_train.engine"):
+    if engine := sys.modules.get("casa_train.engine.engine"):
         engine.abandon_processes(code)
 
 

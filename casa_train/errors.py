@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something the user can mend: a field, a file or a command.
@@ -17,3 +20,12 @@ class RankError(UserError):
 
 class SaveError(UserError):
     """A checkpoint could not be written, which every rank knows; training itself can go on."""
+
+
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Puts the configuration's field in front of what is wrong with the data that it names."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error

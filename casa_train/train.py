@@ -17,46 +17,59 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from casa_train import lines, worst_case
-from casa_train.assemble import (
-    Start,
-    banner,
-    build_model,
-    build_model_config,
-    find_weights,
-    open_processor,
-    open_sources,
-    start_weights,
-)
-from casa_train.audit import Audit
-from casa_train.background_exports import BackgroundExports
+from casa_train.checkpoint.disk_space import check_room, check_writable
 from casa_train.checkpoint.manager import CheckpointManager, Found, Write
-from casa_train.checkpoint.random_state import derive_seed, seed_all
-from casa_train.collection import ScheduledCollection
-from casa_train.config import Config, fingerprint
+from casa_train.config.places import absolute, as_before, places
+from casa_train.config.schema import Config, fingerprint
+from casa_train.cost.peak import peak_tflops
+from casa_train.cost.sizes import work_counter
+from casa_train.data.build import list_streams, open_data
 from casa_train.data.loader import PackLoader, dead_workers_named
-from casa_train.data.stream import StreamLoader
+from casa_train.data.processor import open_processor
+from casa_train.data.shared_memory import check_shared_memory, ranks_beside
+from casa_train.data.stream.stream_loader import StreamLoader
 from casa_train.data.templates import verdict
-from casa_train.determinism import set_determinism
-from casa_train.disk_room import check_room, check_writable
-from casa_train.engine import Engine, init_processes, leave_processes, shard
+from casa_train.distributed.determinism import set_determinism
+from casa_train.distributed.random_state import derive_seed, seed_all
+from casa_train.distributed.ranks import agree, gather
+from casa_train.distributed.threads import use_threads
+from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import SaveError, UserError
-from casa_train.evaluation.held_out import open_held_out
-from casa_train.evaluation.questions import Questions
-from casa_train.evaluation.validation import Validator
-from casa_train.evaluation.validation import describe as describe_validation
-from casa_train.export import load_run_config
-from casa_train.feed import list_streams, open_data
-from casa_train.fusion_start import start_warning
-from casa_train.leaving import EXIT_REQUEUE, StopRequest, Watchdog
-from casa_train.lines import count
+from casa_train.evaluate.held_out import open_held_out
+from casa_train.evaluate.questions import Questions
+from casa_train.evaluate.validation import Validator
+from casa_train.evaluate.validation import describe as describe_validation
+from casa_train.export.background_exports import BackgroundExports
+from casa_train.io import log as lines
+from casa_train.io.log import count
 from casa_train.metrics.meter import Meter
-from casa_train.metrics.peak import peak_tflops
-from casa_train.metrics.sinks import Sink, last_step, open_sinks
-from casa_train.metrics.starts import STARTS_FILE, StartLog
+from casa_train.metrics.sinks.base import Sink
+from casa_train.metrics.sinks.jsonl import last_step
+from casa_train.metrics.sinks.opening import open_sinks
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.optim import (
+from casa_train.run.configuration import load_run_config
+from casa_train.run.directory import (
+    keep_lost_records,
+    keep_processor,
+    prepare_run_directory,
+    record_run,
+    request_requeue,
+)
+from casa_train.run.layout import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    PROCESSOR,
+    VALIDATION_FILE,
+)
+from casa_train.run.lock import RunLock
+from casa_train.run.quarantine import Quarantine
+from casa_train.run.resume_fields import plan_record, refuse_changes
+from casa_train.run.starts import STARTS_FILE, StartLog
+from casa_train.setup.fusion_start import start_warning
+from casa_train.setup.model import build_model, build_model_config
+from casa_train.setup.optim import (
     build_groups,
     build_optimizer,
     describe,
@@ -64,27 +77,14 @@ from casa_train.optim import (
     rate_factor,
     set_rates,
 )
-from casa_train.places import absolute, as_before, places
-from casa_train.ranks import agree, gather
-from casa_train.resume_fields import plan_record, refuse_changes
-from casa_train.run_directory import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    METRICS_FILE,
-    PROCESSOR,
-    VALIDATION_FILE,
-    Quarantine,
-    RunLock,
-    keep_lost_records,
-    keep_processor,
-    prepare_run_directory,
-    record_run,
-    request_requeue,
-)
-from casa_train.shared_memory import check_shared_memory, ranks_beside
-from casa_train.sizes import work_counter
-from casa_train.threads import use_threads
-from casa_train.trainer import Progress, Trainer
+from casa_train.setup.parts import banner
+from casa_train.setup.weights import Start, find_weights, open_sources, start_weights
+from casa_train.training import memory_probe as worst_case
+from casa_train.training.audit import Audit
+from casa_train.training.garbage import ScheduledCollection
+from casa_train.training.loop import Progress, Trainer
+from casa_train.training.signals import EXIT_REQUEUE, StopRequest
+from casa_train.training.watchdog import Watchdog
 
 
 def train(config: Config, stop: StopRequest, last: bool = True) -> int:

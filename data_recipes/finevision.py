@@ -74,7 +74,7 @@ def convert(row: Mapping[str, Any], subset: str) -> tuple[dict[str, Any], list[b
 
     :raises BadRow: images of which one is missing.
     """
-    from casa_train.data.schemas import BadRow
+    from casa_train.data.schemas.rows import BadRow
 
     images = row.get("images")
     if isinstance(images, Mapping | bytes):  # one image that is no list

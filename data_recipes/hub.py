@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from casa_train.caches import permanent, unwritable_cache
 from casa_train.errors import UserError
+from casa_train.io.caches import permanent, unwritable_cache
 from data_recipes.pipeline import Row, Skip, slug
 
 READERS = 16  # of footers at the same time
@@ -52,7 +52,7 @@ def subset_names(source: str) -> list[str]:
     """
     import datasets
 
-    from casa_train.data.stream import card_of
+    from casa_train.data.stream.subsets import card_of
 
     if is_local(source):
         path = base_path(source)
@@ -98,8 +98,8 @@ def _held(source: str, subsets: list[str]) -> list[str]:
     """Those of the subsets of which a local copy holds files."""
     if not is_local(source):
         return subsets
-    from casa_train.data.row_groups import Retries
-    from casa_train.data.stream import copied_subsets
+    from casa_train.data.stream.row_groups import Retries
+    from casa_train.data.stream.subsets import copied_subsets
 
     return copied_subsets(base_path(source), subsets, Retries(1, 0))
 
@@ -111,7 +111,7 @@ def load_arguments(source: str, subset: str) -> dict[str, Any]:
     """
     from datasets.data_files import sanitize_patterns
 
-    from casa_train.data.stream import card_of
+    from casa_train.data.stream.subsets import card_of
 
     arguments: dict[str, Any] = {"path": load_path(source), "name": subset}
     described = card_of(base_path(source)).get(subset, {}) if is_local(source) else {}
@@ -143,7 +143,7 @@ class ParquetJob:
         import pyarrow.parquet as pq
         from fsspec import open as open_file
 
-        from casa_train.data.schemas import BadRow
+        from casa_train.data.schemas.rows import BadRow
 
         stream = open_stream(self.source, self.subset)
         file = stream.shard(num_shards=stream.num_shards, index=self.number)
@@ -320,7 +320,7 @@ def image_bytes(value: Any) -> bytes:
 
     :raises BadRow: no image, or one that is only named: paths are data here, never opened.
     """
-    from casa_train.data.schemas import BadRow
+    from casa_train.data.schemas.rows import BadRow
 
     data = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(data, bytes):

@@ -65,7 +65,7 @@ class LiveJob:
         return len(self.lines)
 
     def rows(self) -> Iterator[Row | Skip]:
-        from casa_train.data.schemas import BadRow
+        from casa_train.data.schemas.rows import BadRow
 
         for key, line in self.lines:
             try:
@@ -76,9 +76,9 @@ class LiveJob:
     def _row(self, key: str, line: str) -> Row:
         import fsspec
 
-        from casa_train.data.conversation import safe_path
-        from casa_train.data.schemas import BadRow
-        from casa_train.data.video_schemas import last_word, live_parts
+        from casa_train.data.schemas.conversation import safe_path
+        from casa_train.data.schemas.rows import BadRow
+        from casa_train.data.schemas.video_rows import last_word, live_parts
 
         try:
             row = {"messages": json.loads(line), "subset": NAME}

@@ -81,8 +81,8 @@ class VideoJob:
         return sum(len(rows) for _, rows in self.videos)
 
     def rows(self) -> Iterator[Row | Skip]:
-        from casa_train.data.conversation import safe_path
-        from casa_train.data.schemas import BadRow
+        from casa_train.data.schemas.conversation import safe_path
+        from casa_train.data.schemas.rows import BadRow
 
         for video, rows in self.videos:
             try:
@@ -103,8 +103,8 @@ def read_annotations(
     """(path of a video -> keyed rows about it, rows that cannot be used by reason)."""
     import datasets
 
-    from casa_train.data.conversation import safe_path
-    from casa_train.data.schemas import BadRow
+    from casa_train.data.schemas.conversation import safe_path
+    from casa_train.data.schemas.rows import BadRow
 
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     skips: Counter[str] = Counter()

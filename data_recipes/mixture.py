@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from casa_train.config.bounds import local_path
 from casa_train.data.overlap import refuse_double_counting
 from casa_train.errors import UserError
-from casa_train.kinds import local_path
 from data_recipes import finevision, llava_onevision
 from data_recipes.pipeline import slug
 

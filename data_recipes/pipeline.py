@@ -142,7 +142,8 @@ def encoding_of(directory: Path, tokenizer: Any, template: str, name: str) -> En
     :param directory: where the tokenizer will lie; :param name: what it is called, for messages.
     :raises UserError: no template, or one that is not for this tokenizer.
     """
-    from casa_train.data.templates import read_template, resolve
+    from casa_train.config.ready_templates import read_template
+    from casa_train.data.templates import resolve
 
     given = read_template(template, "--template")
     resolved = resolve(given, tokenizer, name, "--template")
@@ -171,7 +172,7 @@ def write_split(
     :param hold_out: what becomes the split `validation` beside this one.
     :raises UserError: too many bad rows, an unreadable source, a process that was killed.
     """
-    from casa_train.data.shards import finish_split, finished_shard
+    from casa_train.data.prepared.shards import finish_split, finished_shard
 
     plan.directory.mkdir(parents=True, exist_ok=True)
     for temporary in plan.directory.glob("*.tmp"):  # of a recipe that was killed
@@ -239,7 +240,7 @@ def _write_shard(
     limit: int | None,
     hold_out: HoldOut | None,
 ) -> dict[str, Any]:
-    from casa_train.data.shards import Shard, finished_shard
+    from casa_train.data.prepared.shards import Shard, finished_shard
 
     shard = Shard(directory, number, schema, turn_counter(encoding))
     aside = None if hold_out is None else Aside(shard, hold_out)

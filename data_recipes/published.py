@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.errors import UserError
-from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.held_out import HoldOut
 from data_recipes.hub import Converter, count_rows, parquet_jobs
 from data_recipes.pipeline import (

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.errors import UserError
-from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.pipeline import (
     Encoding,
     Pool,
@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recount(data: Path, out: Path, encoding: Encoding) -> dict[str, Any]:
-    from casa_train.data.schemas import BadRow
-    from casa_train.data.shards import Split, recount
+    from casa_train.data.prepared.shards import Split, recount
+    from casa_train.data.schemas.rows import BadRow
 
     count = turn_counter(encoding)
     if (out / "meta.json").is_file():

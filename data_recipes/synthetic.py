@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.errors import UserError
-from casa_train.kinds import local_path, path_or_hub_id
 from data_recipes.pipeline import (
     Encoding,
     Row,
@@ -229,7 +229,7 @@ def _write_splits(
     out: Path, wanted: dict[str, Any], encoding: Encoding, workers: int
 ) -> dict[str, Any]:
     """Validation, then training without its pictures; returns what was written, by split."""
-    from casa_train.data.shards import Split
+    from casa_train.data.prepared.shards import Split
 
     summary: dict[str, Any] = {}
     held_out: frozenset[bytes] = frozenset()

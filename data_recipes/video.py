@@ -41,7 +41,7 @@ def decode_clip(
     """
     import av
 
-    from casa_train.data.schemas import BadRow
+    from casa_train.data.schemas.rows import BadRow
 
     try:
         with av.open(io.BytesIO(video) if isinstance(video, bytes) else video) as container:

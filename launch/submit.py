@@ -42,7 +42,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from casa_train import __version__
-from casa_train.compose import (
+from casa_train.config.bounds import local_path
+from casa_train.config.compose import (
     CONF_DIR,
     add_config_dir,
     explain,
@@ -51,11 +52,10 @@ from casa_train.compose import (
     search_path,
     to_config,
 )
-from casa_train.config import Config
+from casa_train.config.overrides import as_typed
+from casa_train.config.schema import Config
 from casa_train.errors import UserError
-from casa_train.kinds import local_path
-from casa_train.overrides import as_typed
-from casa_train.provenance import SNAPSHOT_FILE
+from casa_train.run.provenance import SNAPSHOT_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "launch/slurm.sbatch"

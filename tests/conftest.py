@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.commands import prepare_data
+from tests.helpers.commands import prepare_data
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, environment
+from tests.helpers.commands import ROOT, environment
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 MINE = "# @package _global_\ndefaults:\n  - demo\nname: mine\ntrainer: {steps: 77}\n"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from casa_train.bench import attention, faults, images, packing, step, streaming
 from casa_train.bench._benchmark import Benchmark, add_common_arguments
 from casa_train.errors import UserError
-from casa_train.files import write_atomic
+from casa_train.io.files import write_atomic
 
 BENCHMARKS: dict[str, Benchmark] = {
     "attention": attention.BENCHMARK,

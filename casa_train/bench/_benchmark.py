@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from casa_train.kinds import local_path
-from casa_train.lines import count
+from casa_train.config.bounds import local_path
+from casa_train.io.log import count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from casa_train.bench._benchmark import Benchmark, Report, aligned
 from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
 from casa_train.checkpoint.slices import read_weights
+from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
-from casa_train.kinds import local_path
-from casa_train.metrics.sinks import read_metrics
-from casa_train.metrics.starts import STARTS_FILE, read_starts
-from casa_train.run_directory import CHECKPOINTS, METRICS_FILE
+from casa_train.metrics.sinks.jsonl import read_metrics
+from casa_train.run.layout import CHECKPOINTS, METRICS_FILE
+from casa_train.run.starts import STARTS_FILE, read_starts
 
 METHOD = """\
 Renders a few pictures, trains a tiny model on them without disturbance, and then trains it again

@@ -17,8 +17,8 @@ from transformers.utils import is_torchvision_available, logging
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned, describe_machine, machine
 from casa_train.bench._timing import interleaved
+from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
-from casa_train.kinds import local_path
 from casa_train.modeling.image_processing_casa import (
     MAX_PIXELS,
     SIDE,

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from casa_train.assemble import Start, meta_model, start_weights
 from casa_train.bench._benchmark import (
     DTYPES,
     Benchmark,
@@ -23,20 +22,22 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
-from casa_train.compose import add_config_dir, compose_config
+from casa_train.config.compose import add_config_dir, compose_config
+from casa_train.cost.full_pack import full_inputs, full_pack
+from casa_train.cost.peak import peak_tflops
+from casa_train.cost.sizes import size_model, work_counter
 from casa_train.data.materialize import PackedBatch
-from casa_train.engine import Engine, init_processes, leave_processes, shard
+from casa_train.distributed.threads import use_threads
+from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.full_pack import full_inputs, full_pack
-from casa_train.lines import count
-from casa_train.metrics.flops import SampleShape
+from casa_train.io.log import count
 from casa_train.metrics.meter import Meter
-from casa_train.metrics.peak import peak_tflops
-from casa_train.optim import build_groups, build_optimizer, set_rates
-from casa_train.sizes import size_model, work_counter
-from casa_train.threads import use_threads
-from casa_train.trainer import Trainer
-from casa_train.warm_start import Stored
+from casa_train.modeling.windows import SampleShape
+from casa_train.setup.model import meta_model
+from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.pretrained import Stored
+from casa_train.setup.weights import Start, start_weights
+from casa_train.training.loop import Trainer
 
 METHOD = """\
 Builds each experiment at its own sizes, with random weights, as a run would: the same engine, loop,

@@ -24,12 +24,12 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import synchronise, tensor_bytes
-from casa_train.checkpoint.loading import load_model
+from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
-from casa_train.kinds import local_path
+from casa_train.export.loading import load_model
+from casa_train.io.quiet import quiet_libraries
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.quiet import quiet_libraries
 
 METHOD = """\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from casa_train.errors import UserError
-from casa_train.files import sha256, sync_directory
+from casa_train.io.files import sha256, sync_directory
 
 FROZEN_DIRECTORY = "frozen"  # beside the checkpoints
 UNFINISHED = ".tmp"

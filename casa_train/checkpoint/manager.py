@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from casa_train.checkpoint.frozen import FROZEN_DIRECTORY, UNFINISHED, FrozenFile, lost
-from casa_train.checkpoint.random_state import load_rng_state, rng_state, set_rng_state
+from casa_train.distributed.random_state import load_rng_state, rng_state, set_rng_state
+from casa_train.distributed.ranks import gather
 from casa_train.errors import SaveError, UserError
-from casa_train.files import sha256, sync_directory, write_atomic
-from casa_train.ranks import gather
-from casa_train.tensor_file import save_tensors
+from casa_train.io.files import sha256, sync_directory, write_atomic
+from casa_train.io.tensors import save_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from casa_train.checkpoint.frozen import FrozenFile, Kinds
 from casa_train.errors import UserError
-from casa_train.tensor_file import load_tensors, save_tensors
+from casa_train.io.tensors import load_tensors, save_tensors
 
 STATE_DIRECTORY = "engine"  # within a checkpoint
 MASTER, FROZEN = "master", "frozen"

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from casa_train.data.plan import VIDEO
-from casa_train.data.ratings import carry_images, kept_images, kept_turns
+from casa_train.data.prepared.plan import VIDEO
+from casa_train.data.prepared.ratings import carry_images, kept_images, kept_turns
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample, filter_turns, keep_images
-from casa_train.data.shards import Split
 from casa_train.modeling.image_processing_casa import (
     MAX_ASPECT,
     MAX_SOURCE_PIXELS,

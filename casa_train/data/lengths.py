@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from casa_train.data.fit import NEVER, Fit
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
-from casa_train.data.shards import Split
 from casa_train.modeling.image_processing_casa import read_header
 from casa_train.modeling.processing_casa import CasaProcessor
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from casa_train.data.materialize import Materializer, PackedBatch
-from casa_train.data.plan import Pack, Planner
+from casa_train.data.prepared.plan import Pack, Planner
 from casa_train.errors import RankError, UserError
 
 PREFETCH = 4  # packs of each worker that wait

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from casa_train.data.fit import Fit, processor_for
-from casa_train.data.plan import Pack
+from casa_train.data.prepared.plan import Pack
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
-from casa_train.data.schemas import BadRow
-from casa_train.data.shards import Split
+from casa_train.data.schemas.rows import BadRow
+from casa_train.data.transfer import pinned
 from casa_train.errors import UserError
-from casa_train.metrics.flops import SampleShape
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.modeling.windows import Chunk, has_pair
-from casa_train.transfer import pinned
+from casa_train.modeling.windows import Chunk, SampleShape, has_pair
 
 CountWork = Callable[[Sequence[SampleShape], int], int]
 """Samples of a pack and its rows with logits -> floating-point operations."""

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from casa_train.config.ready_templates import NAMES, ready_names
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor, ChatTemplate
 
-READY = Path(__file__).resolve().parents[1] / "conf" / "model" / "template"
-AUTO = "auto"
-NAMES = tuple(field.name for field in fields(ChatTemplate))
 TURNS = ("user_start", "user_end", "assistant_start", "assistant_end")
 # A template that writes today's date is given this one, so that a run reads the same every day.
 DATE = "26 Jul 2024"
@@ -58,43 +53,6 @@ class Resolved:
     template: ChatTemplate
     own: str | None = None
     left_out: tuple[str, ...] = ()
-
-
-def ready_names() -> list[str]:
-    """Names of the files in conf/model/template."""
-    return sorted(path.stem for path in READY.glob("*.yaml") if path.stem != AUTO)
-
-
-def read_template(spec: str, setting: str) -> dict[str, Any]:
-    """The fields of a template that is named on a command line; those of "auto" are none.
-
-    :param spec: auto, the name of a ready file, a YAML file, or fields as a YAML mapping.
-    :param setting: what names it, for messages.
-    :raises UserError: nothing of that kind, or fields that no template has.
-    """
-    if spec == AUTO:
-        return {}
-    if spec in ready_names():
-        path = READY / f"{spec}.yaml"
-    elif not spec.lstrip().startswith("{"):
-        path = Path(os.path.expanduser(spec))
-    else:
-        path = None
-    try:
-        values = yaml.safe_load(spec if path is None else path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"{setting} is {spec!r}, which cannot be read ({first}); expected auto, one of "
-            f"{', '.join(ready_names())}, a YAML file, or fields such as "
-            "'{user_start: \"<|user|>\", ...}'."
-        ) from error
-    if not isinstance(values, dict) or not set(values) <= set(NAMES):
-        raise UserError(
-            f"{setting} is {spec!r}, which holds {values!r:.200}; expected fields out of "
-            f"{', '.join(NAMES)}."
-        )
-    return values
 
 
 def resolve(given: Mapping[str, Any], tokenizer: Any, name: str, setting: str) -> Resolved:

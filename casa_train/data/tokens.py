@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from casa_train.caches import unwritable_cache
-from casa_train.data.conversation import BadRow
 from casa_train.data.sample import Sample
+from casa_train.data.schemas.conversation import BadRow
 from casa_train.errors import UserError
-from casa_train.files import EXPORT_MARKER
+from casa_train.io.caches import unwritable_cache
+from casa_train.io.files import EXPORT_MARKER
 from casa_train.modeling.processing_casa import (
     CasaProcessor,
     ChatTemplate,

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from casa_train.metrics.sinks import Record
-from casa_train.ranks import gather_rows
+from casa_train.distributed.ranks import gather_rows
+from casa_train.metrics.sinks.base import Record
 
 DIGEST_BYTES = 6  # of a pack's samples; as a number it is exact in float64
 

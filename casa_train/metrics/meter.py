@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from casa_train.metrics.sinks import Record
+from casa_train.metrics.sinks.base import Record
 
 Timer = tuple[torch.cuda.Event, torch.cuda.Event]
 

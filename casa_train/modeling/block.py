@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Segments, varlen_attention
-from .reads import ImageReads
+from .image_attention import ImageReads
 from .rope import Rope, Table
 from .streaming import FlatCache, StreamingState
 from .windows import Range

@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
+from .activation_checkpointing import run_block
 from .block import DecoderContext
 from .fusion import FusionMechanism
-from .recompute import run_block
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,

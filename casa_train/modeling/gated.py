@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import DecoderContext, plain_block, project, project_out, query_mask
-from .reads import ATTENTION_GATE, FFN_GATE
+from .image_attention import ATTENTION_GATE, FFN_GATE
 from .windowed import WindowedMechanism, linear_like, norm_like, read_windows
 
 

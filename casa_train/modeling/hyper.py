@@ -23,7 +23,7 @@ from .block import (
     query_mask,
     self_attention,
 )
-from .reads import IMAGE_GATE
+from .image_attention import IMAGE_GATE
 from .windowed import WindowedMechanism, linear_like, read_windows
 
 # sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.

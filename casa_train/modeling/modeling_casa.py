@@ -23,6 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .activation_checkpointing import check_recomputed
 from .attention import Segments, choose_backend, on_device
 from .block import DecoderContext
 from .casa import Casa
@@ -33,6 +34,7 @@ from .fusion import FusionMechanism
 from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
 from .hyper import HyperAttention
+from .image_attention import ImageReads
 from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
@@ -55,8 +57,6 @@ from .padded import (
 )
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
-from .reads import ImageReads
-from .recompute import check_recomputed
 from .rope import rope_table
 from .streaming import FlatCache, StreamingState, stream_state
 from .text_ids import TextIds

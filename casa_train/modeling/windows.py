@@ -213,3 +213,27 @@ def _grids(chunk: Chunk) -> list[tuple[int, int]]:
 
 def _concatenate(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, np.int64)
+
+
+Grid = tuple[int, int]  # rows and columns of an image's tokens
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """The lengths of one sample of a pack.
+
+    :param text: text tokens.
+    :param points: for each image, the text tokens before it, sorted.
+    :param grids: rows and columns of each image's tokens.
+    :param follows: for each image, whether it is a later frame of the video of the image before;
+        empty: none is.
+    """
+
+    text: int
+    points: tuple[int, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    follows: tuple[bool, ...] = ()
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(rows * columns for rows, columns in self.grids)

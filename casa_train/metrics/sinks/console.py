@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from casa_train.lines import say
+from casa_train.io.log import say
 from casa_train.metrics.sinks.base import Record
 
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from casa_train.files import write_atomic
-from casa_train.lines import LineFile, read_json_lines, warn
+from casa_train.io.files import write_atomic
+from casa_train.io.log import LineFile, read_json_lines, warn
 from casa_train.metrics.sinks.base import Record
 
 LONGEST_LINES = 4 << 20  # bytes in which a whole line is found, with thousands of sources in it

@@ -1,0 +1,255 @@
+"""What a run would be: parameters, memory of a rank, floating-point work. Nothing is run.
+
+The model is built with its real sizes on the meta device, where tensors have shapes but no memory,
+and frozen and grouped as a run would do it. Data, tokenizer, GPU and DeepSpeed stay untouched.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from casa_train.config.schema import Config
+from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
+from casa_train.cost.peak import PEAK_TFLOPS
+from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
+from casa_train.cost.work import (
+    Operations,
+    TextSizes,
+    VisionSizes,
+    count_operations,
+    fused_layers,
+    repeated_operations,
+)
+from casa_train.errors import UserError
+from casa_train.io.log import count
+from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.modeling.windows import SampleShape
+from casa_train.setup.model import meta_model
+from casa_train.setup.optim import build_groups, fit_schedule
+from casa_train.setup.parts import part_of
+
+H100_TFLOPS = dict(PEAK_TFLOPS)["H100"]
+H100_BYTES = 79 << 30  # what torch sees of the 80 GB
+UTILISATION = 0.4
+GIB = 1 << 30
+
+
+def dry_run(config: Config) -> list[str]:
+    """The report, line by line.
+
+    :raises UserError: as a run would, for what can be known without data.
+    """
+    began = time.perf_counter()
+    world = config.world_size or 1
+    packs = config.data.packs_per_step
+    if packs % world:
+        raise UserError(
+            f"data.packs_per_step is {packs}, which world_size={world} does not divide; expected a "
+            "multiple of it. Set one of them."
+        )
+    notes: list[str] = []
+    model_config = size_model(config, notes)
+    model = meta_model(config, model_config)
+    seconds = time.perf_counter() - began
+
+    text = text_sizes(model_config.text_config, config.model.backbone.trainable)
+    vision = vision_sizes(model_config.vision_config, config.model.vision.train_last_blocks)
+    fusion = {**model.mechanism.fusion, "mechanism": config.fusion["mechanism"]}
+    pack = full_pack(config)
+    work = count_operations(text, vision, fusion, pack, config.data.text_tokens)
+    repeated = repeated_operations(
+        text, vision, fusion, pack, config.parallel.activation_checkpointing
+    )
+    sections = [
+        _headline(config, text, vision, fusion, model.mechanism.options, seconds),
+        _parameters(config, model),
+        _memory(config, memory_of_rank(config, model, world), world),
+        _work(work, repeated),
+        _step(config, world, pack, sum(part.total for part in work.values()), repeated),
+        _assumptions(config, pack, notes),
+    ]
+    return [line for section in sections for line in (*section, "")][:-1]
+
+
+def _table(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> list[str]:
+    """Aligned lines: the first column to the left, numbers to the right.
+
+    :param rules: rows above which a line is drawn.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for index, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        if index in rules:
+            lines.append("  " + "-" * (sum(widths) + 3 * (len(widths) - 1)))
+        lines.append(("  " + "   ".join(cells)).rstrip())
+    return lines
+
+
+def _headline(
+    config: Config,
+    text: TextSizes,
+    vision: VisionSizes,
+    fusion: Mapping[str, Any],
+    options: Mapping[str, Any],
+    seconds: float,
+) -> list[str]:
+    """What is built.
+
+    :param options: of the mechanism, with their defaults.
+    """
+    trained = "all" if vision.trained < 0 else f"the last {vision.trained}"
+    blocks = len(fused_layers(fusion, text.layers))
+    where = f"in {blocks} of {text.layers} blocks" if blocks else "in the text stream"
+    lines = [
+        f"casa_train dry run: {config.name}, built on the meta device in {seconds:.1f} s",
+        "",
+        f"  backbone   {text.layers} blocks of width {text.width:,}, "
+        + ("trained" if text.trainable else "frozen"),
+        f"  vision     {vision.depth} blocks of width {vision.width:,}, "
+        + (f"{trained} trained" if vision.trained else "frozen"),
+        f"  fusion     {fusion['mechanism']} {where}",
+    ]
+    changed = [
+        f"{key}={value}" for key, value in fusion.items() if value != options.get(key, value)
+    ]
+    if changed:
+        lines[-1] += ": " + ", ".join(changed)
+    return lines
+
+
+def _parameters(config: Config, model: nn.Module) -> list[str]:
+    groups = build_groups(model.named_parameters(), config.optim.groups)
+    rates = {name: group["base_lr"] for group in groups for name in group["names"]}
+    counts = {part: [0, 0] for part in ("text backbone", "vision tower", "fusion")}
+    used: dict[str, set[float]] = {part: set() for part in counts}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+        if parameter.requires_grad:
+            used[part_of(name)].add(rates[name])
+    counts["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    rows = [["Parameters", "trained", "frozen", "rate"]]
+    for part, (trained, frozen) in counts.items():
+        rate = "/".join(f"{rate:g}" for rate in sorted(used.get(part, ())))
+        rows.append([part, f"{trained:,}", f"{frozen:,}", rate])
+    return _table(rows, rules=[1, len(rows) - 1])
+
+
+def _memory(config: Config, memory: MemoryOfRank, world: int) -> list[str]:
+    stage, precision = config.parallel.zero_stage, config.parallel.precision
+
+    def row(name: str, size: int) -> list[str]:
+        return [name, f"{size / GIB:.2f}"]
+
+    title = f"Memory of a rank: ZeRO-{stage}, {precision}, {count(world, 'rank')}"
+    rows = [[title, "GiB"]]
+    rows += [row(name, size) for name, size in memory.state.items()]
+    first_sum = len(rows)
+    rows.append(row("state", sum(memory.state.values())))
+    rows += [row(f"{name}, estimate", size) for name, size in memory.activations.items()]
+    rows.append(row("total, estimate", memory.total))
+    lines = _table(rows, rules=[1, first_sum, first_sum + 1, len(rows) - 1])
+    if memory.total > H100_BYTES:
+        text = (
+            f"More than the {H100_BYTES // GIB} GiB of an H100: set parallel.activation_"
+            "checkpointing=all, or lower data.image_tokens and data.text_tokens and raise "
+            "data.packs_per_step by as much."
+        )
+        lines += ["", *textwrap.wrap(text, 88, initial_indent="  ", subsequent_indent="  ")]
+    return lines
+
+
+def _work(work: Mapping[str, Operations], repeated: int) -> list[str]:
+    total = Operations(
+        sum(part.forward for part in work.values()), sum(part.backward for part in work.values())
+    )
+    unit, name = (1e12, "TFLOP") if total.total > 1e12 else (1e9, "GFLOP")
+
+    def row(label: str, part: Operations) -> list[str]:
+        numbers = [f"{n / unit:,.2f}" for n in (part.forward, part.backward, part.total)]
+        return [label, *numbers, f"{part.total / total.total:.1%}"]
+
+    rows = [[f"Work of a pack, {name}", "forward", "backward", "total", "share"]]
+    rows += [row(label, part) for label, part in work.items()]
+    rows.append(row("total", total))
+    lines = _table(rows, rules=[1, len(rows) - 1])
+    if repeated:
+        lines += [
+            "",
+            f"  activation checkpointing repeats {repeated / unit:,.2f} {name} of the forward "
+            "pass; MFU does not count them",
+        ]
+    return lines
+
+
+def _step(
+    config: Config, world: int, pack: Sequence[SampleShape], operations: int, repeated: int
+) -> list[str]:
+    packs, steps = config.data.packs_per_step, config.trainer.steps
+    warmup, decay = fit_schedule(steps, config.optim.warmup_steps, config.optim.decay_steps)
+    images = sum(sample.image_tokens for sample in pack)
+    rows = [["", "a pack", "a step", "the run"]]
+    for label, one in (("text tokens", config.data.text_tokens), ("image tokens", images)):
+        rows.append([label, f"{one:,}", f"{one * packs:,}", _short(one * packs * steps)])
+    total = operations * packs
+    rows.append(["work", *(_flop(n) for n in (operations, total, total * steps))])
+    # What is repeated takes its time, too.
+    rate = UTILISATION * 1e12 * H100_TFLOPS
+    operations, total = operations + repeated, total + repeated * packs
+    times = (operations / rate, total / world / rate, total * steps / world / rate)
+    rows.append([f"H100s at {UTILISATION:.0%}", *map(_duration, times)])
+    rows[0][0] = "Size"
+    return [
+        *_table(rows, rules=[1]),
+        "",
+        f"  a step: {packs} packs on {count(world, 'rank')}, {packs // world} on each in turn",
+        f"  the run: {steps:,} steps, {warmup:,} of warm-up, {decay:,} of decay at the end",
+    ]
+
+
+def _short(number: float) -> str:
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.1f} {suffix}"
+    return f"{number:,.0f}"
+
+
+def _flop(number: float) -> str:
+    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}FLOP"
+    return f"{number:,.0f} FLOP"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
+
+
+def _assumptions(config: Config, pack: Sequence[SampleShape], notes: Sequence[str]) -> list[str]:
+    rows, columns = pack[0].grids[0]
+    assumed = [
+        *notes,
+        f"full packs: {len(pack)} images of up to {rows * SIDE}x{columns * SIDE} pixels "
+        f"({rows * columns:,} tokens), each a sample with an even share of the text behind it",
+        "every text token needs logits, though only answers do",
+        f"work: attended pairs alone, nothing recomputed; an H100's peak is {H100_TFLOPS:.0f} "
+        "TFLOP/s in bf16, and its hours include what activation checkpointing repeats",
+        "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at most the default of "
+        "500 million elements; fragmentation and communication buffers come on top",
+        "estimates: what eager code saves for the backward pass, counted on the model itself; "
+        "compiled code saves less, and tensors that live for one operation come on top",
+    ]
+    wrapped = [
+        line
+        for text in assumed
+        for line in textwrap.wrap(text, 88, initial_indent="  - ", subsequent_indent="    ")
+    ]
+    return ["  Assumed", *wrapped]

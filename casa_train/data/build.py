@@ -1,0 +1,355 @@
+"""Configuration -> the data of a run: prepared splits behind a plan, or a stream of lanes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from casa_train.config.schema import Config, SourceConfig, StreamDatasetConfig
+from casa_train.data.fit import Fit
+from casa_train.data.loader import PackLoader
+from casa_train.data.materialize import CountWork, Materializer
+from casa_train.data.mixture import SourceSize
+from casa_train.data.overlap import refuse_double_counting
+from casa_train.data.prepared.plan import RESERVED, Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.shards import Split
+from casa_train.data.schemas.rows import MODALITIES
+from casa_train.data.stream.lanes import StreamSettings, StreamSource
+from casa_train.data.stream.row_groups import Retries
+from casa_train.data.stream.stream_loader import StreamLoader, check_lanes
+from casa_train.data.stream.subsets import copied_subsets, is_local, open_subset, subset_names
+from casa_train.data.tokens import tokenizer_fingerprint, turns_fingerprint
+from casa_train.errors import UserError, named
+from casa_train.modeling.processing_casa import CasaProcessor
+
+MIB = 1 << 20
+STREAMED = [schema for schema, modality in MODALITIES.items() if modality == "image"]
+"""Schemas whose rows hold their images; videos are prepared by a recipe."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on.
+
+    :param fingerprints: by source, what identifies its content.
+    :param notes: lines for the start of the run.
+    :param loader: makes the loader of a rank.
+    """
+
+    fingerprints: Mapping[str, str]
+    notes: Sequence[str]
+    loader: Callable[[int], PackLoader | StreamLoader]
+
+
+def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, StreamSource]:
+    """The published subsets that the configuration streams, their files and row groups.
+
+    :param say: prints one line for the user, since a hub may take minutes.
+    :raises UserError: datasets, subsets or files that are not there, or the same samples twice.
+    """
+    retries = retries_of(config)
+    datasets = config.data.stream.datasets
+    if datasets and config.data.ratings:
+        raise UserError(
+            f"data.ratings is {config.data.ratings}, which streams do not filter by; expected none "
+            "with data.stream.datasets. Leave it out, or prepare the data (python -m data_recipes)."
+        )
+    chosen = []
+    # What is here first: a mistake in it shows before the hub is asked.
+    for name, dataset in sorted(datasets.items(), key=lambda item: not is_local(item[1].source)):
+        if dataset.schema not in STREAMED:
+            raise UserError(
+                f"data.stream.datasets.{name}.schema is {dataset.schema!r}; expected one of "
+                f"{STREAMED}."
+            )
+        if not is_local(dataset.source):
+            say(
+                f"asking the hub for {dataset.source}: data.stream.datasets.{name}.source=DIR "
+                f"would read a local copy, data.stream.datasets.{name}=null leaves it out"
+            )
+        chosen += [(name, subset) for subset in _chosen(name, dataset, retries, say)]
+    # In the order of the configuration, which decides that of the samples.
+    chosen.sort(key=lambda pair: list(datasets).index(pair[0]))
+    refuse_double_counting(
+        {
+            f"data.stream.datasets.{name}.subsets, {subset}": (datasets[name].schema, subset)
+            for name, subset in chosen
+        }
+    )
+    if chosen:
+        say(f"listing the files of {len(chosen)} subsets of {', '.join(datasets)}")
+    streams = {}
+    for name, subset in chosen:
+        dataset = datasets[name]
+        streams[f"{name}/{subset}"] = open_subset(
+            dataset.source,
+            subset,
+            dataset.schema,
+            dataset.repeats.get(subset, 1),
+            dataset.revision,
+            dataset.split,
+            retries,
+        )
+    return streams
+
+
+def open_data(
+    config: Config,
+    processor: CasaProcessor,
+    streams: Mapping[str, StreamSource],
+    world: int,
+    gather: Callable[[Any], Sequence[Any]],
+    count_work: CountWork | None = None,
+) -> Data:
+    """The data that the configuration names.
+
+    :param streams: from `list_streams`; :param gather: the value of every rank, in rank order.
+    :param count_work: counts the floating-point work of a pack.
+    :raises UserError: sources, budgets or a number of ranks that do not fit.
+    """
+    if streams:
+        return _streamed(config, processor, streams, world, gather, count_work)
+    data = config.data
+    splits = open_splits(data.sources, processor)
+    fits = build_fits(config, splits, processor)
+    planner = build_planner(config, fits)
+    notes = [
+        f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
+        "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+        for name, (dropped, total) in planner.dropped().items()
+        if dropped
+    ]
+    for name, source in planner.sources.items():
+        for count, fate in (
+            (source.shortened, "exceed the budgets and lose trailing turns or frames"),
+            (source.rated_out, "have no turn left by data.ratings"),
+        ):
+            if count:
+                notes.append(f"source {name}: {count} of {len(source.text)} samples {fate}")
+
+    def loader(rank: int) -> PackLoader:
+        return PackLoader(
+            planner,
+            Materializer(splits, processor, data.text_tokens, data.image_tokens, fits, count_work),
+            data.packs_per_step,
+            rank,
+            world,
+            data.workers,
+            seed=config.seed,
+        )
+
+    return Data({name: split.fingerprint for name, split in splits.items()}, notes, loader)
+
+
+def _streamed(
+    config: Config,
+    processor: CasaProcessor,
+    streams: Mapping[str, StreamSource],
+    world: int,
+    gather: Callable[[Any], Sequence[Any]],
+    count_work: CountWork | None,
+) -> Data:
+    data, stream = config.data, config.data.stream
+    if data.ratings:
+        raise UserError(
+            f"data.ratings is {data.ratings}, but a stream of unprepared data knows no ratings "
+            "before it reads; expected none. Prepare the data with its recipe, or leave it out."
+        )
+    check_lanes(stream.lanes, world)
+    settings = stream_settings(config)
+
+    def loader(rank: int) -> StreamLoader:
+        return StreamLoader(
+            streams,
+            settings,
+            processor,
+            data.packs_per_step,
+            rank,
+            world,
+            data.workers,
+            retries=retries_of(config),
+            memory=stream.memory_mib * MIB,
+            gather=gather,
+            count_work=count_work,
+        )
+
+    fingerprints = {name: source.fingerprint for name, source in streams.items()}
+    return Data(fingerprints, _notes(config, streams, settings, world), loader)
+
+
+def stream_settings(config: Config) -> StreamSettings:
+    """What the order of the configuration's stream depends on."""
+    data, stream = config.data, config.data.stream
+    return StreamSettings(
+        text_budget=data.text_tokens,
+        image_budget=data.image_tokens,
+        seed=config.seed,
+        lanes=stream.lanes,
+        open_units=stream.open_units,
+        open_packs=data.open_packs,
+        # The same number of packs is sorted together as in a plan.
+        block=max(1, data.balance_block * data.packs_per_step // stream.lanes),
+    )
+
+
+def _notes(
+    config: Config, streams: Mapping[str, StreamSource], settings: StreamSettings, world: int
+) -> list[str]:
+    """How much is streamed, and whether a loader process has the memory for its lanes."""
+    files = [file for source in streams.values() for file in source.files]
+    sizes = [size for file in files for size in file.sizes]
+    rows = sum(source.rows for source in streams.values())
+    per_process = -(-settings.lanes // world // max(1, config.data.workers))
+    # Of row groups alone: what the samples of open packs weigh shows once they are read.
+    need = per_process * settings.open_units * sum(sizes) // max(1, len(sizes)) // MIB
+    given = config.data.stream.memory_mib
+    lines = [
+        f"streaming {len(streams)} subsets: {rows:,} rows in {len(sizes):,} row groups of "
+        f"{len(files):,} files, {sum(sizes) / 2**30:,.1f} GiB, through {settings.lanes} lanes",
+        f"the {per_process} lanes of a loader process keep about {need:,} MiB of row groups open, "
+        f"{max(sizes) // MIB:,} MiB the largest; data.stream.memory_mib is {given:,}",
+    ]
+    if need > given:
+        lines[-1] += (
+            ": row groups will be read again and again. Raise it, start more ranks or workers, or "
+            "lower data.stream.lanes or data.stream.open_units"
+        )
+    return lines
+
+
+def _chosen(
+    name: str, dataset: StreamDatasetConfig, retries: Retries, say: Callable[[str], None]
+) -> list[str]:
+    """The subsets to read, each once; of a partial copy those that it holds.
+
+    :param say: is told what a partial copy leaves out.
+    :raises UserError: names that the dataset does not have, or none left.
+    """
+    field = f"data.stream.datasets.{name}"
+    local = is_local(dataset.source)
+    there = subset_names(dataset.source, dataset.revision, retries)
+    if local:
+        named, there = there, copied_subsets(dataset.source, there, retries)
+        absent = [s for s in named if s not in [*there, *dataset.exclude]]
+        if absent and not dataset.subsets and there:
+            say(
+                f"{field}: {dataset.source} holds no files of {len(absent)} of its {len(named)} "
+                f"subsets, which are left out: {', '.join(absent)}"
+            )
+    for kind, names in (
+        ("subsets", dataset.subsets),
+        ("exclude", dataset.exclude),
+        ("repeats", list(dataset.repeats)),
+    ):
+        unknown = [subset for subset in names if subset not in there]
+        if unknown and local and kind != "subsets":
+            say(f"{field}.{kind} names {unknown}, which {dataset.source} does not hold: ignored")
+        elif unknown:
+            raise UserError(
+                f"{field}.{kind} names {unknown}, which {dataset.source} does not have; its "
+                f"subsets are {there}. Mend the names"
+                + (", or copy their files and the dataset's README.md." if local else ".")
+            )
+    if not there:
+        raise UserError(
+            f"{field}: {dataset.source} holds no file of any subset; expected the dataset's "
+            "README.md and folders as they are published. Copy them, or mend the path."
+        )
+    wanted = dataset.subsets or there
+    chosen = [subset for subset in dict.fromkeys(wanted) if subset not in dataset.exclude]
+    if not chosen:
+        raise UserError(
+            f"{field} leaves every subset of {dataset.source} out; expected at "
+            "least one. Shorten exclude, or delete the dataset."
+        )
+    return chosen
+
+
+def retries_of(config: Config) -> Retries:
+    """How long a stream tries to read."""
+    return Retries(config.data.stream.attempts, config.data.stream.retry_seconds)
+
+
+def open_splits(
+    sources: Mapping[str, SourceConfig], processor: CasaProcessor, section: str = "data.sources"
+) -> dict[str, Split]:
+    """Opens prepared splits by source name.
+
+    :param section: of the configuration, for messages.
+    :raises UserError: a missing, empty or damaged split, one prepared with another tokenizer, or
+        two that hold the same samples.
+    """
+    splits = {}
+    expected = tokenizer_fingerprint(processor.tokenizer)
+    turns = turns_fingerprint(processor)
+    for name, source in sources.items():
+        with named(f"{section}.{name}.path"):
+            split = splits[name] = Split(Path(source.path), uncounted=True)
+        if split.tokenizer_fingerprint != expected:
+            raise UserError(
+                f"{section}.{name} ({source.path}) was prepared with another tokenizer "
+                f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
+                f"({expected[:12]}...): "
+                "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
+                "or set model.tokenizer to the one it used."
+            )
+        if split.turns_fingerprint != turns:
+            # Every field: one that is not given would be the tokenizer's own.
+            fields = json.dumps(processor.template, ensure_ascii=False)
+            count = [*"python -m data_recipes retokenize --data".split(), str(source.path)]
+            count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
+            count += ["--template", fields, "--out", "NEW"]
+            found = (
+                f"with another chat template ({split.turns_fingerprint[:12]}...) than "
+                f"model.template ({turns[:12]}...)"
+                if split.turns_fingerprint
+                else "before lengths had the chat template in them"
+            )
+            raise UserError(
+                f"{section}.{name} ({source.path}) was counted {found}: count "
+                f"it anew with\n  {shlex.join(count)}\n(images stay where they are) and set "
+                f"{section}.{name}.path=NEW, or choose the template it was counted with."
+            )
+    origins = {f"{section}.{name}": split.origin for name, split in splits.items()}
+    refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
+    return splits
+
+
+def build_fits(
+    config: Config, splits: Mapping[str, Split], processor: CasaProcessor
+) -> dict[str, Fit]:
+    """By source, what of its samples is trained under the budgets and ratings."""
+    data = config.data
+    text, images = data.text_tokens - RESERVED, data.image_tokens - RESERVED
+    return {n: Fit(split, processor, text, images, data.ratings) for n, split in splits.items()}
+
+
+def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
+    """The plan of packs over all sources."""
+    data = config.data
+    sources = {}
+    for name, fit in fits.items():
+        given, split = data.sources[name], fit.split
+        count = len(split) if given.limit is None else min(len(split), given.limit)
+        text, images, counts = fit.lengths(count)
+        shards = split.index.column("shard").to_numpy()[:count] if data.locality else None
+        size = SourceSize(count, given.weight, given.repeats, shards)
+        sources[name] = PlanSource(
+            text, images, size, split.modality, counts["shortened"], counts["ratings"]
+        )
+    settings = PlanSettings(
+        text_budget=data.text_tokens,
+        image_budget=data.image_tokens,
+        packs_per_step=data.packs_per_step,
+        seed=config.seed,
+        open_packs=data.open_packs,
+        balance_block=data.balance_block,
+        balance_group=data.balance_group,
+        video_share=data.video_share,
+        locality=data.locality,
+    )
+    return Planner(sources, settings)

@@ -1,0 +1,1 @@
+"""Rows of published datasets and what was said in them -> `Sample`."""

@@ -1,0 +1,77 @@
+"""python -m casa_train.evaluate RUN [--export DIR] [overrides ...]: exact match of an export on the
+validation sets; with --sweep DIR of every job of a sweep, exported first where it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from casa_train.config.bounds import local_path
+from casa_train.config.compose import add_config_dir
+from casa_train.errors import UserError
+from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
+from casa_train.io.quiet import quiet_libraries
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text, overall last."""
+    rows = [("family", "exact match", "blind", "guess", "questions")]
+    for name, scores in [*result["families"].items(), ("overall", result)]:
+        shares = (scores[k] for k in ("exact_match", "blind", "guess"))
+        values = ("-" if share is None else f"{share:.3f}" for share in shares)
+        rows.append((name, *values, str(scores["questions"])))  # type: ignore[arg-type]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
+    parser.add_argument(
+        "run", type=local_path, nargs="?", help="a run directory, such as runs/demo"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help=f"fields, such as evaluation.max_samples=200; those known: {', '.join(OVERRIDES)}",
+    )
+    parser.add_argument(
+        "--sweep", type=local_path, metavar="DIR", help="where a sweep's jobs are: runs"
+    )
+    parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
+    parser.add_argument("--export", type=local_path, help="the export (default: RUN/export)")
+    add_config_dir(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    config_dir = arguments.config_dir
+    run, overrides = arguments.run, arguments.overrides
+    if arguments.sweep is not None:
+        overrides = [*([] if run is None else [str(run)]), *overrides]
+    elif run is None:
+        parser.error("name a run directory, or the directory of a sweep with --sweep")
+    quiet_libraries()
+    try:
+        if (sweep := arguments.sweep) is not None:
+            return 2 if evaluate_sweep(sweep, arguments.only, overrides, config_dir) else 0
+        result = evaluate_run(run, arguments.export or run / "export", overrides, config_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    if result["skipped"]:
+        print(f"skipped samples that could not be read: {result['skipped']}")
+    if result["guess"] is None:
+        print("no image-free guess: it needs the prepared splits that were trained (data.sources)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""How much of what answers read comes from the image, by layer: CASA's implicit gate, and others'.
+
+The reference answers are given to the model, and what their tokens read is recorded where they are
+predicted (`modeling/reads.py`), with each question's own image and with another sample's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from casa_train.evaluate.exact_match import Question, swapped_images
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+LOW, HIGH = 10, 90  # per cent of the questions between which a layer's spread is told
+
+
+def image_reads(
+    model: Any, processor: Any, questions: Sequence[Question], limit: int
+) -> dict[str, Any] | None:
+    """What `limit` questions, spread evenly, read from images.
+
+    :param model: an export's, as plain transformers loads it.
+    :return: `questions`, their number, and `quantities` by name (`image share` and the like; none
+        for plain cross-attention, which reads nothing but images): the `layers` that have it, and
+        for each layer its `mean` over questions, where each is the mean over its answer's tokens,
+        `low` and `high`, between which lie 80 % of the questions, and the mean `blind`, with
+        another sample's image; `uniform`, what equal attention to all keys would give, or None; and
+        `sources`, each with `questions` and `mean`. None for an export that cannot tell.
+    """
+    if limit == 0 or not hasattr(model, "image_reads"):
+        return None
+    model.eval()
+    swapped = swapped_images(questions)
+    chosen = range(0, len(questions), -(-len(questions) // limit))
+    seen = [_reads(model, processor, questions[i], questions[i].images) for i in chosen]
+    blind = [_reads(model, processor, questions[i], swapped[i]) for i in chosen]
+    sources = [questions[i].source for i in chosen]
+    names = [name for name in seen[0] if name != "uniform"]
+    return {
+        "questions": len(chosen),
+        "quantities": {
+            name: _summary(
+                list(seen[0][name]),
+                np.array([list(values[name].values()) for values in seen]),
+                np.array([list(values[name].values()) for values in blind]),
+                [values["uniform"][-1] for values in seen if "uniform" in values],
+                sources,
+            )
+            for name in names
+        },
+    }
+
+
+def _reads(
+    model: Any, processor: Any, question: Question, images: Sequence[bytes]
+) -> dict[str, dict[int, float]]:
+    """By quantity and layer, the mean over the answer's tokens; `uniform` under layer -1."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": question.reference}]}
+    batch = processor.apply_chat_template(
+        [[*question.messages(images), answer]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    ).to(model.device)
+    (points,) = batch["image_embeds_insertion_points"]
+    packed = model.pack(batch["input_ids"][0], points, batch["pixel_values"])
+    if "image_follows" in batch:
+        packed.chunks = [replace(packed.chunks[0], follows=tuple(batch["image_follows"][0]))]
+    # The positions whose next token is part of the answer, as training counts them.
+    packed.logits_index = batch["assistant_masks"][0][1:].nonzero()[:, 0]
+    reads = model.image_reads(packed)
+    found = {
+        name: {layer: float(values.nanmean()) for layer, values in sorted(layers.items())}
+        for name, layers in reads.values.items()
+    }
+    if reads.uniform is not None:
+        found["uniform"] = {-1: float(reads.uniform.nanmean())}
+    return found
+
+
+def _summary(
+    layers: list[int],
+    seen: Array,
+    blind: Array,
+    uniform: list[float],
+    sources: Sequence[str],
+) -> dict[str, Any]:
+    """:param seen: (questions, layers); :param blind: alike."""
+    low, high = np.percentile(seen, [LOW, HIGH], axis=0)
+    of = np.array(sources)
+    return {
+        "layers": layers,
+        "mean": seen.mean(0).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "blind": blind.mean(0).tolist(),
+        "uniform": float(np.mean(uniform)) if uniform else None,
+        "sources": {
+            source: {
+                "questions": int((of == source).sum()),
+                "mean": seen[of == source].mean(0).tolist(),
+            }
+            for source in sorted(set(sources))
+        },
+    }

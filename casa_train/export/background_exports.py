@@ -1,0 +1,157 @@
+"""Exports of a run's own checkpoints while it trains, one process in the background at a time.
+
+The process is `python -m casa_train.export RUN --step N` at low priority, without a GPU and outside
+the run's process group, so training neither waits for it nor fails with it. Its checkpoint stays
+until it is done. It ends with the run: what was not finished then, the run's next life exports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from casa_train.config.schema import ExportConfig
+from casa_train.io.files import EXPORT_MARKER
+from casa_train.run.layout import EXPORT_LOG, EXPORTS
+
+ROOT = Path(__file__).resolve().parents[2]
+# What makes a process a rank, or a part of this one's torch.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "ROLE_", "DS_")
+THREADS = 4  # at most, where parallel.threads is 0: the run's ranks and loaders want the others
+
+
+class BackgroundExports:
+    """Exports that `config` asks for; rank 0 alone has one.
+
+    :param say: prints one line for the user.
+    """
+
+    def __init__(self, run_dir: Path, config: ExportConfig, say: Callable[[str], None]) -> None:
+        self.run_dir, self.config, self.say = run_dir, config, say
+        self._waiting: dict[str, int] = {}  # name of the export: step
+        self._running: tuple[str, int, subprocess.Popen[bytes]] | None = None
+
+    def catch_up(self, steps: list[int], best: int) -> None:
+        """Asks for what earlier lives of the run left undone.
+
+        :param steps: that have a checkpoint; :param best: the step of the best validation.
+        """
+        for step in steps:
+            self.saved(step, step == best)
+
+    def saved(self, step: int, best: bool) -> None:
+        """A checkpoint was committed: exports it where it is to be, unless that has been done."""
+        if self.config.every and step % self.config.every == 0:
+            self._ask(f"step_{step}", step)
+        if self.config.best and best:
+            self._ask("best", step)  # an older best that waits is not the best any more
+        self.proceed()
+
+    def pinned(self) -> set[int]:
+        """Steps whose checkpoints must stay."""
+        running = {self._running[1]} if self._running is not None else set()
+        return running | set(self._waiting.values())
+
+    def proceed(self) -> None:
+        """Notes what has ended and starts what waits; returns at once."""
+        if self._running is not None:
+            name, step, process = self._running
+            if process.poll() is None:
+                return
+            self._running = None
+            if process.returncode == 0:
+                self.say(f"exported step {step} to {self._target(name)}")
+            else:
+                self.say(
+                    f"the export of step {step} to {self._target(name)} failed (code "
+                    f"{process.returncode}), which ends nothing; see {self.run_dir / EXPORT_LOG}. "
+                    "The run's next start tries again"
+                )
+        if self._waiting:
+            name = next(iter(self._waiting))
+            step = self._waiting.pop(name)
+            try:
+                self._running = name, step, self._start(name, step)
+            except OSError as error:  # a full disk, no memory for a process
+                self.say(f"the export of step {step} could not be started ({error})")
+
+    def finish(self, leave: Callable[[], bool]) -> bool:
+        """Waits for every export.
+
+        :param leave: asked all along; once it is true, what is left is given up.
+        :return: whether nothing was given up.
+        """
+        self.proceed()
+        if self._running is not None:
+            self.say(f"waiting for exports of steps {sorted(self.pinned())}")
+        while self._running is not None and not leave():
+            time.sleep(0.2)
+            self.proceed()
+        done = self._running is None
+        self.close()
+        return done
+
+    def close(self) -> None:
+        """Ends what runs; the run's next start does it again."""
+        if self._running is not None:
+            steps = sorted(self.pinned())
+            process = self._running[2]
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self.say(f"gave up the exports of steps {steps}; the same command makes them again")
+        self._running, self._waiting = None, {}
+
+    def _ask(self, name: str, step: int) -> None:
+        running = self._running is not None and self._running[:2] == (name, step)
+        if not running and _exported_step(self._target(name)) != step:
+            self._waiting.pop(name, None)
+            self._waiting[name] = step
+
+    def _target(self, name: str) -> Path:
+        return self.run_dir / EXPORTS / name
+
+    def _start(self, name: str, step: int) -> subprocess.Popen[bytes]:
+        export = ["casa_train.export", str(self.run_dir), "--step", str(step)]
+        export += ["--out", str(self._target(name))]
+        command = [sys.executable, "-m", "casa_train.export.child", str(os.getpid()), *export]
+        with (self.run_dir / EXPORT_LOG).open("ab") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(export)}\n".encode())
+            log.flush()
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,
+            )
+
+
+def _exported_step(target: Path) -> int | None:
+    """The step of the export that stands there; None where there is no export."""
+    try:
+        step = json.loads((target / EXPORT_MARKER).read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return int(step)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment for one that is no rank and sees no GPU."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    return {**kept, **more}

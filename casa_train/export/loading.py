@@ -1,0 +1,53 @@
+"""Exports as their users load them, with plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+from casa_train.errors import UserError
+from casa_train.io.caches import check_cache
+from casa_train.io.files import EXPORT_MARKER
+
+# The older name works everywhere, with a warning from 4.56 on.
+DTYPE_OPTION = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+
+
+def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
+    """The model of an export, by its own remote code.
+
+    :param dtype: of the parameters; "auto" is that of the files.
+    :raises UserError: a directory that is no export.
+    """
+    _trust(directory)
+    options: dict[str, Any] = {"trust_remote_code": True, DTYPE_OPTION: dtype}
+    return AutoModel.from_pretrained(str(directory), **options)
+
+
+def load_processor(directory: Path) -> Any:
+    """The processor of an export, by its own remote code.
+
+    :raises UserError: a directory that is no export.
+    """
+    _trust(directory)
+    return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
+
+
+def _trust(directory: Path) -> None:
+    """Only code that this project wrote into a directory is run.
+
+    :raises UserError: a directory that is no export, or no cache to run its code from.
+    """
+    check_cache(HF_MODULES_CACHE)  # transformers copies the code there
+    if not (directory / EXPORT_MARKER).is_file():
+        raise UserError(
+            f"{directory} is no export of this project ({EXPORT_MARKER} is missing), and the code "
+            "of other directories is never run. Name a directory that 'python -m "
+            f"casa_train.export' wrote; if it is a copy of one, copy {EXPORT_MARKER} as well."
+        )

@@ -1,0 +1,145 @@
+"""The README.md of an export: base models, data, configuration, licences, citation, use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from casa_train import __version__
+from casa_train.config.places import shown
+from casa_train.config.schema import Config
+from casa_train.setup.parts import part_sizes
+
+# What is known of licences; anything else is left to the base model's own card.
+KNOWN_LICENCES = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence"}
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- casa
+- vision-language
+---
+
+# {name}
+
+A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
+images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}
+
+| part | parameters |
+|---|---|
+| text backbone ({backbone}, {layers} layers, width {width}) | {backbone_size:,} |
+| vision tower ({depth} blocks, width {vision_width}) | {vision_size:,} |
+| fusion ({mechanism}) | {fusion_size:,} |
+
+Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.
+
+## Use
+
+```sh
+pip install torch "transformers>=4.51.3" einops pillow numpy
+```
+
+```python
+import torch
+from transformers import AutoModel, AutoProcessor
+
+path = "PATH/TO/THIS/DIRECTORY"
+model = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype=torch.float32).eval()
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+messages = [{{"role": "user", "content": [
+    {{"type": "image", "image": "picture.png"}},
+    {{"type": "text", "text": "What is in the picture?"}},
+]}}]
+batch = processor.tokenize_messages(messages).to(model.device)
+out = model.generate_from_image(**batch, max_new_tokens=32)
+print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+Images are resized as in training: aspect kept, sides multiples of 28, at most {max_pixels:,}
+pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at most 896x896 instead.
+
+## Base models and licences
+
+{licences}
+
+The tower's architecture is Qwen2.5-VL's and the backbone's is {backbone}'s, as implemented in
+transformers (Apache-2.0). The code in this directory is MIT-licensed.
+
+## Data
+
+{sources}
+
+The licences of these datasets apply to what is made with them.
+
+## Configuration
+
+```yaml
+{yaml}```
+
+## Citation
+
+The method: *CASA: Cross-Attention via Self-Attention*,
+arXiv 2512.19535.
+"""
+
+
+def model_card(config: Config, step: int, model: Any) -> str:
+    """The card's text.
+
+    :param model: the model that is exported; sizes are counted on it.
+    """
+    config = shown(config)
+    text, vision = model.config.text_config, model.config.vision_config
+    sizes = part_sizes(model)
+    inserts = model.mechanism.inserts
+    sources = [
+        f"- `{name}` ({source.path})" + (f", {source.repeats} passes" if source.repeats > 1 else "")
+        for name, source in config.data.sources.items()
+    ]
+    sources += [
+        f"- `{name}` ({dataset.source}), streamed"
+        for name, dataset in config.data.stream.datasets.items()
+    ]
+    return CARD.format(
+        name=config.name,
+        version=__version__,
+        backbone=text.model_type,
+        mechanism=config.fusion["mechanism"],
+        tokens="Image tokens join the text stream and the KV cache."
+        if inserts
+        else "Only text enters the KV cache.",
+        max_pixels=config.data.max_pixels,
+        least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        depth=vision.depth,
+        vision_width=vision.hidden_size,
+        backbone_size=sizes["text backbone"],
+        vision_size=sizes["vision tower"],
+        fusion_size=sizes["fusion"],
+        step=step,
+        steps=config.trainer.steps,
+        packs=config.data.packs_per_step,
+        licences=_licences(config),
+        sources="\n".join(sources),
+        yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+    )
+
+
+def _licences(config: Config) -> str:
+    """What the weights started from, and whose terms they carry."""
+    starts = {
+        "text backbone": config.model.backbone.pretrained,
+        "vision tower": config.model.vision.pretrained,
+        "whole model": config.model.init_from,
+    }
+    lines = [
+        f"- {part}: `{name}` ({KNOWN_LICENCES.get(name, 'see its own model card for the licence')})"
+        for part, name in starts.items()
+        if name is not None
+    ]
+    if not lines:
+        return "All weights were initialised at random: no weights, so no licences, were inherited."
+    return "These weights were trained from others and inherit their terms:\n\n" + "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Whole files, tensors in files, log lines, caches and the chatter of libraries."""

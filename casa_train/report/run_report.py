@@ -1,0 +1,114 @@
+"""python -m casa_train.report RUN, or --sweep DIR: one self-contained HTML page about a run, or
+about the jobs of a sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from casa_train.config.schema import Config
+from casa_train.data.prepared.shards import Split
+from casa_train.data.schemas.rows import BadRow
+from casa_train.errors import UserError
+from casa_train.evaluate.exact_match import question_of, read_question
+from casa_train.io.log import read_json_lines
+from casa_train.metrics.sinks.base import Record
+from casa_train.metrics.sinks.jsonl import read_metrics
+from casa_train.modeling.image_processing_casa import ImageError
+from casa_train.report.jobs import REPORT_FILE
+from casa_train.report.run_data import RunData
+from casa_train.report.run_page import write_report
+from casa_train.report.samples import choose_answers
+from casa_train.run.configuration import load_run_config
+from casa_train.run.layout import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, VALIDATION_FILE
+from casa_train.run.starts import STARTS_FILE, read_starts
+
+
+def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Writes RUN/report.html; returns its path and the evaluation, if there is one.
+
+    :raises UserError: not a run directory, or one without metrics.
+    """
+    config = load_run_config(run)
+    metrics = run / METRICS_FILE
+    if not metrics.is_file():
+        raise UserError(f"{metrics} is missing: the run has not finished a step yet.")
+    evaluation: dict[str, Any] | None = None
+    if (run / EVALUATION_FILE).is_file():
+        evaluation = _json(run / EVALUATION_FILE)
+    environment = run / "environment.json"
+    validations: list[Record] = []
+    if (run / VALIDATION_FILE).is_file():
+        validations = read_metrics(run / VALIDATION_FILE)
+    data = RunData(
+        name=config.name,
+        metrics=read_metrics(metrics),
+        config_yaml=(run / CONFIG_FILE).read_text(),
+        environment=_json(environment) if environment.is_file() else {},
+        evaluation=evaluation,
+        pictures={**_pictures(config, evaluation), **_asked(config, validations)},
+        quarantine=_quarantine(run),
+        validations=validations,
+        starts=read_starts(run / STARTS_FILE),
+    )
+    path = run / REPORT_FILE
+    write_report(data, path)
+    return path, evaluation
+
+
+def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, list[bytes]]:
+    """The images of the evaluated questions, by id; none where the data has gone."""
+    if evaluation is None:
+        return {}
+    places = {n: s.path for n, s in config.data.validation.items()}
+    places |= evaluation.get("validation", {})  # it may have asked other splits
+    pictures: dict[str, list[bytes]] = {}
+    for answer in choose_answers(evaluation["answers"]):
+        name, _, key = answer["id"].partition("/")
+        with contextlib.suppress(UserError, BadRow, ImageError, KeyError):
+            split = Split(Path(places[name]), check=False)
+            row = pc.index(split.index.column("key"), key).as_py()
+            question = None if row < 0 else read_question(split, name, row)
+            if question is not None:  # the data may be another now
+                pictures[question.id] = list(question.images)
+    return pictures
+
+
+def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[bytes]]:
+    """The images of the questions of the last validation, by id; none where the data has gone."""
+    pictures: dict[str, list[bytes]] = {}
+    for asked in validations[-1]["questions"] if validations else []:
+        name = asked["split"]
+        with contextlib.suppress(UserError, BadRow, ImageError, KeyError, IndexError):
+            sample = Split(Path(config.data.validation[name].path), check=False).read(asked["row"])
+            question = question_of(f"{name}/{sample.key}", sample)
+            if question is not None and question.id == asked["id"]:  # the data may be another now
+                pictures[question.id] = list(question.images)
+    return pictures
+
+
+def _quarantine(run: Path) -> list[dict[str, Any]]:
+    """What all ranks quarantined, each sample once: a resume may meet it again."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(run.glob("quarantine_*.jsonl")):
+        for line in read_json_lines(path):
+            found.setdefault(json.dumps(line, sort_keys=True), line)
+    return list(found.values())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """:raises UserError: it is cut short or edited."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); expected the JSON that a run or an evaluation "
+            "wrote. Restore it, or remove it to report without it."
+        ) from error
+    return content

@@ -1,0 +1,34 @@
+"""What the start says of how the fusion layers begin, where that costs the run its first steps."""
+
+from __future__ import annotations
+
+from casa_train.config.schema import Config
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+
+
+def start_warning(config: Config, model: CasaForConditionalGeneration) -> str | None:
+    """A warning where copies of a text decoder's self-attention read images beside it, frozen.
+
+    Qwen2.5-VL's own decoder has learned to read image tokens with these very weights; that of a
+    text-only model has not, and cannot adapt where it is frozen.
+
+    :param model: on any device; its weights are not looked at.
+    :return: None where nothing is to be said: a later stage's layers do not begin, either.
+    """
+    mechanism = model.mechanism
+    later = config.model.init_from is not None
+    if config.model.backbone.trainable or later or mechanism.multimodal:
+        return None
+    if not mechanism.repeats_attention:
+        return None
+    shared = mechanism.fusion["share_parameters"]
+    chosen, instead = "fusion.init=from_self_attention", "fusion.init=zero_output"
+    if shared:
+        chosen = "fusion.share_parameters=true"
+        instead = f"fusion.share_parameters=false with {instead}"
+    return (
+        f"warning: {chosen} reads images with the weights of a frozen "
+        f"{model.config.text_config.model_type} backbone's self-attention, which never learned to: "
+        f"the loss begins far above that of the text alone. {instead} begins at the text's "
+        "(README, What fusion layers begin with)"
+    )

@@ -1,0 +1,78 @@
+"""The parts of a model, how large each is, and the lines that a run begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from casa_train import __version__
+from casa_train.config.schema import Config
+from casa_train.io.log import count
+from casa_train.modeling.attention import choose_backend
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.setup.optim import fit_schedule
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: the rows of every account of sizes."""
+    if name.startswith("visual."):
+        return "vision tower"
+    if ".fusion." in name or name.startswith(("resampler.", "adapter.")):
+        return "fusion"
+    return "text backbone"
+
+
+def part_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of each part; tied ones count once."""
+    sizes = dict.fromkeys(("text backbone", "vision tower", "fusion"), 0)
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] += parameter.numel()
+    return sizes
+
+
+def banner(
+    config: Config,
+    model: CasaForConditionalGeneration,
+    notes: Sequence[str],
+    world: int,
+    device: torch.device,
+) -> list[str]:
+    """What the run is, in a few lines; `notes` are those of its data."""
+    vision, backbone = model.config.vision_config, model.config.text_config
+    accumulation = config.data.packs_per_step // world
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    backend = choose_backend("auto", device, dtype)
+    sizes = part_sizes(model)
+    adapter = vision.out_hidden_size != backbone.hidden_size
+    lines = [
+        f"casa_train {__version__}: run {config.name} in {config.run_dir}",
+        f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
+        f"{backbone.hidden_size}, {sizes['text backbone']:,} parameters",
+        f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, "
+        f"{sizes['vision tower']:,} parameters, {model.visual.frozen_blocks} frozen blocks"
+        + (
+            ", random at the start: neither model.vision.pretrained nor model.init_from is set"
+            if config.model.vision.pretrained is None and config.model.init_from is None
+            else ""
+        ),
+        f"fusion {config.fusion['mechanism']}: {sizes['fusion']:,} parameters"
+        + (
+            f", an adapter from width {vision.out_hidden_size} to {backbone.hidden_size} among them"
+            if adapter
+            else ""
+        ),
+        f"attention backend: {backend} on {device.type}",
+        f"{count(world, 'rank')} x {count(accumulation, 'micro-step')}, "
+        f"ZeRO-{config.parallel.zero_stage}, {config.parallel.precision}, "
+        f"{count(torch.get_num_threads(), 'thread')}; a pack holds "
+        f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",
+    ]
+    optim, steps = config.optim, config.trainer.steps
+    wanted = (optim.warmup_steps, optim.decay_steps)
+    fitted = fit_schedule(steps, *wanted)
+    lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
+    if fitted != wanted:
+        lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
+    return [*lines, *notes]

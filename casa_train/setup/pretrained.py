@@ -1,0 +1,371 @@
+"""Where a model's parts lie in pretrained checkpoints, with an account of every tensor.
+
+Sources are Hugging Face directories or hub ids with safetensors weights, in one file or sharded. A
+backbone's names are the model's own (`model.*`, `lm_head.weight`); a vision tower is taken out of a
+Qwen2.5-VL checkpoint (`visual.*`, or `model.visual.*` as newer releases of transformers write it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from casa_train.errors import UserError
+from casa_train.io.caches import unwritable_cache
+
+GENERATION = "generation_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
+TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The tower of a Qwen2.5-VL checkpoint, as its releases write it.
+VISUAL = re.compile(r"(model\.)?visual\.")
+# Tables that older checkpoints carry along; they are computed, never loaded.
+COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+# A row a token.
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+# What to do about tensors that do not fit.
+SIZES = "Expected its own sizes: leave model.*.config fields to the checkpoint."
+
+
+@dataclass
+class Account:
+    """What became of the tensors of one part."""
+
+    part: str
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)  # fusion's, from their blocks' own layers
+    unused: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # settings of an export that this run changes
+    # Embedding and head that gained rows: how many there are there, how many here.
+    resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """For the start of a run."""
+        copied = f", {len(self.copied)} copied from the blocks they stand in" if self.copied else ""
+        new = f", {len(self.new)} newly initialised" if self.new else ""
+        unused = f", {len(self.unused)} of the checkpoint unused" if self.unused else ""
+        changed = f"; {', '.join(self.changed)}" if self.changed else ""
+        for name, (old, rows) in self.resized.items():
+            changed += f"; {name} has {rows} rows instead of {old}, new ones start as their mean"
+        loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
+        return f"{self.part}: {loaded}{copied}{new}{unused}{changed}"
+
+
+class Pretrained:
+    """A checkpoint directory, whose tensors are read one at a time.
+
+    :param name: directory, or hub id (owner/name), whose configuration and safetensors are fetched.
+    :param setting: the configuration field, for messages.
+    :raises UserError: nothing there, or not what is expected.
+    """
+
+    def __init__(self, name: str, setting: str) -> None:
+        self.name = name
+        self.setting = setting
+        self.directory = _resolve(name, setting)
+        self.config: dict[str, Any] = self._json("config.json")
+        self._files = self._locate()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json holds, if there is one."""
+        there = (self.directory / GENERATION).is_file()
+        return self._json(GENERATION) if there else {}
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every tensor, from the files' headers.
+
+        :raises UserError: a file that cannot be read, or lacks what the index says it holds.
+        """
+        shapes: dict[str, list[int]] = {}
+        for file in dict.fromkeys(self._files.values()):
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - a handle, not a dict
+                    shapes[name] = opened.get_slice(name).get_shape()
+        absent = sorted(set(self._files) - set(shapes))
+        if absent:
+            raise UserError(
+                f"{self.setting}: {self.directory} lacks tensors that {INDEX} names: "
+                f"{absent[:5]}. Copy or download it again."
+            )
+        return shapes
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, mapped from its file: copy what is to stay.
+
+        The file is opened for it alone, so that no pages of other tensors stay in memory.
+        """
+        with self._open(self._files[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.directory / file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.setting}: {self.directory / file} cannot be read ({error}); expected a "
+                "whole safetensors file. Copy or download it again."
+            ) from error
+
+    def _locate(self) -> dict[str, str]:
+        if (self.directory / INDEX).is_file():
+            files: dict[str, str] = self._json(INDEX)["weight_map"]
+            missing = sorted({f for f in files.values() if not (self.directory / f).is_file()})
+            if missing:
+                raise UserError(
+                    f"{self.setting}: {self.directory} lacks {missing}, which {INDEX} names. Copy "
+                    "or "
+                    "download them again."
+                )
+            return files
+        if not (self.directory / SINGLE).is_file():
+            raise UserError(
+                f"{self.setting}: {self.directory} holds neither {SINGLE} nor {INDEX}; expected "
+                "safetensors weights. Convert older formats with transformers' save_pretrained."
+            )
+        with self._open(SINGLE) as opened:
+            return dict.fromkeys(opened.keys(), SINGLE)
+
+    def _json(self, file: str) -> dict[str, Any]:
+        path = self.directory / file
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.setting}: {path} is missing or not JSON ({type(error).__name__}); "
+                "expected a "
+                "Hugging Face model directory."
+            ) from error
+        return content
+
+
+def _resolve(name: str, setting: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/")) or name.count("/") != 1:
+        raise UserError(
+            f"{setting} is {name!r}: neither a directory nor a hub id (owner/name). Set it to one."
+        )
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # network, permission and repository errors have many types
+        if cache := unwritable_cache(error):
+            raise UserError(
+                f"{setting}: {name!r} cannot be fetched from the hub: {cache}"
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{setting}: {name!r} cannot be fetched from the hub ({first}). Download it where "
+            "there is "
+            "a network and give its directory."
+        ) from error
+
+
+def backbone_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text decoder's configuration out of a checkpoint's.
+
+    Qwen2.5-VL's holds it beside the vision tower's: at the top level, or as `text_config` where
+    newer releases of transformers wrote it.
+    """
+    if config.get("model_type") != "qwen2_5_vl":
+        return dict(config)
+    nested = config.get("text_config") or {}
+    text = {**config, **nested}
+    # Releases before 5.0 tie inside of text_config, later ones beside it.
+    text["tie_word_embeddings"] = any(c.get("tie_word_embeddings") for c in (config, nested))
+    for name in list(text):
+        if name.endswith(("_config", "_token_id")) and name not in TEXT_TOKENS:
+            del text[name]
+    return {**text, "model_type": "qwen2_5_vl_text"}
+
+
+def vision_config(pretrained: Pretrained) -> dict[str, Any]:
+    """The tower's configuration in a Qwen2.5-VL checkpoint's.
+
+    :raises UserError: a checkpoint without one.
+    """
+    return tower_config(pretrained.config, f"{pretrained.setting}: {pretrained.name}")
+
+
+def tower_config(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """As `vision_config`, from a configuration alone; `where` names it in messages."""
+    config = whole.get("vision_config")
+    if not isinstance(config, dict) or "qwen2_5_vl" not in str(whole.get("model_type")):
+        raise UserError(
+            f"{where} is of type {whole.get('model_type')!r}; expected a Qwen2.5-VL checkpoint "
+            "with a vision_config."
+        )
+    return {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
+
+
+class Stored:
+    """Where the values of a model's parameters lie: parameter name -> checkpoint and name there."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Pretrained, str]] = {}
+
+    def add(self, pretrained: Pretrained, places: dict[str, str]) -> None:
+        """:param places: parameter name -> name in the checkpoint."""
+        self._places.update({name: (pretrained, place) for name, place in places.items()})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> Tensor:
+        """The stored value of a parameter, mapped from its file."""
+        pretrained, place = self._places[name]
+        return pretrained.tensor(place)
+
+
+def find_backbone(
+    model: Any, pretrained: Pretrained, stored: Stored, resize: bool = False
+) -> Account:
+    """Finds `model.*` and `lm_head.weight`; what the plain backbone has not keeps its own start.
+
+    Of a Qwen2.5-VL checkpoint it takes the language model, whatever this mechanism has room for.
+
+    :param model: the model, on any device: only names and shapes count.
+    :param resize: whether embedding and head may have more rows than the checkpoint's.
+    :raises UserError: missing, unexpected or misshapen tensors.
+    """
+    names: dict[str, str] = {}
+    unused = []
+    for name in pretrained.names:
+        plain = name.replace("model.language_model.", "model.", 1)  # as some releases write it
+        target = None if VISUAL.match(name) else model.mechanism.adopt(plain)
+        if target is None:
+            unused.append(name)
+        else:
+            names[name] = target
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(("model.", "lm_head."))
+        and (".fusion." not in name or _adopted(model, name))
+    }
+    account = _find(parameters, pretrained, "backbone", names, stored, resize=resize)
+    account.unused = sorted(unused)
+    rest = sorted(
+        name
+        for name, _ in model.named_parameters()
+        if name not in parameters and not name.startswith("visual.")
+    )
+    account.copied = [name for name in rest if model.mechanism.copied(name)]
+    account.new = [name for name in rest if not model.mechanism.copied(name)]
+    return account
+
+
+def _adopted(model: Any, name: str) -> bool:
+    """Whether a fusion layer takes the place of self-attention, and so this projection of it."""
+    plain = name.replace(".fusion.", ".self_attn.")
+    return "_proj." in name and model.mechanism.adopt(plain) == name
+
+
+def find_vision(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
+    """Finds the vision tower in a Qwen2.5-VL checkpoint; its language model stays unused.
+
+    :raises UserError: missing, unexpected or misshapen tensors.
+    """
+    names = {name: name.removeprefix("model.") for name in pretrained.names if VISUAL.match(name)}
+    parameters = dict(model.visual.named_parameters(prefix="visual"))
+    account = _find(parameters, pretrained, "vision tower", names, stored)
+    account.unused = sorted(set(pretrained.names) - set(names))
+    return account
+
+
+def find_export(
+    model: Any, pretrained: Pretrained, stored: Stored, resize: bool = False
+) -> Account:
+    """Finds every parameter in an export of this project, for a later stage of training.
+
+    :raises UserError: missing, unexpected or misshapen tensors.
+    """
+    theirs = pretrained.config.get("fusion")
+    if not isinstance(theirs, dict) or "mechanism" not in theirs:
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} is of type "
+            f"{pretrained.config.get('model_type')!r}; expected an export of this project. A plain "
+            "backbone is named by model.backbone.pretrained."
+        )
+    if theirs["mechanism"] != model.mechanism.name:
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} holds the fusion mechanism "
+            f"{theirs['mechanism']!r}, this run has {model.mechanism.name!r}; expected the same. "
+            f"Set fusion={theirs['mechanism']}, or leave model.init_from out."
+        )
+    before = {**model.mechanism.options, **theirs}
+    changed = [
+        f"fusion.{key} {before[key]!r} there, {value!r} here"
+        for key, value in model.mechanism.fusion.items()
+        if before[key] != value
+    ]
+    names = {name: name for name in pretrained.names}
+    hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
+    parameters = dict(model.named_parameters())
+    account = _find(parameters, pretrained, "model", names, stored, hint, resize)
+    account.changed = changed
+    return account
+
+
+def _find(
+    parameters: dict[str, nn.Parameter],
+    pretrained: Pretrained,
+    part: str,
+    names: dict[str, str],
+    stored: Stored,
+    hint: str = SIZES,
+    resize: bool = False,
+) -> Account:
+    """Adds to `stored` where every one of the parameters lies.
+
+    :param names: checkpoint name -> parameter name, of every tensor that belongs to the part.
+    :param hint: what to do if they do not fit.
+    """
+    places: dict[str, str] = {}
+    resized: dict[str, tuple[int, int]] = {}
+    problems: list[str] = []
+    shapes = pretrained.shapes()
+    for name, target in names.items():
+        parameter = parameters.get(target)
+        if parameter is None:
+            # A tied head is the embedding; some checkpoints hold it all the same.
+            if target != "lm_head.weight" and not target.endswith(COMPUTED):
+                problems.append(f"unexpected {name}")
+            continue
+        places[target] = name
+        expected = list(parameter.shape)
+        if resize and target in ROWS and shapes[name][1:] == expected[1:]:
+            if shapes[name][0] < expected[0]:
+                resized[target] = shapes[name][0], expected[0]
+                continue
+        if shapes[name] != expected:
+            problems.append(f"{name} has shape {shapes[name]}, expected {expected}")
+    problems += [f"missing {name}" for name in sorted(set(parameters) - set(places))]
+    if problems:
+        shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} does not fit the {part} in {len(problems)} "
+            f"tensors: {shown}. {hint}"
+        )
+    stored.add(pretrained, places)
+    return Account(part, pretrained.name, loaded=sorted(places), resized=resized)

@@ -1,0 +1,182 @@
+"""One pack with both budgets full before the first step: what cannot fit fails in the first minute.
+
+Its loss counts nothing, so every gradient is exactly zero and training goes on as if it had not
+been there. The update is not part of it: on a GPU AdamW is fused and needs next to nothing on top.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from casa_train.config.schema import Config
+from casa_train.cost.full_pack import MemoryOfRank, full_inputs, full_pack, memory_of_rank
+from casa_train.errors import RankError, UserError
+from casa_train.metrics.meter import memory_bytes, reset_peak
+from casa_train.setup.model import meta_model
+from casa_train.training.loss import answer_losses
+
+GIB = 1 << 30
+# A rank that ran out of memory waits so long for the others, who may hang in a collective. One that
+# did not waits as long as it takes: the watchdog ends what never comes.
+PATIENCE = timedelta(seconds=60)
+_rounds = itertools.count()
+
+
+class Engine(Protocol):
+    """What of an engine a worst case needs."""
+
+    @property
+    def module(self) -> Any: ...
+
+    def forward(self, **inputs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def forget_gradients(self) -> None: ...
+
+    def make_moments(self) -> None: ...
+
+
+def wanted(config: Config, device: torch.device) -> bool:
+    """Whether this start runs one; by default where memory is a GPU's."""
+    asked = config.trainer.worst_case
+    return device.type == "cuda" if asked is None else asked
+
+
+@dataclass
+class WorstCase:
+    """Runs a full pack forward and backward on every rank; collective.
+
+    :param say: prints a line on rank 0.
+    :param fresh: the engine has no moments yet, which would come with the first update.
+    """
+
+    config: Config
+    engine: Engine
+    device: torch.device
+    say: Callable[[str], None]
+    fresh: bool = False
+    _estimate: MemoryOfRank = field(init=False)
+    _peaks: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        model = meta_model(self.config, copy.deepcopy(self.engine.module.config))
+        self._estimate = memory_of_rank(self.config, model, dist.get_world_size())
+
+    def run(self) -> None:
+        """:raises UserError: the memory of a rank does not hold it; says what to lower."""
+        began = time.perf_counter()
+        pack = full_pack(self.config)
+        inputs = full_inputs(pack, self.device)
+        kept: list[Tensor] = []  # the trainer, too, holds logits and loss until the next pack's
+
+        def forward() -> None:
+            logits = self.engine.forward(packed=inputs).logits
+            kept[:] = logits, answer_losses(logits, inputs.input_ids).sum() * 0.0
+
+        if self.fresh:
+            self._attempt(self.engine.make_moments)
+        # Twice: DeepSpeed makes the sums of gradients in the first backward pass, and they lie
+        # under the activations of every later one.
+        for _ in range(2):
+            reset_peak(self.device)
+            # Forward and backward apart: ZeRO 1 and 2 run no collective between them, so that ranks
+            # agree before one waits for a gradient that never comes.
+            self._attempt(forward)
+            self._attempt(lambda: self.engine.backward(kept[1]))
+            self.engine.forget_gradients()
+        self.say(
+            f"worst case: a pack of {len(inputs.input_ids):,} text and "
+            f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
+            f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "
+            f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}"
+            # A process holds libraries, and on a CPU nobody touches what is only reserved.
+            + (
+                f", estimated {self._estimate.total / GIB:.2f} GiB"
+                if self.device.type == "cuda"
+                else ""
+            )
+        )
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Runs a part and agrees with all ranks on how it went."""
+        error = None
+        try:
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except (RuntimeError, MemoryError) as caught:  # torch.OutOfMemoryError is the first
+            if not is_out_of_memory(caught):
+                raise
+            error = " ".join(str(caught).split())[:300]
+        _, peak = memory_bytes(self.device)
+        reports = exchange({"error": error, "peak": peak}, patient=error is None)
+        failed = [rank for rank, report in enumerate(reports) if report and report["error"]]
+        if failed:
+            message = self._message(failed, reports)
+            # The ranks that did not answer hang where only the end of this one reaches them.
+            raise UserError(message) if None not in reports else RankError(message)
+        self._peaks = [report["peak"] for report in reports if report]
+
+    def _message(self, failed: list[int], reports: list[dict[str, Any] | None]) -> str:
+        data, parallel = self.config.data, self.config.parallel
+        first = reports[failed[0]]
+        assert first is not None
+        advice = [
+            "lower data.image_tokens or data.text_tokens and raise data.packs_per_step by as much"
+        ]
+        if parallel.activation_checkpointing != "all":
+            advice.insert(0, "set parallel.activation_checkpointing=all")
+        if parallel.zero_stage < 3:
+            advice.append("set parallel.zero_stage=3 and start more ranks")
+        return (
+            f"out of memory before the first step: a pack with both budgets full "
+            f"(data.text_tokens={data.text_tokens}, data.image_tokens={data.image_tokens}) does "
+            f"not fit on {'rank' if len(failed) == 1 else 'ranks'} "
+            f"{', '.join(map(str, failed[:8]))}{', ...' if len(failed) > 8 else ''}. Measured up "
+            f"to there: {first['peak'] / GIB:.2f} GiB{self._of_total()}; estimated: "
+            f"{self._estimate.total / GIB:.2f} GiB, {sum(self._estimate.state.values()) / GIB:.2f} "
+            f"of them state. To mend it {'; or '.join(advice)}. What alters the run needs "
+            f"checkpoint.resume=never in this directory. ({first['error']})"
+        )
+
+    def _of_total(self) -> str:
+        if self.device.type != "cuda":
+            return " of the process"
+        return f" of {torch.cuda.mem_get_info(self.device)[1] / GIB:.2f}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    known = (torch.OutOfMemoryError, MemoryError)
+    # Torch's CPU allocator, CUDA and NCCL themselves, cuBLAS.
+    texts = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, known) or any(text in str(error) for text in texts)
+
+
+def exchange(report: dict[str, Any], patient: bool) -> list[dict[str, Any] | None]:
+    """The report of every rank, through the store: no collective, so no rank can miss it.
+
+    :param patient: wait for all ranks; otherwise those that take too long are None.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+    prefix = f"casa_train/worst_case/{next(_rounds)}"
+    keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], json.dumps(report))
+    timeout = timedelta(days=1) if patient else PATIENCE
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        pass
+    return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]

@@ -1,0 +1,105 @@
+"""`python -m casa_train.bench step` at its smallest: what it counts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from casa_train.bench.__main__ import main
+from casa_train.bench._benchmark import machine
+from casa_train.bench.step import _table
+from tests.helpers.commands import ROOT, TINY, run
+
+SMALL = [o for o in TINY if not o.startswith(("trainer.", "data.workers"))]
+
+
+def bench(tmp_path: Path, *arguments: str, processes: int = 1) -> tuple[dict[str, Any], str]:
+    out = tmp_path / "numbers.json"
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, "-m", "casa_train.bench", "step", *arguments, "--json", str(out)]
+    printed = run(command).stdout
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found, printed
+
+
+@pytest.mark.slow
+def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
+    arms = ["demo", "demo,fusion=insertion,data.packs_per_step=4"]
+    found, printed = bench(
+        tmp_path, *arms, "--steps", "2", "--warm-up", "1", "--set", *SMALL, processes=2
+    )
+    casa, insertion = found["results"]
+    assert [casa["experiment"], insertion["experiment"]] == arms
+    assert found["ranks"] == 2 and printed.count("text tokens/s") == 1  # one rank speaks
+    for arm, micro_steps in ((casa, 1), (insertion, 2)):
+        assert arm["micro_steps"] == micro_steps
+        assert arm["text_tokens"] == 2 * micro_steps * 160  # over both ranks
+        assert 0 < arm["image_tokens"] <= 2 * micro_steps * 64
+        assert math.isfinite(arm["loss"])
+        assert arm["fastest_seconds"] <= arm["seconds"] <= arm["slowest_seconds"]
+        # Medians of the same two steps: close to, but not, each other's inverses.
+        speed = arm["text_tokens"] / arm["seconds"]
+        assert speed <= arm["text_tokens_per_second"] < 3 * speed
+        work = arm["operations_per_pack"] * micro_steps
+        share = arm["tflops"] / arm["text_tokens_per_second"]
+        assert share == pytest.approx(work / 1e12 / arm["text_tokens"])
+        assert arm["peak_bytes"] > 4 * 4 * arm["parameters"]  # masters, two moments, gradients
+    assert casa["parameters"] > insertion["parameters"]
+    assert casa["mfu"] is None  # of no use on a CPU
+    ratio = insertion["seconds"] / casa["seconds"]
+    row = next(line for line in printed.splitlines() if line.startswith("seconds a step"))
+    assert float(row.split()[-1]) == pytest.approx(ratio, abs=0.006)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_full_size_on_a_gpu(tmp_path: Path) -> None:
+    """Helium1-2B at a quarter of its budgets, so that 80 GB hold its optimiser too."""
+    small = ["data.text_tokens=512", "data.image_tokens=5120"]
+    few = ["--warm-up", "1", "--steps", "2"]
+    command = [sys.executable, "-m", "casa_train.bench", "step", *few, "--set", *small]
+    out = tmp_path / "numbers.json"
+    subprocess.run([*command, "--json", str(out)], cwd=ROOT, check=True)
+    for arm in json.loads(out.read_text())["results"]:
+        assert 0.05 < arm["mfu"] < 1 and arm["peak_bytes"] < 80 << 30
+
+
+def test_more_than_two_experiments_stand_below_each_other() -> None:
+    results = [
+        {"experiment": name, "text_tokens": 8, "image_tokens": 4, "mfu": None, "seconds": seconds}
+        | dict.fromkeys(("text_tokens_per_second", "image_tokens_per_second"), 10.0)
+        | {"operations_per_pack": 1e9, "tflops": 1.0, "peak_bytes": 1 << 29, "parameters": 2e6}
+        for name, seconds in (("demo", 0.5), ("demo,a=b", 1.0), ("demo,a=c", 0.25))
+    ]
+    arms = [SimpleNamespace(name=r["experiment"], micro_steps=1, notes=["noted"]) for r in results]
+    facts = machine(torch.device("cpu"), torch.float32)
+    lines = _table(arms, results, facts, world=1).splitlines()  # type: ignore[arg-type]
+    assert [line.split()[0] for line in lines[:4]] == ["time", "demo", "demo,a=b", "demo,a=c"]
+    assert [line.split()[1] for line in lines[1:4]] == ["1.00", "2.00", "0.50"]
+    assert max(map(len, lines[:4])) < 90 and "MFU" not in lines[0]
+    assert any(line.startswith("demo,a=c: 1 micro-step") and "noted" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such"], "no_such"),
+        (["demo", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["demo", "--dtype", "bf16"], "--dtype is 'bf16'; expected none"),
+        (["demo", "--set", "data.no_such=1"], "no_such"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["step", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""Counted work and memory: against torch's own counters on tiny real models, and pair by pair."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from casa_train.cost.sizes import text_sizes, vision_sizes
+from casa_train.cost.work import Pairs, attended_pairs, count_operations, repeated_operations
+from casa_train.modeling.attention import Segments
+from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.windows import Chunk, SampleShape
+from tests.helpers.tiny import (
+    HIDDEN,
+    PROPERTY,
+    Layout,
+    fill,
+    layouts,
+    packed_inputs,
+    tiny_text_config,
+    tiny_vision_config,
+)
+
+# Leading text, two images of one window size, and text behind: twice.
+PACK = [Layout(14, (2, 8), ((8, 8), (8, 8)))] * 2
+
+FUSIONS: list[dict[str, Any]] = [
+    {"mechanism": "casa"},
+    {"mechanism": "casa", "text_in_window": False},
+    {"mechanism": "casa", "share_parameters": True},
+    {"mechanism": "casa", "placement": "before"},
+    {"mechanism": "casa", "placement": "after", "share_parameters": True},
+    {"mechanism": "casa", "placement": "replace", "every": 2},
+    {"mechanism": "casa", "placement": "replace", "every": 2, "share_parameters": True},
+    {"mechanism": "casa", "placement": "replace", "history": "all"},
+    {"mechanism": "casa", "every": 2, "history": "all"},
+    {"mechanism": "casa", "update_image_tokens": "ffn"},
+    {"mechanism": "casa", "update_image_tokens": "ffn_and_attention", "share_parameters": True},
+    {"mechanism": "cross_attention"},
+    {"mechanism": "cross_attention", "update_image_tokens": "ffn_and_attention"},
+    {"mechanism": "insertion"},
+    {"mechanism": "qformer_insertion", "queries": 4},
+    {"mechanism": "gated_cross_attention", "every": 2},
+    {"mechanism": "hyper_attention", "layers": [1]},
+]
+
+
+def names(fusion: dict[str, Any]) -> str:
+    return ",".join(str(value) for value in fusion.values())
+
+
+def shapes(pack: list[Layout]) -> list[SampleShape]:
+    return [SampleShape(layout.text, layout.points, layout.grids) for layout in pack]
+
+
+def frozen_model(config: CasaConfig, trainable: bool, trained: int) -> CasaForConditionalGeneration:
+    """A model frozen as `assemble.set_trainable` does it."""
+    model = CasaForConditionalGeneration(config)
+    for part in (model.model, model.lm_head):
+        part.requires_grad_(trainable)
+    for layer in model.model.layers:
+        if layer.fusion is not None:
+            layer.fusion.requires_grad_(True)
+    model.visual.set_trainable(trained)
+    if not any(p.requires_grad for p in model.parameters()):
+        pytest.skip("nothing trains")
+    return model
+
+
+def dense_pairs(model: CasaForConditionalGeneration, pack: list[Chunk]) -> Pairs:
+    """The pairs that torch's plain attention works through: masked and padded ones too."""
+
+    def dense(segments: Segments | None) -> int:
+        groups = [] if segments is None else segments.groups[0]
+        return sum(math.prod(group.query.shape) * group.key.shape[1] for group in groups)
+
+    plan = model.mechanism.plan(model.mechanism.compress(pack), None, None, torch.device("cpu"))
+    return Pairs(dense(plan.self_attention), dense(plan.cross), dense(plan.image_cross))
+
+
+@pytest.mark.parametrize("trained", [0, 1, -1], ids=lambda n: f"vision{n}")
+@pytest.mark.parametrize("trainable", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=names)
+def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trained: int) -> None:
+    model = frozen_model(
+        CasaConfig(
+            text_config=tiny_text_config(layers=3),
+            vision_config=tiny_vision_config(width=48 if trained else HIDDEN),
+            fusion=fusion,
+        ),
+        trainable,
+        trained,
+    )
+    parts = count_operations(
+        text_sizes(model.config.text_config, trainable),
+        vision_sizes(model.config.vision_config, trained),
+        model.mechanism.fusion | {"mechanism": fusion["mechanism"]},
+        shapes(PACK),
+        answers=sum(layout.text for layout in PACK),
+        pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
+    )
+    inputs = packed_inputs(fill(PACK))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        loss = model(packed=inputs).logits.sum()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert sum(part.forward for part in parts.values()) == forward.get_total_flops()
+    assert sum(part.backward for part in parts.values()) == backward.get_total_flops()
+
+
+def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
+    """Operations of both passes, what is recomputed included, as torch counts them."""
+    model.zero_grad()
+    model.recompute_activations(blocks)
+    inputs = packed_inputs(fill(PACK))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(packed=inputs).logits.sum().backward()
+    total: int = counter.get_total_flops()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trained"), [(True, -1), (False, 1), (False, 0)], ids=["trained", "part", "least"]
+)
+@pytest.mark.parametrize("fusion", FUSIONS, ids=names)
+def test_repeated_work_is_what_torch_counts(
+    fusion: dict[str, Any], trainable: bool, trained: int
+) -> None:
+    text, vision = tiny_text_config(layers=3), tiny_vision_config(width=48 if trained else HIDDEN)
+    config = CasaConfig(text_config=text, vision_config=vision, fusion=fusion)
+    model = frozen_model(config, trainable, trained).train()
+    blocks = "all" if trained else "decoder"
+    repeated = repeated_operations(
+        text_sizes(text, trainable),
+        vision_sizes(vision, trained),
+        model.mechanism.fusion | {"mechanism": fusion["mechanism"]},
+        shapes(PACK),
+        blocks,
+        pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
+    )
+    assert counted(model, blocks) - counted(model, "none") == repeated
+
+
+def visible(fusion: dict[str, Any], sample: SampleShape) -> tuple[int, int]:
+    """Pairs of text queries and of image queries, asked one by one."""
+    tokens: list[tuple[str, int, int]] = []  # kind, index of its window (-1: before all), place
+    window, done, frames = -1, 0, -1
+    scopes: list[int] = []  # the scope that each window belongs to
+    for i, point in enumerate(sample.points):
+        tokens += [("text", window, t) for t in range(done, point)]
+        if i == 0 or point > sample.points[i - 1]:
+            window += 1
+            frames = frames if sample.follows[i] else window
+            scopes.append(frames)
+        done = point
+        rows, columns = sample.grids[i]
+        tokens += [("image", window, 0)] * (rows * columns)
+    tokens += [("text", window, t) for t in range(done, sample.text)]
+    text_keys = fusion["mechanism"] == "casa" and fusion.get("text_in_window", True)
+    whole = fusion["mechanism"] == "hyper_attention" or fusion.get("history") == "all"
+    counts = {"text": 0, "image": 0}
+    for at, (kind, query_window, _) in enumerate(tokens):
+        for key_kind, key_window, _ in tokens[: at + 1]:
+            if key_kind == "text" and not text_keys:
+                continue
+            if kind == "text" and query_window < 0 and fusion.get("placement") != "replace":
+                continue  # before the first image
+            if whole:
+                counts[kind] += 1
+            elif min(query_window, key_window) >= 0:
+                together = fusion.get("window_scope") == "all_frames"
+                query, key = (scopes[w] if together else w for w in (query_window, key_window))
+                counts[kind] += query == key
+    return counts["text"], counts["image"]
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {"mechanism": "casa"},
+        {"mechanism": "casa", "history": "all"},
+        {"mechanism": "casa", "history": "all", "placement": "replace"},
+        {"mechanism": "casa", "window_scope": "all_frames"},
+        {"mechanism": "cross_attention"},
+        {"mechanism": "cross_attention", "window_scope": "all_frames"},
+        {"mechanism": "gated_cross_attention"},
+        {"mechanism": "hyper_attention"},
+    ],
+    ids=names,
+)
+@PROPERTY
+@given(pack=layouts(), data=st.data())
+def test_pairs_are_those_that_may_see_each_other(
+    fusion: dict[str, Any], pack: list[Layout], data: st.DataObject
+) -> None:
+    samples = []
+    for layout in pack:
+        follows = [i > 0 and data.draw(st.booleans()) for i in range(len(layout.points))]
+        samples.append(SampleShape(layout.text, layout.points, layout.grids, tuple(follows)))
+    pairs = attended_pairs(fusion, samples)
+    asked = [visible(fusion, sample) for sample in samples]
+    assert pairs.text == sum(text for text, _ in asked)
+    assert pairs.image == sum(image for _, image in asked)
+    assert pairs.stream == sum(s.text * (s.text + 1) // 2 for s in samples)

@@ -1,0 +1,158 @@
+"""Runs that repeat bit for bit, and garbage that is collected on a schedule without a leak."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from casa_train.config.schema import Config, run_fields
+from casa_train.data.transfer import to_device
+from casa_train.distributed.determinism import WORKSPACE, set_determinism
+from casa_train.errors import UserError
+from casa_train.metrics.sinks.jsonl import read_metrics
+from casa_train.training.garbage import ScheduledCollection
+from tests.helpers.commands import TINY, on_data, run, train_command
+from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
+from tests.helpers.variants import build, gradients_of
+from tests.training.test_training import exact
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    # Other tests of this process may have started CUDA.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    yield
+    set_determinism(False)
+    os.environ.pop(WORKSPACE, None)
+
+
+def test_the_switch_sets_what_torch_asks_for_and_takes_it_back() -> None:
+    set_determinism(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert os.environ[WORKSPACE] == ":4096:8"
+    set_determinism(False)  # the next job of a sweep
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_environment_that_contradicts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE, ":0:0")
+    set_determinism(False)
+    with pytest.raises(UserError, match="trainer.deterministic is true, but .*=:0:0; expected"):
+        set_determinism(True)
+
+
+def test_it_belongs_to_what_determines_a_run() -> None:
+    fields = run_fields(Config())
+    assert fields["trainer.deterministic"] is False
+    for free in ("trainer.gc_every", "trainer.worst_case", "parallel.activation_checkpointing"):
+        assert free not in fields
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's algorithms need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["casa", "insertion", "gated_cross_attention"])
+def test_gradients_repeat_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
+    code = (
+        "import torch; from tests.distributed.test_determinism import check_gradients_repeat;"
+        f"check_gradients_repeat({variant!r}, {dtype}, torch.device('cuda'))"
+    )
+    # Its own process: what is deterministic is settled when CUDA starts.
+    run([sys.executable, "-c", code], gpu=True)
+
+
+def test_the_check_of_gradients_runs() -> None:
+    check_gradients_repeat("casa", torch.float32, torch.device("cpu"))
+
+
+def check_gradients_repeat(variant: str, dtype: torch.dtype, device: torch.device) -> None:
+    """:raises AssertionError: the gradients of a pack are not the same three times."""
+    set_determinism(True)
+    model = build(variant, dtype=dtype).to(device).train()
+    inputs = packed_inputs(fill(HARD_PACK * 8))
+    inputs.logits_index = torch.arange(len(inputs.input_ids))
+    inputs, _ = to_device(inputs, inputs.input_ids, device)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        model(packed=inputs).logits.float().pow(2).sum().backward()
+        found.append(gradients_of(model))
+    for other in found[1:]:
+        assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())
+
+
+@pytest.mark.slow
+def test_two_deterministic_runs_have_the_same_metrics(data_dir: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        overrides = [
+            "+experiment=demo",
+            *TINY,
+            *on_data(data_dir),
+            f"run_dir={tmp_path / name}",
+            "trainer.steps=6",
+            "trainer.deterministic=true",
+            "data.workers=1",
+        ]
+        run(train_command(overrides))
+    assert exact(tmp_path / "one") == exact(tmp_path / "two")
+    assert "deterministic: true" in (tmp_path / "one" / "config.yaml").read_text()
+
+
+def _collects(queue: multiprocessing.Queue[bool]) -> None:
+    queue.put(gc.isenabled())
+
+
+def test_garbage_is_collected_at_its_steps_alone_and_by_forked_processes_as_ever() -> None:
+    class Cycle:
+        alive = 0
+
+        def __init__(self) -> None:
+            self.itself = self
+            Cycle.alive += 1
+
+        def __del__(self) -> None:
+            Cycle.alive -= 1
+
+    with ScheduledCollection(every=3) as collection:
+        assert not gc.isenabled()
+        counts = []
+        for step in range(1, 7):
+            Cycle()
+            collection.after(step)
+            counts.append(Cycle.alive)
+        assert counts == [1, 2, 0, 1, 2, 0]
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        process = context.Process(target=_collects, args=(queue,))
+        process.start()
+        assert queue.get(timeout=30)
+        process.join()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    with ScheduledCollection(every=0):
+        assert gc.isenabled()
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_leave_nothing_behind(data_dir: Path, tmp_path: Path) -> None:
+    overrides = [
+        "+experiment=demo",
+        *TINY,
+        *on_data(data_dir),
+        f"run_dir={tmp_path}",
+        "trainer.steps=200",
+        "trainer.gc_every=50",
+        "checkpoint.every=1000",
+    ]
+    run(train_command(overrides))
+    memory = [record["memory_bytes"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(memory) == 200
+    # Resident bytes of the process: the first quarter fills caches.
+    assert memory[-1] - memory[50] < 8 << 20, memory[::25]

@@ -1,0 +1,310 @@
+"""Validation during training: what is measured, by which numbers, and that training is the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from casa_train.config.compose import compose_config
+from casa_train.config.schema import Config, SourceConfig
+from casa_train.data.processor import build_processor
+from casa_train.data.sample import Sample
+from casa_train.errors import UserError
+from casa_train.evaluate.held_out import HeldOut, answer_spans, open_held_out, score
+from casa_train.evaluate.questions import Questions
+from casa_train.evaluate.shares import source_labels, spread
+from casa_train.evaluate.validation import Best
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.setup.model import build_model, build_model_config
+from casa_train.setup.weights import find_weights, open_sources, start_weights
+from data_recipes.__main__ import main as recipes
+from tests.helpers.commands import TEMPLATE, TINY, on_data, run
+from tests.helpers.tiny import randomise
+from tests.helpers.validation_steps import CASES
+
+CPU = torch.device("cpu")
+
+
+def tiny_config(data: Path, *more: str) -> Config:
+    settings = ["evaluation.every=4", "evaluation.loss_samples=20"]
+    return compose_config(["+experiment=demo", *TINY, *on_data(data), *settings, *more])
+
+
+def held_out(config: Config, world: int = 1) -> tuple[CasaProcessor, HeldOut]:
+    processor = build_processor(config)
+    found = open_held_out(config, processor, world)
+    assert found is not None
+    return processor, found
+
+
+def build(config: Config, processor: CasaProcessor) -> CasaForConditionalGeneration:
+    """The configuration's model with random weights."""
+    sources = open_sources(config)
+    model = build_model(config, processor, build_model_config(config, processor, sources))
+    start = find_weights(model, sources)
+    start_weights(model, start, 0, CPU, torch.float32, lambda block: None)
+    randomise(model, torch.Generator().manual_seed(0))
+    return model
+
+
+def overfit(model: CasaForConditionalGeneration, found: HeldOut, steps: int) -> None:
+    """Trains on the held-out samples themselves, until some of the answers are right."""
+    batches = [found.materializer[pack] for pack in found.packs if pack.items]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(steps):
+        for batch in batches:
+            loss = torch.nn.functional.cross_entropy(
+                model(packed=batch.inputs).logits, batch.targets
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+
+
+def alone(value: Any) -> list[Any]:
+    """What a single rank gathers."""
+    return [value]
+
+
+def generated_exactly(
+    model: CasaForConditionalGeneration, processor: CasaProcessor, sample: Sample, turn: int
+) -> bool:
+    """Whether greedy generation after the true history writes the turn's answer and ends it."""
+    messages = sample.messages(list(sample.images))[: 2 * turn + 1]
+    batch = processor.tokenize_messages([messages])
+    wanted = processor.tokenizer.encode(sample.turns[turn].assistant, add_special_tokens=False)
+    wanted.append(processor.asst_end_tokens[0])
+    out = model.generate_from_image(**batch, max_new_tokens=len(wanted), do_sample=False)
+    return bool(out[0, batch["input_ids"].shape[1] :].tolist() == wanted)
+
+
+# What follows the end token is never generated, so it must not count.
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n"])
+def test_exact_match_is_what_generation_would_write(
+    data_dir: Path, tmp_path: Path, end: str
+) -> None:
+    fields = json.dumps({**TEMPLATE, "assistant_end": end})
+    command = ["retokenize", "--data", str(data_dir), "--out", str(tmp_path), "--workers", "1"]
+    assert recipes([*command, "--tokenizer", f"{data_dir}/tokenizer", "--template", fields]) == 0
+    config = tiny_config(tmp_path, "evaluation.loss_samples=12")
+    config.model.template.assistant_end = end
+    processor, found = held_out(config)
+    model = build(config, processor)
+    overfit(model, found, steps=9)
+    scores = score(found, model, 0, 1, CPU, alone)
+    exact: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+    longest = 0
+    for pack in found.packs:
+        for name, row, _, _ in pack.items:
+            sample = found.splits[name].read(row)
+            longest = max(longest, len(sample.turns))
+            for turn in range(len(sample.turns)):
+                answers[sample.source] += 1
+                exact[sample.source] += generated_exactly(model, processor, sample, turn)
+    assert longest > 1  # later turns are asked after the true history
+    assert 0 < exact.total() < answers.total()
+    assert scores["answers"] == answers.total()
+    assert scores["exact_match"] == exact.total() / answers.total()
+    for source, measured in scores["sources"].items():
+        assert measured["answers"] == answers[source]
+        assert measured["exact_match"] == exact[source] / answers[source]
+
+
+def test_loss_is_the_mean_over_answer_tokens_of_samples_alone(data_dir: Path) -> None:
+    processor, found = held_out(tiny_config(data_dir))
+    model = build(tiny_config(data_dir), processor).eval()
+    sums: dict[str, list[float]] = {}
+    for pack in found.packs:
+        for item in pack.items:
+            batch = found.materializer[type(pack)(0, (item,), item[2], item[3])]
+            with torch.no_grad():
+                logits = model(packed=batch.inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+            sums.setdefault(batch.sources[0], []).append(float(loss))
+            sums.setdefault(f"{batch.sources[0]} tokens", []).append(len(batch.targets))
+    scores = score(found, model, 0, 1, CPU, alone)
+    assert len(scores["sources"]) == 7
+    for source, measured in scores["sources"].items():
+        tokens = sum(sums[f"{source} tokens"])
+        assert measured["answer_tokens"] == tokens
+        assert measured["loss"] == pytest.approx(sum(sums[source]) / tokens, rel=1e-5)
+    total = sum(s["loss"] * s["answer_tokens"] for s in scores["sources"].values())
+    assert scores["loss"] == pytest.approx(total / scores["answer_tokens"], rel=1e-9)
+    # Ranks that share the packs out, one of them an empty one, get the same numbers.
+    _, shared = held_out(tiny_config(data_dir), world=4)
+    assert len(shared.packs) % 4 == 0 and not shared.packs[-1].items
+    parts: list[Any] = []
+    for rank in range(4):
+        score(shared, model, rank, 4, CPU, lambda value: parts.append(value) or [value])
+    assert score(shared, model, 0, 4, CPU, lambda value: parts) == scores
+
+
+def test_numbers_that_are_not_finite_are_none(data_dir: Path) -> None:
+    processor, found = held_out(tiny_config(data_dir))
+    model = build(tiny_config(data_dir), processor).eval()
+    model.lm_head.weight.data[:] = math.nan
+    scores = score(found, model, 0, 1, CPU, alone)
+    assert scores["loss"] is None and scores["exact_match"] == 0
+    best = Best()
+    assert not best.takes(4, scores["loss"])
+    assert best.takes(8, 2.0) and not best.takes(12, 2.0) and best.takes(16, 1.0)
+    assert (best.step, best.loss) == (16, 1.0)
+
+
+def test_bad_samples_are_counted(data_dir: Path) -> None:
+    _, found = held_out(tiny_config(data_dir))
+    model = build(tiny_config(data_dir), build_processor(tiny_config(data_dir))).eval()
+    broken = found.packs[0].items[0]
+    split = found.splits[broken[0]]
+    read = split.read
+
+    def sometimes(row: int, with_images: bool = True) -> Sample:
+        sample = read(row, with_images)
+        if row == broken[1]:
+            object.__setattr__(sample, "images", tuple(b"no image" for _ in sample.images))
+        return sample
+
+    split.read = sometimes  # type: ignore[method-assign]
+    scores = score(found, model, 0, 1, CPU, alone)
+    assert scores["bad_samples"] == 1 and scores["loss"] is not None
+
+
+@pytest.mark.parametrize("mechanism", ["casa", "insertion", "qformer_insertion"])
+def test_questions_are_answered_as_generate_answers_them(data_dir: Path, mechanism: str) -> None:
+    config = tiny_config(data_dir, f"fusion={mechanism}", "evaluation.max_new_tokens=6")
+    processor, found = held_out(config)
+    model = build(config, processor).eval()
+    questions = Questions(found, processor, config)
+    records = questions.answer(model, CPU)
+    assert len(records) == 8 and not questions.skipped
+    assert len({r["source"] for r in records}) == 7  # of every source at least one
+    assert len({r["answer"] for r in records}) > 1
+    for record in records:
+        sample = found.splits[record["split"]].read(record["row"])
+        assert record["id"] == f"synthetic/{sample.key}"
+        batch = processor.tokenize_messages([sample.messages(list(sample.images))[:1]])
+        out = model.generate_from_image(**batch, max_new_tokens=6, do_sample=False)
+        new = out[0, batch["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True).strip() == record["answer"]
+    assert processor.tokenizer.padding_side == "right"  # as training wants it
+
+
+def test_questions_over_a_pack_are_left_out(data_dir: Path) -> None:
+    config = tiny_config(data_dir)
+    processor, found = held_out(config)
+    config.data.image_tokens = 9  # what two pictures together exceed
+    questions = Questions(found, processor, config)
+    assert questions.skipped["over_budget"] >= 1
+    assert all(len(batch) == 1 for batch in questions._batches())
+
+
+def test_answers_end_where_generation_ends() -> None:
+    # Two answers, which end with the token 9, and one that no opening parts from the one before.
+    places = [4, 5, 6, 20, 21, 22, 23]
+    targets = [1, 2, 9, 5, 9, 3, 9]
+    assert answer_spans(places, targets, 9) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert answer_spans(places, targets, None) == [range(0, 3), range(3, 7)]
+    assert answer_spans([], [], 9) == []
+
+
+def test_samples_are_spread_over_sources_and_over_each_source() -> None:
+    groups = {"large": list(range(100)), "small": [7], "middle": list(range(50, 60))}
+    chosen = spread(groups, 13)
+    assert chosen == {
+        "large": [0, 16, 33, 50, 66, 83],
+        "small": [7],
+        "middle": [50, 51, 53, 55, 56, 58],
+    }
+    assert sum(map(len, spread(groups, 1000).values())) == 111
+    assert sum(map(len, spread(groups, 2).values())) == 2
+    assert spread(groups, 0) == {"large": [], "small": [], "middle": []}
+
+
+def test_sources_have_their_own_names() -> None:
+    found = [
+        ("demo", "colour"),
+        ("demo", "shape"),
+        ("chartqa", "charts"),
+        ("b", "shape"),
+        ("b", "x"),
+    ]
+    assert list(source_labels(found).values()) == [
+        "colour",
+        "demo/shape",
+        "chartqa",
+        "b/shape",
+        "x",
+    ]
+
+
+def test_nothing_is_measured_unless_asked(data_dir: Path) -> None:
+    config = tiny_config(data_dir, "evaluation.every=0")
+    assert open_held_out(config, build_processor(config), 1) is None
+    config = tiny_config(data_dir)
+    config.data.validation = {}
+    assert open_held_out(config, build_processor(config), 1) is None
+
+
+def test_splits_that_cannot_be_used_are_named(data_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(data_dir)
+    config.data.validation = {"gone": SourceConfig(str(tmp_path / "gone"))}
+    with pytest.raises(UserError, match=r"^data\.validation\.gone\.path: .* does not exist"):
+        open_held_out(config, build_processor(config), 1)
+    config = tiny_config(data_dir, "data.text_tokens=3")
+    with pytest.raises(UserError, match="data.validation.*fits a pack of 3 text"):
+        open_held_out(config, build_processor(config), 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.every=-1", "evaluation.every is -1"),
+        ("evaluation.loss_samples=0", "evaluation.loss_samples is 0"),
+        ("export.every=3", "export.every is 3; expected 0 or a multiple of checkpoint.every = 500"),
+        ("evaluation.every=0", "export.best is True; expected false where nothing is validated"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(data_dir: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_config(data_dir, "export.best=true", override)
+
+
+@pytest.mark.slow
+def test_validation_on_two_ranks_disturbs_nothing(data_dir: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments = [str(data_dir), str(tmp_path)]
+    done = run(
+        [*torchrun, "--nproc_per_node=2", "-m", "tests.helpers.validation_steps", *arguments]
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [r["case"] for r in results] == list(CASES)
+    for result in results:
+        name = result["case"]
+        for rank in result["same"]:
+            assert all(rank.values()), (name, rank)
+        assert [r["step"] for r in result["validated"]] == [2, 4], name
+        assert result["packs"][0] % 2 == 1 and result["packs"][1] % 2 == 0  # one is empty
+        found, expected = result["validated"][-1], result["expected"]
+        # Sharded or not: bf16 weights of an engine are not rounded fp32 ones, so they differ more.
+        tolerance = 2e-2 if "bf16" in name else 1e-6
+        for one, other in [
+            (found, expected),
+            *((found["sources"][s], expected["sources"][s]) for s in expected["sources"]),
+        ]:
+            assert one["loss"] == pytest.approx(other["loss"], rel=tolerance), name
+            assert one["answers"] == other["answers"]
+            if "bf16" not in name:
+                assert one["exact_match"] == other["exact_match"]
+        if "bf16" not in name:
+            assert found["questions"] == result["answers"], name

@@ -1,0 +1,196 @@
+"""One optimiser step of every mechanism under ZeRO 1, 2 and 3, beside plain torch.
+
+Started by test_zero_steps.py under torchrun: one launch runs all cases, since starting DeepSpeed
+takes longer than any of them. Prints one JSON line a case.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casa_train.config.schema import GroupConfig, OptimConfig
+from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.training.loss import answer_losses
+from tests.helpers.tiny import (
+    HARD_PACK,
+    HIDDEN,
+    Layout,
+    Sample,
+    fill,
+    packed_inputs,
+    tiny_model,
+    tiny_text_config,
+)
+
+CLIP = 0.5
+# ZeRO-3 keeps tensors below 100,000 numbers whole; the projections of so wide a model are cut.
+WIDE = 320
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and how it is trained.
+
+    :param recompute: blocks whose activations are checkpointed.
+    """
+
+    model: dict[str, Any]
+    clip: float = CLIP
+    recompute: str = "none"
+    frozen: bool = False
+
+    def build(self) -> CasaForConditionalGeneration:
+        options = dict(self.model)
+        width = options.pop("width", HIDDEN)
+        text = tiny_text_config(hidden_size=width, head_dim=width // 4)
+        model = tiny_model(text_config=text, vision_width=width, **options)
+        if self.frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".fusion." in name)
+            model.visual.set_trainable(1)
+        return model
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "casa": {"mechanism": "casa"},
+    "casa zero output": {"mechanism": "casa", "init": "zero_output"},
+    "casa shared, images updated": {
+        "mechanism": "casa",
+        "share_parameters": True,
+        "update_image_tokens": "ffn_and_attention",
+        "history": "all",
+    },
+    "casa before": {"mechanism": "casa", "placement": "before", "image_positions": "advance"},
+    "casa replacing": {"mechanism": "casa", "placement": "replace", "every": 2},
+    "cross attention after, ffn": {
+        "mechanism": "cross_attention",
+        "placement": "after",
+        "update_image_tokens": "ffn",
+    },
+    "insertion": {"mechanism": "insertion"},
+    "qformer_insertion": {"mechanism": "qformer_insertion", "queries": 3},
+    "gated_cross_attention": {"mechanism": "gated_cross_attention"},
+    "hyper_attention": {"mechanism": "hyper_attention"},
+}
+OPTIM = OptimConfig(
+    groups={
+        "fusion": GroupConfig([r"\.fusion\.", "^resampler"], 1e-2, 0.1, required=False),
+        "rest": GroupConfig([r"^(?!resampler)(?!.*\.fusion\.)"], 2e-3, 0.0),
+    },
+    # A first Adam step is the sign of the gradient; so large an epsilon makes it see the size.
+    eps=1e-2,
+)
+CASES = {
+    **{name: Case(model) for name, model in MODELS.items()},
+    "casa, frozen": Case({"mechanism": "casa", "every": 2}, clip=0.1, frozen=True),
+    "casa, not clipped": Case({"mechanism": "casa"}, clip=0.0),
+    **{
+        f"{name}, recomputed": Case(MODELS[name], recompute="all")
+        for name in ("casa", "casa shared, images updated", "gated_cross_attention", "insertion")
+    },
+    "casa, frozen and recomputed": Case(
+        {"mechanism": "casa", "every": 2}, clip=0.1, recompute="all", frozen=True
+    ),
+    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, recompute="all"),
+    "casa, wide, frozen and recomputed": Case(
+        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, recompute="all", frozen=True
+    ),
+}
+# What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
+TEXT_ONLY = [Layout(6), Layout(1, (0,), ((1, 1),))]
+
+
+def packs() -> list[list[list[Sample]]]:
+    """Three micro-steps of two ranks; rank 1 first has text alone, and at last nothing to learn."""
+    return [
+        [fill(HARD_PACK, 1), fill(TEXT_ONLY, 2)],
+        [fill(HARD_PACK[:2], 3), fill(HARD_PACK[1:3], 4)],
+        [fill(HARD_PACK[:1], 5), fill([Layout(1, (0,), ((1, 2),))], 6)],
+    ]
+
+
+def pack_loss(forward: Any, samples: list[Sample]) -> tuple[Tensor, int]:
+    """Summed loss of predicting every token of a sample from the one before it."""
+    inputs = packed_inputs(samples)
+    first = 0
+    rows, targets = [], []
+    for sample in samples:
+        count = len(sample.ids)
+        rows += range(first, first + count - 1)
+        targets.append(sample.ids[1:])
+        first += count
+    inputs.logits_index = torch.tensor(rows, dtype=torch.long)
+    losses = answer_losses(forward(packed=inputs).logits, torch.cat(targets))
+    return losses.sum(), len(rows)
+
+
+def plain_step(case: Case, total: int) -> tuple[dict[str, Tensor], float]:
+    """The weights after one step of torch's own AdamW on all four packs, and the gradient norm."""
+    model = case.build().train()
+    groups = build_groups(model.named_parameters(), OPTIM.groups)
+    optimizer = build_optimizer(groups, OPTIM)
+    set_rates(optimizer.param_groups, 1.0)
+    loss = sum(pack_loss(model, samples)[0] for step in packs() for samples in step)
+    (loss / total).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or math.inf)
+    optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, float(norm)
+
+
+def engine_step(case: Case, stage: int, rank: int, total: int) -> tuple[dict[str, Tensor], float]:
+    """The same through the project's engine, each rank with its own packs."""
+    model = case.build()
+    model.recompute_activations(case.recompute)
+    groups = build_groups(model.named_parameters(), OPTIM.groups)
+    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), case.clip)
+    set_rates(engine.param_groups, 1.0)
+    engine.train()
+    for step in packs():
+        loss, _ = pack_loss(engine.forward, step[rank])
+        engine.backward(loss * (2 / total))
+        engine.step()
+    weights = {n: engine.full_parameter(p).clone() for n, p in engine.module.named_parameters()}
+    norm = engine.gradient_norm()
+    engine.close()
+    return weights, norm
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rank, world, _ = init_processes()
+    assert world == 2
+    total = sum(len(s.ids) - 1 for step in packs() for samples in step for s in samples)
+    for name, case in CASES.items():
+        expected, norm = plain_step(case, total)
+        for stage in (1, 2, 3):
+            found, found_norm = engine_step(case, stage, rank, total)
+            start = dict(case.build().named_parameters())
+            worst = max(float((found[n] - expected[n]).abs().max()) for n in expected)
+            moves = {n: float((expected[n] - p).detach().abs().max()) for n, p in start.items()}
+            if rank == 0:
+                assert math.isfinite(worst)
+                line = {
+                    "case": name,
+                    "stage": stage,
+                    "error": worst,
+                    "least_move": min(moves[n] for n, p in start.items() if p.requires_grad),
+                    "frozen_move": max(
+                        [moves[n] for n, p in start.items() if not p.requires_grad], default=0.0
+                    ),
+                    "norm": found_norm,
+                    "plain_norm": norm,
+                }
+                print(json.dumps(line), flush=True)
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

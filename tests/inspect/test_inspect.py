@@ -1,0 +1,308 @@
+"""The page of the data: it shows the batches themselves, names what is left out and escapes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from casa_train.data.materialize import Materializer, PackedBatch
+from casa_train.data.prepared.plan import Pack
+from casa_train.data.prepared.shards import Split
+from casa_train.data.tokens import load_tokenizer
+from casa_train.errors import UserError
+from casa_train.inspect import charts, pictures
+from casa_train.inspect.__main__ import main
+from casa_train.inspect.packs import TokenTexts, _tokens, view_packs
+from casa_train.inspect.pages import Target, find_sample, find_target, open_data
+from casa_train.inspect.statistics import slowest_rank, view_plan
+from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.modeling.windows import split_windows
+from data_recipes.__main__ import main as recipes
+from tests.helpers import data_stream
+from tests.helpers.commands import TEMPLATE, on_data
+from tests.helpers.counting import writer_for
+from tests.report.test_report import HOSTILE, Page
+
+BUDGETS = ["data.text_tokens=200", "data.image_tokens=24"]
+
+
+def picture(width: int, height: int, colour: str = "teal") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def row(*turns: tuple[str, str]) -> dict[str, object]:
+    texts = [{"user": question, "assistant": answer} for question, answer in turns]
+    return {"texts": texts, "source": f"odd {HOSTILE}"}
+
+
+@pytest.fixture(scope="module")
+def odd(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of what goes wrong: hostile texts, a broken image, samples over the budgets."""
+    tokenizer = load_tokenizer(str(data_dir / "tokenizer"))
+    root = tmp_path_factory.mktemp("odd")
+    tokenizer.save_pretrained(root / "tokenizer")
+    writer = writer_for(CasaProcessor(tokenizer, template=TEMPLATE), root / "train")
+    whole = picture(60, 60, "gold") + b"\0" * 400
+    rows = [
+        ("hostile", row((f"{HOSTILE} 東京\n\x07?", HOSTILE)), [picture(56, 56)]),
+        ("many", row(("<image>a<image><image> b", "yes"), ("and?", "no")), [picture(30, 50)] * 3),
+        ("text", row(("What comes after seven?", "eight")), []),
+        ("broken", row(("What is this?", "nothing")), [whole[:60]]),
+        ("long", row(("Why? " * 300, "because")), [picture(28, 28)]),
+        ("large", row(("See?", "yes")), [picture(84, 84)] * 3),
+    ]
+    for key, record, images in rows:
+        assert writer.write(key, record, images), key
+    assert writer.close() == len(rows)
+    return root / "train"
+
+
+def look(tmp_path: Path, *arguments: str) -> tuple[str, Page]:
+    out = tmp_path / "page.html"
+    assert main([*arguments, "--out", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def batches(target: Target, chosen: list[int]) -> tuple[Materializer, list[PackedBatch]]:
+    """The batches that training gets, made without the page's code."""
+    planner, _, materializer = open_data(target.config)
+    packs = list(itertools.islice(planner, max(chosen) + 1))
+    return materializer, [materializer[packs[i]] for i in chosen]
+
+
+def tokens_of(html: str) -> list[tuple[set[str], int]]:
+    """Classes and id of every token of the packs, in order."""
+    found = re.findall(r'<i class="(t[ a-z]*)" title="id (\d+)', html)
+    return [(set(classes.split()), int(number)) for classes, number in found]
+
+
+def test_the_page_shows_what_the_batches_hold(odd: Path, tmp_path: Path) -> None:
+    arguments = [str(odd), *BUDGETS]
+    html, page = look(tmp_path, *arguments, "--packs", "3", "--first", "2")
+    materializer, expected = batches(find_target(str(odd), None, BUDGETS), [2, 3, 4])
+    texts = TokenTexts(materializer.processor.tokenizer)
+
+    shown = tokens_of(html)
+    assert [token for _, token in shown] == [
+        token for batch in expected for token in batch.inputs.input_ids.tolist()
+    ]
+    learned = [token for classes, token in shown if "a" in classes]
+    assert learned == [token for batch in expected for token in batch.targets.tolist()]
+    assert all(("s" in classes) == (token in texts.special) for classes, token in shown)
+    assert not any("x" in classes for classes, _ in shown)  # no target differs from the text
+
+    windows = [w for batch in expected for w in split_windows(batch.inputs.chunks)]
+    drawn = [d for d in page.all("div") if "data-window" in d]
+    assert len(drawn) == len(windows)
+    coloured = [" w " in f"{d['class']} " for d in drawn]
+    assert coloured == [not window.continues for window in windows]
+    places = [m.start() for m in re.finditer(r"data-window=", html)] + [len(html)]
+    for window, start, stop in zip(windows, places, places[1:], strict=False):
+        count = len(tokens_of(html[start:stop]))
+        assert count == window.text[1] - window.text[0]
+
+    images = [i for i in page.all("img") if str(i["alt"]).endswith("of the pack")]
+    assert len(images) == sum(len(batch.inputs.images) for batch in expected)
+    fills = [f"{100 * fill:.1f} %" for batch in expected for fill in batch.fills]
+    assert all(f"<b>{fill}</b>" in html for fill in fills)
+
+
+def test_a_split_is_shown_with_the_template_it_was_counted_with(odd: Path, tmp_path: Path) -> None:
+    template = {**TEMPLATE, "user_start": "<|user|>\n"}
+    command = ["retokenize", "--data", str(odd.parent), "--out", str(tmp_path), "--workers", "1"]
+    options = ["--tokenizer", f"{odd.parent}/tokenizer", "--template", json.dumps(template)]
+    assert recipes([*command, *options]) == 0
+    html, page = look(tmp_path, f"{tmp_path}/train", "data.text_tokens=1000", "--sample", "many")
+    ids = [number for _, number in tokens_of(html)]
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    opening = tokenizer.encode("<|bos|><|user|>\n", add_special_tokens=False)
+    assert ids[: len(opening)] == opening
+    assert repr(template["user_start"]) in page.text and "index_mismatch" not in page.text
+
+
+def test_a_target_that_is_not_the_text_is_marked(odd: Path) -> None:
+    target = find_target(str(odd), None, BUDGETS)
+    materializer, (batch,) = batches(target, [2])
+    batch.targets[0] += 1
+    tokens = _tokens(batch, TokenTexts(materializer.processor.tokenizer))
+    assert [token.target is not None for token in tokens if token.learned][:2] == [True, False]
+
+
+def test_a_character_of_several_tokens_stands_at_the_first(odd: Path) -> None:
+    texts = TokenTexts(load_tokenizer(str(odd.parent / "tokenizer")))
+    tokens = texts.tokenizer.encode("a 東é<|end|>", add_special_tokens=False)
+    assert texts.read(tokens) == ["a", " ", "東", "", "", "é", "", "<|end|>"]
+    assert texts.read(tokens[:3]) == ["a", " ", texts[tokens[2]]]  # cut inside a character
+
+
+def test_what_is_left_out_is_named_with_its_reason(odd: Path, tmp_path: Path) -> None:
+    html, page = look(tmp_path, str(odd), *BUDGETS, "--packs", "4")
+    failures = [tr for tr in page.all("tr") if tr.get("class") == "failure"]
+    broken = [a for a in page.all("article") if "failed" in str(a.get("class"))]
+    assert failures and len(failures) == len(broken)
+    assert all(str(a["data-sample"]).endswith("/broken") for a in broken)
+    assert "unreadable_image" in page.text
+    target = find_target(str(odd), None, BUDGETS)
+    planner, _, _ = open_data(target.config)
+    assert list(planner.dropped().values()) == [(2, 6)]
+    assert "/long" in page.text and "199 at most" in page.text
+    assert "/large" in page.text and "27 image tokens, 23 at most" in page.text
+
+
+def test_a_pack_without_an_image_shows_its_dummy(odd: Path) -> None:
+    target = find_target(str(odd), None, BUDGETS)
+    planner, splits, materializer = open_data(target.config)
+    name, number = find_sample(splits, "text")
+    length = int(planner.sources[name].text[number])
+    (view,) = view_packs([Pack(0, ((name, number, length, 0),), length, 0)], materializer)
+    assert [sample.state for sample in view.samples] == ["trained", "dummy"]
+    assert view.samples[1].learned == 0 and view.samples[1].image_tokens == 1
+
+
+def test_rates_asked_and_drawn(data_dir: Path, tmp_path: Path) -> None:
+    overrides = [
+        *on_data(data_dir),
+        f"+data.sources.b.path={data_dir}/validation",
+        "+data.sources.synthetic.weight=3",
+        "+data.sources.b.weight=1",
+        "world_size=2",
+    ]
+    html, page = look(tmp_path, "demo", *overrides, "--packs", "1")
+    rows = re.findall(r'<tr data-source="(\w+)">(.*?)</tr>', html, re.DOTALL)
+    rates = {name: re.findall(r'class="rate">([\d.]+) %', cells) for name, cells in rows}
+    assert {name: asked for name, (asked, _) in rates.items()} == {"synthetic": "75.0", "b": "25.0"}
+    for asked, drawn in rates.values():
+        assert abs(float(asked) - float(drawn)) < 0.5
+    # 24 samples asked for one in four: many epochs; counted on the plan itself.
+    planner, _, _ = open_data(find_target("demo", None, overrides).config)
+    packs = list(itertools.islice(planner, 1024))
+    numbers = [item[1] for pack in packs for item in pack.items if item[0] == "b"]
+    (cells,) = [cells for name, cells in rows if name == "b"]
+    counts = re.findall(r'class="number">([\d,.]+)', cells)
+    assert counts[0] == f"{len(numbers):,}" and counts[1] == "24"
+    assert int(counts[3]) == max(np.bincount(numbers))
+    assert "2 ranks, world_size" in page.text and "rank 0" in page.text
+    (ratio,) = re.findall(r"<b>([\d.]+)</b><small>2 ranks", html)
+    loads = np.array([pack.image_tokens for pack in packs])
+    assert ratio == f"{slowest_rank(loads, 2):.3f}"
+
+
+def test_rates_are_shares_of_a_modality(data_dir: Path) -> None:
+    (loader,) = data_stream.loaders(data_dir, 1, 0)
+    planner = loader.planner
+    packs = list(itertools.islice(planner, 4 * planner.block_packs))
+    view = view_plan(packs, planner, loader.materializer.splits, world=4)
+    assert view.video == 0.25
+    rows = {row.name: row for row in view.sources}
+    assert rows["film"].asked == rows["film"].drawn == 1.0
+    assert rows["six"].asked == pytest.approx(6 / 7) == 1 - rows["plain"].asked
+    assert rows["six"].drawn == pytest.approx(6 / 7, abs=0.03)
+    assert sum(sum(row.shares) for row in view.sources) == pytest.approx(3)
+    assert [balance.world for balance in view.balance if balance.chosen] == [4]
+
+
+def test_nothing_of_the_data_is_markup_and_nothing_is_loaded(odd: Path, tmp_path: Path) -> None:
+    for arguments in (["--packs", "6"], ["--sample", "hostile"]):
+        html, page = look(tmp_path, str(odd), *BUDGETS, *arguments)
+        assert "<script" not in html.lower() and "<img src=http" not in html
+        assert "&lt;script&gt;" in html
+        assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object"}
+        for _, attributes in page.elements:
+            for name, value in attributes.items():
+                assert not name.startswith("on")
+                if name in ("src", "href"):
+                    assert str(value).startswith(("#", "data:image/jpeg;base64,"))
+        assert "url(" not in html and "@import" not in html
+        (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
+        assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+        assert "\x07" not in html and "␇" in html
+
+
+def test_one_sample_before_and_after(odd: Path, tmp_path: Path) -> None:
+    html, page = look(tmp_path, str(odd), *BUDGETS, "--sample", f"odd {HOSTILE}/many")
+    assert "PNG 30×50 RGB" in page.text  # as stored; the next as the model reads it
+    assert html.count("<figcaption>56×84<br>6 tokens") == 3  # data.min_pixels
+    assert len([d for d in page.all("div") if " w " in f"{d.get('class')} "]) == 2
+    _, page = look(tmp_path, str(odd), *BUDGETS, "--sample", "broken")
+    assert "unreadable_image" in page.text
+    _, page = look(tmp_path, str(odd), *BUDGETS, "--sample", "large")  # fits no pack, is shown
+    assert len([i for i in page.all("img") if str(i["alt"]).endswith("of the pack")]) == 3
+
+
+def test_a_run_directory_is_looked_at_with_its_own_configuration(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    config = find_target("demo", None, [*on_data(data_dir), "data.text_tokens=300"]).config
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "run" / "config.yaml")
+    found = find_target(str(tmp_path / "run"), None, ["data.image_tokens=99"])
+    assert found.run and found.config.data.text_tokens == 300
+    assert found.config.data.image_tokens == 99
+    assert main([str(tmp_path / "run"), "data.imgae_tokens=99", "--out", "/dev/null"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "neither a prepared split"),
+        (["{data}"], "It holds the splits .*train"),
+        (["demo", "data.imgae_tokens=3"], "imgae_tokens"),
+        (["{data}/train", "--sample", "x/nothing"], "no such sample"),
+        (["{data}/train", "--experiment", "nothing"], "nothing"),
+        (["demo", "--experiment", "demo"], "--experiment says"),
+        (["{data}/train", "--out", "{data}/summary.json/page.html"], "cannot be written"),
+        (["{data}/train", "data.text_tokens=3"], "fits a pack"),
+        (["{data}/train", "world_size=3"], "world_size=3 does not divide"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    arguments: list[str], message: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(data=data_dir) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1 and re.search(message, captured.err)
+
+
+def test_one_key_in_two_sources_is_ambiguous(data_dir: Path) -> None:
+    splits = {name: Split(data_dir / "validation") for name in ("a", "b")}
+    key = splits["a"].key(3)
+    with pytest.raises(UserError, match="2 samples have this key: a/"):
+        find_sample(splits, key)
+    assert find_sample(splits, f"b/{key}") == ("b", 3)
+
+
+def test_the_slowest_rank() -> None:
+    assert slowest_rank(np.array([4, 4, 2, 2, 9]), 2) == 1.0  # the last has no partner
+    assert slowest_rank(np.array([4, 0, 0, 4]), 2) == 2.0
+    assert slowest_rank(np.array([3, 1]), 1) == 1.0
+    assert slowest_rank(np.zeros(4), 2) == 1.0
+
+
+def test_histograms_count_every_value_once() -> None:
+    generator = np.random.default_rng(0)
+    for values in (generator.integers(0, 5, 99), generator.lognormal(5, 2, 999).astype(int)):
+        chart = charts.histogram("x", [values[:40], values[40:]])
+        bars = {rect.label for rect in chart.rects}
+        counts = [int(re.findall(r": ([\d,]+) \(", bar)[0].replace(",", "")) for bar in bars]
+        assert sum(counts) == len(values)
+        assert all(-0.01 <= r.y and r.y + r.height <= charts.HEIGHT + 0.01 for r in chart.rects)
+    assert charts.histogram("x", [np.zeros(0)]).rects == []
+    assert charts.sizes("x", np.array([28, 900]), np.array([28, 30])).rects
+
+
+def test_many_pictures_get_small() -> None:
+    assert pictures.side_for(10) == pictures.SIDE
+    assert 24 <= pictures.side_for(2000) < 40
+    assert pictures.of_file(b"no picture") is None

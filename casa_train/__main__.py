@@ -42,7 +42,7 @@ def main(raw: DictConfig) -> None:
             from casa_train.cost.dry_run import dry_run
 
             try:
-                say(*dry_run(config))
+                log(*dry_run(config))
             finally:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     with contextlib.suppress(OSError):  # Hydra made it; a run's own is not empty
@@ -76,7 +76,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def say(*lines: str) -> None:
+def log(*lines: str) -> None:
     """Prints on the first rank only."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
         print(*lines, sep="\n", flush=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from casa_train.checkpoint.disk_space import check_room, check_writable
-from casa_train.checkpoint.manager import CheckpointManager, Found, Write
+from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint, Write
 from casa_train.config.places import absolute, as_before, places
 from casa_train.config.schema import Config, fingerprint
 from casa_train.cost.peak import peak_tflops
@@ -103,12 +103,12 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     # Longer than the watchdog waits, which says where each rank hangs; the libraries' own timeouts
     # would abort the processes without a word of that.
     rank, world, device = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
-    say = lines.say if rank == 0 else _silent
+    log = lines.log if rank == 0 else _silent
     kept = run_dir / PROCESSOR if config.checkpoint.resume == "auto" else None
     checked = agree(lambda: check_inputs(config, world, kept))
     model = checked.model
     # One rank asks the hub, which may take minutes, and tells the others.
-    listed = [agree(lambda: list_streams(config, say) if rank == 0 else {})]
+    listed = [agree(lambda: list_streams(config, log) if rank == 0 else {})]
     dist.broadcast_object_list(listed, src=0)
     count_work = work_counter(config, model)
     data = agree(lambda: open_data(config, checked.processor, listed[0], world, gather, count_work))
@@ -134,8 +134,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
         fingerprints,
-        say,
-        phase=watchdog.beat,
+        log,
+        phase=watchdog.heartbeat,
     )
     found = checkpoints.latest()
     if found is not None:
@@ -157,16 +157,16 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     if found is None:
         notes += agree(lambda: keep_lost_records(run_dir) if rank == 0 else [])
     for line in banner(config, model, notes, world, device):
-        say(line)
-    engine, groups = build_engine(config, checked, found is None, world, rank, device, say)
+        log(line)
+    engine, groups = build_engine(config, checked, found is None, world, rank, device, log)
     loader = data.loader(rank)
     progress = Progress()
     if found is not None:
         progress = restore(found, engine, loader, checkpoints, config.seed, world, rank)
         record()  # now that it fits: what a run was is not overwritten by what it cannot become
-        say(f"resuming from {found.path} at step {found.step}")
+        log(f"resuming from {found.path} at step {found.step}")
     if progress.step >= config.trainer.steps:
-        say(f"nothing to do: {run_dir} holds step {progress.step} of {config.trainer.steps}")
+        log(f"nothing to do: {run_dir} holds step {progress.step} of {config.trainer.steps}")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = peak_tflops(gpu, config.parallel.precision, config.metrics.peak_tflops)
     this_start = StartLog(
@@ -182,10 +182,10 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
 
     def tell(line: str) -> None:
         for sink in sinks:
-            sink.say(line)
+            sink.log(line)
 
-    def beat() -> None:
-        watchdog.beat()
+    def heartbeat() -> None:
+        watchdog.heartbeat()
         if exports is not None:
             exports.proceed()
 
@@ -216,8 +216,8 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         collection = ScheduledCollection(config.trainer.gc_every)
         with watchdog, this_start, dead_workers_named(rank), collection:
             if worst_case.wanted(config, device) and progress.step < config.trainer.steps:
-                worst_case.WorstCase(config, engine, device, say, fresh=found is None).run()
-                beat()
+                worst_case.WorstCase(config, engine, device, log, fresh=found is None).run()
+                heartbeat()
             if held_out is not None:
                 questions = Questions(held_out, checked.processor, config)
                 for line in describe_validation(held_out, questions, config, data.fingerprints):
@@ -235,7 +235,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
                     device,
                     gather,
                     sinks,
-                    beat,
+                    heartbeat,
                 )
                 validator.catch_up(progress.step)
             elif config.evaluation.every:
@@ -259,7 +259,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
                 audit=audit,
                 progress=progress,
                 stop_flags=stop.flags,
-                beat=beat,
+                heartbeat=heartbeat,
                 collect=collection.after,
                 validate=validate,
                 max_skipped=config.trainer.max_skipped_steps,
@@ -277,7 +277,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     if reason is not None:
         saved = max(checkpoints.steps(), default=0)  # of an earlier step, if this save failed
         agree(lambda: request_requeue(run_dir, saved, reason) if rank == 0 else None)
-        say(
+        log(
             f"left after step {progress.step} of {config.trainer.steps} ({reason}); the same "
             f"command goes on from step {saved}. Exit code {EXIT_REQUEUE}"
         )
@@ -291,7 +291,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         leave_processes()
     cut_off = False
     if exports is not None and reason is None:
-        exports.say = say  # the sinks are closed
+        exports.log = log  # the sinks are closed
         # The others have left by now, so no collective waits for an export.
         if exports.finish(lambda: any(stop.flags())):
             with contextlib.suppress(OSError):
@@ -363,7 +363,7 @@ def build_engine(
     world: int,
     rank: int,
     device: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Engine, list[dict[str, Any]]]:
     """Gives the model its first values, on the device and sharded, and puts it under the engine.
 
@@ -380,19 +380,19 @@ def build_engine(
     start_weights(model, start, config.seed, device, dtype, finish)
     model.recompute_activations(parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
-        say(account.line())
+        log(account.line())
         if account.resized and not config.model.backbone.trainable:
-            say(
+            log(
                 "note: model.backbone.trainable is false, so the rows of new tokens stay as they "
                 "start: the model will not learn to tell them apart"
             )
     if fresh and (warning := start_warning(config, model)) is not None:
-        say(warning)
+        log(warning)
     # The weights above are the same on every rank; what is drawn from here on may differ.
     seed_all(config.seed + rank)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     for line in describe(model.named_parameters(), groups):
-        say(line)
+        log(line)
     engine = Engine(
         model,
         build_optimizer(groups, config.optim),
@@ -405,7 +405,7 @@ def build_engine(
 
 
 def restore(
-    found: Found,
+    found: SavedCheckpoint,
     engine: Engine,
     loader: PackLoader | StreamLoader,
     checkpoints: CheckpointManager,
@@ -420,7 +420,7 @@ def restore(
     if saved_by == world:
         checkpoints.load_rng(found)
     else:
-        checkpoints.say(
+        checkpoints.log(
             f"{found.path} was saved with world size {saved_by}, this start has {world}: every "
             "rank takes its part of weights and optimiser state, the order of samples goes on, "
             "and random numbers are seeded anew from seed, step and rank"
@@ -430,7 +430,7 @@ def restore(
 
 
 def check_resume(
-    found: Found, fingerprints: Mapping[str, str], config: Config, earlier: str
+    found: SavedCheckpoint, fingerprints: Mapping[str, str], config: Config, earlier: str
 ) -> None:
     """Refuses a checkpoint whose configuration or data is not this run's.
 

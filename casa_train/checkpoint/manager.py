@@ -46,7 +46,7 @@ class _DiskError(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedCheckpoint:
     """A valid checkpoint: its directory and what was saved beside the engine's state.
 
     :param frozen: the file of its frozen weights; None where nothing is frozen, and in older ones,
@@ -75,13 +75,13 @@ class CheckpointManager:
         keep_last: int,
         keep_every: int,
         fingerprints: dict[str, str],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.directory = directory
         self.keep_last, self.keep_every = keep_last, keep_every
         self.fingerprints = fingerprints
-        self.say = say
+        self.log = log
         self.phase = phase
         self.pinned: Callable[[], Collection[int]] = tuple
         """Steps that somebody reads just now; pruning leaves them."""
@@ -132,10 +132,10 @@ class CheckpointManager:
                 sync_directory(self.directory)
                 self.prune()
             except OSError as error:
-                self.say(f"older checkpoints could not be deleted: {error}")
+                self.log(f"older checkpoints could not be deleted: {error}")
         return final
 
-    def latest(self) -> Found | None:
+    def latest(self) -> SavedCheckpoint | None:
         """The newest valid checkpoint, None where none was ever saved; collective.
 
         :raises UserError: checkpoints exist, but none is valid; the file of the newest one's frozen
@@ -154,7 +154,7 @@ class CheckpointManager:
                     return _found(step, path)
                 broken.append(f"{path.name}: {problems[0]}")
                 if self.rank == 0:
-                    self.say(
+                    self.log(
                         f"checkpoint {path.name} is broken ({problems[0]}); trying an older one"
                     )
                 self._together(functools.partial(self._put_aside, path))
@@ -172,11 +172,11 @@ class CheckpointManager:
             )
         return None
 
-    def load_rng(self, found: Found) -> None:
+    def load_rng(self, found: SavedCheckpoint) -> None:
         """Restores this rank's random number generators; saved by as many ranks as there are."""
         set_rng_state(load_rng_state(found.path / f"rng_{self.rank}.pt"))
 
-    def read(self, step: int) -> Found | None:
+    def read(self, step: int) -> SavedCheckpoint | None:
         """The checkpoint of one step, None if it is not valid; changes nothing, not collective.
 
         :raises UserError: the file of its frozen weights is not whole.
@@ -184,7 +184,7 @@ class CheckpointManager:
         path = self.directory / f"step_{step}"
         problems, frozen = self._problems(path)
         if problems:
-            self.say(f"checkpoint {path.name} is broken ({problems[0]})")
+            self.log(f"checkpoint {path.name} is broken ({problems[0]})")
             return None
         _refuse([frozen] if frozen is not None else [])
         return _found(step, path)
@@ -322,14 +322,14 @@ class CheckpointManager:
             else:
                 path.unlink()
         except OSError as error:  # a file in use on NFS; the next commit tries again
-            self.say(f"{path} could not be deleted: {error}")
+            self.log(f"{path} could not be deleted: {error}")
 
     def _clear(self) -> None:
         """Removes what a kill left of a save or of a deletion."""
         if self.rank != 0:
             return
         for leftover in self.directory.glob("step_*.tmp"):
-            self.say(f"removing unfinished checkpoint {leftover.name}")
+            self.log(f"removing unfinished checkpoint {leftover.name}")
         self._empty()
 
     def _failed(self, step: int, error: _DiskError) -> str:
@@ -378,7 +378,7 @@ def _refuse(problems: Sequence[str]) -> None:
         raise UserError(lost(problems[0]))
 
 
-def _found(step: int, path: Path) -> Found:
+def _found(step: int, path: Path) -> SavedCheckpoint:
     manifest = json.loads((path / MANIFEST).read_text())
     state = json.loads((path / STATE).read_text())
-    return Found(step, path, state, manifest, _frozen(manifest))
+    return SavedCheckpoint(step, path, state, manifest, _frozen(manifest))

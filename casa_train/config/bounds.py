@@ -152,7 +152,7 @@ def _leaves(hint: Any, path: tuple[str, ...], kind: Bound | Place | None) -> Ite
 
 
 @dataclass(frozen=True)
-class Found:
+class FieldValue:
     """A value of a configuration, and how to set another in its place."""
 
     name: str
@@ -160,7 +160,7 @@ class Found:
     set: Callable[[Any], None]
 
 
-def values(root: Any, path: tuple[str, ...], name: str = "") -> Iterator[Found]:
+def values(root: Any, path: tuple[str, ...], name: str = "") -> Iterator[FieldValue]:
     """Every value that stands at the path of a leaf.
 
     :param root: dataclasses, dicts and lists; what is absent or null has no values.
@@ -186,4 +186,4 @@ def values(root: Any, path: tuple[str, ...], name: str = "") -> Iterator[Found]:
         if rest:
             yield from values(value, tuple(rest), inner)
         else:
-            yield Found(inner, value, replace)
+            yield FieldValue(inner, value, replace)

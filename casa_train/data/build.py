@@ -45,7 +45,7 @@ class Data:
     loader: Callable[[int], PackLoader | StreamLoader]
 
 
-def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, StreamSource]:
+def list_streams(config: Config, log: Callable[[str], None]) -> dict[str, StreamSource]:
     """The published subsets that the configuration streams, their files and row groups.
 
     :param say: prints one line for the user, since a hub may take minutes.
@@ -67,11 +67,11 @@ def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, Stream
                 f"{STREAMED}."
             )
         if not is_local(dataset.source):
-            say(
+            log(
                 f"asking the hub for {dataset.source}: data.stream.datasets.{name}.source=DIR "
                 f"would read a local copy, data.stream.datasets.{name}=null leaves it out"
             )
-        chosen += [(name, subset) for subset in _chosen(name, dataset, retries, say)]
+        chosen += [(name, subset) for subset in _chosen(name, dataset, retries, log)]
     # In the order of the configuration, which decides that of the samples.
     chosen.sort(key=lambda pair: list(datasets).index(pair[0]))
     refuse_double_counting(
@@ -81,7 +81,7 @@ def list_streams(config: Config, say: Callable[[str], None]) -> dict[str, Stream
         }
     )
     if chosen:
-        say(f"listing the files of {len(chosen)} subsets of {', '.join(datasets)}")
+        log(f"listing the files of {len(chosen)} subsets of {', '.join(datasets)}")
     streams = {}
     for name, subset in chosen:
         dataset = datasets[name]
@@ -222,7 +222,7 @@ def _notes(
 
 
 def _chosen(
-    name: str, dataset: StreamDatasetConfig, retries: Retries, say: Callable[[str], None]
+    name: str, dataset: StreamDatasetConfig, retries: Retries, log: Callable[[str], None]
 ) -> list[str]:
     """The subsets to read, each once; of a partial copy those that it holds.
 
@@ -236,7 +236,7 @@ def _chosen(
         named, there = there, copied_subsets(dataset.source, there, retries)
         absent = [s for s in named if s not in [*there, *dataset.exclude]]
         if absent and not dataset.subsets and there:
-            say(
+            log(
                 f"{field}: {dataset.source} holds no files of {len(absent)} of its {len(named)} "
                 f"subsets, which are left out: {', '.join(absent)}"
             )
@@ -247,7 +247,7 @@ def _chosen(
     ):
         unknown = [subset for subset in names if subset not in there]
         if unknown and local and kind != "subsets":
-            say(f"{field}.{kind} names {unknown}, which {dataset.source} does not hold: ignored")
+            log(f"{field}.{kind} names {unknown}, which {dataset.source} does not hold: ignored")
         elif unknown:
             raise UserError(
                 f"{field}.{kind} names {unknown}, which {dataset.source} does not have; its "

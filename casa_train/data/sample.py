@@ -73,7 +73,7 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...]
     video: bool = False
-    mended: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
 
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
         """The conversation as the processor's messages (casa.md section 8).
@@ -93,16 +93,16 @@ def messages_of(
     """
     messages: list[dict[str, Any]] = []
 
-    def say(role: str) -> list[dict[str, Any]]:
+    def log(role: str) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = []
         messages.append({"role": role, "content": content})
         return content
 
     def fill(role: str, parts: tuple[Part, ...]) -> None:
-        content = None if parts and isinstance(parts[0], Begin) else say(role)
+        content = None if parts and isinstance(parts[0], Begin) else log(role)
         for part in parts:
             if isinstance(part, Begin):
-                content = say(part.role)
+                content = log(part.role)
                 continue
             assert content is not None
             if isinstance(part, str):

@@ -149,7 +149,7 @@ def score(
     world: int,
     device: torch.device,
     gather: Gather,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs the model over the held-out packs; every rank calls it and gets the same.
 
@@ -174,7 +174,7 @@ def score(
         hits = (logits.argmax(-1) == targets).tolist()
         scores = _by_source(batch, held_out, places, losses, hits)
         local.append((pack.index, scores, len(batch.failures)))
-        beat()
+        heartbeat()
     packs = sorted(
         (pack for theirs in gather(local) for pack in theirs), key=lambda pack: int(pack[0])
     )

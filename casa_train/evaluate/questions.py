@@ -71,7 +71,7 @@ class Questions:
         self.asked = [a for a in asked if a is not None]
 
     def answer(
-        self, forward: Forward, device: torch.device, beat: Callable[[], None] = lambda: None
+        self, forward: Forward, device: torch.device, heartbeat: Callable[[], None] = lambda: None
     ) -> list[dict[str, Any]]:
         """Greedy answers, one record a question; every rank calls it and asks the same.
 
@@ -84,7 +84,7 @@ class Questions:
             for ids in greedy(forward, batch, self.max_new_tokens):
                 said = list(itertools.takewhile(lambda i: i not in self.ends, ids))
                 answers.append(self.processor.decode(said, skip_special_tokens=True).strip())
-            beat()
+            heartbeat()
         return [
             {
                 "id": asked.question.id,

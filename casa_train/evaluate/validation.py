@@ -76,12 +76,12 @@ class Validator:
         device: torch.device,
         gather: Gather,
         sinks: Sequence[Sink],
-        beat: Callable[[], None],
+        heartbeat: Callable[[], None],
     ) -> None:
         self.engine, self.held_out, self.questions = engine, held_out, questions
         self.every, self.steps = every, steps
         self.rank, self.world, self.device = rank, world, device
-        self.gather, self.sinks, self.beat = gather, sinks, beat
+        self.gather, self.sinks, self.heartbeat = gather, sinks, heartbeat
         earlier: list[Record] = []
         self._file: JsonlSink | None = None
         if rank == 0:
@@ -110,7 +110,7 @@ class Validator:
 
     def _say(self, line: str) -> None:
         for sink in self.sinks:
-            sink.say(line)
+            sink.log(line)
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.steps
@@ -129,9 +129,9 @@ class Validator:
                 self.world,
                 self.device,
                 self.gather,
-                self.beat,
+                self.heartbeat,
             )
-            answers = self.questions.answer(self.engine.forward, self.device, self.beat)
+            answers = self.questions.answer(self.engine.forward, self.device, self.heartbeat)
         set_rng_state(generators)
         best = self.best.takes(step, scores["loss"])
         if self._file is not None:

@@ -34,8 +34,8 @@ class BackgroundExports:
     :param say: prints one line for the user.
     """
 
-    def __init__(self, run_dir: Path, config: ExportConfig, say: Callable[[str], None]) -> None:
-        self.run_dir, self.config, self.say = run_dir, config, say
+    def __init__(self, run_dir: Path, config: ExportConfig, log: Callable[[str], None]) -> None:
+        self.run_dir, self.config, self.log = run_dir, config, log
         self._waiting: dict[str, int] = {}  # name of the export: step
         self._running: tuple[str, int, subprocess.Popen[bytes]] | None = None
 
@@ -68,9 +68,9 @@ class BackgroundExports:
                 return
             self._running = None
             if process.returncode == 0:
-                self.say(f"exported step {step} to {self._target(name)}")
+                self.log(f"exported step {step} to {self._target(name)}")
             else:
-                self.say(
+                self.log(
                     f"the export of step {step} to {self._target(name)} failed (code "
                     f"{process.returncode}), which ends nothing; see {self.run_dir / EXPORT_LOG}. "
                     "The run's next start tries again"
@@ -81,7 +81,7 @@ class BackgroundExports:
             try:
                 self._running = name, step, self._start(name, step)
             except OSError as error:  # a full disk, no memory for a process
-                self.say(f"the export of step {step} could not be started ({error})")
+                self.log(f"the export of step {step} could not be started ({error})")
 
     def finish(self, leave: Callable[[], bool]) -> bool:
         """Waits for every export.
@@ -91,7 +91,7 @@ class BackgroundExports:
         """
         self.proceed()
         if self._running is not None:
-            self.say(f"waiting for exports of steps {sorted(self.pinned())}")
+            self.log(f"waiting for exports of steps {sorted(self.pinned())}")
         while self._running is not None and not leave():
             time.sleep(0.2)
             self.proceed()
@@ -106,7 +106,7 @@ class BackgroundExports:
             process = self._running[2]
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self.say(f"gave up the exports of steps {steps}; the same command makes them again")
+            self.log(f"gave up the exports of steps {steps}; the same command makes them again")
         self._running, self._waiting = None, {}
 
     def _ask(self, name: str, step: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from casa_train import modeling
-from casa_train.checkpoint.manager import CheckpointManager, Found
+from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint
 from casa_train.checkpoint.slices import read_weights
 from casa_train.config.schema import Config
 from casa_train.data.processor import build_processor
@@ -76,7 +76,9 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
     )
 
 
-def refuse_other_tokens(run: Path, found: Found, config: Config, processor: CasaProcessor) -> None:
+def refuse_other_tokens(
+    run: Path, found: SavedCheckpoint, config: Config, processor: CasaProcessor
+) -> None:
     """Refuses a tokenizer or template other than that which the checkpoint was trained with: no
     comparison of logits would notice.
 
@@ -99,7 +101,7 @@ def refuse_other_tokens(run: Path, found: Found, config: Config, processor: Casa
         )
 
 
-def find_checkpoint(run: Path, step: int | None) -> Found:
+def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
     """The newest valid checkpoint, or that of `step`; reads only, so a running job is not
     disturbed.
 

@@ -24,8 +24,8 @@ class LineFile:
     :param most: so many lines wait at most; then the oldest are dropped.
     """
 
-    def __init__(self, path: Path, tell: Callable[[str], None], most: int = MOST_WAITING) -> None:
-        self.path, self.tell = path, tell
+    def __init__(self, path: Path, log: Callable[[str], None], most: int = MOST_WAITING) -> None:
+        self.path, self.log = path, log
         self._waiting: deque[str] = deque(maxlen=most)
         self._dropped = 0
         self._refused = False
@@ -40,12 +40,12 @@ class LineFile:
             append("".join(f"{line}\n" for line in self._waiting), self.path)
         except OSError as error:
             if not self._refused:
-                self.tell(f"{self.path} cannot be written: {error}; its lines wait in memory")
+                self.log(f"{self.path} cannot be written: {error}; its lines wait in memory")
             self._refused = True
             return
         if self._refused:
             lost = f", {self._dropped} were dropped" if self._dropped else ""
-            self.tell(f"{self.path} is written again: {len(self._waiting)} lines had waited{lost}")
+            self.log(f"{self.path} is written again: {len(self._waiting)} lines had waited{lost}")
         self._waiting.clear()
         self._refused, self._dropped = False, 0
 
@@ -53,7 +53,7 @@ class LineFile:
         """A last attempt."""
         self.add([])
         if self._waiting:
-            self.tell(f"{self.path}: the last {len(self._waiting)} lines could not be written")
+            self.log(f"{self.path}: the last {len(self._waiting)} lines could not be written")
 
 
 def append(text: str, path: Path) -> None:
@@ -100,7 +100,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def say(line: str, stream: TextIO | None = None) -> None:
+def log(line: str, stream: TextIO | None = None) -> None:
     """Prints; a console that is a file on a full disk ends no run.
 
     :param stream: standard output unless it is given.
@@ -111,7 +111,7 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 def warn(line: str) -> None:
     """On standard error, for whatever one rank alone has to say."""
-    say(f"warning: {line}", sys.stderr)
+    log(f"warning: {line}", sys.stderr)
 
 
 def drop_unwritten() -> None:

@@ -128,7 +128,7 @@ class Trainer:
     audit: Audit | None = None
     progress: Progress = field(default_factory=Progress)
     stop_flags: Callable[[], tuple[bool, bool]] = lambda: (False, False)
-    beat: Callable[[], None] = lambda: None
+    heartbeat: Callable[[], None] = lambda: None
     collect: Callable[[int], None] = lambda step: None
     validate: Callable[[int], bool] = lambda step: False
     max_skipped: int = 5
@@ -147,7 +147,7 @@ class Trainer:
             record = self.train_step(self.progress.step + 1)
             for sink in self.sinks:
                 sink.write(record)
-            self.beat()
+            self.heartbeat()
             step = self.progress.step
             self.collect(step)
             reason = self._stop_reason() if step < self.steps else None
@@ -155,7 +155,7 @@ class Trainer:
             best = reason is None and self.validate(step)
             if best or step % self.save_every == 0 or step == self.steps or reason is not None:
                 self._save(step, leaving=reason is not None)
-                self.beat()
+                self.heartbeat()
             if reason is not None:
                 return reason
         if trained and self.audit is not None and self.audit.first_step is None:
@@ -301,4 +301,4 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         for sink in self.sinks:
-            sink.say(line)
+            sink.log(line)

@@ -65,7 +65,7 @@ class WorstCase:
     config: Config
     engine: Engine
     device: torch.device
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     fresh: bool = False
     _estimate: MemoryOfRank = field(init=False)
     _peaks: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ class WorstCase:
             self._attempt(forward)
             self._attempt(lambda: self.engine.backward(kept[1]))
             self.engine.forget_gradients()
-        self.say(
+        self.log(
             f"worst case: a pack of {len(inputs.input_ids):,} text and "
             f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
             f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "

@@ -28,7 +28,7 @@ class Watchdog:
         self.seconds = seconds
         self.stacks = stacks
         self.ask = ask
-        self._beat = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         self._doing = "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -36,7 +36,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.seconds:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self.beat(self._doing)
+            self.heartbeat(self._doing)
             self._thread.start()
         return self
 
@@ -45,17 +45,17 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
 
-    def beat(self, doing: str = "training") -> None:
+    def heartbeat(self, doing: str = "training") -> None:
         """The run is alive.
 
         :param doing: what comes next, for the message.
         """
         self._doing = doing
-        self._beat = time.monotonic()
+        self._last_heartbeat = time.monotonic()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
-            late = time.monotonic() - self._beat
+            late = time.monotonic() - self._last_heartbeat
             if late > self.seconds:
                 self._leave(late)
 

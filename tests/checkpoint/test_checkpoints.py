@@ -17,8 +17,8 @@ from casa_train.errors import SaveError, UserError
 
 def manager(directory: Path, said: list[str] | None = None, **keep: int) -> CheckpointManager:
     kept = {"keep_last": 3, "keep_every": 0, **keep}
-    say = (said if said is not None else []).append
-    return CheckpointManager(directory, fingerprints={"config": "c"}, say=say, **kept)
+    log = (said if said is not None else []).append
+    return CheckpointManager(directory, fingerprints={"config": "c"}, log=log, **kept)
 
 
 def save(directory: Path, *steps: int, **keep: int) -> None:

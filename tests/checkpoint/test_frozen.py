@@ -35,8 +35,8 @@ def write(checkpoints: Path, seed: int = 0) -> FrozenFile:
 
 def manager(directory: Path, said: list[str] | None = None, **keep: int) -> CheckpointManager:
     kept = {"keep_last": 2, "keep_every": 0, **keep}
-    say = (said if said is not None else []).append
-    return CheckpointManager(directory, fingerprints={}, say=say, **kept)
+    log = (said if said is not None else []).append
+    return CheckpointManager(directory, fingerprints={}, log=log, **kept)
 
 
 def save(directory: Path, *steps: int, seed: int | None = 0, **keep: int) -> None:

@@ -24,7 +24,7 @@ from casa_train.errors import UserError
 from casa_train.evaluate import evaluation as evaluate
 from casa_train.export import from_run as export
 from casa_train.inspect import pages as inspect
-from casa_train.report import run_report as report
+from casa_train.report import __main__ as report
 from data_recipes.__main__ import main as recipe
 from launch.submit import compose_jobs
 from launch.submit import main as submit

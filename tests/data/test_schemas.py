@@ -69,7 +69,7 @@ def pairs(*turns: str) -> list[dict[str, str]]:
 def test_every_form_of_a_message_gives_one_turn(conversations: Any) -> None:
     sample = onevision(conversations)
     assert sample.turns == (Turn((ImageSlot(0), QUESTION), ANSWER),)
-    assert sample.source == "gqa" and sample.mended == () and not sample.video
+    assert sample.source == "gqa" and sample.repaired == () and not sample.video
 
 
 def test_a_placeholder_says_where_the_image_stands() -> None:
@@ -82,7 +82,7 @@ def test_a_placeholder_says_where_the_image_stands() -> None:
     sample = onevision(messages)
     assert sample.turns[0].user == ("Hello.",)
     assert sample.turns[1] == Turn(("Look:", ImageSlot(0), QUESTION), "A  cat.")
-    assert sample.mended == ("placeholder_removed",)  # the one in the answer
+    assert sample.repaired == ("placeholder_removed",)  # the one in the answer
 
 
 def test_every_message_stays_one_of_its_own() -> None:
@@ -102,7 +102,7 @@ def test_every_message_stays_one_of_its_own() -> None:
         {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
         for message in messages[1:-1]
     ]
-    assert sample.mended == ("empty_turn_dropped",)
+    assert sample.repaired == ("empty_turn_dropped",)
 
 
 def test_a_system_prompt_outlives_a_turn_that_is_dropped() -> None:
@@ -116,7 +116,7 @@ def test_a_system_prompt_outlives_a_turn_that_is_dropped() -> None:
     sample = onevision(messages)
     user = (Begin("system"), "Be brief.", Begin("user"), ImageSlot(0), QUESTION)
     assert sample.turns == (Turn(user, ANSWER),)
-    assert sample.mended == ("empty_turn_dropped",)
+    assert sample.repaired == ("empty_turn_dropped",)
 
 
 FORMS = {
@@ -179,7 +179,7 @@ def test_a_sample_has_the_messages_of_its_row(
     sample = onevision(row, images)
     assert sample.messages(list(range(images))) == expected
     empty = len(expected) < len(messages)
-    assert sample.mended == (("empty_turn_dropped",) if empty else ())
+    assert sample.repaired == (("empty_turn_dropped",) if empty else ())
     assert [turn.assistant for turn in sample.turns] == [
         message["content"][0]["text"] for message in expected if message["role"] == "assistant"
     ]
@@ -189,7 +189,7 @@ def test_the_source_may_stand_in_a_turn_or_be_the_subset() -> None:
     turns = [{"from": "human", "value": QUESTION, "data_source": "inner"}]
     answer = {"from": "gpt", "value": ANSWER}
     inner = onevision([*turns, answer], data_source=None, subset="gqa")
-    assert inner.source == "inner" and inner.mended == ("source_from_elsewhere",)
+    assert inner.source == "inner" and inner.repaired == ("source_from_elsewhere",)
     turns[0].pop("data_source")
     assert onevision([*turns, answer], data_source=None, subset="gqa").source == "gqa"
 
@@ -228,14 +228,14 @@ def test_ratings_stay_with_their_turns() -> None:
     texts = [*pairs("one"), {"user": "", "assistant": "a"}, None, *pairs("four")]
     sample = fine(texts, relevance_ratings=[5, 4, None, 2], formatting_ratings=None)
     assert [turn.ratings for turn in sample.turns] == [(5, 0, 0, 0), (2, 0, 0, 0)]
-    assert sample.mended == ("empty_turn_dropped",)
+    assert sample.repaired == ("empty_turn_dropped",)
 
 
 @pytest.mark.parametrize("ratings", [[5], [5, 5, 5], "55", 5, [9, 1], ["5", 1]])
 def test_ratings_that_do_not_fit_count_as_unrated(ratings: Any) -> None:
     sample = fine(pairs("one", "two"), relevance_ratings=ratings)
     assert sample.turns[0].ratings[0] == 0
-    assert sample.mended == ("ratings_ignored",)
+    assert sample.repaired == ("ratings_ignored",)
 
 
 def test_an_image_of_an_empty_last_turn_is_shown_in_front() -> None:
@@ -320,7 +320,7 @@ def test_the_frames_of_a_video_stand_at_its_placeholder() -> None:
     assert sample.video
     (user, _) = sample.messages(list("xyz"))
     assert user["content"][0] == {"type": "video", "video": ["x", "y", "z"]}
-    assert sample.source == "0_30_s_academic_v0_1" and sample.mended == ()
+    assert sample.source == "0_30_s_academic_v0_1" and sample.repaired == ()
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_words_without_times_or_letters_are_dropped() -> None:
     words = [[None, None, "lost"], [10.0, None, "kept"], [1, 2], None, [10.0, 10.1, " "]]
     sample = live(words, [10.0, 10.5])
     assert sample.turns[0].live[1] == " kept" + FRAME_END
-    assert sample.mended == ("word_dropped",)
+    assert sample.repaired == ("word_dropped",)
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,17 @@ def talk(number: int) -> dict[str, Any]:
     draw = random.Random(number)
     messages: list[dict[str, str]] = []
 
-    def say(role: str, text: str) -> None:
+    def log(role: str, text: str) -> None:
         messages.append({"role": role, "content": f"{text} {number} " + "so " * draw.randint(0, 9)})
 
     for turn in range(draw.randint(1, 4)):
         if draw.random() < 0.4:
-            say("system", "Be brief.")
+            log("system", "Be brief.")
         for _ in range(draw.randint(0, 2)):
-            say("user", "well")
-        say("user", "<image>what is this?" if turn == 0 else "and now?")
+            log("user", "well")
+        log("user", "<image>what is this?" if turn == 0 else "and now?")
         for _ in range(draw.randint(1, 3)):
-            say("assistant", "a red square")
+            log("assistant", "a red square")
     return {"conversations": messages, "data_source": "talk"}
 
 

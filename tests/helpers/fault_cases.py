@@ -121,7 +121,7 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
         if rank == 0:
             run.mkdir(parents=True, exist_ok=True)
             keep_steps(run / "metrics.jsonl", progress.step)
-            talk = SimpleNamespace(write=lambda r: None, say=said.append, close=lambda: None)
+            talk = SimpleNamespace(write=lambda r: None, log=said.append, close=lambda: None)
             sinks = [JsonlSink(run / "metrics.jsonl"), talk]
 
         def save(step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def main() -> None:
     engine = Engine(model, build_optimizer(groups, optim), 2, "fp32", 1, 1.0)
     names = {name: group["name"] for group in groups for name in group["names"]}
     lines: list[str] = []
-    sink = SimpleNamespace(write=lambda record: lines.append(json.dumps(record)), say=lines.append)
+    sink = SimpleNamespace(write=lambda record: lines.append(json.dumps(record)), log=lines.append)
     trainer = Trainer(
         engine=engine,
         loader=Packs(rank),

@@ -179,7 +179,7 @@ def test_a_sink_that_fails_later_is_closed() -> None:
     stream.close()
     console.write(record(2))
     console.write(record(3))
-    console.say("anything")
+    console.log("anything")
     console.close()
     assert len(warnings) == 1 and "closed file" in warnings[0]
 

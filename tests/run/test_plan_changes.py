@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from casa_train.checkpoint.manager import Found
+from casa_train.checkpoint.manager import SavedCheckpoint
 from casa_train.config.schema import (
     FREE_FIELDS,
     Config,
@@ -331,7 +331,9 @@ def test_a_field_that_positions_are_counted_by_is_refused_though_allowed(name: s
     put(config, name, VALUES[name])
     config.checkpoint.resume_allow = [name]
     now = plan_record(config, processor())
-    found = Found(7, Path("run/checkpoints/step_7"), {}, {"fingerprints": prints(before)}, None)
+    found = SavedCheckpoint(
+        7, Path("run/checkpoints/step_7"), {}, {"fingerprints": prints(before)}, None
+    )
     with pytest.raises(UserError) as error:
         check_resume(found, prints(now), config, "earlier")
     message = str(error.value)
@@ -346,7 +348,7 @@ def test_every_field_that_is_kept_is_tried() -> None:
 
 def test_other_data_and_other_tokens_are_refused() -> None:
     record = plan_record(example(), processor())
-    found = Found(7, Path("run/step_7"), {}, {"fingerprints": prints(record)}, None)
+    found = SavedCheckpoint(7, Path("run/step_7"), {}, {"fingerprints": prints(record)}, None)
     with pytest.raises(UserError, match="trained on other data"):
         check_resume(found, {**prints(record), "data": "{}"}, example(), "earlier")
     fields = json.loads(record)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from casa_train import __version__
-from casa_train.checkpoint.manager import Found
+from casa_train.checkpoint.manager import SavedCheckpoint
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config, MetricsConfig
 from casa_train.cost.dry_run import dry_run
@@ -66,7 +66,7 @@ def test_other_data_is_named_by_what_differs() -> None:
     now = {**there, "source_7": "else", "new": "x"}
     del now["source_3"]
     stored = {"config": "c", "data": json.dumps(there)}
-    found = Found(5, Path("run/checkpoints/step_5"), {}, {"fingerprints": stored}, None)
+    found = SavedCheckpoint(5, Path("run/checkpoints/step_5"), {}, {"fingerprints": stored}, None)
     with pytest.raises(UserError) as caught:
         check_resume(
             found, {"config": "c", "data": json.dumps(now), "plan": "{}"}, compose_config([]), "c"

@@ -67,7 +67,7 @@ class Shard:
         self.schema = schema
         self.count = count
         self.skipped: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
+        self.repaired: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
         self._tar: webdataset.TarWriter | None = None
@@ -97,9 +97,9 @@ class Shard:
             members[f"{i}.{extension}"] = data
         self._tar.write(members)
         self._keys.add(key)
-        self.mended.update(sample.mended)
+        self.repaired.update(sample.repaired)
         if tokens.special:
-            self.mended["special_tokens_as_text"] += 1
+            self.repaired["special_tokens_as_text"] += 1
         self._rows.append(
             {
                 "key": key,
@@ -131,7 +131,7 @@ class Shard:
                 "images": sum(len(row["widths"]) for row in self._rows),
                 "text_tokens": tokens,
                 "skipped": self.skipped,
-                "mended": self.mended,
+                "mended": self.repaired,
                 "consumed": consumed,
             },
         )
@@ -312,12 +312,12 @@ def recount(
         link = directory / shard["name"]
         link.unlink(missing_ok=True)
         link.symlink_to((split.directory / shard["name"]).resolve())
-    mended = {**split.meta["mended"], "special_tokens_as_text": special}
+    repaired = {**split.meta["mended"], "special_tokens_as_text": special}
     meta = {
         **split.meta,
         "format": FORMAT_VERSION,
         **fingerprints,
-        "mended": {name: n for name, n in sorted(mended.items()) if n},
+        "mended": {name: n for name, n in sorted(repaired.items()) if n},
         "text_tokens": sum(sum(values) for lists in counts.values() for values in lists),
         "index_sha256": sha256(directory / INDEX_FILE),
     }

@@ -55,7 +55,7 @@ def asked(user: str, assistant: str, ratings: tuple[int, ...] = (0,) * len(RATIN
 
 
 def build_turns(
-    key: str, exchanges: Sequence[Exchange], images: int, mended: set[str]
+    key: str, exchanges: Sequence[Exchange], images: int, repaired: set[str]
 ) -> tuple[Turn, ...]:
     """Turns that show each of `images` images exactly once.
 
@@ -72,14 +72,14 @@ def build_turns(
     elsewhere = [e.assistant for e in exchanges]
     elsewhere += [said.text for e in exchanges for said in e.said if said.role != "user"]
     if (placeholders and not literal) or any(PLACEHOLDER in text for text in elsewhere):
-        mended.add("placeholder_removed")
+        repaired.add("placeholder_removed")
     turns, left = _turns(exchanges, images, literal)
     if left and turns:  # they stood in an empty last turn
         turns, _ = _turns(exchanges, images, literal=False)
     if not turns:
         raise BadRow("no_turns", f"sample {key} has no turn with both a question and an answer")
     if len(turns) < len(exchanges):
-        mended.add("empty_turn_dropped")
+        repaired.add("empty_turn_dropped")
     return tuple(turns)
 
 
@@ -139,7 +139,7 @@ def _joined(messages: Sequence[tuple[str, list[Part]]]) -> tuple[Part, ...]:
     return tuple(out)
 
 
-def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchange]:
+def exchanges_of(key: str, conversations: Any, repaired: set[str]) -> list[Exchange]:
     """Exchanges of a list of messages: {role, content}, {from, value}, or both with nulls.
 
     Every message stays one of its own, also several of one side in a row.
@@ -155,7 +155,7 @@ def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchang
     closed = False  # whether an empty answer followed what was said
     for message in conversations:
         if not isinstance(message, Mapping):
-            mended.add("empty_turn_dropped")
+            repaired.add("empty_turn_dropped")
             continue
         role, text = _message(message)
         text = text.strip()
@@ -163,7 +163,7 @@ def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchang
         if not (asks or role in ("system", "") or role in ASSISTANT_ROLES) or (text and not role):
             raise BadRow("unknown_role", f"sample {key} has a message from {role!r}")
         if not text:
-            mended.add("empty_turn_dropped")
+            repaired.add("empty_turn_dropped")
             closed = closed or (role in ASSISTANT_ROLES and bool(said))
         elif asks or role == "system":
             if closed and asks:
@@ -174,7 +174,7 @@ def exchanges_of(key: str, conversations: Any, mended: set[str]) -> list[Exchang
             exchanges.append(Exchange(tuple(said), text))
             said, closed = [], False
         else:
-            mended.add("empty_turn_dropped")  # an answer to nothing
+            repaired.add("empty_turn_dropped")  # an answer to nothing
     if any(one.role == "user" for one in said):
         exchanges.append(Exchange(tuple(said), ""))
     return exchanges

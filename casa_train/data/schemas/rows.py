@@ -33,14 +33,14 @@ def finevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sam
     if not isinstance(texts, Sequence) or isinstance(texts, str):
         found = type(texts).__name__
         raise BadRow("no_texts", f"column 'texts' of sample {key} is {found}, expected a list")
-    mended: set[str] = set()
-    ratings = [_ratings(row.get(f"{name}_ratings"), len(texts), mended) for name in RATINGS]
+    repaired: set[str] = set()
+    ratings = [_ratings(row.get(f"{name}_ratings"), len(texts), repaired) for name in RATINGS]
     exchanges = [
         asked(_text(turn, "user"), _text(turn, "assistant"), tuple(rated))
         for turn, *rated in zip(texts, *ratings, strict=True)
     ]
-    turns = build_turns(key, exchanges, len(images), mended)
-    return Sample(key, source, turns, tuple(images), mended=tuple(sorted(mended)))
+    turns = build_turns(key, exchanges, len(images), repaired)
+    return Sample(key, source, turns, tuple(images), repaired=tuple(sorted(repaired)))
 
 
 def llava_onevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sample:
@@ -49,9 +49,9 @@ def llava_onevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -
 
     :raises BadRow: no usable turn, no source, or a question about an image that is not there.
     """
-    mended: set[str] = set()
+    repaired: set[str] = set()
     conversations = row.get("conversations")
-    exchanges = exchanges_of(key, conversations, mended)
+    exchanges = exchanges_of(key, conversations, repaired)
     if not images and any(exchange.count(PLACEHOLDER) for exchange in exchanges):
         raise BadRow("missing_image", f"sample {key} asks about an image, column 'image' is empty")
     source = row.get("data_source")
@@ -60,9 +60,9 @@ def llava_onevision(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -
         source = next((s for s in [*inner, row.get("subset")] if isinstance(s, str) and s), None)
         if source is None:
             raise BadRow("no_source", f"sample {key} has no 'data_source', in no turn either")
-        mended.add("source_from_elsewhere")
-    turns = build_turns(key, exchanges, len(images), mended)
-    return Sample(key, source, turns, tuple(images), mended=tuple(sorted(mended)))
+        repaired.add("source_from_elsewhere")
+    turns = build_turns(key, exchanges, len(images), repaired)
+    return Sample(key, source, turns, tuple(images), repaired=tuple(sorted(repaired)))
 
 
 def _text(turn: Any, field: str) -> str:
@@ -70,16 +70,16 @@ def _text(turn: Any, field: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _ratings(values: Any, turns: int, mended: set[str]) -> list[int]:
+def _ratings(values: Any, turns: int, repaired: set[str]) -> list[int]:
     """A rating for each turn, 0 where there is none."""
     if values is None:
         return [0] * turns
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != turns:
-        mended.add("ratings_ignored")
+        repaired.add("ratings_ignored")
         return [0] * turns
     rated = [v if isinstance(v, int) and 1 <= v <= 5 else 0 for v in values]
     if any(v is not None and not r for v, r in zip(values, rated, strict=True)):
-        mended.add("ratings_ignored")
+        repaired.add("ratings_ignored")
     return rated
 
 

@@ -34,18 +34,18 @@ def llava_video(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sa
     :raises BadRow: no frames, no usable turn, an unsafe path.
     """
     safe_path(key, row.get("video"))
-    mended: set[str] = set()
-    exchanges = exchanges_of(key, row.get("conversations"), mended)
+    repaired: set[str] = set()
+    exchanges = exchanges_of(key, row.get("conversations"), repaired)
     # One placeholder stands for the whole video; build_turns is given it for each frame.
     exchanges = [e.replace("<video>", PLACEHOLDER) for e in exchanges]
     _check_frames(key, row, images)
     if sum(e.count(PLACEHOLDER) for e in exchanges) == 1:
         exchanges = [e.replace(PLACEHOLDER, PLACEHOLDER * len(images)) for e in exchanges]
-    turns = build_turns(key, exchanges, len(images), mended)
+    turns = build_turns(key, exchanges, len(images), repaired)
     source = row.get("data_source") or row.get("subset")
     if not isinstance(source, str):
         raise BadRow("no_source", f"sample {key} has no 'data_source'")
-    return Sample(key, source, turns, tuple(images), video=True, mended=tuple(sorted(mended)))
+    return Sample(key, source, turns, tuple(images), video=True, repaired=tuple(sorted(repaired)))
 
 
 def live_whisperx(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sample:
@@ -60,12 +60,12 @@ def live_whisperx(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> 
     clip, question, words = live_parts(key, row)
     safe_path(key, clip.get("video"))
     times = _check_frames(key, row, images)
-    mended: set[str] = set()
+    repaired: set[str] = set()
     captions: list[list[str]] = [[] for _ in images]
     for entry in words:
         word = _word(entry)
         if word is None:
-            mended.add("word_dropped")
+            repaired.add("word_dropped")
             continue
         end, text = word
         captions[min(bisect_left(times, end), len(times) - 1)].append(text)
@@ -85,7 +85,7 @@ def live_whisperx(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> 
         (Turn(user, answer, live=tuple(live)),),
         tuple(images),
         video=True,
-        mended=tuple(sorted(mended)),
+        repaired=tuple(sorted(repaired)),
     )
 
 

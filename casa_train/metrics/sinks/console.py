@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from casa_train.io.log import say
+from casa_train.io.log import log
 from casa_train.metrics.sinks.base import Record
 
 
@@ -40,7 +40,7 @@ class ConsoleSink:
             left = elapsed / max(1, step - self.start) * (self.steps - step)
             rates = " ".join(f"{name} {rate:.1e}" for name, rate in record["rates"].items())
             fills = record["fill_text"], record["fill_image"]
-            say(
+            log(
                 f"step {step}/{self.steps}  {shown}  {record['seconds']:.2f} s  rates {rates}  "
                 f"fill {fills[0]:.2f}/{fills[1]:.2f}  left {_clock(left)}",
                 self.stream,
@@ -49,11 +49,11 @@ class ConsoleSink:
     def validated(self, record: Record) -> None:
         """A line says it."""
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line, file=self.stream)
         else:
-            say(line, self.stream)
+            log(line, self.stream)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -31,9 +31,9 @@ class Guarded:
         if self.sink is not None:
             self._try(self.sink.validated, record)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.sink is not None:
-            self._try(self.sink.say, line)
+            self._try(self.sink.log, line)
 
     def close(self) -> None:
         sink, self.sink = self.sink, None

@@ -32,7 +32,7 @@ class JsonlSink:
     def validated(self, record: Record) -> None:
         """Validations have a file of their own."""
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Messages are not metrics."""
 
     def close(self) -> None:

@@ -27,17 +27,17 @@ def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:
         lambda: ConsoleSink(config.trainer.steps, after_step, config.trainer.log_every),
         warn=lambda line: None,  # there is nobody left to tell
     )
-    sinks: list[Sink] = [JsonlSink(metrics, warn=console.say), console]
+    sinks: list[Sink] = [JsonlSink(metrics, warn=console.log), console]
     if wanted.tensorboard:
         sinks.append(
             Guarded(
                 "metrics.tensorboard",
                 lambda: TensorBoardSink(run_dir / "tensorboard", after_step),
-                warn=console.say,
+                warn=console.log,
             )
         )
     if wanted.wandb and switched_off():
-        console.say("wandb: nothing is reported, WANDB_MODE=disabled")
+        console.log("wandb: nothing is reported, WANDB_MODE=disabled")
     elif wanted.wandb:
         sinks.append(
             Guarded(
@@ -49,9 +49,9 @@ def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:
                     wanted.wandb_entity,
                     wanted.wandb_tags,
                     asdict(config),
-                    console.say,
+                    console.log,
                 ),
-                warn=console.say,
+                warn=console.log,
             )
         )
     return sinks

@@ -31,7 +31,7 @@ class TensorBoardSink:
         for name, value in scalars({"validation": record}).items():
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Messages are not metrics."""
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class WandbSink:
         entity: str | None,
         tags: Sequence[str],
         settings: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         import wandb  # only where it is switched on
 
@@ -73,7 +73,7 @@ class WandbSink:
                 wandb.teardown()  # its service still holds the id
         if self._run is None:
             self._run = wandb.init(**options, mode="offline")
-            say(f"wandb is offline ({offline}): upload {run_dir}/wandb with `wandb sync`")
+            log(f"wandb is offline ({offline}): upload {run_dir}/wandb with `wandb sync`")
 
     def write(self, record: Record) -> None:
         # wandb leaves out steps that it has already: a resumed run repeats them bit for bit.
@@ -82,7 +82,7 @@ class WandbSink:
     def validated(self, record: Record) -> None:
         self._run.log(scalars({"validation": record}), step=record["step"])
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Messages are not metrics."""
 
     def close(self) -> None:

@@ -21,9 +21,9 @@ from casa_train.config.overrides import as_typed
 from casa_train.config.ready_templates import read_template
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
-from casa_train.evaluate import evaluation as evaluate
-from casa_train.export import from_run as export
-from casa_train.inspect import pages as inspect
+from casa_train.evaluate import __main__ as evaluate
+from casa_train.export import __main__ as export
+from casa_train.inspect import __main__ as inspect
 from casa_train.report import __main__ as report
 from data_recipes.__main__ import main as recipe
 from launch.submit import compose_jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from casa_train.data.budget import Budget
 from casa_train.data.fit import NEVER, Fit
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
@@ -13,7 +14,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 
 def sample_lengths(split: Split, processor: CasaProcessor) -> tuple[np.ndarray, np.ndarray]:
     """Text and image tokens of every whole sample of a split, two (samples,) int32 arrays."""
-    text, images, _ = Fit(split, processor, NEVER, NEVER).lengths()
+    text, images, _ = Fit(split, processor, Budget(NEVER, NEVER)).lengths()
     return text, images
 
 

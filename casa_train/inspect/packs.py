@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure, Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack
 from casa_train.inspect import pictures
@@ -116,8 +117,7 @@ class PackView:
     index: int
     text_tokens: int
     image_tokens: int
-    text_budget: int
-    image_budget: int
+    budget: Budget
     planned: tuple[int, int]
     samples: list[SampleView]
     text: list[Stretch]
@@ -200,23 +200,20 @@ class Planned:
 def view_packs(packs: Sequence[Pack], materializer: Materializer) -> list[PackView]:
     """Materialises packs and looks at what came out."""
     planned = [Planned(materializer[pack], _named(pack, materializer)) for pack in packs]
-    budgets = materializer.text_budget, materializer.image_budget
-    return view_batches(planned, materializer.processor.tokenizer, budgets)
+    return view_batches(planned, materializer.processor.tokenizer, materializer.budget)
 
 
-def view_batches(
-    planned: Sequence[Planned], tokenizer: Any, budgets: tuple[int, int]
-) -> list[PackView]:
+def view_batches(planned: Sequence[Planned], tokenizer: Any, budget: Budget) -> list[PackView]:
     """Looks at batches.
 
-    :param budgets: text and image tokens of a full pack.
+    :param budget: of a whole pack.
     """
     side = pictures.side_for(sum(len(one.batch.inputs.images) for one in planned))
     texts = TokenTexts(tokenizer)
-    return [_view(one, budgets, texts, side) for one in planned]
+    return [_view(one, budget, texts, side) for one in planned]
 
 
-def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: int) -> PackView:
+def _view(planned: Planned, budget: Budget, texts: TokenTexts, side: int) -> PackView:
     batch = planned.batch
     chunks = batch.inputs.chunks
     tokens = _tokens(batch, texts)
@@ -266,8 +263,7 @@ def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: i
         index=batch.index,
         text_tokens=batch.text_tokens,
         image_tokens=batch.image_tokens,
-        text_budget=budgets[0],
-        image_budget=budgets[1],
+        budget=budget,
         planned=planned.lengths,
         samples=samples,
         text=text,

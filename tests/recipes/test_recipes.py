@@ -21,6 +21,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from casa_train.config.schema import SourceConfig
+from casa_train.data.budget import Budget
 from casa_train.data.build import open_splits
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import Materializer
@@ -575,7 +576,7 @@ def check_lengths(path: Path, processor: CasaProcessor) -> None:
     text, images = sample_lengths(split, processor)
     for row in range(len(split)):
         pack = Pack(0, (("a", row, int(text[row]), int(images[row])),), 0, 0)
-        batch = Materializer({"a": split}, processor, 10_000, 10_000)[pack]
+        batch = Materializer({"a": split}, processor, Budget(10_000, 10_000))[pack]
         assert not batch.failures and batch.sample_ids == [f"{split.source(row)}/{split.key(row)}"]
         assert (batch.text_tokens, batch.image_tokens) == (text[row], images[row])
 

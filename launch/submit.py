@@ -52,6 +52,7 @@ from casa_train.config.compose import (
     search_path,
     to_config,
 )
+from casa_train.config.micro_steps import TASKS, micro_steps
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
@@ -221,12 +222,7 @@ def check_jobs(jobs: Sequence[Job], settings: dict[str, str]) -> None:
             raise UserError(
                 "dry_run is true; expected a run. Print it here with python -m casa_train."
             )
-        if config.data.packs_per_step % world:
-            raise UserError(
-                f"data.packs_per_step is {config.data.packs_per_step}, which {world} tasks do not "
-                f"divide; expected a multiple. Set data.packs_per_step={world} or a multiple of "
-                "it, or choose other --nodes and --gpus-per-node."
-            )
+        micro_steps(config.data, world, TASKS)
     directories = [job.config.run_dir for job in jobs]
     twice = {d for d in directories if directories.count(d) > 1}
     if twice:

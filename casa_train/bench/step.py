@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from casa_train.bench._benchmark import (
-    DTYPES,
     Benchmark,
     Report,
     aligned,
@@ -35,6 +34,7 @@ from casa_train.metrics.meter import Meter
 from casa_train.modeling.windows import SampleShape
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start, start_weights
 from casa_train.training.loop import Trainer
@@ -163,7 +163,7 @@ class Arm:
             Start(Stored(), [], copies=True),
             seed,
             device,
-            torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+            DTYPES[parallel.precision],
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
         model.recompute_activations(parallel.activation_checkpointing)

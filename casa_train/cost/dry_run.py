@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
@@ -25,7 +26,6 @@ from casa_train.cost.work import (
     fused_layers,
     repeated_operations,
 )
-from casa_train.errors import UserError
 from casa_train.io.log import count
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.windows import SampleShape
@@ -46,12 +46,7 @@ def dry_run(config: Config) -> list[str]:
     """
     began = time.perf_counter()
     world = config.world_size or 1
-    packs = config.data.packs_per_step
-    if packs % world:
-        raise UserError(
-            f"data.packs_per_step is {packs}, which world_size={world} does not divide; expected a "
-            "multiple of it. Set one of them."
-        )
+    micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
     model_config = size_model(config, notes)
     model = meta_model(config, model_config)

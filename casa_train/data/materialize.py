@@ -18,7 +18,7 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.transfer import pinned
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
+from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk, SampleShape, has_pair
@@ -106,12 +106,12 @@ class EncodedSample:
 
     def shape(self) -> SampleShape:
         """Its lengths, as counting its work wants to know them."""
-        grids = tuple((image.shape[1] // 28, image.shape[2] // 28) for image in self.images)
+        grids = tuple((image.shape[1] // SIDE, image.shape[2] // SIDE) for image in self.images)
         return SampleShape(len(self.ids), tuple(self.points), grids, self.follows)
 
     @property
     def image_tokens(self) -> list[int]:
-        return [image.shape[1] * image.shape[2] // 784 for image in self.images]
+        return [image.shape[1] * image.shape[2] // SIDE**2 for image in self.images]
 
 
 def encode_sample(
@@ -136,7 +136,7 @@ def dummy_sample(token: int) -> EncodedSample:
 
     Where a pack holds no pair of image and text, this keeps every rank's graph the same.
     """
-    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    black = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
 
 

@@ -18,6 +18,7 @@ from casa_train.config.compose import (
     compose_onto,
     experiment_names,
 )
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.config.schema import Config, SourceConfig, TemplateConfig
 from casa_train.data.budget import Budget
 from casa_train.data.build import build_fits, build_planner, list_streams, open_splits
@@ -119,11 +120,7 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
     """
     config = target.config
     world = config.world_size or 1
-    if config.data.packs_per_step % world:
-        raise UserError(
-            f"data.packs_per_step is {config.data.packs_per_step}, which world_size={world} does "
-            "not divide; expected a multiple of it. Set one of them."
-        )
+    micro_steps(config.data, world, PLANNED_RANKS)
     if not config.data.sources:
         return inspect_stream(target, packs, first or 0)
     planner, splits, materializer = open_data(config, target.kept)

@@ -44,14 +44,14 @@ from omegaconf.errors import OmegaConfBaseException
 from casa_train import __version__
 from casa_train.config.bounds import local_path
 from casa_train.config.compose import (
-    CONF_DIR,
     add_config_dir,
-    explain,
     job_directory,
     refuse_one_directory,
     search_path,
     to_config,
 )
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.explain import explain
 from casa_train.config.micro_steps import TASKS, micro_steps
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import Config

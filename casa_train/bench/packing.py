@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import RESERVED, Budget
 from casa_train.data.fit import Fit
 from casa_train.data.mixture import Mixture, SourceSize

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.errors import UserError
 
 RANKS = (
     "{world} ranks do not divide; expected a multiple of the number of ranks. Set "
     "data.packs_per_step={world} or a multiple of it, or start another number of ranks."
 )
-PLANNED_RANKS = "world_size={world} does not divide; expected a multiple of it. Set one of them."
+PLANNED_RANKS = "planned_ranks={world} does not divide; expected a multiple of it. Set one of them."
 TASKS = (
     "{world} tasks do not divide; expected a multiple. Set data.packs_per_step={world} or a "
     "multiple of it, or choose other --nodes and --gpus-per-node."

@@ -45,7 +45,7 @@ def dry_run(config: Config) -> list[str]:
     :raises UserError: as a run would, for what can be known without data.
     """
     began = time.perf_counter()
-    world = config.world_size or 1
+    world = config.planned_ranks or 1
     micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
     model_config = size_model(config, notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 
 # The dummy sample of a pack without any window: one text token, one image token.
 RESERVED = 1

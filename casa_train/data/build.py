@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from casa_train.config.schema import Config, DataConfig, SourceConfig, StreamDatasetConfig
+from casa_train.config.data_schema import DataConfig, SourceConfig, StreamDatasetConfig
+from casa_train.config.schema import Config
 from casa_train.data.budget import Budget
 from casa_train.data.fit import Fit
 from casa_train.data.loader import PackLoader

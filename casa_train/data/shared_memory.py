@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from casa_train.config.data_schema import DataConfig
 from casa_train.config.micro_steps import micro_steps
-from casa_train.config.schema import DataConfig
 from casa_train.data.loader import PREFETCH
 from casa_train.errors import UserError
 from casa_train.modeling.image_processing_casa import SIDE

@@ -18,8 +18,10 @@ from casa_train.config.compose import (
     compose_onto,
     experiment_names,
 )
+from casa_train.config.data_schema import SourceConfig
 from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
-from casa_train.config.schema import Config, SourceConfig, TemplateConfig
+from casa_train.config.model_schema import TemplateConfig
+from casa_train.config.schema import Config
 from casa_train.data.budget import Budget
 from casa_train.data.build import build_fits, build_planner, list_streams, open_splits
 from casa_train.data.materialize import Materializer
@@ -119,7 +121,7 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
     :param packs: how many are drawn; :param first: the first of them, None: spread over the plan.
     """
     config = target.config
-    world = config.world_size or 1
+    world = config.planned_ranks or 1
     micro_steps(config.data, world, PLANNED_RANKS)
     if not config.data.sources:
         return inspect_stream(target, packs, first or 0)
@@ -150,7 +152,7 @@ def inspect_stream(target: Target, packs: int, first: int) -> Page:
     config, data = target.config, target.config.data
     processor = build_processor(config, target.kept)
     streams = list_streams(config, lambda line: print(line, file=sys.stderr, flush=True))
-    world = config.world_size or 1
+    world = config.planned_ranks or 1
     check_lanes(data.stream.lanes, world)
     lanes = min(packs, data.stream.lanes)
     print(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure
 from casa_train.data.stream.stream_loader import Drawn

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture, SourceSize
 from casa_train.data.packing import BestFitPacker

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from casa_train.config.compose import check
-from casa_train.config.schema import Config, StreamConfig, StreamDatasetConfig
+from casa_train.config.checks import check
+from casa_train.config.data_schema import StreamConfig, StreamDatasetConfig
+from casa_train.config.schema import Config
 from casa_train.data.build import list_streams, open_data
 from casa_train.data.lengths import measure
 from casa_train.data.schemas.rows import finevision

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader, dead_workers_named

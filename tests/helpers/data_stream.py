@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from casa_train.config.schema import DataConfig, StreamConfig
+from casa_train.config.data_schema import DataConfig, StreamConfig
 from casa_train.data.stream.stream_loader import StreamLoader
 from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import open_subset

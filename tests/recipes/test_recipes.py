@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 from omegaconf import OmegaConf
 
-from casa_train.config.schema import SourceConfig
+from casa_train.config.data_schema import SourceConfig
 from casa_train.data.budget import Budget
 from casa_train.data.build import open_splits
 from casa_train.data.lengths import sample_lengths

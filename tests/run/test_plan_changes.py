@@ -12,21 +12,16 @@ from typing import Any
 import pytest
 
 from casa_train.checkpoint.manager import SavedCheckpoint
-from casa_train.config.schema import (
-    FREE_FIELDS,
-    Config,
-    DataConfig,
-    SourceConfig,
-    StreamDatasetConfig,
-    flatten,
-)
+from casa_train.config.data_schema import DataConfig, SourceConfig, StreamDatasetConfig
+from casa_train.config.resume_marks import Changeable, Free, Kept, marks, matches
+from casa_train.config.schema import Config, flatten
 from casa_train.data.mixture import Mixture
 from casa_train.data.prepared.plan import Pack, Planner, PlanSource
 from casa_train.data.stream.lanes import Lane
 from casa_train.data.stream.row_reader import Rows
 from casa_train.data.stream.stream_source import StreamSource, row_group_mixture
 from casa_train.errors import UserError
-from casa_train.run.resume_fields import CHANGEABLE, KEPT, matches, plan_record, refuse_changes
+from casa_train.run.resume_fields import plan_record, refuse_changes
 from casa_train.train import check_resume
 from tests.data.test_plan import MIXED, SEED, SETTINGS, SOURCES
 from tests.helpers.stream_data import SEED as STREAM_SEED
@@ -284,16 +279,47 @@ def example() -> Config:
     return config
 
 
-def decided() -> list[str]:
-    return [*FREE_FIELDS, *KEPT, *CHANGEABLE]
+MARKS = marks(Config)
+KEPT = {name: mark.why for name, mark in MARKS.items() if isinstance(mark, Kept)}
+CHANGEABLE = {name: mark.why for name, mark in MARKS.items() if isinstance(mark, Changeable)}
+# Which fields have no part in what a run computes: the fingerprints of stored checkpoints are made
+# without them, so the list changes with new fields alone.
+FREE_FIELDS = {
+    "name",
+    "run_dir",
+    "dry_run",
+    "planned_ranks",
+    "parallel.activation_checkpointing",
+    "data.workers",
+    "data.max_bad_share",
+    "data.stream.memory_mib",
+    "data.stream.attempts",
+    "data.stream.retry_seconds",
+    "trainer.log_every",
+    "trainer.audit",
+    "trainer.worst_case",
+    "trainer.gc_every",
+    "trainer.max_hours",
+    "trainer.watchdog_minutes",
+    "trainer.max_skipped_steps",
+    "checkpoint",
+    "evaluation",
+    "export",
+    "data.validation",
+    "metrics",
+}
+
+
+def test_what_is_free_is_what_earlier_fingerprints_left_out() -> None:
+    assert {name for name, mark in MARKS.items() if isinstance(mark, Free)} == FREE_FIELDS
 
 
 def test_every_field_of_the_data_is_decided_once() -> None:
-    """A new field: may it change under a plan's state? See casa_train/resume_fields.py."""
+    """A new field: may it change under a plan's state? See casa_train/config/data_schema.py."""
     names = [n for n in flatten(example()) if n == "seed" or n.startswith("data.")]
     assert len(names) > 30
     for name in names:
-        assert sum(matches(pattern, name) for pattern in decided()) == 1, name
+        assert sum(matches(pattern, name) for pattern in MARKS) == 1, name
     patterns = {*KEPT, *CHANGEABLE}
     assert {p for p in patterns if not any(matches(p, name) for name in names)} == set()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture, SourceSize, philox
 from casa_train.data.packing import BestFitPacker, Bin

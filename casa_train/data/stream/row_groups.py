@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from casa_train.config.schema import StreamConfig
+from casa_train.config.data_schema import StreamConfig
 from casa_train.data.schemas.rows import BadRow
 from casa_train.errors import UserError
 from casa_train.io.caches import permanent, unwritable_cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.lengths import measure
 from casa_train.data.sample import Sample

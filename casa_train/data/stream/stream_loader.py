@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
 from casa_train.data.loader import PREFETCH, dead_workers_named
 from casa_train.data.materialize import CountWork, PackedBatch, build_batch

@@ -18,7 +18,8 @@ from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, encode_sample
 from casa_train.data.mixture import SourceSize
 from casa_train.data.prepared.plan import Pack, Planner, PlanSource
-from casa_train.data.prepared.shards import ShardWriter, Split
+from casa_train.data.prepared.shard_writer import ShardWriter
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas.rows import BadRow, finevision
 from casa_train.data.tokens import load_tokenizer

@@ -15,15 +15,10 @@ import webdataset
 from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import encode_sample
 from casa_train.data.prepared import ratings
+from casa_train.data.prepared.recount import recount
 from casa_train.data.prepared.shard_index import INDEX_FILE
-from casa_train.data.prepared.shards import (
-    Shard,
-    ShardWriter,
-    Split,
-    finish_split,
-    finished_shard,
-    recount,
-)
+from casa_train.data.prepared.shard_writer import Shard, ShardWriter, finish_split, finished_shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import filter_turns
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.tokens import TurnCounter, load_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from casa_train.data.prepared.shards import ShardWriter
+from casa_train.data.prepared.shard_writer import ShardWriter
 from casa_train.data.sample import Part, Sample
 from casa_train.data.tokens import TurnCounter, TurnTokens
 from casa_train.modeling.processing_casa import CasaProcessor

@@ -33,7 +33,8 @@ from casa_train.data.prepared.shard_index import (
     open_index,
     write_index,
 )
-from casa_train.data.prepared.shards import Shard, Split
+from casa_train.data.prepared.shard_writer import Shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import RATINGS, ImageSlot
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError

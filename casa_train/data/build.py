@@ -269,9 +269,8 @@ def open_splits(
             raise UserError(
                 f"{section}.{name} ({source.path}) was prepared with another tokenizer "
                 f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
-                f"({expected[:12]}...): "
-                "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
-                "or set model.tokenizer to the one it used."
+                f"({expected[:12]}...): run its recipe again with --tokenizer, run 'python -m "
+                "data_recipes retokenize', or set model.tokenizer to the one it used."
             )
         if split.turns_fingerprint != turns:
             # Every field: one that is not given would be the tokenizer's own.

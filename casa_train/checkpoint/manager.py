@@ -65,7 +65,7 @@ class CheckpointManager:
 
     :param directory: holds `step_N/` directories; on a file system all ranks see.
     :param fingerprints: identify configuration and data; stored with every checkpoint.
-    :param say: prints one line for the user (rank 0).
+    :param log: prints one line for the user (rank 0).
     :param phase: told what a save is about to do, on every rank; a watchdog listens.
     """
 

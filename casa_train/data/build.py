@@ -50,7 +50,7 @@ class Data:
 def list_streams(config: Config, log: Callable[[str], None]) -> dict[str, StreamSource]:
     """The published subsets that the configuration streams, their files and row groups.
 
-    :param say: prints one line for the user, since a hub may take minutes.
+    :param log: prints one line for the user, since a hub may take minutes.
     :raises UserError: datasets, subsets or files that are not there, or the same samples twice.
     """
     retries = Retries.of(config.data.stream)
@@ -207,7 +207,7 @@ def _chosen(
 ) -> list[str]:
     """The subsets to read, each once; of a partial copy those that it holds.
 
-    :param say: is told what a partial copy leaves out.
+    :param log: is told what a partial copy leaves out.
     :raises UserError: names that the dataset does not have, or none left.
     """
     field = f"data.stream.datasets.{name}"

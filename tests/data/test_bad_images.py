@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 
 from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.mixture import SourceSize
@@ -43,7 +42,7 @@ from tests.helpers.bad_images import (
     zeros,
 )
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import writer_for
+from tests.helpers.counting import sample_lengths, writer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 MEMORY = Path("/proc/self/status")

@@ -13,12 +13,10 @@ from PIL import Image
 
 from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, encode_sample
 from casa_train.data.mixture import SourceSize
 from casa_train.data.prepared.plan import Pack, Planner, PlanSource
-from casa_train.data.prepared.shard_writer import ShardWriter
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas.rows import BadRow, finevision
@@ -26,7 +24,7 @@ from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import FINGERPRINTS, texts_by
+from tests.helpers.counting import FINGERPRINTS, ShardWriter, sample_lengths, texts_by
 
 MAX_PIXELS = 7056
 WORDS = texts_by(lambda text: len(text.split()))

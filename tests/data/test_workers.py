@@ -17,7 +17,6 @@ import torch
 
 from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader, dead_workers_named
 from casa_train.data.materialize import Materializer, in_one_storage
 from casa_train.data.mixture import SourceSize
@@ -28,7 +27,7 @@ from casa_train.errors import RankError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.bad_images import encoded, noise
 from tests.helpers.commands import ROOT, TEMPLATE, TINY, environment, on_data, train_command
-from tests.helpers.counting import writer_for
+from tests.helpers.counting import sample_lengths, writer_for
 
 SOON = 10  # seconds within which the trainer must know
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import Budget
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer
 from casa_train.data.mixture import SourceSize
@@ -24,6 +23,7 @@ from casa_train.data.tokens import load_tokenizer
 from casa_train.io.files import write_atomic
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.commands import TEMPLATE
+from tests.helpers.counting import sample_lengths
 
 G = 12
 TEXT, IMAGES = 160, 64

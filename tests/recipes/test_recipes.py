@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 from casa_train.config.data_schema import SourceConfig
 from casa_train.data.budget import Budget
 from casa_train.data.build import open_splits
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import Materializer
 from casa_train.data.overlap import IN_FINEVISION, LACKING_IN_FINEVISION, refuse_double_counting
 from casa_train.data.prepared.plan import Pack
@@ -47,7 +46,7 @@ from data_recipes.pipeline import Progress, slug
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers import published
 from tests.helpers.commands import ROOT, TEMPLATE, environment
-from tests.helpers.counting import texts_by, write_talks
+from tests.helpers.counting import sample_lengths, texts_by, write_talks
 
 FOUR_FILES = [[published.fine_row(10 * file + i) for i in range(10)] for file in range(4)]
 

@@ -144,61 +144,6 @@ class Shard:
         return self._path().stat().st_size
 
 
-class ShardWriter:
-    """Writes the rows of one split, one after the other, as shards; `close` makes the index.
-
-    In a directory where an unfinished writer was ended, it goes on after the last finished shard.
-
-    :ivar consumed: rows given to `write` that the finished shards cover; skip as many.
-    :param count: the tokens of a sample; `tokens.TurnCounter`.
-    :param fingerprints: of what counts; training refuses others.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        schema: str,
-        count: Count,
-        fingerprints: Mapping[str, str],
-        samples_per_shard: int = 2000,
-    ) -> None:
-        self.directory, self.schema = directory, schema
-        self.count, self.fingerprints = count, fingerprints
-        self.samples_per_shard = samples_per_shard
-        self._skipped: Counter[str] = Counter()
-        self.consumed = number = 0
-        while (shard := finished_shard(directory, number)) is not None:
-            self.consumed = int(shard["consumed"]["rows"])
-            self._skipped.update(shard["skipped"])
-            number += 1
-        self._seen = self.consumed
-        self._shard = Shard(directory, number, schema, count)
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Rows that could not be used, by reason."""
-        return self._skipped + self._shard.skipped
-
-    def write(self, key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> bool:
-        """Adds one row; see `Shard.write`."""
-        self._seen += 1
-        written = self._shard.write(key, row, images)
-        if len(self._shard) >= self.samples_per_shard:
-            self._next_shard()
-        return written
-
-    def close(self) -> int:
-        """Finishes the last shard, writes index and meta; returns the number of samples."""
-        self._next_shard()
-        meta = finish_split(self.directory, self._shard.number, self.schema, self.fingerprints)
-        return int(meta["samples"])
-
-    def _next_shard(self) -> None:
-        self._shard.finish({"rows": self._seen})
-        self._skipped.update(self._shard.skipped)
-        self._shard = Shard(self.directory, self._shard.number + 1, self.schema, self.count)
-
-
 def shard_name(number: int) -> str:
     """File name of a shard's tar."""
     return f"shard-{number:06d}.tar"

@@ -23,7 +23,7 @@ from casa_train.evaluate import __main__ as evaluate
 from casa_train.export import __main__ as export
 from casa_train.inspect import __main__ as inspect
 from casa_train.report import __main__ as report
-from casa_train.run.configuration import check_same_run
+from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory
 from casa_train.train import check_resume
 from tests.helpers.commands import TINY, environment

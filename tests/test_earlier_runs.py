@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.commands import ROOT, environment
+from tests.helpers.commands import ROOT, environment
 
 FIXTURES = ROOT / "tests" / "fixtures"
 ARCHIVES = sorted(FIXTURES.glob("*.tar.xz"))

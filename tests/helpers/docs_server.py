@@ -5,8 +5,8 @@ would be; only the seconds of importing torch and its friends are saved.
 
     python -m tests.helpers.docs_server
 
-reads one JSON list a line: a module's name and its arguments, or "-c" and code; answers with one JSON
-object a line.
+reads one JSON list a line: a module's name and its arguments, or "-c" and code; answers with one
+JSON object a line.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, varlen_attention
+from .attention import varlen_attention
 from .image_attention import ImageReads
 from .rope import Rope, Table
+from .segments import Segments
 from .streaming import FlatCache, StreamingState
 from .windows import Range
 

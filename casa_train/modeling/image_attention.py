@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import Segments, attention_on
+from .attention import attention_on
+from .segments import Segments
 
 IMAGE_SHARE = "image share"
 IMAGE_GATE = "image gate"

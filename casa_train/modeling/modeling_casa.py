@@ -24,13 +24,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .activation_checkpointing import check_recomputed
-from .attention import Segments, choose_backend, on_device
+from .attention import choose_backend
 from .block import DecoderContext
+from .block_work import BlockWork
 from .casa import Casa
 from .chat_template import ChatTemplate
 from .configuration_casa import CasaConfig
+from .cross_attention import CrossAttention
 from .decoder import FUSED, backbone_rope, check_backbone, fuse_layers, run_decoder
-from .fusion import FusionMechanism
+from .fusion import FusionMechanism, build_mechanism
 from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
 from .hyper import HyperAttention
@@ -39,7 +41,7 @@ from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
 from .loading_options import split_options
-from .mechanisms import build_mechanism
+from .mechanisms import MECHANISMS
 from .messages import Message
 from .outputs import CACHE, NEW_NAME, OLD_NAME, next_token_loss, one_cache, with_both_names
 from .packed import PackedInputs
@@ -58,9 +60,11 @@ from .padded import (
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
 from .rope import rope_table
+from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState, stream_state
 from .text_ids import TextIds
 from .vision import VisionTower
+from .window_attention import WindowAttention
 from .windowed import WindowedMechanism
 from .windows import Chunk, image_spans
 
@@ -482,12 +486,15 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
 AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
 
 __all__ = [
+    "MECHANISMS",
+    "BlockWork",
     "Casa",
     "CasaForConditionalGeneration",
     "CasaPreTrainedModel",
+    "ChatTemplate",
+    "CrossAttention",
     "GatedCrossAttention",
     "HyperAttention",
-    "ChatTemplate",
     "ImageError",
     "ImageReads",
     "Insertion",
@@ -496,6 +503,7 @@ __all__ = [
     "QFormerInsertion",
     "Segments",
     "TextIds",
+    "WindowAttention",
     "WindowedMechanism",
     "split_options",
 ]

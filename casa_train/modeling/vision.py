@@ -19,7 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .activation_checkpointing import run_block
-from .attention import Segments, on_device, varlen_attention
+from .attention import varlen_attention
+from .segments import Segments, on_device
 
 # CLIP's statistics, which Qwen2.5-VL's image processor uses.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, on_device, varlen_attention
+from .attention import varlen_attention
 from .block import DecoderContext, FusionPlan, Heads, scatter
 from .fusion import FusionMechanism
+from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, Range, image_positions, split_windows, text_positions
 

@@ -188,7 +188,7 @@ def test_planned_lengths_of_live_captions_are_the_processor_s(
     assert split.modality == "video"
     encoded = encode_sample(split.read(0), processor)
     text, images = sample_lengths(split, processor)
-    assert (text[0], images[0]) == (len(encoded.ids), sum(encoded.image_tokens))
+    assert (text[0], images[0]) == (len(encoded.ids), encoded.chunk().image_tokens)
     assert encoded.follows == (False, True, True, True)
     # The answer goes on over the frames: what stands between two of them is learned.
     decoded = [

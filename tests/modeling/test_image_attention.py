@@ -11,13 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from casa_train.modeling.attention import Segments, attention_on
+from casa_train.modeling.attention import attention_on
 from casa_train.modeling.image_attention import (
     ATTENTION_GATE,
     FFN_GATE,
     IMAGE_GATE,
     IMAGE_SHARE,
 )
+from casa_train.modeling.segments import Segments
 from tests.helpers.tiny import HARD_PACK, PROPERTY, Layout, fill, layouts, packed_inputs
 from tests.helpers.variants import (
     VARIANTS,

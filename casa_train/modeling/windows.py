@@ -123,18 +123,23 @@ def split_windows(chunks: Sequence[Chunk]) -> list[Window]:
     windows: list[Window] = []
     text_start = image_start = 0
     for sample, chunk in enumerate(chunks):
-        cuts = sorted(set(chunk.points))
+        tokens: dict[int, int] = {}  # by insertion point, of all images there
+        follows: dict[int, bool] = {}  # of the first image there
+        marks = chunk.follows or (False,) * len(chunk.images)
+        for point, count, mark in zip(chunk.points, chunk.images, marks, strict=True):
+            tokens[point] = tokens.get(point, 0) + count
+            follows.setdefault(point, mark)
+        cuts = list(tokens)
         first = cuts[0] if cuts else chunk.text
         if first > 0:
             leading = (text_start, text_start + first)
             windows.append(Window(sample, leading, (image_start, image_start), continues=True))
         image = image_start
         for cut, following in zip(cuts, [*cuts[1:], chunk.text], strict=False):
-            tokens = sum(n for p, n in zip(chunk.points, chunk.images, strict=True) if p == cut)
             text = (text_start + cut, text_start + following)
-            follows = bool(chunk.follows) and chunk.follows[chunk.points.index(cut)]
-            windows.append(Window(sample, text, (image, image + tokens), follows=follows))
-            image += tokens
+            stop = image + tokens[cut]
+            windows.append(Window(sample, text, (image, stop), follows=follows[cut]))
+            image = stop
         text_start += chunk.text
         image_start += chunk.image_tokens
     return windows

@@ -117,8 +117,9 @@ def encode_sample(
     loaded = [
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
-    follows = tuple(encoded.follows) if any(encoded.follows) else ()
-    return EncodedSample(encoded.ids, encoded.answer, encoded.points, loaded, follows)
+    return EncodedSample(
+        encoded.ids, encoded.answer, encoded.points, loaded, tuple(encoded.follows)
+    )
 
 
 def dummy_sample(token: int) -> EncodedSample:

@@ -78,7 +78,7 @@ class Chunk:
         """A whole sample from the rows and columns of each image's tokens."""
         counts = tuple(rows * columns for rows, columns in grids)
         heights = tuple(rows for rows, _ in grids)
-        return cls(text, tuple(points), counts, heights, tuple(follows))
+        return cls(text, tuple(points), counts, heights, tuple(follows) if any(follows) else ())
 
     @property
     def image_tokens(self) -> int:

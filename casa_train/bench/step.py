@@ -164,7 +164,7 @@ class Arm:
             torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
-        model.recompute_activations(parallel.activation_checkpointing)
+        model.checkpoint_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(
             model,

@@ -90,22 +90,22 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     inputs = full_inputs(full_pack(config), "meta")
 
     def saved(blocks: str) -> dict[str, int]:
-        model.recompute_activations(blocks)
+        model.checkpoint_activations(blocks)
         return saved_bytes(model, lambda: model(packed=inputs))
 
-    recomputed = config.parallel.activation_checkpointing
+    blocks = config.parallel.activation_checkpointing
     kept = everything = saved("none")
-    if recomputed != "none":
-        kept = saved(recomputed)
+    if blocks != "none":
+        kept = saved(blocks)
     activations: dict[str, int] = defaultdict(int)
     for name, size in kept.items():
         activations[part_of(f"{name}.")] += size  # a module is part of itself
     vocabulary: int = model.config.text_config.vocab_size
     logits = logits_bytes(config.data.text_tokens, vocabulary, bf16)
-    if recomputed == "none":
+    if blocks == "none":
         activations["logits"] = logits
     else:  # what belongs to the logits is gone when a block runs again
-        block = _largest_block(everything, BLOCKS[recomputed])
+        block = _largest_block(everything, BLOCKS[blocks])
         activations["logits, or a recomputed block"] = max(logits, block)
     return MemoryOfRank(state, dict(activations))
 

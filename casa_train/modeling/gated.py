@@ -90,10 +90,10 @@ class GatedLayer(nn.Module):
         text = project(self, self.norm(h), self.head_dim, keys=False)
         pictures = project(self, self.image_norm(images), self.head_dim, queries=False)
         read, _ = read_windows(self.layer_idx, text, pictures, context)
-        if context.reads is not None:
+        if context.image_attention is not None:
             gates = {ATTENTION_GATE: self.attention_gate, FFN_GATE: self.ffn_gate}
             for name, gate in gates.items():
-                context.reads.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
+                context.image_attention.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
         h = h + self.attention_gate.tanh() * project_out(self.o_proj, read, cross)
         passed = self.ffn_gate.tanh() * self.mlp(self.ffn_norm(h))
         if not cross.covers(len(h)):

@@ -125,7 +125,7 @@ class HyperLayer(nn.Module):
         gate = self.gate(x).sigmoid()
         if not cross.covers(len(x)):
             gate = gate * query_mask(cross, len(x), gate.dtype)
-        if context.reads is not None:
-            context.reads.gate(self.layer_idx, IMAGE_GATE, gate)
+        if context.image_attention is not None:
+            context.image_attention.gate(self.layer_idx, IMAGE_GATE, gate)
         mixed: Tensor = read + gate * (seen - read)
         return mixed

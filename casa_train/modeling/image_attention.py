@@ -19,8 +19,8 @@ ATTENTION_GATE = "attention gate"
 FFN_GATE = "feed-forward gate"
 
 
-class ImageReads:
-    """Listens to one forward pass; `CasaForConditionalGeneration.image_reads` makes it.
+class ImageAttention:
+    """Listens to one forward pass; `CasaForConditionalGeneration.image_attention` makes it.
 
     :param rows: (R,) int64, the text rows of the pack to listen for.
     :ivar values: by quantity and by layer index, (R,) numbers of at least float32. `IMAGE_SHARE`:

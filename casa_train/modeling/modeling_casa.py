@@ -23,7 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .activation_checkpointing import check_recomputed
+from .activation_checkpointing import check_blocks
 from .attention import choose_backend
 from .block import DecoderContext
 from .block_work import BlockWork
@@ -36,7 +36,7 @@ from .fusion import FusionMechanism, build_mechanism
 from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
 from .hyper import HyperAttention
-from .image_attention import ImageReads
+from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
@@ -141,7 +141,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
         self.resampler: nn.Module | None = self.mechanism.make_resampler()
         # A matter of the run, not of the model: no configuration and no export carries it.
-        self.recomputed = "none"
+        self.checkpointed = "none"
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -177,19 +177,19 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         for layer in self.model.layers:
             self.mechanism.initialise(layer)
 
-    def recompute_activations(self, blocks: str) -> None:
+    def checkpoint_activations(self, blocks: str) -> None:
         """Trades memory for work: these blocks keep only their inputs for the backward pass.
 
         :param blocks: none, decoder (fusion included), vision (the trained blocks) or all. In
             training mode alone; values and gradients stay what they are.
         """
-        check_recomputed(blocks)
-        self.recomputed = blocks
+        check_blocks(blocks)
+        self.checkpointed = blocks
 
     @property
     def gradient_checkpointing(self) -> bool:
         """What transformers' `is_gradient_checkpointing` reads."""
-        return self.recomputed != "none"
+        return self.checkpointed != "none"
 
     def _set_gradient_checkpointing(
         self,
@@ -205,13 +205,13 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             raise ValueError(
                 f"activation checkpointing with every_n_layers={every_n_layers} or with "
                 "offload=True is not supported: leave both out, or choose blocks with "
-                "recompute_activations('decoder') or ('vision')"
+                "checkpoint_activations('decoder') or ('vision')"
             )
-        self.recompute_activations("all" if enable else "none")
+        self.checkpoint_activations("all" if enable else "none")
 
-    def _recomputes(self, part: str) -> bool:
+    def _checkpoints(self, part: str) -> bool:
         """Whether the blocks of a part run again in the backward pass of this forward pass."""
-        return self.training and torch.is_grad_enabled() and self.recomputed in (part, "all")
+        return self.training and torch.is_grad_enabled() and self.checkpointed in (part, "all")
 
     @property
     def attention_backend(self) -> str:
@@ -377,7 +377,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             raise TypeError(
                 "CasaForConditionalGeneration does not take output_attentions=True (nor a "
                 "configuration with it): attention weights never exist as a whole. "
-                "model.image_reads(...) tells how much of what each token reads comes from images"
+                "model.image_attention(...) tells how much of what a token reads comes from images"
             )
         return options
 
@@ -393,7 +393,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         return PackedInputs(input_ids, [chunk], list(images))
 
     @torch.no_grad()
-    def image_reads(self, packed: PackedInputs) -> ImageReads:
+    def image_attention(self, packed: PackedInputs) -> ImageAttention:
         """How much of what text reads in each layer comes from images, in a pack.
 
         For the rows of `packed.logits_index`, or all text.
@@ -401,9 +401,9 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         rows = packed.logits_index
         if rows is None:
             rows = torch.arange(len(packed.input_ids), device=packed.input_ids.device)
-        reads = ImageReads(rows)
-        self._hidden(packed.input_ids, packed.chunks, packed.images, reads=reads)
-        return reads
+        listener = ImageAttention(rows)
+        self._hidden(packed.input_ids, packed.chunks, packed.images, image_attention=listener)
+        return listener
 
     def _hidden(
         self,
@@ -411,7 +411,7 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
         chunks: Sequence[Chunk],
         images: Sequence[Tensor],
         past_key_values: Any = None,
-        reads: ImageReads | None = None,
+        image_attention: ImageAttention | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """(T, C) final hidden states of the packed text tokens; those of all blocks in `states`."""
@@ -458,16 +458,16 @@ class CasaForConditionalGeneration(CasaPreTrainedModel, StreamingGeneration, Gen
             cache=cache,
             state=state,
             keep_index=keep,
-            reads=reads,
+            image_attention=image_attention,
         )
         if images:
-            tokens = self.adapter(self.visual(images, backend, self._recomputes("vision")))
+            tokens = self.adapter(self.visual(images, backend, self._checkpoints("vision")))
             if self.resampler is not None:
                 tokens = self.resampler(tokens, counts, backend)
         else:
             tokens = text.new_zeros(0, text.shape[-1])
-        recompute = cache is None and self._recomputes("decoder")
-        hidden = run_decoder(self.model, text, tokens, context, recompute, states)
+        checkpointed = cache is None and self._checkpoints("decoder")
+        hidden = run_decoder(self.model, text, tokens, context, checkpointed, states)
         if state is not None and cache is not None:
             cache.commit()
             spans = [sum(image_spans(chunk, mechanism.multimodal)) for chunk in chunks]
@@ -496,7 +496,7 @@ __all__ = [
     "GatedCrossAttention",
     "HyperAttention",
     "ImageError",
-    "ImageReads",
+    "ImageAttention",
     "Insertion",
     "Message",
     "PackedInputs",

@@ -121,7 +121,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
 def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
     """Operations of both passes, what is recomputed included, as torch counts them."""
     model.zero_grad()
-    model.recompute_activations(blocks)
+    model.checkpoint_activations(blocks)
     inputs = packed_inputs(fill(PACK))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(packed=inputs).logits.sum().backward()

@@ -3,7 +3,9 @@
 The folder is flat, imports nothing of the project and needs torch, transformers, einops, pillow and
 numpy only: it is copied whole into every export, so training and inference run the same code.
 
-    processing_casa   messages -> ids, insertion points, labels        image_processing_casa
+    processing_casa   messages -> a batch, as users of transformers expect it
+    encoding          messages -> ids, insertion points, labels; batching: side by side, padded
+    image_processing_casa    images -> uint8 tensors; image_sources: from files, bytes and URLs
     chat_template     its pieces, as jinja and read out of rendered text        messages
     text_ids          text and special tokens -> ids, as the tokenizer gives them for the whole text
     windows           insertion points + lengths -> windows, positions, interleaving (pure integers)

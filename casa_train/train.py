@@ -378,7 +378,7 @@ def build_engine(
 
     start = checked.start if fresh else None
     start_weights(model, start, config.seed, device, dtype, finish)
-    model.recompute_activations(parallel.activation_checkpointing)
+    model.checkpoint_activations(parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
         log(account.line())
         if account.resized and not config.model.backbone.trainable:

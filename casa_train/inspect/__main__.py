@@ -5,6 +5,10 @@ TARGET is a prepared split, a run directory or an experiment, also one that stre
 
 from __future__ import annotations
 
+from casa_train.io.environment import set_environment
+
+set_environment()  # before anything imports torch
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -57,7 +57,7 @@ def make_engine(config: Config) -> Engine:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     finish = lambda block: shard(block, stage, precision)  # noqa: E731
     start_weights(model, start, 0, torch.device("cpu"), dtype, finish)
-    model.recompute_activations(config.parallel.activation_checkpointing)
+    model.checkpoint_activations(config.parallel.activation_checkpointing)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     optimizer = build_optimizer(groups, config.optim)
     accumulation = config.data.packs_per_step // dist.get_world_size()

@@ -42,7 +42,7 @@ from casa_train.evaluate.validation import Validator
 from casa_train.evaluate.validation import describe as describe_validation
 from casa_train.export.background_exports import BackgroundExports
 from casa_train.io import log as lines
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks.base import Sink
 from casa_train.metrics.sinks.jsonl import last_step
@@ -374,7 +374,7 @@ def build_engine(
 
     start = checked.start if fresh else None
     start_weights(model, start, config.seed, device, dtype, finish)
-    model.recompute_activations(parallel.activation_checkpointing)
+    model.checkpoint_activations(parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
         log(account.line())
         if account.resized and not config.model.backbone.trainable:

@@ -29,9 +29,9 @@ from casa_train.data.materialize import PackedBatch
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.setup.precision import DTYPES
@@ -45,7 +45,7 @@ optimiser, precision and ZeRO stage. Every pack is full in both budgets, with im
 size and a loss on every text token; the packs are made before the clock starts, so nothing waits
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
 (planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
-all steps after the warm-up. Work counts attended pairs and nothing recomputed (metrics/flops.py).
+all steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
 Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
@@ -73,9 +73,7 @@ class FullPacks:
         return {}
 
 
-def batch_of(
-    pack: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
-) -> PackedBatch:
+def batch_of(pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int) -> PackedBatch:
     """A micro-step of random text and pictures with these lengths; every token is an answer."""
     generator = torch.Generator().manual_seed(seed)
     inputs = full_inputs(pack, "cpu")
@@ -166,7 +164,7 @@ class Arm:
             DTYPES[parallel.precision],
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
-        model.recompute_activations(parallel.activation_checkpointing)
+        model.checkpoint_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(
             model,

@@ -58,7 +58,7 @@ def make_engine(config: Config) -> Engine:
     dtype = DTYPES[precision]
     finish = lambda block: shard(block, stage, precision)  # noqa: E731
     start_weights(model, start, 0, torch.device("cpu"), dtype, finish)
-    model.recompute_activations(config.parallel.activation_checkpointing)
+    model.checkpoint_activations(config.parallel.activation_checkpointing)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     optimizer = build_optimizer(groups, config.optim)
     accumulation = config.data.packs_per_step // dist.get_world_size()

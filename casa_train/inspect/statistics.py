@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture
 from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner
 from casa_train.data.prepared.shards import Split
-from casa_train.report import histograms
-from casa_train.report.drawing import GROUP_COLOURS, WEAK, Plot
+from casa_train.report.html import SERIES
 
-COLOURS = len(GROUP_COLOURS)  # series of a chart; further sources share the last one
+if TYPE_CHECKING:
+    from casa_train.report.drawing import Plot
+
+COLOURS = len(SERIES)  # series of a chart; further sources share the last one
 LEFT_OUT = 12  # samples that are named
 
 
@@ -241,6 +244,9 @@ def _charts(
     drawn: Mapping[str, np.ndarray],
     fills: tuple[np.ndarray, np.ndarray],
 ) -> list[Plot]:
+    # Half a second of matplotlib, which pages of streams and of one sample need not wait for.
+    from casa_train.report import drawing, histograms
+
     names = list(planner.sources)
     groups = [names[i : i + 1] for i in range(COLOURS - 1)] + [names[COLOURS - 1 :]]
     lists = {name: _Lists(splits[name], drawn[name]) for name in names}
@@ -262,7 +268,7 @@ def _charts(
         by_source("Images", {n: lists[n].counts("widths") for n in names}),
         by_source("Turns", {n: lists[n].counts("user_tokens") for n in names}),
         histograms.sizes("Image sizes", widths, heights),
-        histograms.histogram("Samples in a pack", [counts], [WEAK]),
+        histograms.histogram("Samples in a pack", [counts], [drawing.WEAK]),
         histograms.shares("Text fill of packs", fills[0]),
         histograms.shares("Image fill of packs", fills[1]),
     ]

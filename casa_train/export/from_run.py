@@ -5,6 +5,7 @@ directory.
 from __future__ import annotations
 
 import json
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from casa_train.export.gate import check_export
 from casa_train.export.model_card import model_card
 from casa_train.export.writer import check_target, write_export
 from casa_train.io.caches import check_cache
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import CHECKPOINTS, PROCESSOR
@@ -124,7 +126,7 @@ def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
 
 def gate_conversations(config: Config) -> list[Any]:
     """Fixed inputs: one image, two images with text between, and text alone."""
-    side = 28 * max(1, min(8, int(config.data.max_pixels**0.5) // 28))
+    side = SIDE * max(1, min(8, isqrt(config.data.max_pixels) // SIDE))
     pictures = []
     for colour, box in (("crimson", (4, 4, side - 8, side - 12)), ("navy", (0, 9, 15, side))):
         picture = Image.new("RGB", (side, side), "ivory")

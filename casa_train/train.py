@@ -41,7 +41,7 @@ from casa_train.evaluate.validation import Validator
 from casa_train.evaluate.validation import describe as describe_validation
 from casa_train.export.background_exports import BackgroundExports
 from casa_train.io import log as lines
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks.base import Sink
 from casa_train.metrics.sinks.jsonl import last_step

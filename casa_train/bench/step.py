@@ -30,7 +30,7 @@ from casa_train.data.materialize import PackedBatch
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model

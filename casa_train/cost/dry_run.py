@@ -18,7 +18,7 @@ from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
 from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.io.numbers import count, duration, rate, short, with_unit
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -128,8 +128,8 @@ def _parameters(config: Config, model: nn.Module) -> list[str]:
     counts["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [["Parameters", "trained", "frozen", "rate"]]
     for part, (trained, frozen) in counts.items():
-        rate = "/".join(f"{rate:g}" for rate in sorted(used.get(part, ())))
-        rows.append([part, f"{trained:,}", f"{frozen:,}", rate])
+        own = "/".join(map(rate, sorted(used.get(part, ()))))
+        rows.append([part, f"{trained:,}", f"{frozen:,}", own])
     return _table(rows, rules=[1, len(rows) - 1])
 
 
@@ -188,14 +188,14 @@ def _step(
     images = sum(sample.image_tokens for sample in pack)
     rows = [["", "a pack", "a step", "the run"]]
     for label, one in (("text tokens", config.data.text_tokens), ("image tokens", images)):
-        rows.append([label, f"{one:,}", f"{one * packs:,}", _short(one * packs * steps)])
+        rows.append([label, f"{one:,}", f"{one * packs:,}", short(one * packs * steps)])
     total = operations * packs
-    rows.append(["work", *(_flop(n) for n in (operations, total, total * steps))])
+    rows.append(["work", *(with_unit(n, "FLOP") for n in (operations, total, total * steps))])
     # What is repeated takes its time, too.
-    rate = UTILISATION * 1e12 * H100_TFLOPS
+    speed = UTILISATION * 1e12 * H100_TFLOPS
     operations, total = operations + repeated, total + repeated * packs
-    times = (operations / rate, total / world / rate, total * steps / world / rate)
-    rows.append([f"H100s at {UTILISATION:.0%}", *map(_duration, times)])
+    times = (operations / speed, total / world / speed, total * steps / world / speed)
+    rows.append([f"H100s at {UTILISATION:.0%}", *map(duration, times)])
     rows[0][0] = "Size"
     return [
         *_table(rows, rules=[1]),
@@ -203,27 +203,6 @@ def _step(
         f"  a step: {packs} packs on {count(world, 'rank')}, {packs // world} on each in turn",
         f"  the run: {steps:,} steps, {warmup:,} of warm-up, {decay:,} of decay at the end",
     ]
-
-
-def _short(number: float) -> str:
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.1f} {suffix}"
-    return f"{number:,.0f}"
-
-
-def _flop(number: float) -> str:
-    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
-        if number >= size:
-            return f"{number / size:.1f} {prefix}FLOP"
-    return f"{number:,.0f} FLOP"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds * 1e6:.1f} us"
 
 
 def _assumptions(config: Config, pack: Sequence[Chunk], notes: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from casa_train.evaluate.attention_to_images import measure_image_attention
 from casa_train.evaluate.exact_match import Question, swapped_images
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.report.attention_plots import draw_reads
+from casa_train.report.attention_plots import draw_image_attention
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
 from tests.helpers.tiny import tiny_model, tiny_text_config
@@ -129,7 +129,7 @@ def attention(**quantities: Any) -> dict[str, Any]:
     return {"questions": 6, "quantities": {k: {**quantity, **v} for k, v in quantities.items()}}
 
 
-def test_the_page_draws_what_answers_read(tmp_path: Path) -> None:
+def test_the_page_draws_image_attention(tmp_path: Path) -> None:
     measured = attention(**{"image share": {}, "attention gate": {"uniform": None}})
     run = _run(evaluation={**_evaluation([]), "attention": measured})
     html, page = _page(run, tmp_path)
@@ -149,15 +149,15 @@ def test_a_page_of_gates_alone(tmp_path: Path) -> None:
 def test_a_page_without_it_has_no_such_section(tmp_path: Path) -> None:
     for measured in ({}, {"attention": None}, {"attention": attention()}):
         run = _run(evaluation={**_evaluation([]), **measured})
-        assert "What answers read" not in _page(run, tmp_path)[0]
-    assert draw_reads(None) == []
+        assert "Image attention" not in _page(run, tmp_path)[0]
+    assert draw_image_attention(None) == []
 
 
 def test_one_layer_is_drawn() -> None:
     one = {key: [0.5] for key in ("mean", "low", "high", "blind")}
     sources = {"colour": {"questions": 6, "mean": [0.5]}}
     measured = attention(**{"image gate": {"layers": [3], "sources": sources, **one}})
-    (plot,) = draw_reads({"attention": measured})
+    (plot,) = draw_image_attention({"attention": measured})
     assert plot.title == "Gate to the image"
 
 

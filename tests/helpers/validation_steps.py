@@ -137,7 +137,9 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    casa_train.engine.PERSISTENT_BELOW = 0  # so that ZeRO-3 cuts and gathers tiny tensors, too
+    casa_train.engine.engine.PERSISTENT_BELOW = (
+        0  # so that ZeRO-3 cuts and gathers tiny tensors, too
+    )
     rank, world, _ = init_processes()
     settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=4"]
     for name, more in CASES.items():

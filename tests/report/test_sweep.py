@@ -20,7 +20,7 @@ from casa_train.config.schema import Config
 from casa_train.cost.sizes import size_model
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
-from casa_train.report import run_report as report
+from casa_train.report import __main__ as report
 from casa_train.report.jobs import differing_fields, job_labels, read_sweep
 from casa_train.report.sweep_page import Job, as_json, markdown, write_sweep
 from casa_train.run.directory import record_failure

@@ -292,7 +292,7 @@ def decided() -> list[str]:
 
 
 def test_every_field_of_the_data_is_decided_once() -> None:
-    """A new field: may it change under a plan's state? See casa_train/resume_fields.py."""
+    """A new field: may it change under a plan's state? See casa_train/run/resume_fields.py."""
     names = [n for n in flatten(example()) if n == "seed" or n.startswith("data.")]
     assert len(names) > 30
     for name in names:

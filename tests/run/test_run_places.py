@@ -19,11 +19,11 @@ from casa_train.config.compose import compose_config
 from casa_train.config.places import absolute, as_before, places, relocated, same_place, shown
 from casa_train.config.schema import Config, SourceConfig, StreamDatasetConfig, fingerprint
 from casa_train.errors import UserError
-from casa_train.evaluate import evaluation as evaluate
-from casa_train.export import from_run as export
-from casa_train.inspect import pages as inspect
-from casa_train.report import run_report as report
-from casa_train.run.configuration import check_same_run
+from casa_train.evaluate import __main__ as evaluate
+from casa_train.export import __main__ as export
+from casa_train.inspect import __main__ as inspect
+from casa_train.report import __main__ as report
+from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory
 from casa_train.train import check_resume
 from tests.helpers.commands import TINY, environment
@@ -171,7 +171,7 @@ def test_a_run_inside_another_stays_where_it_is(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=r"(?s)config\.yaml cannot be read .*[Rr]estore"):
-        export.load_run_config(tmp_path)
+        load_run_config(tmp_path)
     with pytest.raises(
         UserError, match=r"(?s)config\.yaml cannot be read .*checkpoint\.resume=never"
     ):
@@ -182,7 +182,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
 def test_a_damaged_model_configuration_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "model_config.json").write_text(content)
     with pytest.raises(UserError, match=r"model_config\.json cannot be read .* start the run's"):
-        export.load_model_config(tmp_path)
+        load_model_config(tmp_path)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_a_second_job_is_told_who_holds_the_directory(tmp_path: Path) -> None:
 
 def test_a_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from casa_train.run_directory import RunLock;"
+        "import sys, time; from pathlib import Path; from casa_train.run.lock import RunLock;"
         "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(100)"
     )
     holder = subprocess.Popen(

@@ -8,6 +8,7 @@ that happens to the checkout afterwards changes the run:
       code/                 HEAD and the changes of tracked files, or the installed packages
       changes.patch         those changes, if there are any
       jobs/N/config.yaml    the composed configuration of task N of the array; one job has N = 0
+      mechanisms/           the files that CASA_MECHANISMS names, if it does
       job.sbatch            what sbatch got
       submission.json       who, when, from which commit, with which command
       log/                  output of the jobs; a requeued job appends
@@ -23,6 +24,7 @@ import argparse
 import getpass
 import itertools
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -56,6 +58,7 @@ from casa_train.config.micro_steps import TASKS, micro_steps
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
+from casa_train.io.environment import MECHANISMS_VARIABLE, own_mechanism_files
 from casa_train.run.provenance import SNAPSHOT_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -416,9 +419,23 @@ def batch_script(settings: dict[str, str], folder: Path) -> str:
         f"export CASA_PYTHON={quoted(sys.executable)}",
         f"export PYTHONPATH={quoted(f'{folder}/code')}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # keeps the current directory's code out",
+        *_own_mechanisms(folder),
         f"exec bash {quoted(f'{folder}/code/{SCRIPT}')}",
     ]
     return "\n".join(["#!/usr/bin/env bash", *header, *body]) + "\n"
+
+
+def _own_mechanisms(folder: Path) -> list[str]:
+    """The script's line for fusion mechanisms of the user's own, which are frozen as well.
+
+    :raises UserError: no such file.
+    """
+    files = own_mechanism_files()
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{MECHANISMS_VARIABLE} names {file}, which is no file.")
+    frozen = os.pathsep.join(str(folder / "mechanisms" / file.name) for file in files)
+    return [f"export {MECHANISMS_VARIABLE}={shlex.quote(frozen)}"] if files else []
 
 
 def write(folder: Path, script: str, jobs: Sequence[Job], code: Code | Installed) -> None:
@@ -426,6 +443,9 @@ def write(folder: Path, script: str, jobs: Sequence[Job], code: Code | Installed
     try:
         (folder / "log").mkdir(parents=True)
         code.write(folder)
+        for file in own_mechanism_files():
+            (folder / "mechanisms").mkdir(exist_ok=True)
+            shutil.copy(file, folder / "mechanisms")
         for number, job in enumerate(jobs):
             directory = folder / "jobs" / str(number)
             directory.mkdir(parents=True)

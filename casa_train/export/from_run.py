@@ -5,9 +5,11 @@ directory.
 from __future__ import annotations
 
 import json
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
@@ -29,7 +31,8 @@ from casa_train.run.layout import CHECKPOINTS, PROCESSOR
 from casa_train.run.resume_fields import plan_record
 from casa_train.setup.model import build_model
 from casa_train.setup.own_mechanisms import own_class
-from casa_train.setup.precision import DTYPES
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> str:
@@ -123,7 +126,7 @@ def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
 
 def gate_conversations(config: Config) -> list[Any]:
     """Fixed inputs: one image, two images with text between, and text alone."""
-    side = SIDE * max(1, min(8, int(config.data.max_pixels**0.5) // SIDE))
+    side = SIDE * max(1, min(8, isqrt(config.data.max_pixels) // SIDE))
     pictures = []
     for colour, box in (("crimson", (4, 4, side - 8, side - 12)), ("navy", (0, 9, 15, side))):
         picture = Image.new("RGB", (side, side), "ivory")

@@ -1,12 +1,15 @@
-"""What torch finds in the environment when it is imported; every command sets it first.
+"""What commands read from the environment, and what they set there for torch.
 
-A library sets nothing when it is imported, so the `__main__` of each command calls this before its
-other imports.
+A library sets nothing when it is imported, so the `__main__` of each command calls
+`set_environment` before its other imports.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+MECHANISMS_VARIABLE = "CASA_MECHANISMS"
 
 
 def set_environment(quiet_torch: bool = False) -> None:
@@ -23,3 +26,9 @@ def set_environment(quiet_torch: bool = False) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if quiet_torch:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def own_mechanism_files() -> list[Path]:
+    """The Python files with fusion mechanisms of the user's own, joined by `:` in the variable."""
+    named = os.environ.get(MECHANISMS_VARIABLE, "").split(os.pathsep)
+    return [Path(name).expanduser().absolute() for name in named if name]

@@ -185,8 +185,7 @@ class VisionTower(nn.Module):
         if not -1 <= last_blocks <= depth:
             raise ValueError(
                 f"model.vision.train_last_blocks is {last_blocks}; the tower has {depth} blocks, "
-                "so "
-                f"expected 0..{depth}, or -1 to train everything"
+                f"so expected 0..{depth}, or -1 to train everything"
             )
         self.frozen_patches = last_blocks >= 0
         self.frozen_blocks = 0 if last_blocks < 0 else depth - last_blocks

@@ -9,23 +9,16 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import os
 import sys
 from pathlib import Path
 
 from casa_train import modeling
 from casa_train.errors import UserError
+from casa_train.io.environment import MECHANISMS_VARIABLE, own_mechanism_files
 from casa_train.modeling.fusion import FusionMechanism
 from casa_train.modeling.mechanisms import MECHANISMS
 
-VARIABLE = "CASA_MECHANISMS"
 FOLDER = Path(str(modeling.__file__)).parent
-
-
-def own_files() -> list[Path]:
-    """The files that the environment variable names, joined by `:`."""
-    named = os.environ.get(VARIABLE, "").split(os.pathsep)
-    return [Path(name).expanduser().absolute() for name in named if name]
 
 
 def register_own() -> None:
@@ -37,7 +30,7 @@ def register_own() -> None:
     :raises UserError: no file, a name that a module cannot have, an import that an export lacks, or
         a file that registers nothing.
     """
-    for path in own_files():
+    for path in own_mechanism_files():
         name = f"{modeling.__name__}.{path.stem}"
         loaded = sys.modules.get(name)
         if loaded is not None and loaded.__file__ == str(path):
@@ -55,8 +48,8 @@ def register_own() -> None:
         if not any(mechanism.__module__ == name for mechanism in MECHANISMS.values()):
             del sys.modules[name]
             raise UserError(
-                f"{VARIABLE} names {path}, which registers no fusion mechanism; expected a "
-                "subclass of FusionMechanism with a name and the decorator @register."
+                f"{MECHANISMS_VARIABLE} names {path}, which registers no fusion mechanism; "
+                "expected a subclass of FusionMechanism with a name and the decorator @register."
             )
 
 
@@ -70,12 +63,13 @@ def _check(path: Path) -> None:
     """:raises UserError: what cannot be a mechanism's file, here or in an export."""
     if path.suffix != ".py" or not path.is_file():
         raise UserError(
-            f"{VARIABLE} names {path}, which is no Python file; expected files such as mine/toy.py."
+            f"{MECHANISMS_VARIABLE} names {path}, which is no Python file; expected files such as "
+            "mine/toy.py."
         )
     if not path.stem.isidentifier() or (FOLDER / path.name).exists():
         raise UserError(
-            f"{VARIABLE} names {path}; expected a name that Python can import and that no file in "
-            f"{FOLDER} has, since an export holds them side by side. Rename it."
+            f"{MECHANISMS_VARIABLE} names {path}; expected a name that Python can import and that "
+            f"no file in {FOLDER} has, since an export holds them side by side. Rename it."
         )
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if not isinstance(node, ast.Import | ast.ImportFrom):

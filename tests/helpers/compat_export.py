@@ -68,17 +68,18 @@ def write(directory: Path) -> None:
     from casa_train.data.tokens import portable_tokenizer_config
     from casa_train.export.gate import check_export
     from casa_train.export.writer import write_export
+    from casa_train.io.environment import MECHANISMS_VARIABLE
     from casa_train.modeling.configuration_casa import CasaConfig
     from casa_train.modeling.decoder import BACKBONES
     from casa_train.modeling.mechanisms import MECHANISMS
     from casa_train.modeling.processing_casa import CasaProcessor
-    from casa_train.setup.own_mechanisms import VARIABLE, own_class, register_own
+    from casa_train.setup.own_mechanisms import own_class, register_own
     from data_recipes.synthetic import build_tokenizer
     from tests.helpers.commands import TEMPLATE
     from tests.helpers.tiny import tiny_model
     from tests.helpers.toy_mechanism import write_toy
 
-    os.environ[VARIABLE] = str(write_toy(directory / "mine")[0])
+    os.environ[MECHANISMS_VARIABLE] = str(write_toy(directory / "mine")[0])
     register_own()
     processor = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
 

@@ -11,7 +11,17 @@ from hydra import compose, initialize_config_dir
 from casa_train.config.compose import to_config
 from casa_train.errors import UserError
 from casa_train.run.provenance import code_commit
-from launch.submit import ROOT, Code, Job, compose_jobs, frozen_yaml, main
+from launch.submit import (
+    ROOT,
+    Code,
+    Installed,
+    Job,
+    batch_script,
+    compose_jobs,
+    frozen_yaml,
+    main,
+    write,
+)
 
 DEMO = ["+experiment=demo", "data.packs_per_step=32"]
 
@@ -138,3 +148,25 @@ def test_a_snapshot_holds_tracked_changes_and_leaves_the_checkout_alone(tmp_path
     assert "+changed" in (changed / "changes.patch").read_text()
     assert git(root, "status", "--porcelain") == before
     assert git(root, "stash", "list") == ""
+
+
+def test_mechanisms_of_the_users_own_are_frozen_with_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine" / "toy.py"
+    monkeypatch.setenv("CASA_MECHANISMS", str(file))
+    settings, folder = {"job-name": "mine"}, tmp_path / "frozen"
+    with pytest.raises(UserError, match=f"CASA_MECHANISMS names {file}"):
+        batch_script(settings, folder)
+    file.parent.mkdir()
+    file.write_text("# a mechanism\n")
+    assert f"\nexport CASA_MECHANISMS={folder}/mechanisms/toy.py\n" in batch_script(
+        settings, folder
+    )
+    code = Installed(tmp_path)
+    for package in ("casa_train", "data_recipes", "launch"):
+        (tmp_path / package).mkdir()
+    write(folder, "#!/bin/sh\n", [], code)
+    assert (folder / "mechanisms" / "toy.py").read_text() == "# a mechanism\n"
+    monkeypatch.delenv("CASA_MECHANISMS")
+    assert "CASA_MECHANISMS" not in batch_script(settings, folder)

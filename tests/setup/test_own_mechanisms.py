@@ -22,12 +22,13 @@ from casa_train.cost.work import count_operations
 from casa_train.data.processor import build_processor
 from casa_train.errors import UserError
 from casa_train.export.from_run import find_checkpoint
+from casa_train.io.environment import MECHANISMS_VARIABLE
 from casa_train.modeling.block_work import Pairs
 from casa_train.modeling.fusion import MECHANISMS, FusionMechanism, register
 from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import PROCESSOR
 from casa_train.setup.model import build_model
-from casa_train.setup.own_mechanisms import VARIABLE, register_own
+from casa_train.setup.own_mechanisms import register_own
 from tests.helpers.commands import ROOT, TINY, environment, on_data, train_command
 from tests.helpers.tiny import Layout, fill, packed_inputs, tiny_model
 from tests.helpers.toy_mechanism import FILE, write_toy
@@ -55,7 +56,7 @@ with torch.no_grad():
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of a mechanism that this process knows for the time of a test."""
     file, _ = write_toy(tmp_path / "mine")
-    monkeypatch.setenv(VARIABLE, str(file))
+    monkeypatch.setenv(MECHANISMS_VARIABLE, str(file))
     known = dict(MECHANISMS)
     yield file
     MECHANISMS.clear()
@@ -67,9 +68,9 @@ def command(
     arguments: list[str], own: Path | None, code: int = 0, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     env = environment()
-    env.pop(VARIABLE, None)
+    env.pop(MECHANISMS_VARIABLE, None)
     if own is not None:
-        env[VARIABLE] = str(own)
+        env[MECHANISMS_VARIABLE] = str(own)
     done = subprocess.run(
         arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
@@ -124,7 +125,7 @@ def test_a_toy_mechanism_is_one_file_and_one_yaml(
     shutil.copy(toy, run / "toy.py")
     write = [sys.executable, "-m", "casa_train.export", str(run), "--out", str(tmp_path / "again")]
     message = command(write, None, code=2, folder=run).stderr
-    for word in ("'toy' is unknown", "'casa'", "'insertion'", VARIABLE):
+    for word in ("'toy' is unknown", "'casa'", "'insertion'", MECHANISMS_VARIABLE):
         assert word in message, message
     command(write, toy)
 
@@ -202,7 +203,7 @@ def test_a_file_that_no_export_could_take_is_refused(
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    monkeypatch.setenv(VARIABLE, os.pathsep.join([str(toy), str(path)]))
+    monkeypatch.setenv(MECHANISMS_VARIABLE, os.pathsep.join([str(toy), str(path)]))
     with pytest.raises(UserError) as caught:
         register_own()
     assert all(word in str(caught.value) for word in [str(path), *words])

@@ -26,6 +26,8 @@ from casa_train.bench._benchmark import Benchmark, Report, aligned
 from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
 from casa_train.checkpoint.slices import read_weights
 from casa_train.config.bounds import local_path
+from casa_train.config.schema import CheckpointConfig
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.layout import CHECKPOINTS, METRICS_FILE
@@ -191,7 +193,7 @@ def disturbed(run: Run, kills: int, start: float, step: float, draw: random.Rand
     done: list[Kill] = []
     behind: list[tuple[Kill, float]] = []  # kills whose step was not reached again, with their time
     checkpoints = run.directory / CHECKPOINTS
-    manager = CheckpointManager(checkpoints, 2, 0, {}, lambda line: None)
+    manager = CheckpointManager(checkpoints, CheckpointConfig(), {}, Ranks())
 
     def look() -> bool:
         """Notes who has caught up; whether the run has ended."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from casa_train import __version__
 from casa_train.config.schema import Config
+from casa_train.distributed.ranks import Ranks
 from casa_train.io.log import count
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -36,14 +37,13 @@ def banner(
     config: Config,
     model: CasaForConditionalGeneration,
     notes: Sequence[str],
-    world: int,
-    device: torch.device,
+    ranks: Ranks,
 ) -> list[str]:
     """What the run is, in a few lines; `notes` are those of its data."""
     vision, backbone = model.config.vision_config, model.config.text_config
-    accumulation = config.data.packs_per_step // world
+    accumulation = config.data.packs_per_step // ranks.world
     dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    backend = choose_backend("auto", device, dtype)
+    backend = choose_backend("auto", ranks.device, dtype)
     sizes = part_sizes(model)
     adapter = vision.out_hidden_size != backbone.hidden_size
     lines = [
@@ -63,8 +63,8 @@ def banner(
             if adapter
             else ""
         ),
-        f"attention backend: {backend} on {device.type}",
-        f"{count(world, 'rank')} x {count(accumulation, 'micro-step')}, "
+        f"attention backend: {backend} on {ranks.device.type}",
+        f"{count(ranks.world, 'rank')} x {count(accumulation, 'micro-step')}, "
         f"ZeRO-{config.parallel.zero_stage}, {config.parallel.precision}, "
         f"{count(torch.get_num_threads(), 'thread')}; a pack holds "
         f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",

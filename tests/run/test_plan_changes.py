@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from casa_train.checkpoint.manager import SavedCheckpoint
+from casa_train.checkpoint.resume import check_resume
 from casa_train.config.schema import (
     FREE_FIELDS,
     Config,
@@ -32,7 +33,6 @@ from casa_train.data.stream.lanes import (
 from casa_train.data.stream.row_groups import Retries
 from casa_train.errors import UserError
 from casa_train.run.resume_fields import CHANGEABLE, KEPT, matches, plan_record, refuse_changes
-from casa_train.train import check_resume
 from tests.data.test_plan import MIXED, SETTINGS, SOURCES
 from tests.helpers.stream_data import SETTINGS as STREAM
 from tests.helpers.stream_data import (

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casa_train.checkpoint.disk_space import check_disk
-from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint
+from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.checkpoint.resume import check_resume, restore
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import Config, fingerprint
 from casa_train.cost.peak import machine_facts
 from casa_train.cost.sizes import work_counter
@@ -21,8 +22,8 @@ from casa_train.data.shared_memory import check_shared_memory_of
 from casa_train.distributed.determinism import set_determinism
 from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
-from casa_train.engine.build import build_engine, start_model
 from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.evaluate.held_out import HeldOut, open_held_out
 from casa_train.evaluate.validation import Best, Validator
 from casa_train.export.background_exports import BackgroundExports
@@ -100,8 +101,6 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     step, steps = run.state.progress.step, config.trainer.steps
     if step >= steps:
         ranks.log(f"nothing to do: {run_dir} holds step {step} of {steps}")
-    if held_out is None and config.evaluation.every:
-        ranks.log("no validation: data.validation names no held-out split")
     reason = run.trainer.run()
     if reason is not None:
         saved = max(checkpoints.steps(), default=0)  # of an earlier step, if this save failed
@@ -133,10 +132,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, ready for its first step: what `build_run` put together.
-
-    :param exports: on the first rank, where there is a run directory.
-    """
+    """A run, ready for its first step; exports are the first rank's, if it has a directory."""
 
     engine: Engine
     state: State
@@ -169,9 +165,7 @@ def build_run(
     :param hooks: more of them, the last ones.
     :raises UserError: a checkpoint that does not fit.
     """
-    progress = Progress()
-    if found is not None and checkpoints is not None:
-        progress = Progress(**restore(found, engine, loader, checkpoints, config.seed))
+    progress = Progress(**restore(found, engine, loader, ranks, config.seed))
     facts = machine_facts(config, ranks)
     starts = open_starts(run_dir, ranks, facts)
     meter = Meter(ranks.device, facts["peak_tflops"], starts.number)
@@ -189,7 +183,8 @@ def build_run(
         if ranks.first:
             exports = BackgroundExports(run_dir, config.export, every_sink.log, best)
         checkpoints.watched_by(heartbeat, exports)
-        words = LastWords(run_dir, starts, checkpoints)  # below: before whatever may hang
+        words = LastWords(run_dir, starts, checkpoints)
+        # Before whatever may hang.
         watching.append(Watchdog(config.trainer, ranks, heartbeat, run_dir, words))
     watching.append(Attempt(starts))  # before whatever may fail: starts.jsonl says it
     watching.append(ScheduledCollection(config.trainer.gc_every))  # what is there by now, stays
@@ -198,8 +193,8 @@ def build_run(
     if stop is not None:  # before validation: who has to leave saves at once, and owes it
         watching.append(Stopping(stop, ranks, config.trainer.steps))
     if held_out is not None and run_dir is not None:
-        file, told = run_dir / VALIDATION_FILE, (every_sink, best, heartbeat, exports)
-        watching.append(Validator(config, ranks, engine, held_out, file, *told))
+        told = run_dir / VALIDATION_FILE, every_sink, best, heartbeat, exports
+        watching.append(Validator(config, ranks, engine, held_out, *told))
     if exports is not None:  # after validation, which finds the best step
         watching.append(exports)
     return Run(engine, state, Trainer(config, ranks, state, Hooks([*watching, *hooks])), exports)

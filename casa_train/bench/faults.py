@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
-from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
+from casa_train.checkpoint.manager import DELETED, CheckpointManager
+from casa_train.checkpoint.saved import MANIFEST, STATE
 from casa_train.checkpoint.slices import read_weights
 from casa_train.config.bounds import local_path
 from casa_train.config.schema import CheckpointConfig

@@ -28,8 +28,8 @@ from casa_train.cost.sizes import size_model, work_counter
 from casa_train.data.materialize import PackedBatch
 from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
-from casa_train.engine.build import build_engine, start_model
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.log import count
 from casa_train.modeling.windows import SampleShape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from casa_train.checkpoint.manager import SavedCheckpoint
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError

@@ -15,26 +15,30 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from casa_train.checkpoint.frozen import FROZEN_DIRECTORY, UNFINISHED, FrozenFile, lost
+from casa_train.checkpoint.saved import (
+    MANIFEST,
+    STATE,
+    STEP_NAME,
+    UNREADABLE,
+    SavedCheckpoint,
+    frozen_of,
+    open_saved,
+    saved_steps,
+)
 from casa_train.config.schema import CheckpointConfig
-from casa_train.distributed.random_state import load_rng_state, rng_state, set_rng_state
+from casa_train.distributed.random_state import rng_state
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 from casa_train.io.files import sha256, sync_directory, write_atomic
 from casa_train.io.tensors import save_tensors
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-STEP_NAME = re.compile(r"step_(\d+)$")
 DELETED = ".deleted"
 LEFT_OVER = (f"step_*{DELETED}", f"step_*{UNFINISHED}", f"{FROZEN_DIRECTORY}/*{UNFINISHED}")
-# What reading a damaged manifest may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
 Write = Callable[[Path], FrozenFile | None]
 
 T = TypeVar("T")
@@ -42,21 +46,6 @@ T = TypeVar("T")
 
 class _DiskError(Exception):
     """A disk failed one rank; every rank has this."""
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A valid checkpoint: its directory and what was saved beside the engine's state.
-
-    :param frozen: the file of its frozen weights; None where nothing is frozen, and in older ones,
-        which hold theirs themselves.
-    """
-
-    step: int
-    path: Path
-    state: dict[str, Any]
-    manifest: dict[str, Any]
-    frozen: FrozenFile | None
 
 
 class Readers(Protocol):
@@ -163,7 +152,7 @@ class CheckpointManager:
                 if not problems:
                     # Nothing is put aside: with its file back, the checkpoint is as good as before.
                     _refuse([frozen for _, frozen in shares if frozen is not None])
-                    return _found(step, path)
+                    return open_saved(step, path)
                 broken.append(f"{path.name}: {problems[0]}")
                 self.ranks.log(
                     f"checkpoint {path.name} is broken ({problems[0]}); trying an older one"
@@ -184,10 +173,6 @@ class CheckpointManager:
             )
         return None
 
-    def load_rng(self, found: SavedCheckpoint) -> None:
-        """Restores this rank's random number generators; saved by as many ranks as there are."""
-        set_rng_state(load_rng_state(found.path / f"rng_{self.ranks.rank}.pt"))
-
     def read(self, step: int) -> SavedCheckpoint | None:
         """The checkpoint of one step, None if it is not valid; changes nothing, not collective.
 
@@ -199,7 +184,7 @@ class CheckpointManager:
             self.ranks.log(f"checkpoint {path.name} is broken ({problems[0]})")
             return None
         _refuse([frozen] if frozen is not None else [])
-        return _found(step, path)
+        return open_saved(step, path)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -216,7 +201,7 @@ class CheckpointManager:
         """What is wrong with this rank's share of a checkpoint, and with its frozen weights."""
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            files, frozen = sorted(manifest["files"].items()), _frozen(manifest)
+            files, frozen = sorted(manifest["files"].items()), frozen_of(manifest)
         except UNREADABLE as error:
             return [f"{MANIFEST} is missing or unreadable ({type(error).__name__})"], None
         problems = []
@@ -317,7 +302,7 @@ class CheckpointManager:
             if path.name.endswith((DELETED, UNFINISHED)):
                 continue
             try:
-                frozen = _frozen(json.loads((path / MANIFEST).read_text()))
+                frozen = frozen_of(json.loads((path / MANIFEST).read_text()))
             except UNREADABLE:
                 if STEP_NAME.match(path.name):
                     return []  # nobody knows what it needs
@@ -380,29 +365,11 @@ class CheckpointManager:
         return [pair[0] for pair in pairs]
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint in a run's directory of them, oldest first."""
-    names = [STEP_NAME.match(path.name) for path in directory.glob("step_*")]
-    return sorted(int(match.group(1)) for match in names if match)
-
-
 def _files(directory: Path) -> list[str]:
     return [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
-
-
-def _frozen(manifest: dict[str, Any]) -> FrozenFile | None:
-    """The file of frozen weights that a checkpoint refers to; older ones hold theirs themselves."""
-    entry = manifest.get("frozen")
-    return FrozenFile(**entry) if entry is not None else None
 
 
 def _refuse(problems: Sequence[str]) -> None:
     """:raises UserError: frozen weights that are not whole; at most one rank looked."""
     if problems:
         raise UserError(lost(problems[0]))
-
-
-def _found(step: int, path: Path) -> SavedCheckpoint:
-    manifest = json.loads((path / MANIFEST).read_text())
-    state = json.loads((path / STATE).read_text())
-    return SavedCheckpoint(step, path, state, manifest, _frozen(manifest))

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import Config
-from casa_train.distributed.random_state import derive_seed, seed_all
+from casa_train.distributed.random_state import (
+    derive_seed,
+    load_rng_state,
+    seed_all,
+    set_rng_state,
+)
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.io.log import count
 from casa_train.run.resume_fields import refuse_changes
@@ -28,18 +34,19 @@ class Continues(Protocol):
 
 
 def restore(
-    found: SavedCheckpoint,
-    engine: Loads,
-    loader: Continues,
-    checkpoints: CheckpointManager,
-    seed: int,
+    found: SavedCheckpoint | None, engine: Loads, loader: Continues, ranks: Ranks, seed: int
 ) -> dict[str, Any]:
-    """Puts a checkpoint into a fresh engine and loader; returns how far it was."""
+    """Puts a checkpoint, if there is one, into a fresh engine and loader; collective.
+
+    :return: how far it was; empty where there is none.
+    """
+    if found is None:
+        return {}
     engine.load(found.path)
     loader.load_state_dict(found.state["data"])
-    ranks, saved_by = checkpoints.ranks, found.manifest["world_size"]
+    saved_by = found.manifest["world_size"]
     if saved_by == ranks.world:
-        checkpoints.load_rng(found)
+        set_rng_state(load_rng_state(found.path / f"rng_{ranks.rank}.pt"))
     else:
         ranks.log(
             f"{found.path} was saved with world size {saved_by}, this start has {ranks.world}: "

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from casa_train.checkpoint.manager import saved_steps
+from casa_train.checkpoint.saved import saved_steps
 from casa_train.config.schema import ExportConfig
 from casa_train.io.files import EXPORT_MARKER
 from casa_train.metrics.sinks.base import Record

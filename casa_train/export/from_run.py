@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from casa_train import modeling
-from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint
+from casa_train.checkpoint.manager import CheckpointManager
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.checkpoint.slices import read_weights
 from casa_train.config.schema import CheckpointConfig, Config
 from casa_train.data.processor import build_processor

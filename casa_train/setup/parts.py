@@ -75,4 +75,6 @@ def banner(
     lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
     if fitted != wanted:
         lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
+    if config.evaluation.every and not config.data.validation:
+        lines.append("no validation: data.validation names no held-out split")
     return [*lines, *notes]

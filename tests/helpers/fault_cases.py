@@ -30,8 +30,8 @@ from casa_train.checkpoint.frozen import FROZEN_DIRECTORY
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.random_state import seed_all
-from casa_train.engine.build import build_engine
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.train import build_run

@@ -21,8 +21,8 @@ from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config
 from casa_train.cost.sizes import size_model
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine, start_model
 from casa_train.engine.engine import Engine, init_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import set_rates

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from casa_train.config.schema import GroupConfig, OptimConfig
-from casa_train.engine.build import build_engine
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
 from casa_train.train import build_run
 from tests.helpers.tiny import tiny_model

@@ -24,8 +24,8 @@ from torch import Tensor
 from casa_train.checkpoint.slices import STATE_DIRECTORY
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine
 from casa_train.engine.engine import Engine
+from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
 from casa_train.io.tensors import save_tensors
 from casa_train.setup.optim import set_rates

@@ -23,8 +23,8 @@ from casa_train.config.schema import Config
 from casa_train.data.build import open_data
 from casa_train.distributed.random_state import rng_state
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine, start_model
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.evaluate.held_out import open_held_out, score
 from casa_train.evaluate.questions import Questions
 from casa_train.metrics.sinks.jsonl import read_metrics

@@ -14,8 +14,8 @@ from torch import Tensor
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.cost.memory import state_bytes
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.setup.optim import build_groups
 from tests.helpers.tiny import Layout, fill, packed_inputs, tiny_model
 from tests.helpers.tiny_run import tiny_settings

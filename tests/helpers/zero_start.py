@@ -19,8 +19,8 @@ from hydra import compose, initialize_config_dir
 from casa_train.config.compose import CONF_DIR, to_config
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine, start_model
 from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.setup.inputs import check_inputs
 
 

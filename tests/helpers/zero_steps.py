@@ -16,8 +16,8 @@ from torch import Tensor
 
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.ranks import Ranks
-from casa_train.engine.build import build_engine
 from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.training.loss import answer_losses

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from casa_train.checkpoint.manager import SavedCheckpoint
 from casa_train.checkpoint.resume import check_resume
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import (
     FREE_FIELDS,
     Config,

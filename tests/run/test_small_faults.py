@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from casa_train import __version__
-from casa_train.checkpoint.manager import SavedCheckpoint
 from casa_train.checkpoint.resume import check_resume
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config, MetricsConfig
 from casa_train.cost.dry_run import dry_run

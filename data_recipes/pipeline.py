@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from casa_train.errors import UserError
+from casa_train.io.numbers import duration
 from data_recipes.held_out import Aside, HoldOut, divide, forget, set_aside
 
 if TYPE_CHECKING:
@@ -382,16 +383,8 @@ class Progress:
         line += f", {self.samples} samples, {rate:.0f} a second"
         if self.total and self._old < self.done < self.total:
             left = passed * (self.total - self.done) / (self.done - self._old)
-            line += f", about {_duration(left)} left"
+            line += f", about {duration(round(left))} left"
         print(line, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def reasons(counts: Mapping[str, int]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from casa_train.io.environment import set_environment
+
+set_environment()  # for the tests and the processes they start, before anything imports torch
+
 import os
 from collections.abc import Iterator
 from pathlib import Path

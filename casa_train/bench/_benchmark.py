@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from casa_train.config.bounds import local_path
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

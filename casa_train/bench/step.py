@@ -31,8 +31,8 @@ from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
-from casa_train.io.log import count
-from casa_train.modeling.windows import SampleShape
+from casa_train.io.numbers import count
+from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start
@@ -44,7 +44,7 @@ optimiser, precision and ZeRO stage. Every pack is full in both budgets, with im
 size and a loss on every text token; the packs are made before the clock starts, so nothing waits
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
 (world_size). Experiments run one after another, --rounds times in turn; times are medians over all
-steps after the warm-up. Work counts attended pairs and nothing recomputed (metrics/flops.py).
+steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
 Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
@@ -75,9 +75,7 @@ class FullPacks:
         """There is no position: every step is the same."""
 
 
-def batch_of(
-    pack: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
-) -> PackedBatch:
+def batch_of(pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int) -> PackedBatch:
     """A micro-step of random text and pictures with these lengths; every token is an answer."""
     generator = torch.Generator().manual_seed(seed)
     inputs = full_inputs(pack, "cpu")

@@ -17,7 +17,7 @@ from casa_train.distributed.random_state import (
 )
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.run.resume_fields import refuse_changes
 
 

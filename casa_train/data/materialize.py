@@ -17,12 +17,12 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.transfer import pinned
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
+from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.modeling.windows import Chunk, SampleShape, has_pair
+from casa_train.modeling.windows import Chunk, has_pair
 
-CountWork = Callable[[Sequence[SampleShape], int], int]
+CountWork = Callable[[Sequence[Chunk], int], int]
 """Samples of a pack and its rows with logits -> floating-point operations."""
 
 
@@ -99,18 +99,9 @@ class EncodedSample:
     follows: tuple[bool, ...] = ()
 
     def chunk(self) -> Chunk:
-        """Its lengths, as the model wants to know them."""
-        tokens = tuple(self.image_tokens)
-        return Chunk(len(self.ids), tuple(self.points), tokens, follows=self.follows)
-
-    def shape(self) -> SampleShape:
-        """Its lengths, as counting its work wants to know them."""
-        grids = tuple((image.shape[1] // 28, image.shape[2] // 28) for image in self.images)
-        return SampleShape(len(self.ids), tuple(self.points), grids, self.follows)
-
-    @property
-    def image_tokens(self) -> list[int]:
-        return [image.shape[1] * image.shape[2] // 784 for image in self.images]
+        """Its lengths, as the model and the count of its work want to know them."""
+        grids = [(image.shape[1] // SIDE, image.shape[2] // SIDE) for image in self.images]
+        return Chunk.of_grids(len(self.ids), self.points, grids, self.follows)
 
 
 def encode_sample(
@@ -126,8 +117,9 @@ def encode_sample(
     loaded = [
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
-    follows = tuple(encoded.follows) if any(encoded.follows) else ()
-    return EncodedSample(encoded.ids, encoded.answer, encoded.points, loaded, follows)
+    return EncodedSample(
+        encoded.ids, encoded.answer, encoded.points, loaded, tuple(encoded.follows)
+    )
 
 
 def dummy_sample(token: int) -> EncodedSample:
@@ -135,7 +127,7 @@ def dummy_sample(token: int) -> EncodedSample:
 
     Where a pack holds no pair of image and text, this keeps every rank's graph the same.
     """
-    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    black = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
 
 
@@ -186,6 +178,7 @@ def _build(
     count_work: CountWork | None,
 ) -> PackedBatch:
     samples: list[EncodedSample] = []
+    chunks: list[Chunk] = []
     names: list[tuple[str, str]] = []
     answers: list[tuple[str, int]] = []
     failures: list[Failure] = []
@@ -206,17 +199,18 @@ def _build(
             raise RuntimeError(
                 f"sample {source}/{key} of pack {index}: {type(error).__name__}: {error}"
             ) from error
-        found = len(encoded.ids), sum(encoded.image_tokens)
+        chunk = encoded.chunk()
+        found = chunk.text, chunk.image_tokens
         planned = entry.text_tokens, entry.image_tokens
         if found != planned:
             detail = f"{found} text and image tokens, the index promised {planned}"
             failures.append(Failure(source, key, "index_mismatch", detail))
             continue
         samples.append(encoded)
+        chunks.append(chunk)
         names.append((sample.source, sample.key))
         answers.append((entry.name, sum(encoded.answer[1:])))
     pairs = sum(bool(s.images) and any(s.answer) for s in samples)
-    chunks = [encoded.chunk() for encoded in samples]
     if not has_pair(chunks):
         dummy = dummy_sample(processor.tokenizer.eos_token_id or 0)
         samples.append(dummy)
@@ -237,7 +231,7 @@ def _build(
         logits_index=torch.tensor(rows, dtype=torch.long),
     )
     text_tokens = sum(c.text for c in chunks)
-    image_tokens = sum(sum(c.images) for c in chunks)
+    image_tokens = sum(c.image_tokens for c in chunks)
     return PackedBatch(
         index=index,
         inputs=inputs,
@@ -250,7 +244,7 @@ def _build(
         fills=(text_tokens / text_budget, image_tokens / image_budget),
         pairs=pairs,
         failures=failures,
-        operations=0 if count_work is None else count_work([s.shape() for s in samples], len(rows)),
+        operations=0 if count_work is None else count_work(chunks, len(rows)),
     )
 
 

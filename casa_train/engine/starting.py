@@ -51,7 +51,7 @@ def build_engine(
     :param fused: of the optimiser, see `build_optimizer`.
     :raises UserError: parameter groups that do not fit the model.
     """
-    model.recompute_activations(config.parallel.activation_checkpointing)
+    model.checkpoint_activations(config.parallel.activation_checkpointing)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     engine = Engine(
         model,

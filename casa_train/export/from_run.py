@@ -30,6 +30,7 @@ from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import CHECKPOINTS, PROCESSOR
 from casa_train.run.resume_fields import plan_record
 from casa_train.setup.model import build_model
+from casa_train.setup.own_mechanisms import own_class
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,6 +76,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
         card=model_card(config, found.step, model),
         provenance={"run": config.name, "step": found.step, "dtype": str(chosen)},
         gate=gate,
+        mechanism=own_class(model.mechanism),
     )
 
 

@@ -43,10 +43,12 @@ pip install torch "transformers>=4.51.3" einops pillow numpy
 
 ```python
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 path = "PATH/TO/THIS/DIRECTORY"
-model = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype=torch.float32).eval()
+model = AutoModelForImageTextToText.from_pretrained(
+    path, trust_remote_code=True, torch_dtype=torch.float32
+).eval()
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 messages = [{{"role": "user", "content": [
     {{"type": "image", "image": "picture.png"}},

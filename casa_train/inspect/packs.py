@@ -6,16 +6,21 @@ are from `split_windows`: a mistake in the data shows here as it would train.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
+
 from casa_train.data.materialize import Failure, Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack
-from casa_train.inspect import pictures
 from casa_train.modeling.windows import Window, split_windows
+from casa_train.report import pictures
 
 TRAINED, FAILED, DUMMY = "trained", "failed", "dummy"
+FULL_SIZE = 160  # with more pictures on a page each gets smaller, so that the page does not grow
 HUES = 8  # windows take these colours in turn
 
 SIGNS = {9: "⇥\t", 10: "↵\n"}  # a token that ends a line says so
@@ -211,9 +216,16 @@ def view_batches(
 
     :param budgets: text and image tokens of a full pack.
     """
-    side = pictures.side_for(sum(len(one.batch.inputs.images) for one in planned))
+    side = side_for(sum(len(one.batch.inputs.images) for one in planned))
     texts = TokenTexts(tokenizer)
     return [_view(one, budgets, texts, side) for one in planned]
+
+
+def side_for(images: int) -> int:
+    """CSS pixels of the longer side of a picture where a page holds so many."""
+    if images <= FULL_SIZE:
+        return pictures.SIDE
+    return max(24, round(pictures.SIDE * math.sqrt(FULL_SIZE / images)))
 
 
 def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: int) -> PackView:
@@ -312,9 +324,14 @@ def _tokens(batch: PackedBatch, texts: TokenTexts) -> list[Token]:
 def _pictures(batch: PackedBatch, side: int) -> list[Picture]:
     counts = [tokens for chunk in batch.inputs.chunks for tokens in chunk.images]
     return [
-        Picture(number, pictures.of_pixels(image, side), image.shape[2], image.shape[1], tokens)
+        Picture(number, _thumbnail(image, side), image.shape[2], image.shape[1], tokens)
         for number, (image, tokens) in enumerate(zip(batch.inputs.images, counts, strict=True))
     ]
+
+
+def _thumbnail(pixels: Tensor, side: int) -> str:
+    """:param pixels: (3, H, W) uint8, as the model reads them."""
+    return pictures.thumbnail(Image.fromarray(pixels.permute(1, 2, 0).numpy()), side)
 
 
 def _images_in(window: Window, following: Sequence[Picture]) -> int:

@@ -35,12 +35,12 @@ from casa_train.data.processor import build_processor
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.stream.stream_loader import check_lanes, draw_packs
 from casa_train.errors import UserError
-from casa_train.inspect import pictures
 from casa_train.inspect.data_page import MessageView, OneSample, Page, Part
 from casa_train.inspect.packs import view_packs
 from casa_train.inspect.statistics import view_plan
 from casa_train.inspect.streams import view_stream
 from casa_train.modeling.processing_casa import ChatTemplate
+from casa_train.report import pictures
 from casa_train.run.configuration import load_run_config
 from casa_train.run.layout import CONFIG_FILE, PROCESSOR
 

@@ -14,10 +14,10 @@ import numpy as np
 from casa_train.data.mixture import Mixture
 from casa_train.data.prepared.plan import IMAGE, RESERVED, VIDEO, Pack, Planner
 from casa_train.data.prepared.shards import Split
-from casa_train.inspect import charts
-from casa_train.inspect.charts import Chart
+from casa_train.report import histograms
+from casa_train.report.drawing import GROUP_COLOURS, WEAK, Plot
 
-COLOURS = 8  # series of a chart; further sources share the last one
+COLOURS = len(GROUP_COLOURS)  # series of a chart; further sources share the last one
 LEFT_OUT = 12  # samples that are named
 
 
@@ -87,7 +87,7 @@ class PlanView:
     left_out: list[LeftOut]
     dropped: int
     balance: list[Balance]
-    charts: list[Chart]
+    charts: list[Plot]
 
 
 def view_plan(
@@ -244,7 +244,7 @@ def _charts(
     splits: Mapping[str, Split],
     drawn: Mapping[str, np.ndarray],
     fills: tuple[np.ndarray, np.ndarray],
-) -> list[Chart]:
+) -> list[Plot]:
     names = list(planner.sources)
     groups = [names[i : i + 1] for i in range(COLOURS - 1)] + [names[COLOURS - 1 :]]
     lists = {name: _Lists(splits[name], drawn[name]) for name in names}
@@ -253,24 +253,24 @@ def _charts(
         none = np.zeros(0, np.int64)
         return [np.concatenate([none, *(values[n] for n in group)]) for group in groups if group]
 
-    def by_source(title: str, values: Mapping[str, np.ndarray]) -> Chart:
-        return charts.histogram(title, stacked(values))
+    def by_source(title: str, values: Mapping[str, np.ndarray]) -> Plot | None:
+        return histograms.histogram(title, stacked(values))
 
     sources = planner.sources
-    shares = np.linspace(0, 1, 41)
     counts = np.array([len(pack.items) for pack in packs])
     widths = np.concatenate([lists[name].values("widths") for name in names])
     heights = np.concatenate([lists[name].values("heights") for name in names])
-    return [
+    plots = [
         by_source("Text tokens", {n: sources[n].text[drawn[n]] for n in names}),
         by_source("Image tokens", {n: sources[n].images[drawn[n]] for n in names}),
         by_source("Images", {n: lists[n].counts("widths") for n in names}),
         by_source("Turns", {n: lists[n].counts("user_tokens") for n in names}),
-        charts.sizes("Image sizes", widths, heights),
-        charts.histogram("Samples in a pack", [counts], first=charts.GREY),
-        charts.histogram("Text fill of packs", [fills[0]], shares, True, charts.GREY),
-        charts.histogram("Image fill of packs", [fills[1]], shares, True, charts.GREY),
+        histograms.sizes("Image sizes", widths, heights),
+        histograms.histogram("Samples in a pack", [counts], [WEAK]),
+        histograms.shares("Text fill of packs", fills[0]),
+        histograms.shares("Image fill of packs", fills[1]),
     ]
+    return [plot for plot in plots if plot is not None]
 
 
 class _Lists:

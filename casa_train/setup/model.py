@@ -16,6 +16,7 @@ from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import ALIASES, BACKBONES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.setup.own_mechanisms import register_own
 from casa_train.setup.pretrained import (
     backbone_config,
     vision_config,
@@ -171,6 +172,7 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
 
     :raises UserError: an unknown mechanism, backbone or setting.
     """
+    register_own()
     try:
         with torch.device("meta"):
             model = CasaForConditionalGeneration(model_config)

@@ -10,7 +10,7 @@ from torch import nn
 from casa_train import __version__
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import fit_schedule

@@ -87,7 +87,7 @@ def test_no_number_is_overlooked() -> None:
 @pytest.mark.parametrize("leaf", NUMBERS, ids=lambda leaf: leaf.name)
 def test_what_lies_outside_is_refused(leaf: Leaf) -> None:
     bound = leaf.kind
-    assert isinstance(bound, Bound), f"{leaf.name} has no bounds: see casa_train/kinds.py"
+    assert isinstance(bound, Bound), f"{leaf.name} has no bounds: see casa_train/config/bounds.py"
     assert bound.words and math.isfinite(bound.least), leaf.name
     if leaf.type is int:
         assert math.isfinite(bound.most), f"{leaf.name} may be larger than any array"

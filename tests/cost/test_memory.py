@@ -56,8 +56,8 @@ def test_activations_are_what_autograd_saves(
     with torch.device("meta"):
         meta = frozen_model(config, trainable, trained).to(dtype).train()
     for blocks in ("none", "all"):
-        real.recompute_activations(blocks)
-        meta.recompute_activations(blocks)
+        real.checkpoint_activations(blocks)
+        meta.checkpoint_activations(blocks)
         measured, counted = saved(real, pack), saved(meta, pack)
         assert sum(counted.values()) == pytest.approx(sum(measured.values()), rel=0.15)
         assert outside_attention(counted) == outside_attention(measured)
@@ -126,7 +126,7 @@ def test_the_estimate_is_near_a_gpus_peak(fusion: str, blocks: str) -> None:
     with torch.device("cuda"):
         model = CasaForConditionalGeneration(model_config).to(torch.bfloat16).train()
     set_trainable(model, config)
-    model.recompute_activations(blocks)
+    model.checkpoint_activations(blocks)
     inputs = full_inputs(full_pack(config), "cuda")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

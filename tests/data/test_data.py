@@ -187,7 +187,7 @@ def test_planned_lengths_are_the_processor_s(split: Split, processor: CasaProces
     text, images = sample_lengths(split, processor)
     for i, sample in enumerate(split):
         encoded = encode_sample(sample, processor)
-        assert (text[i], images[i]) == (len(encoded.ids), sum(encoded.image_tokens))
+        assert (text[i], images[i]) == (len(encoded.ids), encoded.chunk().image_tokens)
 
 
 def test_a_budget_below_every_sample_is_refused(split: Split, processor: CasaProcessor) -> None:

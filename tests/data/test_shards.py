@@ -188,7 +188,7 @@ def test_planned_lengths_of_live_captions_are_the_processor_s(
     assert split.modality == "video"
     encoded = encode_sample(split.read(0), processor)
     text, images = sample_lengths(split, processor)
-    assert (text[0], images[0]) == (len(encoded.ids), sum(encoded.image_tokens))
+    assert (text[0], images[0]) == (len(encoded.ids), encoded.chunk().image_tokens)
     assert encoded.follows == (False, True, True, True)
     # The answer goes on over the frames: what stands between two of them is learned.
     decoded = [
@@ -211,7 +211,7 @@ def test_frames_follow_each_other_and_images_do_not(data_dir: Path, tmp_path: Pa
     assert encoded.follows == (False, True, True)
     write(tmp_path / "images", 0, 8)
     samples = [sample for sample in Split(tmp_path / "images") if len(sample.images) > 1]
-    assert samples and not any(encode_sample(sample, processor).follows for sample in samples)
+    assert samples and not any(any(encode_sample(s, processor).follows) for s in samples)
 
 
 def test_an_index_has_what_the_template_adds_to_a_turn(data_dir: Path, tmp_path: Path) -> None:

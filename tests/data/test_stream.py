@@ -434,7 +434,7 @@ def test_a_file_that_changed_under_way_is_named(tmp_path: Path) -> None:
 
 HUB_PROGRAM = """
 import json
-from casa_train.data.row_groups import Retries
+from casa_train.data.stream.row_groups import Retries
 from casa_train.data.stream import open_subset, subset_names
 from tests.helpers.stream_data import loaders, read_step
 retries, name = Retries(4, 0.01), "HuggingFaceM4/FineVision"

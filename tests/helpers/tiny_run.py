@@ -19,16 +19,20 @@ from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
 
 
 def tiny_settings(
-    optim: OptimConfig, stage: int, precision: str = "fp32", packs: int = 2, recompute: str = "none"
+    optim: OptimConfig,
+    stage: int,
+    precision: str = "fp32",
+    packs: int = 2,
+    checkpointed: str = "none",
 ) -> Config:
     """The configuration of such a run, as far as there is one.
 
-    :param packs: of a step, over all ranks; :param recompute: activation checkpointing.
+    :param packs: of a step, over all ranks; :param checkpointed: blocks whose activations are.
     """
     return Config(
         name="tiny",
         optim=optim,
-        parallel=ParallelConfig(stage, precision, recompute),
+        parallel=ParallelConfig(stage, precision, checkpointed),
         data=DataConfig(packs_per_step=packs, max_bad_share=1.0),
         trainer=TrainerConfig(worst_case=False),
         metrics=MetricsConfig(tensorboard=False),

@@ -42,12 +42,12 @@ WIDE = 320
 class Case:
     """A tiny model and how it is trained.
 
-    :param recompute: blocks whose activations are checkpointed.
+    :param checkpointed: blocks whose activations are checkpointed.
     """
 
     model: dict[str, Any]
     clip: float = CLIP
-    recompute: str = "none"
+    checkpointed: str = "none"
     frozen: bool = False
 
     def build(self) -> CasaForConditionalGeneration:
@@ -96,15 +96,15 @@ CASES = {
     "casa, frozen": Case({"mechanism": "casa", "every": 2}, clip=0.1, frozen=True),
     "casa, not clipped": Case({"mechanism": "casa"}, clip=0.0),
     **{
-        f"{name}, recomputed": Case(MODELS[name], recompute="all")
+        f"{name}, recomputed": Case(MODELS[name], checkpointed="all")
         for name in ("casa", "casa shared, images updated", "gated_cross_attention", "insertion")
     },
     "casa, frozen and recomputed": Case(
-        {"mechanism": "casa", "every": 2}, clip=0.1, recompute="all", frozen=True
+        {"mechanism": "casa", "every": 2}, clip=0.1, checkpointed="all", frozen=True
     ),
-    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, recompute="all"),
+    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, checkpointed="all"),
     "casa, wide, frozen and recomputed": Case(
-        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, recompute="all", frozen=True
+        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, checkpointed="all", frozen=True
     ),
 }
 # What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
@@ -153,7 +153,7 @@ def engine_step(
 ) -> tuple[dict[str, Tensor], float]:
     """The same through the project's engine, each rank with its own packs."""
     count, optim = ranks.world * len(packs()), replace(OPTIM, clip=case.clip)
-    config = tiny_settings(optim, stage, packs=count, recompute=case.recompute)
+    config = tiny_settings(optim, stage, packs=count, checkpointed=case.checkpointed)
     engine = build_engine(config, case.build(), ranks)
     set_rates(engine.param_groups, 1.0)
     for step in packs():

@@ -31,7 +31,7 @@ from casa_train.metrics.meter import Meter, memory_bytes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.windows import Chunk
 from casa_train.run.starts import StartLog, read_starts
 from casa_train.training.hooks import described
 from casa_train.training.state import Progress
@@ -72,7 +72,7 @@ WORDS = Sample("words", "s", (Turn(("one and one?",), "two"),), ())
 
 def entry(sample: Sample, processor: CasaProcessor) -> Entry:
     encoded = encode_sample(sample, processor)
-    lengths = len(encoded.ids), sum(encoded.image_tokens)
+    lengths = len(encoded.ids), encoded.chunk().image_tokens
     return Entry("mixture", sample.source, sample.key, *lengths, lambda: sample)
 
 
@@ -98,16 +98,16 @@ def test_the_work_of_a_real_batch_is_counted_where_it_is_loaded(
     batch = build_batch(0, entries, processor, 400, 400, counter)
 
     shapes = [
-        SampleShape(c.text, c.points, ((8, 8),) * len(c.images), c.follows)
+        Chunk.of_grids(c.text, c.points, ((8, 8),) * len(c.images), c.follows)
         for c in batch.inputs.chunks
     ]
     if samples == (WORDS,):
-        shapes[-1] = SampleShape(1, (0,), ((1, 1),))
+        shapes[-1] = Chunk.of_grids(1, (0,), ((1, 1),))
         assert len(shapes) == 2 and batch.operations > 0
     else:
         assert shapes[1].follows == (False, True, True)
     answers = len(batch.targets)
-    sizes = counter.text, counter.vision, counter.fusion, shapes, answers
+    sizes = counter.text, counter.vision, counter.mechanism, shapes, answers
     expected = sum(part.total for part in count_operations(*sizes).values())
     assert batch.operations == expected
 

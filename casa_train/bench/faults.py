@@ -287,7 +287,7 @@ def run(arguments: argparse.Namespace) -> Report:
     recipe = [sys.executable, "-m", "data_recipes", "synthetic", "--out", str(data)]
     counts = ["--samples", str(SAMPLES), "--validation", "24", "--workers", "1"]
     subprocess.run([*recipe, *counts, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
-    steps = 2 * EVERY * arguments.kills + 3 * EVERY  # a life goes two checkpoints on at most
+    steps = 2 * EVERY * arguments.kills + 3 * EVERY  # an attempt goes two checkpoints on
     overrides = [
         *TINY,
         f"model.tokenizer={data}/tokenizer",

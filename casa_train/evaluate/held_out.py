@@ -158,7 +158,7 @@ def score(
     """Runs the model over the held-out packs; every rank calls it and gets the same.
 
     :param forward: the model's, in eval mode.
-    :param beat: called after each pack.
+    :param heartbeat: called after each pack.
     :return: `loss` (mean over answer tokens), `exact_match` (share of answers), `answers` and
         `answer_tokens`, None for numbers that are not finite; the same by source under `sources`;
         `bad_samples`, how many could not be read.

@@ -76,7 +76,7 @@ class Questions:
         """Greedy answers, one record a question; every rank calls it and asks the same.
 
         :param forward: the model's, in eval mode.
-        :param beat: called after each batch.
+        :param heartbeat: called after each batch.
         """
         answers: list[str] = []
         for asked in self._batches():

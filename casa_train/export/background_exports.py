@@ -2,7 +2,7 @@
 
 The process is `python -m casa_train.export RUN --step N` at low priority, without a GPU and outside
 the run's process group, so training neither waits for it nor fails with it. Its checkpoint stays
-until it is done. It ends with the run: what was not finished then, the run's next life exports.
+until it is done. It ends with the run: what was not finished then, the next attempt exports.
 """
 
 from __future__ import annotations

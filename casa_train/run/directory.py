@@ -65,7 +65,7 @@ def record_failure(run_dir: Path, message: str) -> None:
 
 
 def prepare_run_directory(run_dir: Path, config: Config) -> None:
-    """Makes the directory, or finds this run's; moves an earlier life away under `resume=never`.
+    """Makes the directory, or finds this run's; moves an earlier attempt away under `resume=never`.
 
     :raises UserError: the directory belongs to another configuration or cannot be written.
     """

@@ -8,29 +8,36 @@ set_environment(quiet_torch=True)  # before anything imports torch
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from casa_train.bench import attention, faults, images, packing, step, streaming
-from casa_train.bench._benchmark import Benchmark, add_common_arguments
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "attention": attention.BENCHMARK,
-    "faults": faults.BENCHMARK,
-    "images": images.BENCHMARK,
-    "packing": packing.BENCHMARK,
-    "step": step.BENCHMARK,
-    "streaming": streaming.BENCHMARK,
-}
+if TYPE_CHECKING:  # it imports torch
+    from casa_train.bench._benchmark import Benchmark
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """All benchmarks by name."""
+    # Read once, when torch is imported: its profiler warns of every tensor from before it began.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from casa_train.bench import attention, faults, images, packing, step, streaming
+
+    modules = attention, faults, images, packing, step, streaming
+    return {module.__name__.rpartition(".")[2]: module.BENCHMARK for module in modules}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.bench", description=__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
-    for name, benchmark in BENCHMARKS.items():
+    known = benchmarks()
+    from casa_train.bench._benchmark import add_common_arguments
+
+    for name, benchmark in known.items():
         own = names.add_parser(
             name,
             help=benchmark.measures,
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.json and not arguments.json.absolute().parent.is_dir():
             raise UserError(f"--json {arguments.json}: the folder does not exist; create it first.")
-        report = BENCHMARKS[arguments.name].run(arguments)
+        report = known[arguments.name].run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

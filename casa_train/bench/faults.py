@@ -23,9 +23,12 @@ import torch
 from tqdm import tqdm
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
-from casa_train.checkpoint.manager import DELETED, MANIFEST, STATE, CheckpointManager
+from casa_train.checkpoint.manager import DELETED, CheckpointManager
+from casa_train.checkpoint.saved import MANIFEST, STATE
 from casa_train.checkpoint.slices import read_weights
 from casa_train.config.bounds import local_path
+from casa_train.config.schema import CheckpointConfig
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.layout import CHECKPOINTS, METRICS_FILE
@@ -191,7 +194,7 @@ def disturbed(run: Run, kills: int, start: float, step: float, draw: random.Rand
     done: list[Kill] = []
     behind: list[tuple[Kill, float]] = []  # kills whose step was not reached again, with their time
     checkpoints = run.directory / CHECKPOINTS
-    manager = CheckpointManager(checkpoints, 2, 0, {}, lambda line: None)
+    manager = CheckpointManager(checkpoints, CheckpointConfig(), {}, Ranks())
 
     def look() -> bool:
         """Notes who has caught up; whether the run has ended."""
@@ -284,7 +287,7 @@ def run(arguments: argparse.Namespace) -> Report:
     recipe = [sys.executable, "-m", "data_recipes", "synthetic", "--out", str(data)]
     counts = ["--samples", str(SAMPLES), "--validation", "24", "--workers", "1"]
     subprocess.run([*recipe, *counts, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
-    steps = 2 * EVERY * arguments.kills + 3 * EVERY  # a life goes two checkpoints on at most
+    steps = 2 * EVERY * arguments.kills + 3 * EVERY  # an attempt goes two checkpoints on
     overrides = [
         *TINY,
         f"model.tokenizer={data}/tokenizer",

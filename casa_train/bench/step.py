@@ -6,11 +6,11 @@ import argparse
 import gc
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from casa_train.bench._benchmark import (
@@ -23,21 +23,20 @@ from casa_train.bench._benchmark import (
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
 from casa_train.config.compose import add_config_dir, compose_config
 from casa_train.cost.full_pack import full_inputs, full_pack
-from casa_train.cost.peak import peak_tflops
 from casa_train.cost.sizes import size_model, work_counter
 from casa_train.data.materialize import PackedBatch
+from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
-from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
+from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.numbers import count
-from casa_train.metrics.meter import Meter
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
-from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
-from casa_train.setup.weights import Start, start_weights
-from casa_train.training.loop import Trainer
+from casa_train.setup.weights import Start
+from casa_train.train import Run, build_run
 
 METHOD = """\
 Builds each experiment at its own sizes, with random weights, as a run would: the same engine, loop,
@@ -71,6 +70,9 @@ class FullPacks:
 
     def state_dict(self) -> dict[str, Any]:
         return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no position: every step is the same."""
 
 
 def batch_of(pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int) -> PackedBatch:
@@ -123,9 +125,7 @@ class Arm:
         self.records: list[dict[str, Any]] = []
         self.peak = self.threads = 0
 
-    def measure(
-        self, steps: int, warm_up: int, world: int, device: torch.device, seed: int
-    ) -> None:
+    def measure(self, steps: int, warm_up: int, ranks: Ranks, seed: int) -> None:
         """Builds the model, takes steps and leaves nothing behind; collective.
 
         :raises UserError: the memory of the device does not hold it.
@@ -133,15 +133,15 @@ class Arm:
         use_threads(self.config.parallel.threads)
         self.threads = torch.get_num_threads()
         try:
-            trainer = self._build(world, device, seed, last=warm_up + steps + 1)
+            run = self._build(ranks, seed, last=warm_up + steps + 1)
             for step in range(1, warm_up + steps + 1):
-                synchronise(device)
-                record = trainer.train_step(step)
+                synchronise(ranks.device)
+                record = run.trainer.train_step(step)
                 if step > warm_up:
                     self.records.append(record)
-            self.peak = max(self.peak, _peak(trainer, device))
-            dist.barrier()
-            trainer.engine.close()  # type: ignore[attr-defined]
+            self.peak = max(self.peak, _peak(run, ranks.device))
+            ranks.barrier()
+            run.engine.close()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.name} does not fit: {str(error).splitlines()[0]} Expected enough memory "
@@ -151,49 +151,27 @@ class Arm:
                 "and data.text_tokens."
             ) from error
 
-    def _build(self, world: int, device: torch.device, seed: int, last: int) -> Trainer:
-        parallel = self.config.parallel
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        model = meta_model(self.config, self.model_config)
-        start_weights(
-            model,
-            Start(Stored(), [], copies=True),
-            seed,
-            device,
-            DTYPES[parallel.precision],
-            lambda block: shard(block, parallel.zero_stage, parallel.precision),
+    def _build(self, ranks: Ranks, seed: int, last: int) -> Run:
+        """A run as `train` builds it, from random weights, on full packs and without a directory.
+
+        Rates stay at their peak, and nothing is looked at but the steps.
+        """
+        config = replace(
+            self.config,
+            seed=seed,
+            optim=replace(self.config.optim, warmup_steps=0, decay_steps=0),
+            trainer=replace(self.config.trainer, steps=last, log_every=last, audit=False),
+            data=replace(self.config.data, packs_per_step=self.micro_steps * ranks.world),
         )
-        model.checkpoint_activations(parallel.activation_checkpointing)
-        groups = build_groups(model.named_parameters(), self.config.optim.groups)
-        engine = Engine(
-            model,
-            build_optimizer(groups, self.config.optim),
-            parallel.zero_stage,
-            parallel.precision,
-            self.micro_steps,
-            self.config.optim.clip,
-        )
-        engine.train()
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+        model = meta_model(config, self.model_config)
+        # Silent: a benchmark says what it measured, not how a run starts.
+        start_model(config, model, Start(Stored(), [], copies=True), replace(ranks, out=_nothing))
         text: Any = self.model_config.text_config
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         batch = batch_of(self.pack, text.vocab_size, self.operations, seed)
-        return Trainer(
-            engine=engine,
-            loader=FullPacks(batch, self.micro_steps),
-            device=device,
-            world=world,
-            steps=last,
-            save_every=last,
-            max_bad_share=0.0,
-            set_rates=lambda step: set_rates(engine.param_groups, 1.0),
-            save=lambda *checkpoint: None,
-            quarantine=lambda failures: None,
-            gather=lambda value: [value] * world,  # what differs between ranks is not looked at
-            sinks=[],
-            source_every=last,
-            meter=Meter(device, peak_tflops(gpu, parallel.precision, None)),
-        )
+        loader = FullPacks(batch, self.micro_steps)
+        return build_run(config, ranks, build_engine(config, model, ranks), loader)
 
     def result(self) -> dict[str, Any]:
         """What was measured: over all ranks, but memory and TFLOP/s of one."""
@@ -224,7 +202,11 @@ class Arm:
         }
 
 
-def _peak(trainer: Trainer, device: torch.device) -> int:
+def _nothing(line: str) -> None:
+    """Prints nothing."""
+
+
+def _peak(run: Run, device: torch.device) -> int:
     """The most memory that tensors take; on the CPU of one more step, each allocation counted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -232,7 +214,8 @@ def _peak(trainer: Trainer, device: torch.device) -> int:
     alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
     held = tensor_bytes(alive)
     del alive
-    return held + peak_bytes(lambda: trainer.train_step(trainer.progress.step + 1), device)
+    following = run.state.progress.step + 1
+    return held + peak_bytes(lambda: run.trainer.train_step(following), device)
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -249,22 +232,23 @@ def run(arguments: argparse.Namespace) -> Report:
                 "run would. Hide the GPUs with CUDA_VISIBLE_DEVICES, or write --set "
                 "parallel.precision=fp32."
             )
-    rank, world, device = init_processes()
+    ranks = init_processes()
     try:
-        return _measure(arguments, rank, world, device)
+        return _measure(arguments, ranks)
     except UserError:  # on all ranks alike
         leave_processes()
         raise
 
 
-def _measure(arguments: argparse.Namespace, rank: int, world: int, device: torch.device) -> Report:
+def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
+    world, device = ranks.world, ranks.device
     arms = [
         Arm(name, arguments.set, world, arguments.config_dir)
         for name in arguments.experiments or DEFAULT
     ]
     for _ in range(arguments.rounds):
         for arm in arms:
-            arm.measure(arguments.steps, arguments.warm_up, world, device, arguments.seed)
+            arm.measure(arguments.steps, arguments.warm_up, ranks, arguments.seed)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -273,9 +257,9 @@ def _measure(arguments: argparse.Namespace, rank: int, world: int, device: torch
     threads = [result["threads"] for result in results]
     facts["threads"] = threads[0] if len(set(threads)) == 1 else threads  # one of each
     data = {"machine": facts, "ranks": world, "results": results}
-    dist.barrier()
+    ranks.barrier()
     leave_processes()
-    return Report(_table(arms, results, facts, world) if rank == 0 else "", data)
+    return Report(_table(arms, results, facts, world) if ranks.first else "", data)
 
 
 def _table(

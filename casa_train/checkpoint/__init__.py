@@ -1,6 +1,4 @@
-"""Checkpoints (sharded, resumable) and exports (Hugging Face directories).
-
-`manager.py` owns the commit: a checkpoint exists completely or not at all. `slices.py` writes and
-reads weights and optimiser state by parameter name, for any number of ranks. `export.py` writes the
-directory that plain transformers loads.
+"""Checkpoints, sharded and resumable. `manager.py` owns the commit: one exists completely or not at
+all. `slices.py` and `frozen.py` hold weights and optimiser state by parameter name, for any number
+of ranks; `resume.py` says whether a run may go on from one, and does.
 """

@@ -9,12 +9,33 @@ from pathlib import Path
 
 from torch import nn
 
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import Config
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.run.layout import CHECKPOINTS
 from casa_train.run.lock import unwritable
 
 FP32 = 4
+
+
+def check_disk(
+    config: Config,
+    ranks: Ranks,
+    run_dir: Path,
+    model: nn.Module,
+    found: SavedCheckpoint | None,
+    held: int,
+) -> None:
+    """Checks that the run can write its checkpoints; collective.
+
+    :param found: the one that it goes on from; :param held: how many are there.
+    :raises UserError: see `check_writable` and `check_room`.
+    """
+    ranks.agree(lambda: check_writable(run_dir, ranks.rank))
+    step = found.step if found is not None else 0
+    frozen_there = found is not None and found.frozen is not None
+    ranks.agree(lambda: check_room(config, model.parameters(), step, held, frozen_there))
 
 
 def check_writable(run_dir: Path, rank: int) -> None:

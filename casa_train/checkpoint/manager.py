@@ -15,27 +15,30 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any, Protocol, TypeVar
 
 from casa_train.checkpoint.frozen import FROZEN_DIRECTORY, UNFINISHED, FrozenFile, lost
-from casa_train.distributed.random_state import load_rng_state, rng_state, set_rng_state
-from casa_train.distributed.ranks import gather
+from casa_train.checkpoint.saved import (
+    MANIFEST,
+    STATE,
+    STEP_NAME,
+    UNREADABLE,
+    SavedCheckpoint,
+    frozen_of,
+    open_saved,
+    saved_steps,
+)
+from casa_train.config.schema import CheckpointConfig
+from casa_train.distributed.random_state import rng_state
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 from casa_train.io.files import sha256, sync_directory, write_atomic
 from casa_train.io.tensors import save_tensors
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-STEP_NAME = re.compile(r"step_(\d+)$")
 DELETED = ".deleted"
 LEFT_OVER = (f"step_*{DELETED}", f"step_*{UNFINISHED}", f"{FROZEN_DIRECTORY}/*{UNFINISHED}")
-# What reading a damaged manifest may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
 Write = Callable[[Path], FrozenFile | None]
 
 T = TypeVar("T")
@@ -45,48 +48,45 @@ class _DiskError(Exception):
     """A disk failed one rank; every rank has this."""
 
 
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A valid checkpoint: its directory and what was saved beside the engine's state.
+class Readers(Protocol):
+    """Somebody else who reads checkpoints of the run."""
 
-    :param frozen: the file of its frozen weights; None where nothing is frozen, and in older ones,
-        which hold theirs themselves.
-    """
-
-    step: int
-    path: Path
-    state: dict[str, Any]
-    manifest: dict[str, Any]
-    frozen: FrozenFile | None
+    def pinned(self) -> Collection[int]: ...
 
 
 class CheckpointManager:
     """Saves and finds the checkpoints of one run.
 
     :param directory: holds `step_N/` directories; on a file system all ranks see.
+    :param config: how many are kept.
     :param fingerprints: identify configuration and data; stored with every checkpoint.
-    :param log: prints one line for the user (rank 0).
-    :param phase: told what a save is about to do, on every rank; a watchdog listens.
     """
 
     def __init__(
         self,
         directory: Path,
-        keep_last: int,
-        keep_every: int,
+        config: CheckpointConfig,
         fingerprints: dict[str, str],
-        log: Callable[[str], None],
-        phase: Callable[[str], None] = lambda name: None,
+        ranks: Ranks,
     ) -> None:
-        self.directory = directory
-        self.keep_last, self.keep_every = keep_last, keep_every
-        self.fingerprints = fingerprints
-        self.log = log
-        self.phase = phase
-        self.pinned: Callable[[], Collection[int]] = tuple
-        """Steps that somebody reads just now; pruning leaves them."""
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.directory, self.config = directory, config
+        self.fingerprints, self.ranks = fingerprints, ranks
+        self._listeners: list[Callable[[str], None]] = []
+        self._readers: list[Readers] = []
+
+    def watched_by(self, listener: Callable[[str], None], readers: Readers | None = None) -> None:
+        """Makes those known who have to do with saves.
+
+        :param listener: told what a save is about to do, on every rank; a watchdog listens.
+        :param readers: read some of the checkpoints: pruning leaves those.
+        """
+        self._listeners.append(listener)
+        if readers is not None:
+            self._readers.append(readers)
+
+    def _announce(self, name: str) -> None:
+        for listener in self._listeners:
+            listener(name)
 
     def save(self, step: int, write: Write, state: dict[str, Any]) -> Path:
         """Commits one checkpoint; collective.
@@ -102,37 +102,37 @@ class CheckpointManager:
         """
         temporary = self.directory / f"step_{step}.tmp"
         final = self.directory / f"step_{step}"
-        if any(gather(self.rank == 0 and final.exists())):
+        if any(self.ranks.gather(self.ranks.first and final.exists())):
             raise UserError(
                 f"{final} exists already, so another job writes into this run; expected to be the "
                 "only one. Stop the other one."
             )
         try:
             self._together(lambda: self._make_anew(temporary))
-            self.phase(f"saving step {step}: writing")
+            self._announce(f"saving step {step}: writing")
             frozen, *_ = self._together(
                 lambda: self._write(temporary, write, {"step": step, **state})
             )
-            self.phase(f"saving step {step}: hashing")
+            self._announce(f"saving step {step}: hashing")
             # A file system of many hosts may show each of them another listing.
             seen = self._together(lambda: _files(temporary))
             names = sorted({name for listing in seen for name in listing})
             shares = self._together(lambda: self._hash_share(temporary, names))
-            self.phase(f"saving step {step}: committing")
+            self._announce(f"saving step {step}: committing")
             self._together(lambda: self._commit(temporary, final, shares, frozen))
         except _DiskError as error:
             message = self._failed(step, error)
-            if self.rank == 0:
+            if self.ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise SaveError(message) from error
-        self.phase(f"saving step {step}: pruning")
-        if self.rank == 0:
+        self._announce(f"saving step {step}: pruning")
+        if self.ranks.first:
             try:
                 # The older ones go only once the rename is on the disk.
                 sync_directory(self.directory)
                 self.prune()
             except OSError as error:
-                self.log(f"older checkpoints could not be deleted: {error}")
+                self.ranks.log(f"older checkpoints could not be deleted: {error}")
         return final
 
     def latest(self) -> SavedCheckpoint | None:
@@ -144,26 +144,27 @@ class CheckpointManager:
         try:
             self._together(self._clear)
             broken: list[str] = []
-            for step in reversed(gather(self.steps())[0]):  # others may see an older listing
+            steps = self.ranks.gather(self.steps())[0]  # others may see an older listing
+            for step in reversed(steps):
                 path = self.directory / f"step_{step}"
-                shares = gather(self._problems(path))
+                shares = self.ranks.gather(self._problems(path))
                 problems = [problem for own, _ in shares for problem in own]
                 if not problems:
                     # Nothing is put aside: with its file back, the checkpoint is as good as before.
                     _refuse([frozen for _, frozen in shares if frozen is not None])
-                    return _found(step, path)
+                    return open_saved(step, path)
                 broken.append(f"{path.name}: {problems[0]}")
-                if self.rank == 0:
-                    self.log(
-                        f"checkpoint {path.name} is broken ({problems[0]}); trying an older one"
-                    )
+                self.ranks.log(
+                    f"checkpoint {path.name} is broken ({problems[0]}); trying an older one"
+                )
                 self._together(functools.partial(self._put_aside, path))
         except _DiskError as error:
             raise UserError(
                 f"{self.directory} cannot be changed: {error}; expected a directory of this user's "
                 "on a disk that can be written. Mend that, or choose another run_dir=..."
             ) from error
-        older = gather(sorted(p.name for p in self.directory.glob("step_*.broken")))[0]
+        names = sorted(p.name for p in self.directory.glob("step_*.broken"))
+        older = self.ranks.gather(names)[0]
         if broken or older:
             raise UserError(
                 f"{self.directory} holds checkpoints, but none is valid "
@@ -171,10 +172,6 @@ class CheckpointManager:
                 "checkpoint.resume=never."
             )
         return None
-
-    def load_rng(self, found: SavedCheckpoint) -> None:
-        """Restores this rank's random number generators; saved by as many ranks as there are."""
-        set_rng_state(load_rng_state(found.path / f"rng_{self.rank}.pt"))
 
     def read(self, step: int) -> SavedCheckpoint | None:
         """The checkpoint of one step, None if it is not valid; changes nothing, not collective.
@@ -184,34 +181,33 @@ class CheckpointManager:
         path = self.directory / f"step_{step}"
         problems, frozen = self._problems(path)
         if problems:
-            self.log(f"checkpoint {path.name} is broken ({problems[0]})")
+            self.ranks.log(f"checkpoint {path.name} is broken ({problems[0]})")
             return None
         _refuse([frozen] if frozen is not None else [])
-        return _found(step, path)
+        return open_saved(step, path)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
-        names = [STEP_NAME.match(path.name) for path in self.directory.glob("step_*")]
-        return sorted(int(match.group(1)) for match in names if match)
+        return saved_steps(self.directory)
 
     def _hash_share(self, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Size and sha256 of this rank's share of the files."""
         return {
             name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-            for name in names[self.rank :: self.world]
+            for name in names[self.ranks.rank :: self.ranks.world]
         }
 
     def _problems(self, path: Path) -> tuple[list[str], str | None]:
         """What is wrong with this rank's share of a checkpoint, and with its frozen weights."""
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            files, frozen = sorted(manifest["files"].items()), _frozen(manifest)
+            files, frozen = sorted(manifest["files"].items()), frozen_of(manifest)
         except UNREADABLE as error:
             return [f"{MANIFEST} is missing or unreadable ({type(error).__name__})"], None
         problems = []
         if path.name != f"step_{manifest.get('step')}" or STATE not in manifest["files"]:
             problems.append(f"{MANIFEST} is that of step {manifest.get('step')}, or lacks {STATE}")
-        for name, entry in files[self.rank :: self.world]:
+        for name, entry in files[self.ranks.rank :: self.ranks.world]:
             file = path / name
             try:
                 if not file.is_file():
@@ -222,27 +218,28 @@ class CheckpointManager:
                     problems.append(f"{name} does not match its sha256")
             except OSError as error:
                 problems.append(f"{name} cannot be read ({error})")
-        if frozen is None or self.rank != len(files) % self.world:  # the next one in turn
+        next_in_turn = len(files) % self.ranks.world
+        if frozen is None or self.ranks.rank != next_in_turn:
             return problems, None
         return problems, frozen.problem(self.directory)
 
     def _make_anew(self, directory: Path) -> None:
         """An empty directory, whatever was there."""
-        if self.rank == 0:
+        if self.ranks.first:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
 
     def _put_aside(self, path: Path) -> None:
         """Takes a broken checkpoint's name away, so that its step can be saved again."""
-        if self.rank == 0:
+        if self.ranks.first:
             target = path.with_name(f"{path.name}.broken")
             shutil.rmtree(target, ignore_errors=True)
             os.rename(path, target)
 
     def _write(self, temporary: Path, write: Write, state: dict[str, Any]) -> FrozenFile | None:
         frozen = write(temporary)
-        save_tensors(rng_state(), temporary / f"rng_{self.rank}.pt")
-        if self.rank == 0:
+        save_tensors(rng_state(), temporary / f"rng_{self.ranks.rank}.pt")
+        if self.ranks.first:
             write_atomic(temporary / STATE, json.dumps(state))
         return frozen
 
@@ -254,12 +251,12 @@ class CheckpointManager:
         frozen: FrozenFile | None,
     ) -> None:
         """Manifest and rename, by rank 0."""
-        if self.rank != 0:
+        if not self.ranks.first:
             return
         step = int(final.name.removeprefix("step_"))
         manifest = {
             "step": step,
-            "world_size": self.world,
+            "world_size": self.ranks.world,
             "fingerprints": self.fingerprints,
             "files": dict(sorted(pair for share in shares for pair in share.items())),
             "frozen": asdict(frozen) if frozen is not None else None,
@@ -267,7 +264,7 @@ class CheckpointManager:
         for directory in {path.parent for path in temporary.rglob("*")}:
             sync_directory(directory)
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        self.phase(f"saving step {step}: renaming")
+        self._announce(f"saving step {step}: renaming")
         os.rename(temporary, final)
 
     def prune(self) -> None:
@@ -277,20 +274,26 @@ class CheckpointManager:
         one. A broken one stays for a look at it until enough newer ones exist.
         """
         self._empty()
-        steps, pinned = self.steps(), self.pinned()
-        for step in steps[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0) and step not in pinned:
+        steps, last, every = self.steps(), self.config.keep_last, self.config.keep_every
+        pinned = {step for readers in self._readers for step in readers.pinned()}
+        for step in steps[:-last]:
+            if not (every and step % every == 0) and step not in pinned:
                 path = self.directory / f"step_{step}"
                 os.rename(path, path.with_name(f"step_{step}{DELETED}"))
-                self.phase(f"saving step {steps[-1]}: deleting {path.name}")
+                self._announce(f"saving step {steps[-1]}: deleting {path.name}")
         for path in self.directory.glob("step_*.broken"):
             match = re.match(r"step_(\d+)", path.name)
-            if len(steps) >= self.keep_last and match and int(match[1]) < steps[-self.keep_last]:
+            if len(steps) >= last and match and int(match[1]) < steps[-last]:
                 os.rename(path, path.with_name(path.name + DELETED))
         self._empty()
         for path in self._unneeded() if steps else []:
-            self.phase(f"saving step {steps[-1]}: deleting {path.name}")
+            self._announce(f"saving step {steps[-1]}: deleting {path.name}")
             self._delete(path)
+
+    def tidy(self) -> None:
+        """Prunes once more, when nobody reads what had to stay; a disk that refuses may keep it."""
+        with contextlib.suppress(OSError):
+            self.prune()
 
     def _unneeded(self) -> list[Path]:
         """Files of frozen weights that no checkpoint refers to, broken ones included."""
@@ -299,7 +302,7 @@ class CheckpointManager:
             if path.name.endswith((DELETED, UNFINISHED)):
                 continue
             try:
-                frozen = _frozen(json.loads((path / MANIFEST).read_text()))
+                frozen = frozen_of(json.loads((path / MANIFEST).read_text()))
             except UNREADABLE:
                 if STEP_NAME.match(path.name):
                     return []  # nobody knows what it needs
@@ -322,14 +325,14 @@ class CheckpointManager:
             else:
                 path.unlink()
         except OSError as error:  # a file in use on NFS; the next commit tries again
-            self.log(f"{path} could not be deleted: {error}")
+            self.ranks.log(f"{path} could not be deleted: {error}")
 
     def _clear(self) -> None:
         """Removes what a kill left of a save or of a deletion."""
-        if self.rank != 0:
+        if not self.ranks.first:
             return
         for leftover in self.directory.glob("step_*.tmp"):
-            self.log(f"removing unfinished checkpoint {leftover.name}")
+            self.ranks.log(f"removing unfinished checkpoint {leftover.name}")
         self._empty()
 
     def _failed(self, step: int, error: _DiskError) -> str:
@@ -355,10 +358,10 @@ class CheckpointManager:
             result = work()
         except OSError as error:
             failure = str(error)
-        pairs = gather((result, failure))
+        pairs = self.ranks.gather((result, failure))
         for rank, (_, message) in enumerate(pairs):
             if message is not None:
-                raise _DiskError(f"rank {rank}: {message}" if self.world > 1 else message)
+                raise _DiskError(f"rank {rank}: {message}" if self.ranks.world > 1 else message)
         return [pair[0] for pair in pairs]
 
 
@@ -366,19 +369,7 @@ def _files(directory: Path) -> list[str]:
     return [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
 
 
-def _frozen(manifest: dict[str, Any]) -> FrozenFile | None:
-    """The file of frozen weights that a checkpoint refers to; older ones hold theirs themselves."""
-    entry = manifest.get("frozen")
-    return FrozenFile(**entry) if entry is not None else None
-
-
 def _refuse(problems: Sequence[str]) -> None:
     """:raises UserError: frozen weights that are not whole; at most one rank looked."""
     if problems:
         raise UserError(lost(problems[0]))
-
-
-def _found(step: int, path: Path) -> SavedCheckpoint:
-    manifest = json.loads((path / MANIFEST).read_text())
-    state = json.loads((path / STATE).read_text())
-    return SavedCheckpoint(step, path, state, manifest, _frozen(manifest))

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from casa_train.config.schema import Config
+from casa_train.distributed.ranks import Ranks
+
 # Dense bf16 with fp32 accumulation, TFLOP/s, as the makers' data sheets give it (theirs often count
 # structured sparsity: twice as much). The first entry whose words all stand in the device's name.
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -45,3 +52,10 @@ def peak_tflops(device_name: str | None, precision: str, override: float | None)
         if set(name.upper().split()) <= words:
             return peak
     return None
+
+
+def machine_facts(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What a run is trained on: `ranks`, `device`, and `peak_tflops` of one device or None."""
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+    peak = peak_tflops(gpu, config.parallel.precision, config.metrics.peak_tflops)
+    return {"ranks": ranks.world, "device": gpu or "CPU", "peak_tflops": peak}

@@ -26,6 +26,7 @@ from casa_train.data.stream.stream_loader import StreamLoader, check_lanes
 from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import copied_subsets, is_local, open_subset, subset_names
 from casa_train.data.tokens import tokenizer_fingerprint, turns_fingerprint
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError, named
 from casa_train.modeling.processing_casa import CasaProcessor
 
@@ -97,6 +98,11 @@ def list_streams(config: Config, log: Callable[[str], None]) -> dict[str, Stream
             retries,
         )
     return streams
+
+
+def ask_for_streams(config: Config, ranks: Ranks) -> dict[str, StreamSource]:
+    """`list_streams` by one rank, since a hub may take minutes; it tells the others. Collective."""
+    return ranks.broadcast(ranks.first_does(lambda: list_streams(config, ranks.log))) or {}
 
 
 def open_data(

@@ -12,15 +12,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from casa_train.config.data_schema import DataConfig
 from casa_train.config.micro_steps import micro_steps
 from casa_train.data.loader import PREFETCH
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.modeling.image_processing_casa import SIDE
 
 SHARED = Path("/dev/shm")
 TEXT_BYTES = 64  # of a text token: its id, its target and what is counted about it
 MIB = 1 << 20
+
+
+def check_shared_memory_of(data: DataConfig, ranks: Ranks) -> None:
+    """`check_shared_memory` on every rank; collective."""
+    beside, pinned = ranks_beside(ranks.gather), torch.cuda.is_available()
+    ranks.agree(lambda: check_shared_memory(data, ranks.world, beside, pinned))
 
 
 def ranks_beside(gather: Callable[[Any], Sequence[Any]], where: Path = SHARED) -> int:

@@ -1,3 +1,3 @@
-"""The only room with deepspeed: the sharded model with its optimiser, and ZeRO's state in and out
-of checkpoints by parameter name.
+"""The only room with deepspeed: a configuration's model with its first values under the sharding
+engine (`starting.py`), and ZeRO's state in and out of checkpoints by parameter name.
 """

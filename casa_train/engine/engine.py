@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from casa_train.checkpoint.frozen import FrozenFile, write_frozen
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
 from casa_train.cost.memory import PERSISTENT_BELOW, bucket_elements
-from casa_train.distributed.ranks import gather
+from casa_train.distributed.ranks import Ranks
 from casa_train.engine.zero_state import ZeroState
 from casa_train.errors import RankError, UserError
 from casa_train.io.quiet import quiet_deepspeed
@@ -53,11 +53,10 @@ if not torch.cuda.is_available():
 _alone: dict[str, str] = {}
 
 
-def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]:
+def init_processes(timeout_minutes: float = 30) -> Ranks:
     """Joins the process group that torchrun, SLURM or nobody (one process) set up.
 
     :param timeout_minutes: longest wait of a rank for the others.
-    :return: rank, world size and this rank's device.
     """
     env = os.environ
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
@@ -100,7 +99,7 @@ def init_processes(timeout_minutes: float = 30) -> tuple[int, int, torch.device]
         # DeepSpeed reduces and gathers in a group of its own, which would have torch's timeout.
         groups._WORLD_GROUP = dist.new_group(timeout=timedelta(minutes=timeout_minutes))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    return dist.get_rank(), dist.get_world_size(), device
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def leave_processes() -> None:
@@ -169,12 +168,13 @@ class Engine:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
         zero_stage: int,
         precision: str,
         accumulation: int,
         clip: float,
     ) -> None:
-        self.zero_stage = zero_stage
+        self.ranks, self.zero_stage = ranks, zero_stage
         self._frozen: FrozenFile | None = None  # what rank 0 wrote or loaded
         settings = _settings(zero_stage, precision)
         # Allocated whole on every rank, whatever the size of the model.
@@ -276,18 +276,18 @@ class Engine:
         :return: on rank 0 the file of the frozen weights, if any are frozen; None on others.
         :raises OSError: this rank's part could not be written.
         """
-        state, rank = self._state(), dist.get_rank()
+        state = self._state()
         self._save_frozen(state, directory.parent)
-        slices = state.trained()
+        slices, rank = state.trained(), self.ranks.rank
         write_slices(directory / STATE_DIRECTORY, rank, slices, state.updates(), self._frozen)
         return self._frozen
 
     def _save_frozen(self, state: ZeroState, checkpoints: Path) -> None:
         """Rank 0 writes the whole frozen weights; under ZeRO-3 all ranks give their parts."""
-        first = dist.get_rank() == 0
+        first = self.ranks.first
         written = self._frozen is not None and self._frozen.there(checkpoints)
         if self.zero_stage == 3:
-            written = gather(written)[0]
+            written = self.ranks.gather(written)[0]
         parameters = state.frozen_parameters()
         if written or not parameters or not (first or self.zero_stage == 3):
             return
@@ -309,7 +309,7 @@ class Engine:
         state, saved = self._state(), SavedSlices(directory / STATE_DIRECTORY)
         state.load(saved)
         # In another precision they were rounded: the next checkpoint needs a file of its own.
-        if dist.get_rank() == 0 and saved.frozen_kinds() == state.frozen_kinds():
+        if self.ranks.first and saved.frozen_kinds() == state.frozen_kinds():
             self._frozen = saved.frozen
 
     def _state(self) -> ZeroState:

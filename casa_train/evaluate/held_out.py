@@ -34,13 +34,13 @@ from casa_train.data.packing import BestFitPacker
 from casa_train.data.prepared.plan import Item, Pack
 from casa_train.data.prepared.shards import Split
 from casa_train.data.transfer import to_device
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import RankError, UserError
 from casa_train.evaluate.shares import by_source, source_labels, spread
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.training.loss import answer_losses
 
 Forward = Callable[..., Any]
-Gather = Callable[[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class HeldOut:
     :param packs: in the order of their numbers, a multiple of the number of ranks.
     :param digest: identifies the samples; losses of different samples do not compare.
     :param end: the token that ends an answer; None where the template has none.
+    :param trained: names of splits that are trained, too: what they measure is not held out.
     """
 
     splits: Mapping[str, Split]
@@ -62,6 +63,7 @@ class HeldOut:
     materializer: Materializer
     digest: str
     end: int | None
+    trained: Sequence[str] = ()
 
 
 @dataclass
@@ -74,8 +76,12 @@ class SourceScore:
     answers: int = 0
 
 
-def open_held_out(config: Config, processor: CasaProcessor, world: int) -> HeldOut | None:
+def open_held_out(
+    config: Config, processor: CasaProcessor, world: int, trained: Mapping[str, str] | None = None
+) -> HeldOut | None:
     """The samples that validations measure; None where there are none to be.
+
+    :param trained: by name, fingerprints of what is trained.
 
     :raises UserError: splits that cannot be used.
     """
@@ -116,6 +122,7 @@ def open_held_out(config: Config, processor: CasaProcessor, world: int) -> HeldO
         Materializer(splits, processor, budget, fits),
         _digest(items, splits),
         processor.answer_end_token,
+        [n for n, split in splits.items() if split.fingerprint in (trained or {}).values()],
     )
 
 
@@ -145,10 +152,7 @@ def pack_all(
 def score(
     held_out: HeldOut,
     forward: Forward,
-    rank: int,
-    world: int,
-    device: torch.device,
-    gather: Gather,
+    ranks: Ranks,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Runs the model over the held-out packs; every rank calls it and gets the same.
@@ -160,15 +164,15 @@ def score(
         `bad_samples`, how many could not be read.
     """
     local = []
-    for pack in held_out.packs[rank::world]:
+    for pack in held_out.packs[ranks.rank :: ranks.world]:
         try:
             batch = held_out.materializer[pack]
         except UserError as error:
-            raise RankError(f"rank {rank}: {error}") from error
+            raise RankError(f"rank {ranks.rank}: {error}") from error
         rows = batch.inputs.logits_index
         assert rows is not None
         places = rows.tolist()
-        inputs, targets = to_device(batch.inputs, batch.targets, device)
+        inputs, targets = to_device(batch.inputs, batch.targets, ranks.device)
         logits = forward(packed=inputs).logits
         losses = answer_losses(logits, targets).tolist()
         hits = (logits.argmax(-1) == targets).tolist()
@@ -176,7 +180,7 @@ def score(
         local.append((pack.index, scores, len(batch.failures)))
         heartbeat()
     packs = sorted(
-        (pack for theirs in gather(local) for pack in theirs), key=lambda pack: int(pack[0])
+        (pack for theirs in ranks.gather(local) for pack in theirs), key=lambda pack: int(pack[0])
     )
     total: dict[str, SourceScore] = {}
     for _, scores, _ in packs:

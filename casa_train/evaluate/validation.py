@@ -8,20 +8,21 @@ source (see `held_out.score`); `questions`, the answers to the fixed questions; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from casa_train.config.schema import Config
 from casa_train.distributed.random_state import rng_state, set_rng_state
-from casa_train.evaluate.held_out import Gather, HeldOut, score
+from casa_train.distributed.ranks import Ranks
+from casa_train.evaluate.held_out import HeldOut, score
 from casa_train.evaluate.questions import Questions
 from casa_train.metrics.sinks.base import Record, Sink
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, read_metrics
+from casa_train.training.hooks import Hook
+from casa_train.training.state import Progress
 
 
 class EvaluatedEngine(Protocol):
@@ -30,6 +31,12 @@ class EvaluatedEngine(Protocol):
     def forward(self, **inputs: Any) -> Any: ...
 
     def evaluating(self) -> AbstractContextManager[None]: ...
+
+
+class Proceeds(Protocol):
+    """What goes on in the background if it is asked now and then."""
+
+    def proceed(self) -> None: ...
 
 
 @dataclass
@@ -47,91 +54,87 @@ class Best:
         return True
 
 
-class Validator:
-    """Measures the model of a run every few steps; every rank calls it.
+class Validator(Hook):
+    """Measures the model of a run every few steps, and after the last one; every rank calls it.
 
     Training goes on as if nothing had been: the random generators are put back, no gradient is
     touched, and no data of training is read.
 
-    :param path: of validation.jsonl, where rank 0 keeps the records.
-    :param every: steps between two validations; the last step of `steps` is one, too.
-    :param done: steps that are trained already: later records are dropped, since those steps come
-        again.
-    :param gather: the value of every rank, in rank order.
-    :param sinks: take every record, and a line for the user (rank 0).
-    :param beat: called whenever something went forward.
+    :param path: of validation.jsonl, where the first rank keeps the records.
+    :param sinks: take every record, and lines for the user.
+    :param best: the best validation so far, for others to read.
+    :param heartbeat: called whenever something went forward.
+    :param exports: go on meanwhile.
     """
 
     def __init__(
         self,
+        config: Config,
+        ranks: Ranks,
         engine: EvaluatedEngine,
         held_out: HeldOut,
-        questions: Questions,
         path: Path,
-        every: int,
-        steps: int,
-        done: int,
-        rank: int,
-        world: int,
-        device: torch.device,
-        gather: Gather,
-        sinks: Sequence[Sink],
-        heartbeat: Callable[[], None],
+        sinks: Sink,
+        best: Best,
+        heartbeat: Callable[[], None] = lambda: None,
+        exports: Proceeds | None = None,
     ) -> None:
-        self.engine, self.held_out, self.questions = engine, held_out, questions
-        self.every, self.steps = every, steps
-        self.rank, self.world, self.device = rank, world, device
-        self.gather, self.sinks, self.heartbeat = gather, sinks, heartbeat
-        earlier: list[Record] = []
+        self.config, self.ranks, self.engine = config, ranks, engine
+        self.held_out, self.path = held_out, path
+        self.sinks, self.best = sinks, best
+        self.heartbeat, self.exports = heartbeat, exports
         self._file: JsonlSink | None = None
-        if rank == 0:
-            keep_steps(path, done)
-            earlier = read_metrics(path) if path.exists() else []
-            self._file = JsonlSink(path, self._say)
-        known = gather([(r["step"], r["loss"]) for r in earlier if self._comparable(r)])[0]
-        self.best = Best()
+
+    def begin(self, progress: Progress) -> None:
+        """Says what is measured, and validates if an earlier attempt of the run owes it.
+
+        Records of steps that come again are dropped.
+        """
+        self.questions = Questions(self.held_out, self.held_out.materializer.processor, self.config)
+        for text in describe(self.held_out, self.questions, self.config):
+            self.sinks.log(text)
+        earlier: list[Record] = []
+        if self.ranks.first:
+            keep_steps(self.path, progress.step)
+            earlier = read_metrics(self.path) if self.path.exists() else []
+            self._file = JsonlSink(self.path, self.sinks.log)
+        known = [(r["step"], r["loss"]) for r in earlier if self._comparable(r)]
+        known = self.ranks.gather(known)[0]
         for step, loss in known:
             self.best.takes(step, loss)
-        # A run that was asked to leave at a validation's step left it to the next one.
-        self.owed = done > 0 and self._due(done) and done not in [step for step, _ in known]
+        # An attempt that was asked to leave at a validation's step left it to the next one.
+        done = progress.step
+        if done > 0 and self._due(done) and done not in [step for step, _ in known]:
+            self._validate(done)
 
-    def catch_up(self, step: int) -> bool:
-        """The validation that an earlier life of the run owes; whether it is the best so far."""
-        owed, self.owed = self.owed, False
-        return owed and self._validate(step)
+    def after_step(self, record: Record) -> bool:
+        """Validates if it is time to; the best so far is saved if it is to be exported."""
+        step = record["step"]
+        return self._due(step) and self._validate(step) and self.config.export.best
 
-    def __call__(self, step: int) -> bool:
-        """Validates if it is time to; whether the step is the best so far."""
-        return self._due(step) and self._validate(step)
-
-    def close(self) -> None:
+    def close(self, reason: str | None) -> None:
         if self._file is not None:
             self._file.close()
 
-    def _say(self, line: str) -> None:
-        for sink in self.sinks:
-            sink.log(line)
+    def _heartbeat(self) -> None:
+        self.heartbeat()
+        if self.exports is not None:
+            self.exports.proceed()
 
     def _due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.steps
+        return step % self.config.evaluation.every == 0 or step == self.config.trainer.steps
 
     def _comparable(self, record: Record) -> bool:
         return bool(record["samples_digest"] == self.held_out.digest)
 
     def _validate(self, step: int) -> bool:
+        """Whether the step is the best so far."""
         began = time.perf_counter()
         generators = rng_state()
+        forward = self.engine.forward
         with self.engine.evaluating():
-            scores = score(
-                self.held_out,
-                self.engine.forward,
-                self.rank,
-                self.world,
-                self.device,
-                self.gather,
-                self.heartbeat,
-            )
-            answers = self.questions.answer(self.engine.forward, self.device, self.heartbeat)
+            scores = score(self.held_out, forward, self.ranks, self._heartbeat)
+            answers = self.questions.answer(forward, self.ranks.device, self._heartbeat)
         set_rng_state(generators)
         best = self.best.takes(step, scores["loss"])
         if self._file is not None:
@@ -146,9 +149,8 @@ class Validator:
                 "questions": answers,
             }
             self._file.write(record)
-            for sink in self.sinks:
-                sink.validated(record)
-            self._say(line(record))
+            self.sinks.validated(record)
+            self.sinks.log(line(record))
         return best
 
 
@@ -167,13 +169,8 @@ def line(record: Record) -> str:
     return ", ".join(parts) + f"; {record['seconds']:.1f} s"
 
 
-def describe(
-    held_out: HeldOut, questions: Questions, config: Config, training: Mapping[str, str]
-) -> list[str]:
-    """What validations will measure, for the start of the run.
-
-    :param training: fingerprints of the splits that are trained, by name.
-    """
+def describe(held_out: HeldOut, questions: Questions, config: Config) -> list[str]:
+    """What validations will measure, for the start of the run."""
     samples = sum(len(pack.items) for pack in held_out.packs)
     lines = [
         f"validation every {config.evaluation.every} steps: {samples} held-out samples of "
@@ -184,7 +181,6 @@ def describe(
         lines[-1] += f" (left out: {dict(questions.skipped)})"
     lines += [
         f"data.validation.{name} is trained, too: what it measures is not held out"
-        for name, split in held_out.splits.items()
-        if split.fingerprint in training.values()
+        for name in held_out.trained
     ]
     return lines

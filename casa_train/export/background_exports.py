@@ -2,7 +2,7 @@
 
 The process is `python -m casa_train.export RUN --step N` at low priority, without a GPU and outside
 the run's process group, so training neither waits for it nor fails with it. Its checkpoint stays
-until it is done. It ends with the run: what was not finished then, the run's next life exports.
+until it is done. It ends with the run: what was not finished then, the next attempt exports.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+from casa_train.checkpoint.saved import saved_steps
 from casa_train.config.schema import ExportConfig
 from casa_train.io.files import EXPORT_MARKER
-from casa_train.run.layout import EXPORT_LOG, EXPORTS
+from casa_train.metrics.sinks.base import Record
+from casa_train.run.layout import CHECKPOINTS, EXPORT_LOG, EXPORTS
+from casa_train.training.hooks import Hook
+from casa_train.training.state import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes a process a rank, or a part of this one's torch.
@@ -28,32 +33,57 @@ RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "ROLE_", 
 THREADS = 4  # at most, where parallel.threads is 0: the run's ranks and loaders want the others
 
 
-class BackgroundExports:
-    """Exports that `config` asks for; rank 0 alone has one.
+class BestStep(Protocol):
+    """Knows the step of the best validation so far; 0: there was none."""
+
+    step: int
+
+
+class StopFlags(Protocol):
+    """Whether this process was asked to stop, and whether its time is nearly up."""
+
+    def flags(self) -> tuple[bool, bool]: ...
+
+
+class BackgroundExports(Hook):
+    """Exports that `config` asks for; the first rank alone has one.
 
     :param log: prints one line for the user.
     """
 
-    def __init__(self, run_dir: Path, config: ExportConfig, log: Callable[[str], None]) -> None:
-        self.run_dir, self.config, self.log = run_dir, config, log
+    def __init__(
+        self, run_dir: Path, config: ExportConfig, log: Callable[[str], None], best: BestStep
+    ) -> None:
+        self.run_dir, self.config, self.log, self.best = run_dir, config, log, best
         self._waiting: dict[str, int] = {}  # name of the export: step
         self._running: tuple[str, int, subprocess.Popen[bytes]] | None = None
 
-    def catch_up(self, steps: list[int], best: int) -> None:
-        """Asks for what earlier lives of the run left undone.
+    def begin(self, progress: Progress) -> None:
+        """Asks for what earlier attempts of the run left undone."""
+        for step in saved_steps(self.run_dir / CHECKPOINTS):
+            self.after_save(step)
 
-        :param steps: that have a checkpoint; :param best: the step of the best validation.
-        """
-        for step in steps:
-            self.saved(step, step == best)
+    def after_step(self, record: Record) -> bool:
+        self.proceed()
+        return False
 
-    def saved(self, step: int, best: bool) -> None:
+    def after_save(self, step: int) -> None:
         """A checkpoint was committed: exports it where it is to be, unless that has been done."""
         if self.config.every and step % self.config.every == 0:
             self._ask(f"step_{step}", step)
-        if self.config.best and best:
+        if self.config.best and step == self.best.step:
             self._ask("best", step)  # an older best that waits is not the best any more
         self.proceed()
+
+    def after_failed_save(self, step: int) -> None:
+        if self.config.best and step == self.best.step:
+            self.log(f"warning: step {step} is the best so far, but exports/best stays as it was")
+        self.proceed()
+
+    def close(self, reason: str | None) -> None:
+        """A run that leaves early gives up what is not done; else `finish` waits for it."""
+        if reason is not None:
+            self.give_up()
 
     def pinned(self) -> set[int]:
         """Steps whose checkpoints must stay."""
@@ -83,23 +113,23 @@ class BackgroundExports:
             except OSError as error:  # a full disk, no memory for a process
                 self.log(f"the export of step {step} could not be started ({error})")
 
-    def finish(self, leave: Callable[[], bool]) -> bool:
+    def finish(self, stop: StopFlags) -> bool:
         """Waits for every export.
 
-        :param leave: asked all along; once it is true, what is left is given up.
+        :param stop: asked all along; once it says so, what is left is given up.
         :return: whether nothing was given up.
         """
         self.proceed()
         if self._running is not None:
             self.log(f"waiting for exports of steps {sorted(self.pinned())}")
-        while self._running is not None and not leave():
+        while self._running is not None and not any(stop.flags()):
             time.sleep(0.2)
             self.proceed()
         done = self._running is None
-        self.close()
+        self.give_up()
         return done
 
-    def close(self) -> None:
+    def give_up(self) -> None:
         """Ends what runs; the run's next start does it again."""
         if self._running is not None:
             steps = sorted(self.pinned())

@@ -14,10 +14,12 @@ from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from casa_train import modeling
-from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint
+from casa_train.checkpoint.manager import CheckpointManager
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.checkpoint.slices import read_weights
-from casa_train.config.schema import Config
+from casa_train.config.schema import CheckpointConfig, Config
 from casa_train.data.processor import build_processor
+from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
 from casa_train.export.gate import check_export
@@ -111,7 +113,7 @@ def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
 
     :raises UserError: none, or not that one.
     """
-    manager = CheckpointManager(run / CHECKPOINTS, 1, 0, {}, print)
+    manager = CheckpointManager(run / CHECKPOINTS, CheckpointConfig(), {}, Ranks())
     steps = manager.steps()
     if step is not None and step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}; there are {steps or 'none'}.")

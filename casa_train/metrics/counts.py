@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from casa_train.distributed.ranks import gather_rows
+from casa_train.distributed.ranks import Ranks
 from casa_train.metrics.sinks.base import Record
 
 DIGEST_BYTES = 6  # of a pack's samples; as a number it is exact in float64
@@ -59,7 +58,7 @@ class StepCounts:
         }
 
 
-def count_step(batches: Sequence[Batch], device: torch.device) -> StepCounts:
+def count_step(batches: Sequence[Batch], ranks: Ranks) -> StepCounts:
     """Counts a step; collective, every rank calls it with as many batches."""
     local = {
         "answer_tokens": float(sum(len(b.targets) for b in batches)),
@@ -75,7 +74,7 @@ def count_step(batches: Sequence[Batch], device: torch.device) -> StepCounts:
     }
     operations = float(sum(b.operations for b in batches))
     digests = [_digest(b.sample_ids) for b in batches]
-    rows = gather_rows([*local.values(), operations, *digests], device)
+    rows = ranks.gather_rows([*local.values(), operations, *digests])
     first = len(local) + 1
     # Pack m of rank r is pack m * world + r of the step.
     in_order = [int(row[first + m]) for m in range(len(batches)) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from casa_train.config.compose import to_config
-from casa_train.config.places import places, relocated, same_place
+from casa_train.config.places import absolute, as_before, places, relocated, same_place
 from casa_train.config.schema import Config, run_fields
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
@@ -91,3 +92,13 @@ def load_model_config(run: Path) -> CasaConfig:
         raise UserError(
             f"{path} cannot be read ({error}); expected the model's configuration as JSON: {again}."
         ) from error
+
+
+def find_places(config: Config, run_dir: Path) -> Config:
+    """The configuration with absolute paths; what is not there from this folder is where the run
+    itself found it before.
+    """
+    if (run_dir / CONFIG_FILE).is_file():
+        with contextlib.suppress(UserError):  # `prepare_run_directory` says it
+            config = as_before(config, load_run_config(run_dir))
+    return absolute(config)

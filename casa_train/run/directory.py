@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
 from casa_train.config.schema import Config
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.metrics.sinks.jsonl import last_step
@@ -29,8 +31,14 @@ from casa_train.run.layout import (
     PROCESSOR,
     REQUEUE_FILE,
 )
-from casa_train.run.lock import unwritable
+from casa_train.run.lock import RunLock, unwritable
 from casa_train.run.provenance import environment
+
+
+class Saved(Protocol):
+    """A tokenizer with its template that can be written into a directory."""
+
+    def save_pretrained(self, directory: Path) -> Any: ...
 
 
 def request_requeue(run_dir: Path, step: int, reason: str) -> None:
@@ -57,7 +65,7 @@ def record_failure(run_dir: Path, message: str) -> None:
 
 
 def prepare_run_directory(run_dir: Path, config: Config) -> None:
-    """Makes the directory, or finds this run's; moves an earlier life away under `resume=never`.
+    """Makes the directory, or finds this run's; moves an earlier attempt away under `resume=never`.
 
     :raises UserError: the directory belongs to another configuration or cannot be written.
     """
@@ -71,6 +79,43 @@ def prepare_run_directory(run_dir: Path, config: Config) -> None:
         (run_dir / REQUEUE_FILE).unlink(missing_ok=True)  # the last job's, which is being followed
     except OSError as error:
         raise UserError(unwritable(run_dir, error)) from error
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says of its run: configurations, environment, tokenizer and template.
+
+    :param config: stored with the absolute path of the directory.
+    :param model_config: the Hugging Face configuration as JSON: an export needs no base model.
+    :param processor: kept whatever becomes of where it came from.
+    """
+
+    run_dir: Path
+    config: Config
+    model_config: str
+    processor: Saved
+
+    @property
+    def stored(self) -> Config:
+        return replace(self.config, run_dir=str(self.run_dir.absolute()))
+
+    def enter(self, ranks: Ranks) -> RunLock | None:
+        """Locks the directory and prepares it for this run; collective.
+
+        :return: the lock, on the first rank.
+        :raises UserError: another job is in it, or it belongs to another run.
+        """
+        lock = ranks.first_does(lambda: RunLock(self.run_dir))
+        ranks.first_does(lambda: prepare_run_directory(self.run_dir, self.stored))
+        return lock
+
+    def write(self, ranks: Ranks) -> None:
+        """Writes it, once nothing refuses to go on with it; collective.
+
+        :raises UserError: the directory cannot be written.
+        """
+        ranks.first_does(lambda: record_run(self.run_dir, self.stored, self.model_config))
+        ranks.first_does(lambda: keep_processor(self.run_dir, self.processor.save_pretrained))
 
 
 def record_run(run_dir: Path, config: Config, model_config: str) -> None:

@@ -11,10 +11,12 @@ import os
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
+from casa_train.distributed.ranks import Ranks
 from casa_train.io.log import read_json_lines
+from casa_train.metrics.sinks.jsonl import last_step
+from casa_train.run.layout import METRICS_FILE
 
 STARTS_FILE = "starts.jsonl"
 FINISHED = "finished"
@@ -27,51 +29,41 @@ class Position(Protocol):
 
 
 class StartLog:
-    """This start's lines; a context around its steps.
+    """This start's lines.
 
     The log is for people: where it cannot be written, training goes on.
 
     :param path: the file; None: nothing is written, as on every rank but the first.
-    :param progress: where the run stands.
-    :param found_step: the last step that was reported before, which a checkpoint may lack.
     :param described: what else the first line says: ranks, device and the like.
+    :param found_step: the last step that was reported before, which a checkpoint may lack.
     """
 
     def __init__(
-        self,
-        path: Path | None,
-        progress: Position,
-        described: dict[str, Any],
-        found_step: int | None = None,
+        self, path: Path | None, described: dict[str, Any], found_step: int | None = None
     ) -> None:
-        self.path, self.progress = path, progress
+        self.path = path
         self.described = {"found_step": found_step, **described}
         self.number = 1 + max((s["start"] for s in read_starts(path)), default=0) if path else 1
-        self.reason: str | None = None
-        self._left = False
+        self._progress: Position | None = None
 
-    def __enter__(self) -> StartLog:
+    def begin(self, progress: Position) -> None:
+        """The start begins to train.
+
+        :param progress: where the run stands, now and later.
+        """
+        self._progress = progress
         where = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._append({"after_step": self.progress.step, **where, **self.described})
-        return self
+        self._append({"after_step": progress.step, **where, **self.described})
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            first = next(iter(str(error).splitlines()), "")
-            self.leave(f"{type(error).__name__}: {first}" if first else type(error).__name__)
-        else:
-            self.leave(self.reason or FINISHED)
+    def close(self, reason: str | None) -> None:
+        """The start ends; None: after the last step."""
+        self.leave(reason or FINISHED)
 
     def leave(self, reason: str) -> None:
         """The start ends, once: why, and after which step."""
-        if not self._left:
-            self._left = True
-            self._append({"left": reason, "step": self.progress.step})
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            self._append({"left": reason, "step": progress.step})
 
     def _append(self, fields: dict[str, Any]) -> None:
         if self.path is None:
@@ -83,6 +75,16 @@ class StartLog:
                 if file.read(1) != b"\n":  # cut by a kill
                     line = "\n" + line
             file.write(line.encode() + b"\n")
+
+
+def open_starts(run_dir: Path | None, ranks: Ranks, described: dict[str, Any]) -> StartLog:
+    """The log of a run's starts, and what it reported last; the first rank alone writes.
+
+    :param run_dir: None: nothing is written.
+    """
+    if run_dir is None or not ranks.first:
+        return StartLog(None, described)
+    return StartLog(run_dir / STARTS_FILE, described, last_step(run_dir / METRICS_FILE))
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:

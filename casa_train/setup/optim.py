@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from casa_train.config.schema import GroupConfig, OptimConfig
+from casa_train.config.schema import Config, GroupConfig, OptimConfig
 from casa_train.errors import UserError
 
 
@@ -105,6 +105,12 @@ def rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
     if decay and step > steps - decay:
         return (steps - step + 1) / (decay + 1)
     return 1.0
+
+
+def scheduled_factor(config: Config, step: int) -> float:
+    """Share of the peak rates in a step of the configuration's run."""
+    optim, steps = config.optim, config.trainer.steps
+    return rate_factor(step, steps, *fit_schedule(steps, optim.warmup_steps, optim.decay_steps))
 
 
 def set_rates(param_groups: list[dict[str, Any]], factor: float) -> dict[str, float]:

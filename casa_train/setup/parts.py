@@ -10,6 +10,7 @@ from torch import nn
 from casa_train import __version__
 from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config
+from casa_train.distributed.ranks import Ranks
 from casa_train.io.numbers import count
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -38,13 +39,12 @@ def banner(
     config: Config,
     model: CasaForConditionalGeneration,
     notes: Sequence[str],
-    world: int,
-    device: torch.device,
+    ranks: Ranks,
 ) -> list[str]:
     """What the run is, in a few lines; `notes` are those of its data."""
     vision, backbone = model.config.vision_config, model.config.text_config
-    accumulation = micro_steps(config.data, world)
-    backend = choose_backend("auto", device, DTYPES[config.parallel.precision])
+    accumulation = micro_steps(config.data, ranks.world)
+    backend = choose_backend("auto", ranks.device, DTYPES[config.parallel.precision])
     sizes = part_sizes(model)
     adapter = vision.out_hidden_size != backbone.hidden_size
     lines = [
@@ -64,8 +64,8 @@ def banner(
             if adapter
             else ""
         ),
-        f"attention backend: {backend} on {device.type}",
-        f"{count(world, 'rank')} x {count(accumulation, 'micro-step')}, "
+        f"attention backend: {backend} on {ranks.device.type}",
+        f"{count(ranks.world, 'rank')} x {count(accumulation, 'micro-step')}, "
         f"ZeRO-{config.parallel.zero_stage}, {config.parallel.precision}, "
         f"{count(torch.get_num_threads(), 'thread')}; a pack holds "
         f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens",
@@ -76,4 +76,6 @@ def banner(
     lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
     if fitted != wanted:
         lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
+    if config.evaluation.every and not config.data.validation:
+        lines.append("no validation: data.validation names no held-out split")
     return [*lines, *notes]

@@ -1,3 +1,4 @@
-"""One optimiser step, the loop around it, and what watches the loop: audit, memory probe, signals,
-watchdog.
+"""One optimiser step, the loop around it (`loop.py`), and the hooks that watch it (`hooks.py`):
+audit, records and attempts (`reporting.py`), watchdog, garbage collection, memory probe, stopping.
+They see engine, loader and checkpoints as protocols (`state.py`); `train.build_run` has the list.
 """

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from casa_train.config.schema import Config
 from casa_train.errors import UserError
+from casa_train.metrics.sinks.base import Record
+from casa_train.setup.optim import build_groups
+from casa_train.training.hooks import Hook
+from casa_train.training.state import Log
 
 FINAL_STEPS = 10  # so many steps after the first look nothing may wait for a gradient any more
 PIECE = 1 << 22  # elements that are digested at once
@@ -20,40 +25,57 @@ class AuditedEngine(Protocol):
     """What the audit needs of an engine; every method is collective."""
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> Any: ...
 
     def full_gradient(self, parameter: nn.Parameter) -> Tensor | None: ...
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor: ...
 
 
-class Audit:
+class Audit(Hook):
     """Looks at one step in which everything can move, and once more if something had to wait.
 
     A step that is left out, because its numbers are not finite, is none to look at: the next one
     is. Values are compared through digests of their bits. A tensor waits if the mechanism declares
     its first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
 
-    :param groups: parameter name -> name of its optimiser group.
-    :param zero_at_start: whether a parameter's first gradient may be all zero, by design.
+    :param log: is told the verdicts.
     """
 
-    def __init__(
-        self,
-        engine: AuditedEngine,
-        groups: Mapping[str, str],
-        zero_at_start: Callable[[str], bool],
-    ) -> None:
-        self.engine = engine
-        self.groups = groups
-        self.zero_at_start = zero_at_start
+    def __init__(self, config: Config, engine: AuditedEngine, log: Log) -> None:
+        self.engine, self.log = engine, log
+        self.zero_at_start: Callable[[str], bool] = engine.module.mechanism.zero_at_start
+        self.steps = config.trainer.steps
+        groups = build_groups(engine.module.named_parameters(), config.optim.groups)
+        self.groups = {name: group["name"] for group in groups for name in group["names"]}
         self.first_step: int | None = None
         self.waiting: set[str] = set()
         self._before: dict[str, int] = {}
         self._final = False
         # Of the step that is looked at, until it is known whether it was taken.
+        self._looking = False
         self._waiting: set[str] = set()
         self._problems: list[str] = []
+
+    def before_update(self, step: int, rates: Mapping[str, float], pairs: float) -> None:
+        self._looking = self.due(step, rates, pairs)
+        if self._looking:
+            self.look(rates)
+
+    def after_step(self, record: Record) -> bool:
+        """:raises UserError: see `verdict`."""
+        if self._looking:
+            line = self.verdict(record["step"], applied=not record["skipped"])
+            if line is not None:
+                self.log.log(line)
+        return False
+
+    def after_save(self, step: int) -> None:
+        if step == self.steps and self.first_step is None:
+            self.log.log(
+                "the audit did not run: no step that was taken had a non-zero rate and an image "
+                "with answers"
+            )
 
     def due(self, step: int, rates: Mapping[str, float], pairs: float) -> bool:
         """Whether this step should be looked at.
@@ -68,8 +90,8 @@ class Audit:
         # Or the first step after that one in which everything can move.
         return bool(self.waiting) and not self._final and step >= self.first_step + FINAL_STEPS
 
-    def before_update(self, rates: Mapping[str, float]) -> None:
-        """Call after the step's last backward and before its update."""
+    def look(self, rates: Mapping[str, float]) -> None:
+        """At all gradients, after the step's last backward and before its update."""
         again = self.first_step is not None
         if not again:
             self._before = {name: self._digest(p) for name, p in self._parameters()}
@@ -88,8 +110,8 @@ class Audit:
             elif not self._can_move(parameter, rates[self.groups[name]]):
                 self._waiting.add(name)
 
-    def after_update(self, step: int, applied: bool) -> str | None:
-        """Call after the update; returns the verdict as one line, None for a step left out.
+    def verdict(self, step: int, applied: bool) -> str | None:
+        """After the update: the verdict as one line, None for a step left out.
 
         :param applied: whether the update took place.
         :raises UserError: a trainable tensor without gradient, a frozen one with gradient, a
@@ -128,7 +150,8 @@ class Audit:
         return line
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.engine.module.named_parameters()
+        parameters: Iterator[tuple[str, nn.Parameter]] = self.engine.module.named_parameters()
+        return parameters
 
     def _can_move(self, parameter: nn.Parameter, rate: float) -> bool:
         """Whether a step of about `rate`, Adam's first, changes some element in fp32."""

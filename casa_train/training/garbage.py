@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 import os
 
+from casa_train.metrics.sinks.base import Record
+from casa_train.training.hooks import Hook
+from casa_train.training.state import Progress
 
-class ScheduledCollection:
+
+class ScheduledCollection(Hook):
     """Collects every n-th step, and at no other time.
 
     Left to itself the collector interrupts one rank here and another there, and all wait for each.
@@ -18,20 +22,19 @@ class ScheduledCollection:
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def __enter__(self) -> ScheduledCollection:
+    def begin(self, progress: Progress) -> None:
         if self.every:
             gc.collect()
             gc.freeze()
             gc.disable()
             os.register_at_fork(after_in_child=gc.enable)  # loader processes have no schedule
-        return self
 
-    def after(self, step: int) -> None:
-        """Call after every step."""
-        if self.every and step % self.every == 0:
+    def after_step(self, record: Record) -> bool:
+        if self.every and record["step"] % self.every == 0:
             gc.collect()
+        return False
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self, reason: str | None) -> None:
         if self.every:
             gc.enable()
             gc.unfreeze()

@@ -11,7 +11,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -20,11 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from casa_train.config.schema import Config
-from casa_train.cost.full_pack import MemoryOfRank, full_inputs, full_pack, memory_of_rank
+from casa_train.cost.full_pack import full_inputs, full_pack, memory_of_rank
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import RankError, UserError
 from casa_train.metrics.meter import memory_bytes, reset_peak
 from casa_train.setup.model import meta_model
+from casa_train.training.hooks import Hook
 from casa_train.training.loss import answer_losses
+from casa_train.training.state import Progress
 
 GIB = 1 << 30
 # A rank that ran out of memory waits so long for the others, who may hang in a collective. One that
@@ -54,31 +56,38 @@ def wanted(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if asked is None else asked
 
 
-@dataclass
-class WorstCase:
-    """Runs a full pack forward and backward on every rank; collective.
+class MemoryProbe(Hook):
+    """Runs a full pack forward and backward on every rank before the first step; collective.
 
-    :param say: prints a line on rank 0.
+    :param heartbeat: called when it is done.
     :param fresh: the engine has no moments yet, which would come with the first update.
     """
 
-    config: Config
-    engine: Engine
-    device: torch.device
-    log: Callable[[str], None]
-    fresh: bool = False
-    _estimate: MemoryOfRank = field(init=False)
-    _peaks: list[float] = field(default_factory=list)
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        heartbeat: Callable[[], None] = lambda: None,
+        fresh: bool = False,
+    ) -> None:
+        self.config, self.ranks, self.engine = config, ranks, engine
+        self.heartbeat, self.fresh = heartbeat, fresh
+        self._peaks: list[float] = []
 
-    def __post_init__(self) -> None:
-        model = meta_model(self.config, copy.deepcopy(self.engine.module.config))
-        self._estimate = memory_of_rank(self.config, model, dist.get_world_size())
-
-    def run(self) -> None:
+    def begin(self, progress: Progress) -> None:
         """:raises UserError: the memory of a rank does not hold it; says what to lower."""
+        device = self.ranks.device
+        if wanted(self.config, device) and progress.step < self.config.trainer.steps:
+            self._run(device)
+            self.heartbeat()
+
+    def _run(self, device: torch.device) -> None:
+        model = meta_model(self.config, copy.deepcopy(self.engine.module.config))
+        self._estimate = memory_of_rank(self.config, model, self.ranks.world)
         began = time.perf_counter()
         pack = full_pack(self.config)
-        inputs = full_inputs(pack, self.device)
+        inputs = full_inputs(pack, device)
         kept: list[Tensor] = []  # the trainer, too, holds logits and loss until the next pack's
 
         def forward() -> None:
@@ -90,23 +99,19 @@ class WorstCase:
         # Twice: DeepSpeed makes the sums of gradients in the first backward pass, and they lie
         # under the activations of every later one.
         for _ in range(2):
-            reset_peak(self.device)
+            reset_peak(device)
             # Forward and backward apart: ZeRO 1 and 2 run no collective between them, so that ranks
             # agree before one waits for a gradient that never comes.
             self._attempt(forward)
             self._attempt(lambda: self.engine.backward(kept[1]))
             self.engine.forget_gradients()
-        self.log(
+        self.ranks.log(
             f"worst case: a pack of {len(inputs.input_ids):,} text and "
             f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
             f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "
             f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}"
             # A process holds libraries, and on a CPU nobody touches what is only reserved.
-            + (
-                f", estimated {self._estimate.total / GIB:.2f} GiB"
-                if self.device.type == "cuda"
-                else ""
-            )
+            + (f", estimated {self._estimate.total / GIB:.2f} GiB" if device.type == "cuda" else "")
         )
 
     def _attempt(self, work: Callable[[], None]) -> None:
@@ -114,14 +119,14 @@ class WorstCase:
         error = None
         try:
             work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize(self.ranks.device)
         except (RuntimeError, MemoryError) as caught:  # torch.OutOfMemoryError is the first
             if not is_out_of_memory(caught):
                 raise
             error = " ".join(str(caught).split())[:300]
-        _, peak = memory_bytes(self.device)
-        reports = exchange({"error": error, "peak": peak}, patient=error is None)
+        _, peak = memory_bytes(self.ranks.device)
+        reports = exchange(self.ranks, {"error": error, "peak": peak}, patient=error is None)
         failed = [rank for rank, report in enumerate(reports) if report and report["error"]]
         if failed:
             message = self._message(failed, reports)
@@ -152,9 +157,10 @@ class WorstCase:
         )
 
     def _of_total(self) -> str:
-        if self.device.type != "cuda":
+        device = self.ranks.device
+        if device.type != "cuda":
             return " of the process"
-        return f" of {torch.cuda.mem_get_info(self.device)[1] / GIB:.2f}"
+        return f" of {torch.cuda.mem_get_info(device)[1] / GIB:.2f}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -165,15 +171,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, known) or any(text in str(error) for text in texts)
 
 
-def exchange(report: dict[str, Any], patient: bool) -> list[dict[str, Any] | None]:
+def exchange(ranks: Ranks, report: dict[str, Any], patient: bool) -> list[dict[str, Any] | None]:
     """The report of every rank, through the store: no collective, so no rank can miss it.
 
     :param patient: wait for all ranks; otherwise those that take too long are None.
     """
     store: Any = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
     prefix = f"casa_train/worst_case/{next(_rounds)}"
-    keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
-    store.set(keys[dist.get_rank()], json.dumps(report))
+    keys = [f"{prefix}/{rank}" for rank in range(ranks.world)]
+    store.set(keys[ranks.rank], json.dumps(report))
     timeout = timedelta(days=1) if patient else PATIENCE
     try:
         store.wait(keys, timeout)

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from casa_train.checkpoint.manager import CheckpointManager
+from casa_train.config.schema import CheckpointConfig
 from casa_train.distributed.random_state import rng_state, set_rng_state
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 
 
 def manager(directory: Path, said: list[str] | None = None, **keep: int) -> CheckpointManager:
-    kept = {"keep_last": 3, "keep_every": 0, **keep}
-    log = (said if said is not None else []).append
-    return CheckpointManager(directory, fingerprints={"config": "c"}, log=log, **kept)
+    ranks = Ranks(out=(said if said is not None else []).append)
+    config = CheckpointConfig(**{"keep_last": 3, **keep})
+    return CheckpointManager(directory, config, {"config": "c"}, ranks)
 
 
 def save(directory: Path, *steps: int, **keep: int) -> None:
@@ -119,7 +121,8 @@ def test_a_broken_one_goes_when_enough_newer_ones_exist(tmp_path: Path) -> None:
 
 def test_phases_are_told_in_their_order(tmp_path: Path) -> None:
     phases: list[str] = []
-    checkpoints = CheckpointManager(tmp_path, 1, 0, {}, print, phase=phases.append)
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig(keep_last=1), {}, Ranks())
+    checkpoints.watched_by(phases.append)
     for step in (1, 2):
         checkpoints.save(step, lambda path: None, {})
     whole = ["writing", "hashing", "committing", "renaming", "pruning"]

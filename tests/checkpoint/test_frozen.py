@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from casa_train.checkpoint.frozen import FrozenFile, write_frozen
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.checkpoint.slices import MASTER, STATE_DIRECTORY, Slice, read_weights, write_slices
+from casa_train.config.schema import CheckpointConfig
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 from casa_train.io.files import sha256
 
@@ -34,9 +37,8 @@ def write(checkpoints: Path, seed: int = 0) -> FrozenFile:
 
 
 def manager(directory: Path, said: list[str] | None = None, **keep: int) -> CheckpointManager:
-    kept = {"keep_last": 2, "keep_every": 0, **keep}
-    log = (said if said is not None else []).append
-    return CheckpointManager(directory, fingerprints={}, log=log, **kept)
+    ranks = Ranks(out=(said if said is not None else []).append)
+    return CheckpointManager(directory, CheckpointConfig(**keep), {}, ranks)
 
 
 def save(directory: Path, *steps: int, seed: int | None = 0, **keep: int) -> None:
@@ -109,11 +111,12 @@ def test_it_stays_while_a_checkpoint_refers_to_it(tmp_path: Path) -> None:
 def test_a_checkpoint_that_somebody_reads_keeps_its_file(tmp_path: Path) -> None:
     save(tmp_path, 1, seed=0)
     exporting = manager(tmp_path, keep_last=1)
-    exporting.pinned = lambda: [1]
+    reads = {1}
+    exporting.watched_by(lambda phase: None, SimpleNamespace(pinned=lambda: reads))
     save_with = write(tmp_path, 1)
     exporting.save(2, lambda path: save_with, {})
     assert len(files(tmp_path)) == 2
-    exporting.pinned = tuple
+    reads.clear()
     exporting.prune()
     assert files(tmp_path) == {save_with.name}
 

@@ -18,6 +18,7 @@ from casa_train.distributed.determinism import WORKSPACE, set_determinism
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.training.garbage import ScheduledCollection
+from casa_train.training.state import Progress
 from tests.helpers.commands import TINY, on_data, run, train_command
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
 from tests.helpers.variants import build, gradients_of
@@ -121,12 +122,14 @@ def test_garbage_is_collected_at_its_steps_alone_and_by_forked_processes_as_ever
         def __del__(self) -> None:
             Cycle.alive -= 1
 
-    with ScheduledCollection(every=3) as collection:
+    collection = ScheduledCollection(every=3)
+    collection.begin(Progress())
+    try:
         assert not gc.isenabled()
         counts = []
         for step in range(1, 7):
             Cycle()
-            collection.after(step)
+            assert collection.after_step({"step": step}) is False
             counts.append(Cycle.alive)
         assert counts == [1, 2, 0, 1, 2, 0]
         context = multiprocessing.get_context("fork")
@@ -135,9 +138,11 @@ def test_garbage_is_collected_at_its_steps_alone_and_by_forked_processes_as_ever
         process.start()
         assert queue.get(timeout=30)
         process.join()
+    finally:
+        collection.close(None)
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    with ScheduledCollection(every=0):
-        assert gc.isenabled()
+    ScheduledCollection(every=0).begin(Progress())
+    assert gc.isenabled()
 
 
 @pytest.mark.slow

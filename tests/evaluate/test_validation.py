@@ -17,6 +17,7 @@ from casa_train.config.data_schema import SourceConfig
 from casa_train.config.schema import Config
 from casa_train.data.processor import build_processor
 from casa_train.data.sample import Sample
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.evaluate.held_out import HeldOut, answer_spans, open_held_out, score
 from casa_train.evaluate.questions import Questions
@@ -72,9 +73,17 @@ def overfit(model: CasaForConditionalGeneration, found: HeldOut, steps: int) -> 
     model.eval()
 
 
-def alone(value: Any) -> list[Any]:
-    """What a single rank gathers."""
-    return [value]
+class Told(Ranks):
+    """A rank that notes what it gives, and is told what all gave."""
+
+    def __init__(self, rank: int, world: int, given: list[Any], told: list[Any] | None = None):
+        super().__init__(rank, world)
+        object.__setattr__(self, "given", given)
+        object.__setattr__(self, "told", told)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given.append(value)  # type: ignore[attr-defined]
+        return self.told or [value]  # type: ignore[attr-defined]
 
 
 def generated_exactly(
@@ -102,7 +111,7 @@ def test_exact_match_is_what_generation_would_write(
     processor, found = held_out(config)
     model = build(config, processor)
     overfit(model, found, steps=9)
-    scores = score(found, model, 0, 1, CPU, alone)
+    scores = score(found, model, Ranks())
     exact: Counter[str] = Counter()
     answers: Counter[str] = Counter()
     longest = 0
@@ -134,7 +143,7 @@ def test_loss_is_the_mean_over_answer_tokens_of_samples_alone(data_dir: Path) ->
             loss = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
             sums.setdefault(batch.sources[0], []).append(float(loss))
             sums.setdefault(f"{batch.sources[0]} tokens", []).append(len(batch.targets))
-    scores = score(found, model, 0, 1, CPU, alone)
+    scores = score(found, model, Ranks())
     assert len(scores["sources"]) == 7
     for source, measured in scores["sources"].items():
         tokens = sum(sums[f"{source} tokens"])
@@ -147,15 +156,15 @@ def test_loss_is_the_mean_over_answer_tokens_of_samples_alone(data_dir: Path) ->
     assert len(shared.packs) % 4 == 0 and not shared.packs[-1].items
     parts: list[Any] = []
     for rank in range(4):
-        score(shared, model, rank, 4, CPU, lambda value: parts.append(value) or [value])
-    assert score(shared, model, 0, 4, CPU, lambda value: parts) == scores
+        score(shared, model, Told(rank, 4, parts))
+    assert score(shared, model, Told(0, 4, [], parts)) == scores
 
 
 def test_numbers_that_are_not_finite_are_none(data_dir: Path) -> None:
     processor, found = held_out(tiny_config(data_dir))
     model = build(tiny_config(data_dir), processor).eval()
     model.lm_head.weight.data[:] = math.nan
-    scores = score(found, model, 0, 1, CPU, alone)
+    scores = score(found, model, Ranks())
     assert scores["loss"] is None and scores["exact_match"] == 0
     best = Best()
     assert not best.takes(4, scores["loss"])
@@ -177,7 +186,7 @@ def test_bad_samples_are_counted(data_dir: Path) -> None:
         return sample
 
     split.read = sometimes  # type: ignore[method-assign]
-    scores = score(found, model, 0, 1, CPU, alone)
+    scores = score(found, model, Ranks())
     assert scores["bad_samples"] == 1 and scores["loss"] is not None
 
 

@@ -15,10 +15,12 @@ import pytest
 from transformers import AutoConfig
 
 from casa_train.config.schema import ExportConfig
+from casa_train.evaluate.validation import Best
 from casa_train.export.background_exports import BackgroundExports
 from casa_train.io.files import EXPORT_MARKER
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report.run_report import report
+from casa_train.training.signals import StopRequest
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
 
 pytestmark = pytest.mark.slow
@@ -186,13 +188,20 @@ def test_waiting_for_an_export_ends_when_the_run_has_to_leave(
     shutil.copytree(undisturbed[0], run_dir)
     shutil.rmtree(run_dir / "exports")
     lines: list[str] = []
-    exports = BackgroundExports(run_dir, ExportConfig(every=10, best=True), lines.append)
-    exports.saved(20, best=True)
+    best = Best(step=20)
+    exports = BackgroundExports(run_dir, ExportConfig(every=10, best=True), lines.append, best)
+    exports.after_save(20)
     assert exports.pinned() == {20}
     while not export_processes(run_dir):  # between fork and exec it has no name of its own
         assert exports._running is not None and exports._running[2].poll() is None
-    exports.saved(7, best=False)  # neither a multiple nor the best
+    exports.after_save(7)  # neither a multiple nor the best
     assert exports.pinned() == {20}
-    assert not exports.finish(lambda: True)
+    exports.after_failed_save(20)
+    assert lines[-1] == "warning: step 20 is the best so far, but exports/best stays as it was"
+    exports.close(None)  # the last step is done: what runs may go on
+    assert exports.pinned() == {20}
+    stop = StopRequest(0)
+    stop.signal = "SIGTERM"
+    assert not exports.finish(stop)
     assert not export_processes(run_dir) and exports.pinned() == set()
     assert any("gave up the exports of steps [20]" in line for line in lines)

@@ -38,11 +38,13 @@ from casa_train.checkpoint.slices import (
     write_slices,
 )
 from casa_train.config.compose import compose_config
+from casa_train.config.schema import CheckpointConfig
 from casa_train.data.prepared.shard_index import INDEX_FILE, open_index
 from casa_train.data.prepared.shards import META_FILE, Split
 from casa_train.data.processor import build_processor
 from casa_train.data.tokens import load_tokenizer
 from casa_train.distributed.random_state import load_rng_state, rng_state, set_rng_state
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.export.background_exports import _exported_step
 from casa_train.export.from_run import find_checkpoint
@@ -62,7 +64,7 @@ from casa_train.run.starts import STARTS_FILE, StartLog, read_starts
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.pretrained import Pretrained
 from casa_train.setup.weights import open_sources
-from casa_train.training.loop import Progress
+from casa_train.training.state import Progress
 from tests.helpers.commands import TINY, on_data
 from tests.helpers.tiny_export import write_tiny_export
 
@@ -128,8 +130,9 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record |= {"samples_digest": "0", "fill_text": 0.9, "fill_image": 0.7}
     (path / METRICS_FILE).write_text(json.dumps(record) + "\n")
     (path / "validation.jsonl").write_text("")
-    with StartLog(path / STARTS_FILE, Progress(), {"ranks": 1}, None):
-        pass
+    log = StartLog(path / STARTS_FILE, {"ranks": 1})
+    log.begin(Progress())
+    log.close(None)
     checkpoints = path / "checkpoints"
 
     def write(target: Path) -> FrozenFile:
@@ -146,7 +149,7 @@ def run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_slices(target / STATE_DIRECTORY, 0, slices, 1, stored)
         return stored
 
-    CheckpointManager(checkpoints, 2, 0, {}, print).save(1, write, {"progress": {}})
+    CheckpointManager(checkpoints, CheckpointConfig(), {}, Ranks()).save(1, write, {"progress": {}})
     return path
 
 
@@ -192,7 +195,7 @@ def run_readers(run: Path) -> dict[str, Callable[[], Any]]:
     checkpoint = run / "checkpoints" / "step_1"
 
     def resume() -> None:
-        found = CheckpointManager(checkpoint.parent, 2, 0, {}, print).latest()
+        found = CheckpointManager(checkpoint.parent, CheckpointConfig(), {}, Ranks()).latest()
         assert found is not None
 
     def whole_config() -> None:

@@ -19,7 +19,7 @@ from casa_train.engine.engine import init_processes, leave_processes
 
 
 def run_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Calls `work(*arguments)` in `world` processes that form a process group.
+    """Calls `work(ranks, *arguments)` in `world` processes that form a process group.
 
     :raises RuntimeError: a rank failed; its traceback is on stderr.
     """
@@ -47,6 +47,5 @@ def run_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
 def _rank(place: dict[str, int], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(n) for key, n in place.items()}}
     torch.set_num_threads(1)
-    init_processes()
-    work(*arguments)
+    work(init_processes(), *arguments)
     leave_processes()

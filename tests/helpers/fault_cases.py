@@ -3,7 +3,7 @@
 `python -m tests.helpers.fault_cases KINDS DIR [DISK]` prints one JSON line a case of these kinds
 (kill,damage,...); DISK is a small file system of its own. Every life of a run is a pair of
 processes forked from here, since loading the libraries takes longer than any case. They train a
-tiny model, whose backbone is frozen, with the real trainer, engine and checkpoints.
+tiny model, whose backbone is frozen, in a run that `train.build_run` puts together.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,18 +30,22 @@ from casa_train.checkpoint.frozen import FROZEN_DIRECTORY
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.random_state import seed_all
-from casa_train.distributed.ranks import gather
-from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
-from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, read_metrics
-from casa_train.setup.optim import build_groups, build_optimizer, set_rates
-from casa_train.training.loop import Progress, Trainer
+from casa_train.metrics.sinks.jsonl import read_metrics
+from casa_train.train import build_run
+from casa_train.training.hooks import Hook
 from tests.helpers.small_disk import Filler, remount
-from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, tiny_model
+from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny_run import Lines, tiny_batch, tiny_settings
 
 STEPS, EVERY = 8, 2
 OPTIM = OptimConfig(groups={"all": GroupConfig(["."], 1e-2, 0.1)})
 EXACT = ("step", "loss", "gradient_norm", "rates", "answer_tokens", "samples_digest")
+
+
+Save = Callable[[Path], Any]
 
 
 @dataclass
@@ -50,14 +53,14 @@ class Life:
     """What one rank meets between a start and its end.
 
     :param phase: told by the checkpoints what comes next.
-    :param write: writes the engine's state; gets the engine and the directory.
+    :param write: writes the engine's state with `Engine.save`, which it gets, into a directory.
     :param answers: answer tokens of a rank's pack in a step; 4 where it is not named.
     :param stop: the step after which a signal arrives; 0: none.
     :param after_save: called after every save, failed or not.
     """
 
     phase: Callable[[str], None] = lambda name: None
-    write: Callable[[Engine, Path], None] = lambda engine, path: engine.save(path)
+    write: Callable[[Save, Path], None] = lambda save, path: save(path)
     answers: Callable[[int], int] = lambda step: 4
     stop: int = 0
     after_save: Callable[[int], None] = lambda step: None
@@ -72,90 +75,89 @@ class Packs:
     def next_step(self) -> list[Any]:
         self.step += 1
         seed = int(torch.randint(0, 1000, ()))
-        inputs = packed_inputs(fill(HARD_PACK, seed))
-        count = self.answers(self.step)
-        inputs.logits_index = torch.arange(count)
-        return [
-            SimpleNamespace(
-                inputs=inputs,
-                targets=inputs.input_ids[1 : count + 1],
-                answer_sources=[("a", count)],
-                sample_ids=[f"step{self.step} rank{self.rank} seed{seed}"],
-                text_tokens=18,
-                image_tokens=10,
-                fills=(1.0, 1.0),
-                pairs=1,
-                failures=[],
-                left_out=0,
-                operations=0,
-            )
-        ]
+        name = f"step{self.step} rank{self.rank} seed{seed}"
+        return [tiny_batch(seed, name, [("a", self.answers(self.step))])]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class SignalAfter:
+    """As if a signal had come in a step."""
+
+    def __init__(self, packs: Packs, step: int) -> None:
+        self.packs, self.step = packs, step
+
+    def flags(self) -> tuple[bool, bool]:
+        return self.packs.step == self.step, False
+
+
+class Checkpoints(CheckpointManager):
+    """Checkpoints of a life: they are written as it will have it."""
+
+    life = Life()
+
+    def save(self, step: int, write: Save, state: dict[str, Any]) -> Path:
+        return super().save(step, functools.partial(self.life.write, write), state)
+
+
+class AfterSaves(Hook):
+    """Tells a life of every save."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+
+    def after_save(self, step: int) -> None:
+        self.life.after_save(step)
+
+    def after_failed_save(self, step: int) -> None:
+        self.life.after_save(step)
+
 
 def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     """One rank's life, from its start to the last step; returns what came of it."""
-    rank, world, device = init_processes()
     said: list[str] = []
-    checkpoints = CheckpointManager(run / "checkpoints", 2, 0, {}, said.append, phase=life.phase)
-    result: dict[str, Any] = {"rank": rank, "said": said, "error": None, "resumed": 0}
-    model = tiny_model().train()
+    ranks = replace(init_processes(), out=said.append)
+    result: dict[str, Any] = {"rank": ranks.rank, "said": said, "error": None, "resumed": 0}
+    config = tiny_settings(OPTIM, stage)
+    config.trainer = replace(config.trainer, steps=STEPS, log_every=4, audit=False)
+    config.checkpoint = replace(config.checkpoint, every=EVERY)
+    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, {}, ranks)
+    checkpoints.life = life
+    checkpoints.watched_by(life.phase)
+    model = tiny_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".fusion." in name)
     model.visual.set_trainable(1)
-    groups = build_groups(model.named_parameters(), OPTIM.groups)
-    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", 1, 1.0)
-    seed_all(rank)
-    loader, progress = Packs(rank, life.answers), Progress()
-    sinks: list[Any] = []
+    engine = build_engine(config, model, ranks)
+    seed_all(ranks.rank)
+    packs = Packs(ranks.rank, life.answers)
+    run.mkdir(parents=True, exist_ok=True)
     try:
         found = checkpoints.latest()
-        if found is not None:
-            engine.load(found.path)
-            loader.step = found.state["data"]["step"]
-            checkpoints.load_rng(found)
-            progress = Progress(**found.state["progress"])
-            result["resumed"] = found.step
-        if rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            keep_steps(run / "metrics.jsonl", progress.step)
-            talk = SimpleNamespace(write=lambda r: None, log=said.append, close=lambda: None)
-            sinks = [JsonlSink(run / "metrics.jsonl"), talk]
-
-        def save(step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-            try:
-                checkpoints.save(step, functools.partial(life.write, engine), state)
-            finally:
-                life.after_save(step)
-
-        result["left"] = Trainer(
-            engine=engine,
-            loader=loader,
-            device=device,
-            world=world,
-            steps=STEPS,
-            save_every=EVERY,
-            max_bad_share=1.0,
-            set_rates=lambda step: set_rates(engine.param_groups, 1.0),
-            save=save,
-            quarantine=lambda failures: None,
-            gather=gather,
-            sinks=sinks,
-            progress=progress,
-            stop_flags=lambda: (progress.step == life.stop, False),
-            source_every=4,
-        ).run()
+        result["resumed"] = found.step if found is not None else 0
+        built = build_run(
+            config,
+            ranks,
+            engine,
+            packs,
+            run,
+            checkpoints,
+            found,
+            stop=SignalAfter(packs, life.stop),
+            sinks=[Lines(said)] if ranks.first else [],
+            hooks=[AfterSaves(life)],
+        )
+        result["left"] = built.trainer.run()
     except UserError as error:
         result["error"] = str(error)
-    for sink in sinks:
-        sink.close()
     digest = hashlib.sha256()
     for _, parameter in sorted(engine.module.named_parameters()):
         digest.update(engine.full_parameter(parameter).numpy().tobytes())
     result |= {
-        "step": progress.step,
         "weights": digest.hexdigest()[:16],
         "checkpoint_bytes": checkpoint_bytes(engine.module.parameters(), "fp32"),
     }
@@ -242,9 +244,9 @@ def at(name: str) -> Life:
     return Life(phase=lambda phase: die() if phase.startswith(f"saving step 6: {name}") else None)
 
 
-def half_a_file(engine: Engine, path: Path) -> None:
+def half_a_file(save: Save, path: Path) -> None:
     """Killed with its shard of step 6 written in part."""
-    engine.save(path)
+    save(path)
     if path.name == "step_6.tmp":
         shard = path / "engine" / f"rank_0000{os.environ['RANK']}.pt"
         with shard.open("r+b") as file:
@@ -252,8 +254,9 @@ def half_a_file(engine: Engine, path: Path) -> None:
         die()
 
 
-def half_the_frozen(engine: Engine, path: Path) -> None:
+def half_the_frozen(save: Any, path: Path) -> None:
     """Killed with the frozen weights written in part."""
+    engine = save.__self__
     whole, left = engine.full_parameter, iter(range(5))
 
     def read(parameter: Any) -> Any:
@@ -261,8 +264,8 @@ def half_the_frozen(engine: Engine, path: Path) -> None:
             die()
         return whole(parameter)
 
-    engine.full_parameter = read  # type: ignore[method-assign]
-    engine.save(path)
+    engine.full_parameter = read
+    save(path)
 
 
 def at_first(name: str) -> Life:
@@ -365,8 +368,8 @@ def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
     """Rank 1 takes a second longer; notes what rank 0 has done by then."""
     early: list[str] = []
 
-    def write(engine: Engine, path: Path) -> None:
-        engine.save(path)
+    def write(save: Save, path: Path) -> None:
+        save(path)
         time.sleep(1)
         names = {p.name for p in path.iterdir()} | {p.name for p in path.parent.iterdir()}
         early.extend(names & {"manifest.json", path.stem})
@@ -391,14 +394,14 @@ def full_for_one(disk: Path, steps: Sequence[int]) -> list[Life]:
     """Rank 1 finds the disk full once rank 0 has written all of its part in these steps."""
     filler = Filler(disk)
 
-    def write(engine: Engine, path: Path) -> None:
+    def write(save: Save, path: Path) -> None:
         if path.name in [f"step_{step}.tmp" for step in steps]:
             others = path / "state.json", path / "rng_0.pt"
             while not all(file.exists() and file.stat().st_size for file in others):
                 time.sleep(0.01)
             time.sleep(0.2)
             filler.fill()
-        engine.save(path)
+        save(path)
 
     return [Life(), Life(write=write, after_save=lambda step: filler.empty())]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import resource
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ import torch.distributed as dist
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config
 from casa_train.cost.sizes import size_model
-from casa_train.engine.engine import Engine, init_processes, shard
+from casa_train.distributed.ranks import Ranks
+from casa_train.engine.engine import Engine, init_processes
+from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.setup.model import meta_model
-from casa_train.setup.optim import build_groups, build_optimizer, set_rates
-from casa_train.setup.precision import DTYPES
+from casa_train.setup.optim import set_rates
 from casa_train.setup.pretrained import Stored
-from casa_train.setup.weights import Start, start_weights
-from casa_train.training import memory_probe as worst_case
+from casa_train.setup.weights import Start
+from casa_train.training import memory_probe
+from casa_train.training.state import Progress
 from tests.helpers.commands import TINY
 from tests.helpers.zero_steps import pack_loss, packs
 
@@ -47,41 +50,39 @@ CASES = {
 
 def composed(*overrides: str) -> Config:
     return compose_config(
-        ["+experiment=demo", *TINY, "data.packs_per_step=4", *overrides, "dry_run=true"]
+        [
+            "+experiment=demo",
+            *TINY,
+            "data.packs_per_step=4",
+            *overrides,
+            "dry_run=true",
+        ]
     )
 
 
-def make_engine(config: Config) -> Engine:
-    stage, precision = config.parallel.zero_stage, config.parallel.precision
+def make_engine(config: Config, ranks: Ranks) -> Engine:
     model = meta_model(config, size_model(config, []))
-    start = Start(Stored(), [], copies=True)
-    dtype = DTYPES[precision]
-    finish = lambda block: shard(block, stage, precision)  # noqa: E731
-    start_weights(model, start, 0, torch.device("cpu"), dtype, finish)
-    model.checkpoint_activations(config.parallel.activation_checkpointing)
-    groups = build_groups(model.named_parameters(), config.optim.groups)
-    optimizer = build_optimizer(groups, config.optim)
-    accumulation = config.data.packs_per_step // dist.get_world_size()
-    engine = Engine(model, optimizer, stage, precision, accumulation, config.optim.clip)
-    engine.train()
-    return engine
+    start_model(config, model, Start(Stored(), [], copies=True), ranks)
+    return build_engine(config, model, ranks)
 
 
-def trained(config: Config, rank: int, first: bool) -> tuple[dict[str, Any], list[str]]:
+def trained(config: Config, ranks: Ranks, first: bool) -> tuple[dict[str, Any], list[str]]:
     """What three steps leave behind, every number exact; and what the worst case said.
 
     :param first: whether a worst case comes first.
     """
-    torch.manual_seed(rank)
-    engine, said = make_engine(config), []
+    engine = make_engine(config, ranks)
+    torch.manual_seed(ranks.rank)
+    said: list[str] = []
     if first:
-        worst_case.WorstCase(config, engine, torch.device("cpu"), said.append, fresh=True).run()
+        heard = replace(ranks, out=said.append)
+        memory_probe.MemoryProbe(config, heard, engine, fresh=True).begin(Progress())
     losses, norms = [], []
-    accumulation = config.data.packs_per_step // dist.get_world_size()
+    accumulation = config.data.packs_per_step // ranks.world
     for _ in range(3):
         set_rates(engine.param_groups, 1.0)
         for step in packs()[-accumulation:]:
-            loss, _ = pack_loss(engine.forward, step[rank])
+            loss, _ = pack_loss(engine.forward, step[ranks.rank])
             losses.append(float(loss.detach()))
             engine.backward(loss)
             engine.step()
@@ -107,46 +108,45 @@ def leave_memory(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def too_large(rank: int, where: str, stage: int) -> None:
+def too_large(ranks: Ranks, where: str, stage: int) -> None:
     """A pack for which rank 1 alone has no memory in its forward or its backward pass."""
-    config = composed(
-        f"parallel.zero_stage={stage}", "data.text_tokens=16384", "data.image_tokens=1024"
-    )
-    engine = make_engine(config)
+    sizes = "data.text_tokens=16384", "data.image_tokens=1024"
+    config = composed(f"parallel.zero_stage={stage}", *sizes, "trainer.worst_case=true")
+    engine = make_engine(config, ranks)
     run = getattr(engine, where)
 
     def starved(*arguments: Any, **keywords: Any) -> Any:
         leave_memory(16 << 20)
         return run(*arguments, **keywords)
 
-    if rank == 1:
+    if ranks.rank == 1:
         setattr(engine, where, starved)
     kind, message = "", ""
     try:
-        worst_case.WorstCase(config, engine, torch.device("cpu"), lambda line: None).run()
+        memory_probe.MemoryProbe(config, ranks, engine).begin(Progress())
     except UserError as error:
         kind, message = type(error).__name__, str(error)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    line = {"case": f"too large, {where}", "rank": rank, "error": kind, "message": message}
+    line = {"case": f"too large, {where}", "rank": ranks.rank, "error": kind, "message": message}
     print(json.dumps(line), flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rank, _, _ = init_processes()
+    ranks = init_processes()
     for name, overrides in CASES.items():
-        config = composed(*overrides)
-        without, _ = trained(config, rank, first=False)
-        after, said = trained(config, rank, first=True)
+        config = composed(*overrides, "trainer.worst_case=true")
+        without, _ = trained(config, ranks, first=False)
+        after, said = trained(config, ranks, first=True)
         same = torch.tensor(int(without == after))
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
-        if rank == 0:
+        if ranks.first:
             line = {"case": name, "same": bool(same), "said": said}
             print(json.dumps({**line, "without": without, "after": after}), flush=True)
-    too_large(rank, "forward", stage=2)
+    too_large(ranks, "forward", stage=2)
     # Rank 0 waits for a gradient that never comes: only rank 1 can say why.
-    worst_case.PATIENCE = timedelta(seconds=2)
-    too_large(rank, "backward", stage=2)
+    memory_probe.PATIENCE = timedelta(seconds=2)
+    too_large(ranks, "backward", stage=2)
     os._exit(2)
 
 

@@ -23,13 +23,15 @@ from torch import Tensor
 
 from casa_train.checkpoint.slices import STATE_DIRECTORY
 from casa_train.config.schema import GroupConfig, OptimConfig
+from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import Engine
+from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
 from casa_train.io.tensors import save_tensors
-from casa_train.setup.optim import build_groups, build_optimizer, set_rates
-from casa_train.setup.precision import DTYPES
+from casa_train.setup.optim import set_rates
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import HARD_PACK, Sample, fill, tiny_model
+from tests.helpers.tiny_run import tiny_settings
 from tests.helpers.zero_steps import pack_loss
 
 CASES = {
@@ -47,25 +49,21 @@ OPTIM = OptimConfig(
         "tower": GroupConfig([r"visual"], 3e-3, 0.5, required=False),
         "rest": GroupConfig([r"^(?!.*\.fusion\.)(?!.*visual)"], 2e-3, 0.0, required=False),
     },
+    clip=0.5,
 )
 
 
-def make_engine(stage: int, precision: str, frozen: bool, seed: int) -> Engine:
+def make_engine(ranks: Ranks, stage: int, precision: str, frozen: bool, seed: int) -> Engine:
     model = tiny_model(seed=seed)
     model.visual.set_trainable(1)
     if frozen:
         for name, parameter in model.named_parameters():
             if ".fusion." not in name and "visual" not in name:
                 parameter.requires_grad = False
-    model.to(DTYPES[precision])
-    groups = build_groups(model.named_parameters(), OPTIM.groups)
-    accumulation = PACKS // dist.get_world_size()
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     # What a GPU would take by itself: its count of updates lies elsewhere.
     fused = precision == "bf16" and not frozen
-    optimizer = build_optimizer(groups, OPTIM, fused)
-    engine = Engine(model, optimizer, stage, precision, accumulation, 0.5)
-    engine.train()
-    return engine
+    return build_engine(tiny_settings(OPTIM, stage, precision, PACKS), model, ranks, fused)
 
 
 def pack(step: int, number: int) -> list[Sample]:
@@ -154,15 +152,14 @@ def saves_again(engine: Engine, directory: Path) -> list[Any]:
     return found
 
 
-def refusals(saved: Path) -> list[str]:
+def refusals(ranks: Ranks, saved: Path) -> list[str]:
     """What is said of a state that belongs to another model."""
     said = []
     for frozen, options in ((True, {}), (False, {"mechanism": "gated_cross_attention"})):
         model = tiny_model(**options)
         for parameter in model.visual.parameters():
             parameter.requires_grad = not frozen
-        optimizer = build_optimizer(build_groups(model.named_parameters(), OPTIM.groups), OPTIM)
-        engine = Engine(model, optimizer, 2, "fp32", 1, 0.5)
+        engine = build_engine(tiny_settings(OPTIM, 2, packs=ranks.world), model, ranks)
         try:
             engine.load(saved)
         except UserError as error:
@@ -171,12 +168,12 @@ def refusals(saved: Path) -> list[str]:
     return said
 
 
-def work(action: str, before: Path, out: Path) -> None:
+def work(ranks: Ranks, action: str, before: Path, out: Path) -> None:
     """One rank's part of all cases."""
-    rank = dist.get_rank()
+    rank = ranks.rank
     for case, options in CASES.items():
         # What is loaded over must not be what is loaded.
-        engine = make_engine(*options, seed=0 if action == "straight" else 1)
+        engine = make_engine(ranks, *options, seed=0 if action == "straight" else 1)
         if action == "straight":
             train(engine, 1, N)
         else:
@@ -199,11 +196,11 @@ def work(action: str, before: Path, out: Path) -> None:
         dist.barrier()
         engine.close()
     if action == "finish":
-        said = refusals(before / "stage 2, fp32, trained")
+        said = refusals(ranks, before / "stage 2, fp32, trained")
         if rank == 0:
             (out / "refusals.json").write_text(json.dumps(said))
         for (there, here), older in itertools.product(CROSSINGS, (False, True)):
-            engine = make_engine(here, "bf16", True, seed=1)
+            engine = make_engine(ranks, here, "bf16", True, seed=1)
             saved = before.parent / "2" / "before" if older else before
             engine.load(saved / f"stage {there}, bf16, frozen")
             loaded = state(engine)
@@ -214,7 +211,7 @@ def work(action: str, before: Path, out: Path) -> None:
                 torch.save(loaded, out / f"{name}.pt")
             engine.close()
         # Other precisions round frozen weights, so their file is another one.
-        engine = make_engine(2, "fp32", True, seed=1)
+        engine = make_engine(ranks, 2, "fp32", True, seed=1)
         engine.load(before / "stage 2, bf16, frozen")
         engine.save(out / "bf16 to fp32" / "step_1")
         engine.close()

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.cost.memory import state_bytes
-from casa_train.engine.engine import Engine, init_processes, leave_processes
-from casa_train.setup.optim import build_groups, build_optimizer
+from casa_train.distributed.ranks import Ranks
+from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
+from casa_train.setup.optim import build_groups
 from tests.helpers.tiny import Layout, fill, packed_inputs, tiny_model
+from tests.helpers.tiny_run import tiny_settings
 
 GROUPS = {"fusion": GroupConfig([r"\.fusion\."]), "rest": GroupConfig([r"^(?!.*\.fusion\.)"])}
 
@@ -24,13 +27,14 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
+def held(stage: int, ranks: Ranks) -> dict[str, tuple[int, int]]:
     model = tiny_model()
     model.visual.set_trainable(1)
     groups = build_groups(model.named_parameters(), GROUPS)
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     sizes = [[p.numel() for p in group["params"]] for group in groups]
-    engine = Engine(model, build_optimizer(groups, OptimConfig()), stage, "bf16", 1, 1.0)
+    config = tiny_settings(OptimConfig(groups=GROUPS), stage, "bf16", packs=ranks.world)
+    engine = build_engine(config, model, ranks)
     inputs = packed_inputs(fill([Layout(12, (2,), ((8, 8),))]))
     optimizer = engine._engine.optimizer
     buckets = {0}  # bytes of the reduction bucket, which stage 2 frees after each backward pass
@@ -61,16 +65,16 @@ def held(stage: int, world: int) -> dict[str, tuple[int, int]]:
     engine.step()
     state = optimizer.optimizer.state.values()
     found["Adam's moments"] = size(v for s in state for k, v in s.items() if k.startswith("exp_"))
-    expected = state_bytes(sizes, frozen, stage, world, bf16=True)
+    expected = state_bytes(sizes, frozen, stage, ranks.world, bf16=True)
     engine.close()
     return {name: (bytes_held, expected[name]) for name, bytes_held in found.items()}
 
 
 def main() -> None:
-    rank, world, _ = init_processes()
+    ranks = init_processes()
     for stage in (1, 2, 3):
-        line = json.dumps(held(stage, world))
-        if rank == 0:
+        line = json.dumps(held(stage, ranks))
+        if ranks.first:
             print(line, flush=True)
     leave_processes()
 

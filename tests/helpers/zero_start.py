@@ -10,37 +10,31 @@ import hashlib
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
-from torch import nn
 
 from casa_train.config.compose import to_config
 from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.schema import Config
-from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
-from casa_train.setup.optim import build_groups, build_optimizer
-from casa_train.setup.precision import DTYPES
-from casa_train.setup.weights import start_weights
-from casa_train.train import check_inputs
+from casa_train.distributed.ranks import Ranks
+from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.engine.starting import build_engine, start_model
+from casa_train.setup.inputs import check_inputs
 
 
-def engine_of(config: Config, stage: int, precision: str, resumed: bool) -> Engine:
-    """As in `train`, with the largest share of the model that a block may leave on a rank."""
-    checked = check_inputs(config, dist.get_world_size())
-
-    def finish(block: nn.Module) -> None:
-        shard(block, stage, precision)
-        if stage == 3:
-            assert all(p.numel() == 0 for p in block.parameters()), "a block was not sharded"
-
-    start = None if resumed else checked.start
-    device, dtype = torch.device("cpu"), DTYPES[precision]
-    start_weights(checked.model, start, config.seed, device, dtype, finish)
-    groups = build_groups(checked.model.named_parameters(), config.optim.groups)
-    return Engine(checked.model, build_optimizer(groups, config.optim), stage, precision, 1, 1.0)
+def engine_of(config: Config, ranks: Ranks, stage: int, precision: str, resumed: bool) -> Engine:
+    """As in `train`; under ZeRO-3 no block may be left whole on a rank."""
+    parallel = replace(config.parallel, zero_stage=stage, precision=precision)
+    data = replace(config.data, packs_per_step=ranks.world)
+    config = replace(config, parallel=parallel, data=data)
+    checked = check_inputs(config, ranks.world)
+    start_model(config, checked.model, None if resumed else checked.start, ranks)
+    if stage == 3:
+        assert all(p.numel() == 0 for p in checked.model.parameters()), "a block was not sharded"
+    return build_engine(config, checked.model, ranks)
 
 
 def digests(engine: Engine) -> dict[str, str]:
@@ -54,18 +48,18 @@ def digests(engine: Engine) -> dict[str, str]:
 
 
 def main(out: Path, overrides: list[str]) -> None:
-    init_processes()
+    ranks = init_processes()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = to_config(compose("train", overrides=overrides))
     results = {}
     for precision, stage in itertools.product(("fp32", "bf16"), (1, 2, 3)):
-        engine = engine_of(config, stage, precision, resumed=False)
+        engine = engine_of(config, ranks, stage, precision, resumed=False)
         started = digests(engine)
         saved = out.with_name(f"{precision}_{stage}")
         engine.save(saved)
         dist.barrier()
         engine.close()
-        engine = engine_of(config, stage, precision, resumed=True)
+        engine = engine_of(config, ranks, stage, precision, resumed=True)
         engine.load(saved)
         resumed = digests(engine)
         engine.close()

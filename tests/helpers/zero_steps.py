@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from casa_train.config.schema import GroupConfig, OptimConfig
-from casa_train.engine.engine import Engine, init_processes, leave_processes
+from casa_train.distributed.ranks import Ranks
+from casa_train.engine.engine import init_processes, leave_processes
+from casa_train.engine.starting import build_engine
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.training.loss import answer_losses
@@ -29,6 +31,7 @@ from tests.helpers.tiny import (
     tiny_model,
     tiny_text_config,
 )
+from tests.helpers.tiny_run import tiny_settings
 
 CLIP = 0.5
 # ZeRO-3 keeps tensors below 100,000 numbers whole; the projections of so wide a model are cut.
@@ -145,16 +148,16 @@ def plain_step(case: Case, total: int) -> tuple[dict[str, Tensor], float]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}, float(norm)
 
 
-def engine_step(case: Case, stage: int, rank: int, total: int) -> tuple[dict[str, Tensor], float]:
+def engine_step(
+    case: Case, stage: int, ranks: Ranks, total: int
+) -> tuple[dict[str, Tensor], float]:
     """The same through the project's engine, each rank with its own packs."""
-    model = case.build()
-    model.checkpoint_activations(case.checkpointed)
-    groups = build_groups(model.named_parameters(), OPTIM.groups)
-    engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), case.clip)
+    count, optim = ranks.world * len(packs()), replace(OPTIM, clip=case.clip)
+    config = tiny_settings(optim, stage, packs=count, checkpointed=case.checkpointed)
+    engine = build_engine(config, case.build(), ranks)
     set_rates(engine.param_groups, 1.0)
-    engine.train()
     for step in packs():
-        loss, _ = pack_loss(engine.forward, step[rank])
+        loss, _ = pack_loss(engine.forward, step[ranks.rank])
         engine.backward(loss * (2 / total))
         engine.step()
     weights = {n: engine.full_parameter(p).clone() for n, p in engine.module.named_parameters()}
@@ -165,17 +168,17 @@ def engine_step(case: Case, stage: int, rank: int, total: int) -> tuple[dict[str
 
 def main() -> None:
     torch.set_num_threads(1)
-    rank, world, _ = init_processes()
-    assert world == 2
+    ranks = init_processes()
+    assert ranks.world == 2
     total = sum(len(s.ids) - 1 for step in packs() for samples in step for s in samples)
     for name, case in CASES.items():
         expected, norm = plain_step(case, total)
         for stage in (1, 2, 3):
-            found, found_norm = engine_step(case, stage, rank, total)
+            found, found_norm = engine_step(case, stage, ranks, total)
             start = dict(case.build().named_parameters())
             worst = max(float((found[n] - expected[n]).abs().max()) for n in expected)
             moves = {n: float((expected[n] - p).detach().abs().max()) for n, p in start.items()}
-            if rank == 0:
+            if ranks.first:
                 assert math.isfinite(worst)
                 line = {
                     "case": name,

@@ -25,6 +25,7 @@ from casa_train.data.budget import Budget
 from casa_train.data.materialize import Entry, build_batch, encode_sample
 from casa_train.data.sample import ImageSlot, Sample, Turn
 from casa_train.data.tokens import load_tokenizer
+from casa_train.distributed.ranks import Ranks
 from casa_train.metrics.counts import count_step
 from casa_train.metrics.fields import FIELDS, SOMETIMES
 from casa_train.metrics.meter import Meter, memory_bytes
@@ -33,7 +34,8 @@ from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk
 from casa_train.run.starts import StartLog, read_starts
-from casa_train.training.loop import Progress
+from casa_train.training.hooks import described
+from casa_train.training.state import Progress
 from tests.cost.test_flops import dense_pairs
 from tests.helpers.commands import TEMPLATE, run
 from tests.helpers.tiny import tiny_text_config, tiny_vision_config
@@ -158,7 +160,7 @@ def test_the_digest_names_samples_and_their_order() -> None:
             self.sample_ids = list(ids)
 
     def digest(*batches: Named) -> str:
-        return count_step(batches, torch.device("cpu")).digest
+        return count_step(batches, Ranks()).digest
 
     assert digest(Named("a", "b"), Named("c")) == digest(Named("a", "b"), Named("c"))
     different = [
@@ -169,7 +171,7 @@ def test_the_digest_names_samples_and_their_order() -> None:
         digest(Named("a,b"), Named("c")),
     ]
     assert len(set(different)) == len(different)
-    assert count_step([Named("a")], torch.device("cpu")).record()["pack_efficiency"] == 0.5
+    assert count_step([Named("a")], Ranks()).record()["pack_efficiency"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -233,18 +235,23 @@ def test_the_peak_of_a_step_forgets_what_was_before() -> None:
 def test_a_start_says_where_it_came_from_and_why_it_left(tmp_path: Path) -> None:
     path, progress = tmp_path / "starts.jsonl", Progress()
     assert read_starts(path) == []
-    with StartLog(path, progress, {"ranks": 2, "device": "CPU"}) as start:
-        progress.step, start.reason = 5, "max_hours"
+    start = StartLog(path, {"ranks": 2, "device": "CPU"})
+    start.begin(progress)
+    progress.step = 5
+    start.close("max_hours")
     # Killed: no word of leaving, its last line cut.
-    StartLog(path, progress, {}, found_step=8).__enter__()
+    StartLog(path, {}, found_step=8).begin(progress)
     with path.open("a") as file:
         file.write('{"start": 2, "le')
-    with pytest.raises(ValueError), StartLog(path, progress, {}) as start:
-        progress.step = 7
-        raise ValueError("no more\ndata")
-    with StartLog(path, progress, {}) as start:
-        start.leave("watchdog")
-        assert start.number == 4
+    start = StartLog(path, {})
+    start.begin(progress)
+    progress.step = 7
+    start.close(described(ValueError("no more\ndata")))
+    start = StartLog(path, {})
+    start.begin(progress)
+    start.leave("watchdog")
+    start.close(None)  # it has said why already
+    assert start.number == 4
 
     starts = read_starts(path)
     assert [s["start"] for s in starts] == [1, 2, 3, 4]
@@ -254,7 +261,7 @@ def test_a_start_says_where_it_came_from_and_why_it_left(tmp_path: Path) -> None
     assert [s["found_step"] for s in starts[:2]] == [None, 8]
     left = [s.get("left") for s in starts]
     assert left == ["max_hours", None, "ValueError: no more", "watchdog"]
-    with StartLog(None, progress, {}) as start:  # another rank
-        assert start.number == 1
-    with StartLog(tmp_path / "gone" / "starts.jsonl", progress, {}):
-        pass  # a log that cannot be written stops nobody
+    assert StartLog(None, {}).number == 1  # another rank
+    lost = StartLog(tmp_path / "gone" / "starts.jsonl", {})
+    lost.begin(progress)  # a log that cannot be written stops nobody
+    lost.close(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -25,7 +24,8 @@ from casa_train.report.jobs import differing_fields, job_labels, read_sweep
 from casa_train.report.sweep_page import Job, as_json, markdown, write_sweep
 from casa_train.run.directory import record_failure
 from casa_train.run.starts import StartLog
-from casa_train.training.loop import Progress
+from casa_train.training.hooks import described
+from casa_train.training.state import Progress
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
 from tests.report.test_report import HOSTILE, Page, _old, _record
 from tests.training.test_training import wait_for_step
@@ -92,19 +92,23 @@ def test_options_are_compared_within_a_mechanism() -> None:
 # Reading
 
 
+def started(run_dir: Path, progress: Progress) -> StartLog:
+    log = StartLog(run_dir / "starts.jsonl", {})
+    log.begin(progress)
+    return log
+
+
 def test_every_state_of_a_job_is_told(tmp_path: Path) -> None:
     make_job(tmp_path / "a_finished", "fusion=casa", steps=30)
     stopped = make_job(tmp_path / "b_stopped", "fusion=insertion", steps=12)
     progress = Progress(step=12)
-    with StartLog(stopped / "starts.jsonl", progress, {}) as log:
-        log.reason = "signal"
+    started(stopped, progress).close("signal")
     failed = make_job(tmp_path / "c_failed", "fusion=hyper_attention", steps=7)
     record_failure(failed, "5 steps in a row were not finite")
     killed = make_job(tmp_path / "d_killed", "fusion=cross_attention")
-    StartLog(killed / "starts.jsonl", progress, {}).__enter__()
+    started(killed, progress)
     died = make_job(tmp_path / "d_of_itself", "fusion.every=2", steps=12)
-    with contextlib.suppress(MemoryError), StartLog(died / "starts.jsonl", progress, {}):
-        raise MemoryError("CUDA out of memory")
+    started(died, progress).close(described(MemoryError("CUDA out of memory")))
     (tmp_path / "e_refused").mkdir()
     record_failure(tmp_path / "e_refused", "fusion.every is 9")
     broken = make_job(tmp_path / "f_broken", "fusion=gated_cross_attention", steps=30)

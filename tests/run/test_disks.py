@@ -23,6 +23,7 @@ from casa_train.checkpoint.disk_space import (
 )
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config.schema import CheckpointConfig, Config, TrainerConfig
+from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.io.files import EXPORT_MARKER, write_atomic
 from casa_train.io.log import LineFile, warn
@@ -117,7 +118,9 @@ def test_a_directory_that_takes_no_files_is_named(disk: Path) -> None:
 
 def test_what_cannot_be_deleted_stops_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    checkpoints = CheckpointManager(tmp_path, 1, 0, {}, said.append)
+    checkpoints = CheckpointManager(
+        tmp_path, CheckpointConfig(keep_last=1), {}, Ranks(out=said.append)
+    )
     with small_disk(tmp_path / "step_1.deleted" / "in_use", "64k"):
         assert checkpoints.latest() is None
         checkpoints.save(2, lambda path: None, {})

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from casa_train.checkpoint.manager import SavedCheckpoint
+from casa_train.checkpoint.resume import check_resume
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.data_schema import DataConfig, SourceConfig, StreamDatasetConfig
 from casa_train.config.resume_marks import Changeable, Free, Kept, marks, matches
 from casa_train.config.schema import Config, flatten
@@ -22,7 +23,6 @@ from casa_train.data.stream.row_reader import Rows
 from casa_train.data.stream.stream_source import StreamSource, row_group_mixture
 from casa_train.errors import UserError
 from casa_train.run.resume_fields import plan_record, refuse_changes
-from casa_train.train import check_resume
 from tests.data.test_plan import MIXED, SEED, SETTINGS, SOURCES
 from tests.helpers.stream_data import SEED as STREAM_SEED
 from tests.helpers.stream_data import SETTINGS as STREAM

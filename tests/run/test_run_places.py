@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from casa_train.checkpoint.resume import check_resume
 from casa_train.config.bounds import Place, leaves
 from casa_train.config.compose import compose_config
 from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
@@ -26,7 +27,6 @@ from casa_train.inspect import __main__ as inspect
 from casa_train.report import __main__ as report
 from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory
-from casa_train.train import check_resume
 from tests.helpers.commands import TINY, environment
 
 COMMAND = ["+experiment=demo", *TINY, "evaluation.max_samples=4", "evaluation.attention_samples=2"]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from casa_train import __version__
-from casa_train.checkpoint.manager import SavedCheckpoint
+from casa_train.checkpoint.resume import check_resume
+from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config, MetricsConfig
 from casa_train.cost.dry_run import dry_run
@@ -30,7 +31,6 @@ from casa_train.run.directory import prepare_run_directory
 from casa_train.run.starts import read_starts
 from casa_train.setup.pretrained import Account
 from casa_train.setup.weights import NO_BACKBONE
-from casa_train.train import check_resume
 from tests.helpers.commands import ROOT
 
 # ------------------------------------------------------------------------------ lines of JSON

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from casa_train.config.schema import GroupConfig
+from casa_train.config.schema import Config, GroupConfig, OptimConfig
 from casa_train.errors import UserError
 from casa_train.setup.optim import build_groups, describe, fit_schedule, rate_factor, set_rates
 from casa_train.training.audit import Audit
 from casa_train.training.loss import answer_losses
+from tests.helpers.tiny_run import Lines
 
 
 class Toy(nn.Module):
@@ -97,11 +100,16 @@ class PlainEngine:
         return parameter
 
 
+def audit_of(toy: Toy, zero_at_start: Callable[[str], bool]) -> Audit:
+    toy.mechanism = SimpleNamespace(zero_at_start=zero_at_start)
+    config = Config(optim=OptimConfig(groups={"all": GroupConfig(["."])}))
+    return Audit(config, PlainEngine(toy), Lines([]))
+
+
 def one_step(
     toy: Toy, used: list[nn.Module], moved: list[nn.Module], zero: str = "-", rate: float = 1e-3
 ) -> str:
-    names = dict.fromkeys((name for name, _ in toy.named_parameters()), "all")
-    audit = Audit(PlainEngine(toy), names, lambda name: zero in name)
+    audit = audit_of(toy, lambda name: zero in name)
     assert not audit.due(1, {"all": 0.0}, pairs=3)  # nothing can move
     assert not audit.due(1, {"all": rate}, pairs=0)  # no gradient reaches vision
     assert audit.due(1, {"all": rate}, pairs=3)
@@ -109,12 +117,12 @@ def one_step(
     for module in used:
         x = module(x)
     x.square().sum().backward()
-    audit.before_update({"all": rate})
+    audit.look({"all": rate})
     with torch.no_grad():
         for module in moved:
             for parameter in module.parameters():
                 parameter += 1
-    line = audit.after_update(1, applied=True)
+    line = audit.verdict(1, applied=True)
     assert line is not None
     return line
 
@@ -154,8 +162,7 @@ def test_audit_lets_declared_zeros_pass_once(tmp_path: Path) -> None:
 
 def test_audit_waits_for_steps_that_are_taken_and_in_which_everything_can_move() -> None:
     toy = Toy()
-    names = dict.fromkeys((name for name, _ in toy.named_parameters()), "all")
-    audit = Audit(PlainEngine(toy), names, lambda name: name == "norm.bias")
+    audit = audit_of(toy, lambda name: name == "norm.bias")
 
     def step(number: int, factor: float, still: str = "-") -> str | None:
         """Only a step whose factor is finite is taken; gradients of `still` are zero."""
@@ -166,13 +173,13 @@ def test_audit_waits_for_steps_that_are_taken_and_in_which_everything_can_move()
         for name, parameter in toy.named_parameters():
             if parameter.grad is not None and name == still:
                 parameter.grad.zero_()
-        audit.before_update({"all": 1.0})
+        audit.look({"all": 1.0})
         if factor == 1.0:
             with torch.no_grad():
                 for parameter in toy.parameters():
                     if parameter.grad is not None:
                         parameter -= 0.1 * parameter.grad
-        return audit.after_update(number, applied=factor == 1.0)
+        return audit.verdict(number, applied=factor == 1.0)
 
     for number in (1, 2):
         assert step(number, float("nan")) is None and audit.first_step is None

@@ -1,17 +1,57 @@
-"""All sinks of a run, opened as its configuration has them."""
+"""All sinks of a run as one, opened as its configuration has them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from casa_train.config.schema import Config
-from casa_train.metrics.sinks.base import Sink
+from casa_train.distributed.ranks import Ranks
+from casa_train.metrics.sinks.base import Record, Sink
 from casa_train.metrics.sinks.console import ConsoleSink
 from casa_train.metrics.sinks.guarded import Guarded
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps
 from casa_train.metrics.sinks.tensorboard import TensorBoardSink
 from casa_train.metrics.sinks.wandb import WandbSink, run_name, switched_off
+
+
+class Sinks:
+    """The sinks of a run: a sink itself. The first rank alone has any.
+
+    Before they are opened and once they are closed, lines are printed: a run speaks before its
+    first step, and exports after its last one.
+
+    :param more: others than those that the configuration names; open already.
+    """
+
+    def __init__(self, ranks: Ranks, more: Sequence[Sink] = ()) -> None:
+        self.ranks = ranks
+        self._sinks = list(more)
+
+    def open(self, config: Config, metrics: Path, after_step: int) -> None:
+        """See `open_sinks`."""
+        if self.ranks.first:
+            self._sinks = [*open_sinks(config, metrics, after_step), *self._sinks]
+
+    def write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def validated(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.validated(record)
+
+    def log(self, line: str) -> None:
+        for sink in self._sinks:
+            sink.log(line)
+        if not self._sinks:
+            self.ranks.log(line)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
 
 def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:

@@ -1,0 +1,82 @@
+"""Runs of tiny models on packs made up here, put together as `train` puts its own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from casa_train.config.schema import (
+    Config,
+    DataConfig,
+    MetricsConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainerConfig,
+)
+from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
+
+
+def tiny_settings(
+    optim: OptimConfig,
+    stage: int,
+    precision: str = "fp32",
+    packs: int = 2,
+    checkpointed: str = "none",
+) -> Config:
+    """The configuration of such a run, as far as there is one.
+
+    :param packs: of a step, over all ranks; :param checkpointed: blocks whose activations are.
+    """
+    return Config(
+        name="tiny",
+        optim=optim,
+        parallel=ParallelConfig(stage, precision, checkpointed),
+        data=DataConfig(packs_per_step=packs, max_bad_share=1.0),
+        trainer=TrainerConfig(worst_case=False),
+        metrics=MetricsConfig(tensorboard=False),
+    )
+
+
+def tiny_batch(
+    seed: int, sample_id: str, sources: list[tuple[str, int]], operations: int = 0
+) -> Any:
+    """A micro-step's data: the hard pack, filled from a seed.
+
+    :param sources: names and answer tokens, which are the first ones of the text.
+    """
+    inputs = packed_inputs(fill(HARD_PACK, seed))
+    count = sum(tokens for _, tokens in sources)
+    inputs.logits_index = torch.arange(count)
+    return SimpleNamespace(
+        inputs=inputs,
+        targets=inputs.input_ids[1 : count + 1],
+        answer_sources=sources,
+        sample_ids=[sample_id],
+        text_tokens=18,
+        image_tokens=10,
+        fills=(1.0, 1.0),
+        pairs=1,
+        failures=[],
+        left_out=0,
+        operations=operations,
+    )
+
+
+class Lines:
+    """A sink that keeps lines, and records where it is given a list for them."""
+
+    def __init__(self, lines: list[str], records: list[dict[str, Any]] | None = None) -> None:
+        self.lines, self.records = lines, records
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.records is not None:
+            self.records.append(record)
+
+    def validated(self, record: dict[str, Any]) -> None: ...
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+    def close(self) -> None: ...

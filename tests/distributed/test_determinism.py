@@ -19,9 +19,9 @@ from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.training.garbage import ScheduledCollection
 from tests.helpers.commands import TINY, on_data, run, train_command
+from tests.helpers.runs import exact
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
 from tests.helpers.variants import build, gradients_of
-from tests.training.test_training import exact
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from casa_train.data.build import list_streams, open_data
 from casa_train.data.processor import build_processor
 from casa_train.inspect.__main__ import main
 from casa_train.inspect.pages import find_target
+from tests.helpers.report_pages import Page
 from tests.helpers.stream_data import png, row, write_finevision, write_subset
-from tests.report.test_report import Page
 
 
 def overrides(source: Path, data_dir: Path, *more: str) -> list[str]:

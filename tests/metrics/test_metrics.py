@@ -33,8 +33,8 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import SampleShape
 from casa_train.run.starts import StartLog, read_starts
 from casa_train.training.loop import Progress
-from tests.cost.test_flops import dense_pairs
 from tests.helpers.commands import TEMPLATE, run
+from tests.helpers.counted_models import dense_pairs
 from tests.helpers.tiny import tiny_text_config, tiny_vision_config
 
 

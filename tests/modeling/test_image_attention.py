@@ -19,6 +19,7 @@ from casa_train.modeling.image_attention import (
     IMAGE_SHARE,
 )
 from tests.helpers.tiny import HARD_PACK, PROPERTY, Layout, fill, layouts, packed_inputs
+from tests.helpers.twins import insertion_twins
 from tests.helpers.variants import (
     VARIANTS,
     build,
@@ -29,7 +30,6 @@ from tests.helpers.variants import (
     shared_model,
     tokens_of,
 )
-from tests.modeling.test_parity import insertion_twins
 
 
 @every_variant

@@ -33,7 +33,7 @@ from casa_train.data.stream.row_groups import Retries
 from casa_train.errors import UserError
 from casa_train.run.resume_fields import CHANGEABLE, KEPT, matches, plan_record, refuse_changes
 from casa_train.train import check_resume
-from tests.data.test_plan import MIXED, SETTINGS, SOURCES
+from tests.helpers.plan_sources import MIXED, SETTINGS, SOURCES
 from tests.helpers.stream_data import SETTINGS as STREAM
 from tests.helpers.stream_data import (
     loaders,

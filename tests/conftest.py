@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +12,29 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers.commands import prepare_data
+from tests.helpers.fork_server import STARTED, available, install
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic dataset: train, validation, tokenizer."""
     return prepare_data(tmp_path_factory.mktemp("data") / "synthetic")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forking() -> Iterator[None]:
+    """Commands are forks of one process that imported what is heavy; see fork_server.py."""
+    worker = "PYTEST_XDIST_TESTRUNUID" in os.environ
+    owner = os.getppid() if worker else os.getpid()
+    with install(str(owner), owner) if available() else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `@pytest.mark.fresh` every command is a new process."""
+    if request.node.get_closest_marker("fresh"):
+        monkeypatch.setattr(subprocess, "Popen", STARTED)
 
 
 @pytest.fixture(autouse=True)

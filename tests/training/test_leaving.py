@@ -111,6 +111,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.fresh
 def test_a_signal_while_the_libraries_load_is_not_lost(data_dir: Path, tmp_path: Path) -> None:
     """On a cluster that takes minutes, and the signal's default would end the job for good."""
     run_dir = tmp_path / "early"

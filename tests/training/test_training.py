@@ -64,6 +64,7 @@ def test_sigkill_and_the_same_command_again_is_bit_exact(
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
+@pytest.mark.fresh
 def test_two_processes_equal_accumulation(
     data_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-import torch.distributed as dist
+# One thread a process, before torch is imported: models here are tiny, and processes many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.helpers.commands import prepare_data
-from tests.helpers.fork_server import STARTED, available, install
+import subprocess  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from tests.helpers.commands import prepare_data  # noqa: E402
+from tests.helpers.fork_server import STARTED, available, install  # noqa: E402
+from tests.helpers.once import once  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic dataset: train, validation, tokenizer."""
-    return prepare_data(tmp_path_factory.mktemp("data") / "synthetic")
+    return once(tmp_path_factory, "synthetic", prepare_data)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,6 +15,7 @@ import pytest
 from casa_train.data.prepared.shards import Split
 from casa_train.metrics.sinks.jsonl import read_metrics
 from tests.helpers.commands import ROOT, environment, run, train_command
+from tests.helpers.once import once
 from tests.helpers.runs import exact, short_run, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -23,9 +24,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def undisturbed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of twelve steps that nothing happens to."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(train_command(short_run(data_dir, run_dir)))
-    return run_dir
+    return once(
+        tmp_path_factory,
+        "undisturbed",
+        lambda run_dir: run(train_command(short_run(data_dir, run_dir))),
+    )
 
 
 def test_a_run_leaves_its_records(undisturbed: Path) -> None:

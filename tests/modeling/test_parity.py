@@ -61,6 +61,7 @@ def test_casa_with_every_switch_is_insertion(backbone: str, pack: list[Layout], 
     [
         ("placement", "parallel"),
         ("every", 3),
+        ("update_image_tokens", "none"),
         ("update_image_tokens", "ffn"),
         ("history", "window"),
         ("image_positions", "frozen"),
@@ -69,7 +70,8 @@ def test_casa_with_every_switch_is_insertion(backbone: str, pack: list[Layout], 
 def test_every_switch_counts_on_the_way_to_insertion(
     backbone: str, switch: str, value: Any
 ) -> None:
-    """One switch left at its default gives another model."""
+    """One switch turned another way gives another model."""
+    assert value != TOWARDS_INSERTION[switch]
     inserted, _ = insertion_twins(backbone)
     config = tiny_text_config(backbone, layers=3)
     turned = tiny_model("casa", text_config=config, **{**TOWARDS_INSERTION, switch: value})

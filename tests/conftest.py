@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 
-# One thread a process, before torch is imported: models here are tiny, and processes many.
+# Before torch and transformers are imported: one thread a process, since models here are tiny and
+# processes many; no word to a hub, for whose answer a test would wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import subprocess  # noqa: E402
 from collections.abc import Iterator  # noqa: E402

@@ -72,6 +72,7 @@ def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainable", "trained"), [(True, -1), (False, 1), (False, 0)], ids=["trained", "part", "least"]
 )

@@ -96,6 +96,7 @@ def test_the_packs_are_those_that_training_gets(
     assert f"reading {packs} packs" in printed.err and "of 4 lanes" in printed.err
 
 
+@pytest.mark.slow
 def test_bad_rows_and_holes_are_named(source: Path, data_dir: Path, tmp_path: Path) -> None:
     only = "+data.stream.datasets.finevision.subsets=[odd]"
     html, page = look(tmp_path, "demo", *overrides(source, data_dir, only), "--packs", "4")

@@ -117,6 +117,7 @@ def call(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "read-only"])
 def test_commands_name_a_home_that_cannot_be_written(
     kind: str, data_dir: Path, tmp_path: Path

@@ -105,6 +105,7 @@ def test_the_summary_counts_what_was_written(prepared: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_byte(
     prepared: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +391,7 @@ def test_a_cut_file_costs_only_itself(tmp_path: Path, tokenizer: str) -> None:
     assert keys == [f"chartqa-{file:05d}-{i:07d}" for file in (2, 3) for i in range(10)]
 
 
+@pytest.mark.slow
 def test_too_many_bad_rows_end_the_recipe_and_keep_its_shards(
     tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,7 @@ def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> No
     lock.close()
 
 
+@pytest.mark.slow
 def test_the_holder_on_another_host_is_named(tmp_path: Path) -> None:
     """In a namespace of its own with another host's name."""
     code = (

@@ -206,6 +206,7 @@ def drawn_rows(
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", STREAMS)
 def test_a_changed_stream_loses_and_repeats_nothing(
     streamed: dict[str, StreamSource], changed: str
@@ -243,6 +244,7 @@ def test_a_changed_stream_loses_and_repeats_nothing(
     assert not waiting - drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consumed", [13, 15])
 def test_lanes_go_on_making_the_same_blocks(
     streamed: dict[str, StreamSource], consumed: int

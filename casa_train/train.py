@@ -19,6 +19,7 @@ from torch import nn
 
 from casa_train.checkpoint.disk_space import check_room, check_writable
 from casa_train.checkpoint.manager import CheckpointManager, SavedCheckpoint, Write
+from casa_train.config.micro_steps import micro_steps
 from casa_train.config.places import absolute, as_before, places
 from casa_train.config.schema import Config, fingerprint
 from casa_train.cost.peak import peak_tflops
@@ -41,7 +42,7 @@ from casa_train.evaluate.validation import Validator
 from casa_train.evaluate.validation import describe as describe_validation
 from casa_train.export.background_exports import BackgroundExports
 from casa_train.io import log as lines
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
 from casa_train.metrics.sinks.base import Sink
 from casa_train.metrics.sinks.jsonl import last_step
@@ -78,6 +79,7 @@ from casa_train.setup.optim import (
     set_rates,
 )
 from casa_train.setup.parts import banner
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import Start, find_weights, open_sources, start_weights
 from casa_train.training import memory_probe as worst_case
 from casa_train.training.audit import Audit
@@ -333,13 +335,7 @@ def check_inputs(config: Config, world: int, kept: Path | None = None) -> Checke
     :param kept: where a run that goes on has kept its tokenizer, in case its source is gone.
     :raises UserError: whatever the user can mend.
     """
-    if config.data.packs_per_step % world:
-        raise UserError(
-            f"data.packs_per_step is {config.data.packs_per_step}, which {world} ranks do not "
-            f"divide; expected a multiple of the number of ranks. Set data.packs_per_step={world} "
-            "or a "
-            "multiple of it, or start another number of ranks."
-        )
+    micro_steps(config.data, world)
     notes = []
     try:
         processor, resolved = open_processor(config)
@@ -371,14 +367,14 @@ def build_engine(
     :return: the engine, and the parameter groups of its optimiser.
     """
     model, parallel = checked.model, config.parallel
-    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+    dtype = DTYPES[parallel.precision]
 
     def finish(block: nn.Module) -> None:
         shard(block, parallel.zero_stage, parallel.precision)
 
     start = checked.start if fresh else None
     start_weights(model, start, config.seed, device, dtype, finish)
-    model.recompute_activations(parallel.activation_checkpointing)
+    model.checkpoint_activations(parallel.activation_checkpointing)
     for account in start.accounts if start is not None else []:
         log(account.line())
         if account.resized and not config.model.backbone.trainable:

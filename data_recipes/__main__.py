@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from casa_train.io.environment import set_environment
+
+set_environment()  # before anything imports torch
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence

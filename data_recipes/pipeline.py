@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from casa_train.errors import UserError
+from casa_train.io.numbers import duration
 from data_recipes.held_out import Aside, HoldOut, divide, forget, set_aside
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def write_split(
     :param hold_out: what becomes the split `validation` beside this one.
     :raises UserError: too many bad rows, an unreadable source, a process that was killed.
     """
-    from casa_train.data.prepared.shards import finish_split, finished_shard
+    from casa_train.data.prepared.shard_writer import finish_split, finished_shard
 
     plan.directory.mkdir(parents=True, exist_ok=True)
     for temporary in plan.directory.glob("*.tmp"):  # of a recipe that was killed
@@ -240,7 +241,7 @@ def _write_shard(
     limit: int | None,
     hold_out: HoldOut | None,
 ) -> dict[str, Any]:
-    from casa_train.data.prepared.shards import Shard, finished_shard
+    from casa_train.data.prepared.shard_writer import Shard, finished_shard
 
     shard = Shard(directory, number, schema, turn_counter(encoding))
     aside = None if hold_out is None else Aside(shard, hold_out)
@@ -382,16 +383,8 @@ class Progress:
         line += f", {self.samples} samples, {rate:.0f} a second"
         if self.total and self._old < self.done < self.total:
             left = passed * (self.total - self.done) / (self.done - self._old)
-            line += f", about {_duration(left)} left"
+            line += f", about {duration(round(left))} left"
         print(line, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def reasons(counts: Mapping[str, int]) -> str:

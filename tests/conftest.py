@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
-# Before torch and transformers are imported: one thread a process, since models here are tiny and
-# processes many; no word to a hub, for whose answer a test would wait.
+import pytest
+
+from casa_train.io.environment import set_environment
+
+# For the tests and the processes they start, before anything imports torch or transformers: one
+# thread a process, since models here are tiny and processes many; no word to a hub, for whose
+# answer a test would wait.
+set_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import subprocess  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from tests.helpers.commands import prepare_data  # noqa: E402

@@ -25,13 +25,8 @@ from casa_train.bench._benchmark import (
 )
 from casa_train.bench._timing import interleaved, peak_bytes, tensor_bytes
 from casa_train.errors import UserError
-from casa_train.modeling.attention import (
-    BACKENDS,
-    Segments,
-    choose_backend,
-    sdpa_kernels,
-    varlen_attention,
-)
+from casa_train.modeling.attention import BACKENDS, choose_backend, sdpa_kernels, varlen_attention
+from casa_train.modeling.segments import Segments
 from casa_train.modeling.windows import Range
 
 METHOD = """\

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from casa_train.bench._benchmark import (
-    DTYPES,
     Benchmark,
     Report,
     aligned,
@@ -30,11 +29,12 @@ from casa_train.data.materialize import PackedBatch
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.io.numbers import count
 from casa_train.metrics.meter import Meter
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start, start_weights
 from casa_train.training.loop import Trainer
@@ -44,8 +44,8 @@ Builds each experiment at its own sizes, with random weights, as a run would: th
 optimiser, precision and ZeRO stage. Every pack is full in both budgets, with images of the largest
 size and a loss on every text token; the packs are made before the clock starts, so nothing waits
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
-(world_size). Experiments run one after another, --rounds times in turn; times are medians over all
-steps after the warm-up. Work counts attended pairs and nothing recomputed (metrics/flops.py).
+(planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
+all steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
 Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
@@ -73,9 +73,7 @@ class FullPacks:
         return {}
 
 
-def batch_of(
-    pack: Sequence[SampleShape], vocabulary: int, operations: int, seed: int
-) -> PackedBatch:
+def batch_of(pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int) -> PackedBatch:
     """A micro-step of random text and pictures with these lengths; every token is an answer."""
     generator = torch.Generator().manual_seed(seed)
     inputs = full_inputs(pack, "cpu")
@@ -117,7 +115,7 @@ class Arm:
         self.notes: list[str] = []
         self.model_config = size_model(self.config, self.notes)
         self.pack = full_pack(self.config)
-        packs, ranks = self.config.data.packs_per_step, self.config.world_size or world
+        packs, ranks = self.config.data.packs_per_step, self.config.planned_ranks or world
         self.micro_steps = max(1, packs // ranks)
         model = meta_model(self.config, self.model_config)
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)
@@ -163,10 +161,10 @@ class Arm:
             Start(Stored(), [], copies=True),
             seed,
             device,
-            torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+            DTYPES[parallel.precision],
             lambda block: shard(block, parallel.zero_stage, parallel.precision),
         )
-        model.recompute_activations(parallel.activation_checkpointing)
+        model.checkpoint_activations(parallel.activation_checkpointing)
         groups = build_groups(model.named_parameters(), self.config.optim.groups)
         engine = Engine(
             model,

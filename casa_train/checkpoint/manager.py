@@ -65,7 +65,7 @@ class CheckpointManager:
 
     :param directory: holds `step_N/` directories; on a file system all ranks see.
     :param fingerprints: identify configuration and data; stored with every checkpoint.
-    :param say: prints one line for the user (rank 0).
+    :param log: prints one line for the user (rank 0).
     :param phase: told what a save is about to do, on every rank; a watchdog listens.
     """
 
@@ -167,8 +167,8 @@ class CheckpointManager:
         if broken or older:
             raise UserError(
                 f"{self.directory} holds checkpoints, but none is valid "
-                f"({'; '.join(broken) or older}). "
-                "Restore one from a backup, or start over with checkpoint.resume=never."
+                f"({'; '.join(broken) or older}). Restore one from a backup, or start over with "
+                "checkpoint.resume=never."
             )
         return None
 

@@ -9,26 +9,20 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
-from casa_train.cost.work import (
-    Operations,
-    TextSizes,
-    VisionSizes,
-    count_operations,
-    fused_layers,
-    repeated_operations,
-)
-from casa_train.errors import UserError
-from casa_train.io.log import count
+from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
+from casa_train.io.numbers import count, duration, rate, short, with_unit
+from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.image_processing_casa import SIDE
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, fit_schedule
 from casa_train.setup.parts import part_of
@@ -45,13 +39,8 @@ def dry_run(config: Config) -> list[str]:
     :raises UserError: as a run would, for what can be known without data.
     """
     began = time.perf_counter()
-    world = config.world_size or 1
-    packs = config.data.packs_per_step
-    if packs % world:
-        raise UserError(
-            f"data.packs_per_step is {packs}, which world_size={world} does not divide; expected a "
-            "multiple of it. Set one of them."
-        )
+    world = config.planned_ranks or 1
+    micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
     model_config = size_model(config, notes)
     model = meta_model(config, model_config)
@@ -59,14 +48,14 @@ def dry_run(config: Config) -> list[str]:
 
     text = text_sizes(model_config.text_config, config.model.backbone.trainable)
     vision = vision_sizes(model_config.vision_config, config.model.vision.train_last_blocks)
-    fusion = {**model.mechanism.fusion, "mechanism": config.fusion["mechanism"]}
+    mechanism = model.mechanism
     pack = full_pack(config)
-    work = count_operations(text, vision, fusion, pack, config.data.text_tokens)
+    work = count_operations(text, vision, mechanism, pack, config.data.text_tokens)
     repeated = repeated_operations(
-        text, vision, fusion, pack, config.parallel.activation_checkpointing
+        text, vision, mechanism, pack, config.parallel.activation_checkpointing
     )
     sections = [
-        _headline(config, text, vision, fusion, model.mechanism.options, seconds),
+        _headline(config, text, vision, model, seconds),
         _parameters(config, model),
         _memory(config, memory_of_rank(config, model, world), world),
         _work(work, repeated),
@@ -95,16 +84,13 @@ def _headline(
     config: Config,
     text: TextSizes,
     vision: VisionSizes,
-    fusion: Mapping[str, Any],
-    options: Mapping[str, Any],
+    model: CasaForConditionalGeneration,
     seconds: float,
 ) -> list[str]:
-    """What is built.
-
-    :param options: of the mechanism, with their defaults.
-    """
+    """What is built."""
+    mechanism = model.mechanism
     trained = "all" if vision.trained < 0 else f"the last {vision.trained}"
-    blocks = len(fused_layers(fusion, text.layers))
+    blocks = sum(layer.fusion is not None for layer in model.model.layers)
     where = f"in {blocks} of {text.layers} blocks" if blocks else "in the text stream"
     lines = [
         f"casa_train dry run: {config.name}, built on the meta device in {seconds:.1f} s",
@@ -113,10 +99,12 @@ def _headline(
         + ("trained" if text.trainable else "frozen"),
         f"  vision     {vision.depth} blocks of width {vision.width:,}, "
         + (f"{trained} trained" if vision.trained else "frozen"),
-        f"  fusion     {fusion['mechanism']} {where}",
+        f"  fusion     {mechanism.name} {where}",
     ]
     changed = [
-        f"{key}={value}" for key, value in fusion.items() if value != options.get(key, value)
+        f"{key}={value}"
+        for key, value in mechanism.fusion.items()
+        if value != mechanism.options[key]
     ]
     if changed:
         lines[-1] += ": " + ", ".join(changed)
@@ -135,8 +123,8 @@ def _parameters(config: Config, model: nn.Module) -> list[str]:
     counts["total"] = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows = [["Parameters", "trained", "frozen", "rate"]]
     for part, (trained, frozen) in counts.items():
-        rate = "/".join(f"{rate:g}" for rate in sorted(used.get(part, ())))
-        rows.append([part, f"{trained:,}", f"{frozen:,}", rate])
+        own = "/".join(map(rate, sorted(used.get(part, ()))))
+        rows.append([part, f"{trained:,}", f"{frozen:,}", own])
     return _table(rows, rules=[1, len(rows) - 1])
 
 
@@ -188,21 +176,21 @@ def _work(work: Mapping[str, Operations], repeated: int) -> list[str]:
 
 
 def _step(
-    config: Config, world: int, pack: Sequence[SampleShape], operations: int, repeated: int
+    config: Config, world: int, pack: Sequence[Chunk], operations: int, repeated: int
 ) -> list[str]:
     packs, steps = config.data.packs_per_step, config.trainer.steps
     warmup, decay = fit_schedule(steps, config.optim.warmup_steps, config.optim.decay_steps)
     images = sum(sample.image_tokens for sample in pack)
     rows = [["", "a pack", "a step", "the run"]]
     for label, one in (("text tokens", config.data.text_tokens), ("image tokens", images)):
-        rows.append([label, f"{one:,}", f"{one * packs:,}", _short(one * packs * steps)])
+        rows.append([label, f"{one:,}", f"{one * packs:,}", short(one * packs * steps)])
     total = operations * packs
-    rows.append(["work", *(_flop(n) for n in (operations, total, total * steps))])
+    rows.append(["work", *(with_unit(n, "FLOP") for n in (operations, total, total * steps))])
     # What is repeated takes its time, too.
-    rate = UTILISATION * 1e12 * H100_TFLOPS
+    speed = UTILISATION * 1e12 * H100_TFLOPS
     operations, total = operations + repeated, total + repeated * packs
-    times = (operations / rate, total / world / rate, total * steps / world / rate)
-    rows.append([f"H100s at {UTILISATION:.0%}", *map(_duration, times)])
+    times = (operations / speed, total / world / speed, total * steps / world / speed)
+    rows.append([f"H100s at {UTILISATION:.0%}", *map(duration, times)])
     rows[0][0] = "Size"
     return [
         *_table(rows, rules=[1]),
@@ -212,28 +200,7 @@ def _step(
     ]
 
 
-def _short(number: float) -> str:
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.1f} {suffix}"
-    return f"{number:,.0f}"
-
-
-def _flop(number: float) -> str:
-    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
-        if number >= size:
-            return f"{number / size:.1f} {prefix}FLOP"
-    return f"{number:,.0f} FLOP"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds * 1e6:.1f} us"
-
-
-def _assumptions(config: Config, pack: Sequence[SampleShape], notes: Sequence[str]) -> list[str]:
+def _assumptions(config: Config, pack: Sequence[Chunk], notes: Sequence[str]) -> list[str]:
     rows, columns = pack[0].grids[0]
     assumed = [
         *notes,

@@ -18,16 +18,17 @@ from casa_train.cost.memory import logits_bytes, saved_bytes, state_bytes
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.packed import PackedInputs
-from casa_train.modeling.windows import Chunk, SampleShape
+from casa_train.modeling.windows import Chunk
 from casa_train.setup.optim import build_groups
 from casa_train.setup.parts import part_of
+from casa_train.setup.precision import DTYPES
 
 # Modules that activation checkpointing may run again, by its setting.
 BLOCKS = {"decoder": r"model\.layers\.\d+", "vision": r"visual\.blocks\.\d+"}
 BLOCKS["all"] = "|".join(BLOCKS.values())
 
 
-def full_pack(config: Config) -> list[SampleShape]:
+def full_pack(config: Config) -> list[Chunk]:
     """A pack at both budgets: square images of the largest size, a smaller one for the rest.
 
     Each is a sample, with an even share of the text behind it.
@@ -40,10 +41,10 @@ def full_pack(config: Config) -> list[SampleShape]:
         grids.append((rest, side))
     count, text = len(grids), config.data.text_tokens
     shares = [text * (i + 1) // count - text * i // count for i in range(count)]
-    return [SampleShape(share, (0,), (grid,)) for share, grid in zip(shares, grids, strict=True)]
+    return [Chunk.of_grids(share, (0,), (grid,)) for share, grid in zip(shares, grids, strict=True)]
 
 
-def full_inputs(pack: Sequence[SampleShape], device: torch.device | str) -> PackedInputs:
+def full_inputs(pack: Sequence[Chunk], device: torch.device | str) -> PackedInputs:
     """The pack as a model reads it: token 0 everywhere, black images, logits for every token."""
     texts = sum(sample.text for sample in pack)
     images = [
@@ -53,10 +54,7 @@ def full_inputs(pack: Sequence[SampleShape], device: torch.device | str) -> Pack
     ]
     return PackedInputs(
         input_ids=torch.zeros(texts, dtype=torch.long, device=device),
-        chunks=[
-            Chunk(s.text, s.points, tuple(rows * columns for rows, columns in s.grids))
-            for s in pack
-        ],
+        chunks=list(pack),
         images=images,
         logits_index=torch.arange(texts, device=device),
     )
@@ -84,7 +82,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     :param model: on the meta device, frozen as the run does it; its precision becomes the run's.
     """
     bf16 = config.parallel.precision == "bf16"
-    model.to(torch.bfloat16 if bf16 else torch.float32).train()
+    model.to(DTYPES[config.parallel.precision]).train()
     groups = build_groups(model.named_parameters(), config.optim.groups)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
@@ -93,22 +91,22 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     inputs = full_inputs(full_pack(config), "meta")
 
     def saved(blocks: str) -> dict[str, int]:
-        model.recompute_activations(blocks)
+        model.checkpoint_activations(blocks)
         return saved_bytes(model, lambda: model(packed=inputs))
 
-    recomputed = config.parallel.activation_checkpointing
+    blocks = config.parallel.activation_checkpointing
     kept = everything = saved("none")
-    if recomputed != "none":
-        kept = saved(recomputed)
+    if blocks != "none":
+        kept = saved(blocks)
     activations: dict[str, int] = defaultdict(int)
     for name, size in kept.items():
         activations[part_of(f"{name}.")] += size  # a module is part of itself
     vocabulary: int = model.config.text_config.vocab_size
     logits = logits_bytes(config.data.text_tokens, vocabulary, bf16)
-    if recomputed == "none":
+    if blocks == "none":
         activations["logits"] = logits
     else:  # what belongs to the logits is gone when a block runs again
-        block = _largest_block(everything, BLOCKS[recomputed])
+        block = _largest_block(everything, BLOCKS[blocks])
         activations["logits, or a recomputed block"] = max(logits, block)
     return MemoryOfRank(state, dict(activations))
 

@@ -15,11 +15,12 @@ from typing import Any
 import huggingface_hub
 
 from casa_train.config.schema import Config
-from casa_train.cost.work import TextSizes, VisionSizes
+from casa_train.cost.work import VisionSizes
 from casa_train.cost.work_counter import WorkCounter
 from casa_train.data.processor import tokenizer_name
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
+from casa_train.modeling.block_work import TextSizes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.model import describe_model
@@ -68,7 +69,7 @@ def work_counter(config: Config, model: CasaForConditionalGeneration) -> WorkCou
     return WorkCounter(
         text_sizes(model.config.text_config, config.model.backbone.trainable),
         vision_sizes(model.config.vision_config, config.model.vision.train_last_blocks),
-        {**model.mechanism.fusion, "mechanism": config.fusion["mechanism"]},
+        model.mechanism,
     )
 
 

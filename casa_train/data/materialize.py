@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from casa_train.data.budget import Budget
 from casa_train.data.fit import Fit, processor_for
 from casa_train.data.prepared.plan import Pack
 from casa_train.data.prepared.shards import Split
@@ -17,12 +18,12 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.transfer import pinned
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
+from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.modeling.windows import Chunk, SampleShape, has_pair
+from casa_train.modeling.windows import Chunk, has_pair
 
-CountWork = Callable[[Sequence[SampleShape], int], int]
+CountWork = Callable[[Sequence[Chunk], int], int]
 """Samples of a pack and its rows with logits -> floating-point operations."""
 
 
@@ -99,18 +100,9 @@ class EncodedSample:
     follows: tuple[bool, ...] = ()
 
     def chunk(self) -> Chunk:
-        """Its lengths, as the model wants to know them."""
-        tokens = tuple(self.image_tokens)
-        return Chunk(len(self.ids), tuple(self.points), tokens, follows=self.follows)
-
-    def shape(self) -> SampleShape:
-        """Its lengths, as counting its work wants to know them."""
-        grids = tuple((image.shape[1] // 28, image.shape[2] // 28) for image in self.images)
-        return SampleShape(len(self.ids), tuple(self.points), grids, self.follows)
-
-    @property
-    def image_tokens(self) -> list[int]:
-        return [image.shape[1] * image.shape[2] // 784 for image in self.images]
+        """Its lengths, as the model and the count of its work want to know them."""
+        grids = [(image.shape[1] // SIDE, image.shape[2] // SIDE) for image in self.images]
+        return Chunk.of_grids(len(self.ids), self.points, grids, self.follows)
 
 
 def encode_sample(
@@ -126,8 +118,9 @@ def encode_sample(
     loaded = [
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
-    follows = tuple(encoded.follows) if any(encoded.follows) else ()
-    return EncodedSample(encoded.ids, encoded.answer, encoded.points, loaded, follows)
+    return EncodedSample(
+        encoded.ids, encoded.answer, encoded.points, loaded, tuple(encoded.follows)
+    )
 
 
 def dummy_sample(token: int) -> EncodedSample:
@@ -135,7 +128,7 @@ def dummy_sample(token: int) -> EncodedSample:
 
     Where a pack holds no pair of image and text, this keeps every rank's graph the same.
     """
-    black = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    black = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
 
 
@@ -160,13 +153,12 @@ def build_batch(
     index: int,
     entries: Iterable[Entry],
     processor: CasaProcessor,
-    text_budget: int,
-    image_budget: int,
+    budget: Budget,
     count_work: CountWork | None = None,
 ) -> PackedBatch:
     """Reads and encodes the samples of one pack; a bad sample leaves a hole.
 
-    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param budget: of a whole pack.
     :param count_work: counts the pack's work here, where it delays nobody.
     :raises UserError: the data is gone.
     :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
@@ -174,18 +166,18 @@ def build_batch(
     with warnings.catch_warnings():
         # Of odd files, which `python -W error` would turn into failures.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _build(index, entries, processor, text_budget, image_budget, count_work)
+        return _build(index, entries, processor, budget, count_work)
 
 
 def _build(
     index: int,
     entries: Iterable[Entry],
     processor: CasaProcessor,
-    text_budget: int,
-    image_budget: int,
+    budget: Budget,
     count_work: CountWork | None,
 ) -> PackedBatch:
     samples: list[EncodedSample] = []
+    chunks: list[Chunk] = []
     names: list[tuple[str, str]] = []
     answers: list[tuple[str, int]] = []
     failures: list[Failure] = []
@@ -206,17 +198,18 @@ def _build(
             raise RuntimeError(
                 f"sample {source}/{key} of pack {index}: {type(error).__name__}: {error}"
             ) from error
-        found = len(encoded.ids), sum(encoded.image_tokens)
+        chunk = encoded.chunk()
+        found = chunk.text, chunk.image_tokens
         planned = entry.text_tokens, entry.image_tokens
         if found != planned:
             detail = f"{found} text and image tokens, the index promised {planned}"
             failures.append(Failure(source, key, "index_mismatch", detail))
             continue
         samples.append(encoded)
+        chunks.append(chunk)
         names.append((sample.source, sample.key))
         answers.append((entry.name, sum(encoded.answer[1:])))
     pairs = sum(bool(s.images) and any(s.answer) for s in samples)
-    chunks = [encoded.chunk() for encoded in samples]
     if not has_pair(chunks):
         dummy = dummy_sample(processor.tokenizer.eos_token_id or 0)
         samples.append(dummy)
@@ -237,7 +230,7 @@ def _build(
         logits_index=torch.tensor(rows, dtype=torch.long),
     )
     text_tokens = sum(c.text for c in chunks)
-    image_tokens = sum(sum(c.images) for c in chunks)
+    image_tokens = sum(c.image_tokens for c in chunks)
     return PackedBatch(
         index=index,
         inputs=inputs,
@@ -247,17 +240,17 @@ def _build(
         sources=[source for source, _ in names],
         text_tokens=text_tokens,
         image_tokens=image_tokens,
-        fills=(text_tokens / text_budget, image_tokens / image_budget),
+        fills=budget.fills(text_tokens, image_tokens),
         pairs=pairs,
         failures=failures,
-        operations=0 if count_work is None else count_work([s.shape() for s in samples], len(rows)),
+        operations=0 if count_work is None else count_work(chunks, len(rows)),
     )
 
 
 class Materializer(torch.utils.data.Dataset[PackedBatch]):
     """Turns packs into tensors; `loader[pack]` may run in any process.
 
-    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param budget: of a whole pack.
     :param fits: by source, what of its samples is trained; the same as for the plan.
     :param count_work: counts the floating-point work of a pack.
     """
@@ -266,22 +259,19 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         self,
         splits: Mapping[str, Split],
         processor: CasaProcessor,
-        text_budget: int,
-        image_budget: int,
+        budget: Budget,
         fits: Mapping[str, Fit] | None = None,
         count_work: CountWork | None = None,
     ) -> None:
         self.splits = splits
         self.processor = processor
-        self.text_budget = text_budget
-        self.image_budget = image_budget
+        self.budget = budget
         self.fits = dict(fits or {})
         self.count_work = count_work
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
         entries = (self._entry(*item) for item in pack.items)
-        budgets = self.text_budget, self.image_budget
-        return build_batch(pack.index, entries, self.processor, *budgets, self.count_work)
+        return build_batch(pack.index, entries, self.processor, self.budget, self.count_work)
 
     def _entry(self, name: str, row: int, text: int, images: int) -> Entry:
         split, fit = self.splits[name], self.fits.get(name)

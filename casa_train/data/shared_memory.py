@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
+from casa_train.config.micro_steps import micro_steps
 from casa_train.data.loader import PREFETCH
 from casa_train.errors import UserError
 from casa_train.modeling.image_processing_casa import SIDE
@@ -42,7 +43,7 @@ def check_shared_memory(
     if not data.workers or not where.is_dir():
         return
     pack = data.image_tokens * SIDE * SIDE * 3 + data.text_tokens * TEXT_BYTES
-    held = 1 if pinned else data.packs_per_step // world
+    held = 1 if pinned else micro_steps(data, world)
     need = beside * (data.workers * PREFETCH + held) * pack
     free = shutil.disk_usage(where).free
     if free >= need:

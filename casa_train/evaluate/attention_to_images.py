@@ -1,12 +1,12 @@
 """How much of what answers read comes from the image, by layer: CASA's implicit gate, and others'.
 
 The reference answers are given to the model, and what their tokens read is recorded where they are
-predicted (`modeling/reads.py`), with each question's own image and with another sample's.
+predicted (`modeling/image_attention.py`), with each question's own image and with another's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 LOW, HIGH = 10, 90  # per cent of the questions between which a layer's spread is told
 
 
-def image_reads(
+def measure_image_attention(
     model: Any, processor: Any, questions: Sequence[Question], limit: int
 ) -> dict[str, Any] | None:
     """What `limit` questions, spread evenly, read from images.
@@ -31,13 +31,13 @@ def image_reads(
         another sample's image; `uniform`, what equal attention to all keys would give, or None; and
         `sources`, each with `questions` and `mean`. None for an export that cannot tell.
     """
-    if limit == 0 or not hasattr(model, "image_reads"):
+    if limit == 0 or _listening(model) is None:
         return None
     model.eval()
     swapped = swapped_images(questions)
     chosen = range(0, len(questions), -(-len(questions) // limit))
-    seen = [_reads(model, processor, questions[i], questions[i].images) for i in chosen]
-    blind = [_reads(model, processor, questions[i], swapped[i]) for i in chosen]
+    seen = [_of_question(model, processor, questions[i], questions[i].images) for i in chosen]
+    blind = [_of_question(model, processor, questions[i], swapped[i]) for i in chosen]
     sources = [questions[i].source for i in chosen]
     names = [name for name in seen[0] if name != "uniform"]
     return {
@@ -55,7 +55,13 @@ def image_reads(
     }
 
 
-def _reads(
+def _listening(model: Any) -> Callable[[Any], Any] | None:
+    """The method of an export that measures; exports of earlier versions have another name."""
+    found: Any = getattr(model, "image_attention", None) or getattr(model, "image_reads", None)
+    return found  # type: ignore[no-any-return]
+
+
+def _of_question(
     model: Any, processor: Any, question: Question, images: Sequence[bytes]
 ) -> dict[str, dict[int, float]]:
     """By quantity and layer, the mean over the answer's tokens; `uniform` under layer -1."""
@@ -73,13 +79,15 @@ def _reads(
         packed.chunks = [replace(packed.chunks[0], follows=tuple(batch["image_follows"][0]))]
     # The positions whose next token is part of the answer, as training counts them.
     packed.logits_index = batch["assistant_masks"][0][1:].nonzero()[:, 0]
-    reads = model.image_reads(packed)
+    listening = _listening(model)
+    assert listening is not None
+    listener = listening(packed)
     found = {
         name: {layer: float(values.nanmean()) for layer, values in sorted(layers.items())}
-        for name, layers in reads.values.items()
+        for name, layers in listener.values.items()
     }
-    if reads.uniform is not None:
-        found["uniform"] = {-1: float(reads.uniform.nanmean())}
+    if listener.uniform is not None:
+        found["uniform"] = {-1: float(listener.uniform.nanmean())}
     return found
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from casa_train.config.compose import compose_onto, search_path
-from casa_train.config.schema import Config, SourceConfig, flatten
+from casa_train.config.data_schema import SourceConfig
+from casa_train.config.schema import Config, flatten
 from casa_train.data.prepared.shards import Split
 from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError, named
-from casa_train.evaluate.attention_to_images import image_reads
+from casa_train.evaluate.attention_to_images import measure_image_attention
 from casa_train.evaluate.exact_match import (
     evaluate,
     first_questions,
@@ -151,7 +152,9 @@ def evaluate_run(
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
-        "attention": image_reads(model, processor, questions, config.evaluation.attention_samples),
+        "attention": measure_image_attention(
+            model, processor, questions, config.evaluation.attention_samples
+        ),
         **result,
     }
     write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")

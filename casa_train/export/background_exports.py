@@ -31,7 +31,7 @@ THREADS = 4  # at most, where parallel.threads is 0: the run's ranks and loaders
 class BackgroundExports:
     """Exports that `config` asks for; rank 0 alone has one.
 
-    :param say: prints one line for the user.
+    :param log: prints one line for the user.
     """
 
     def __init__(self, run_dir: Path, config: ExportConfig, log: Callable[[str], None]) -> None:

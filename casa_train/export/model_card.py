@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.config.places import shown
 from casa_train.config.schema import Config
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.setup.parts import part_sizes
 
 # What is known of licences; anything else is left to the base model's own card.
@@ -43,10 +44,12 @@ pip install torch "transformers>=4.51.3" einops pillow numpy
 
 ```python
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 path = "PATH/TO/THIS/DIRECTORY"
-model = AutoModel.from_pretrained(path, trust_remote_code=True, torch_dtype=torch.float32).eval()
+model = AutoModelForImageTextToText.from_pretrained(
+    path, trust_remote_code=True, torch_dtype=torch.float32
+).eval()
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 messages = [{{"role": "user", "content": [
     {{"type": "image", "image": "picture.png"}},
@@ -57,7 +60,7 @@ out = model.generate_from_image(**batch, max_new_tokens=32)
 print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Images are resized as in training: aspect kept, sides multiples of 28, at most {max_pixels:,}
+Images are resized as in training: aspect kept, sides multiples of {side}, at most {max_pixels:,}
 pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at most 896x896 instead.
 
 ## Base models and licences
@@ -110,6 +113,7 @@ def model_card(config: Config, step: int, model: Any) -> str:
         tokens="Image tokens join the text stream and the KV cache."
         if inserts
         else "Only text enters the KV cache.",
+        side=SIDE,
         max_pixels=config.data.max_pixels,
         least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
         layers=text.num_hidden_layers,

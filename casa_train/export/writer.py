@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ def write_export(
     card: str,
     provenance: dict[str, object],
     gate: Callable[[Path], str],
+    mechanism: type | None = None,
 ) -> str:
     """Writes beside `out`, runs the gate there, and only then renames.
 
@@ -43,6 +45,7 @@ def write_export(
     :param card: text of the model card.
     :param provenance: which run and step this is.
     :param gate: loads the directory as a user would and compares; raises `UserError` if it differs.
+    :param mechanism: the class of a fusion mechanism of the user's own, whose file travels along.
     :return: the gate's verdict.
     :raises UserError: a directory that cannot be used, or a failed gate.
     """
@@ -63,6 +66,8 @@ def write_export(
         for file in sorted(source.glob("*.py")):
             if file.name != "__init__.py":
                 shutil.copy(file, temporary / file.name)
+        if mechanism is not None:
+            _add_mechanism(temporary, mechanism)
         for file in temporary.iterdir():  # safetensors files are made readable by their owner only
             file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -89,6 +94,17 @@ def write_export(
     return verdict
 
 
+def _add_mechanism(directory: Path, mechanism: type) -> None:
+    """Copies the file of a mechanism and names it in the entry file: importing it registers it, and
+    transformers 4.51 copies only what an entry file itself imports.
+    """
+    file = Path(inspect.getfile(mechanism))
+    shutil.copy(file, directory / file.name)
+    line = f"from .{file.stem} import {mechanism.__name__} as _OwnMechanism  # noqa: E402, F401"
+    with (directory / f"{ARCHITECTURE.split('.')[0]}.py").open("a", encoding="utf-8") as entry:
+        entry.write(f"\n# The fusion mechanism of this model.\n{line}\n")
+
+
 def check_target(out: Path) -> None:
     """Refuses target directories that transformers cannot load from or that hold something else.
 
@@ -97,8 +113,7 @@ def check_target(out: Path) -> None:
     if "." in out.resolve().name:
         raise UserError(
             f"--out {out}: the directory's name must not contain a dot, because transformers "
-            "imports "
-            "the model code under that name."
+            "imports the model code under that name."
         )
     ours = (out / EXPORT_MARKER).is_file()
     if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):

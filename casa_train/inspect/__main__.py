@@ -5,6 +5,10 @@ TARGET is a prepared split, a run directory or an experiment, also one that stre
 
 from __future__ import annotations
 
+from casa_train.io.environment import set_environment
+
+set_environment()  # before anything imports torch
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -18,6 +22,7 @@ from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
 from casa_train.inspect.data_page import Page, write_page
 from casa_train.inspect.pages import find_target, inspect_plan, inspect_sample
+from casa_train.io.numbers import memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    size = arguments.out.stat().st_size / 1e6
-    print(f"{target.title}: {summary(page)}, page {arguments.out} ({size:.1f} MB)")
+    size = memory(arguments.out.stat().st_size)
+    print(f"{target.title}: {summary(page)}, page {arguments.out} ({size})")
     return 0
 
 

@@ -6,16 +6,22 @@ are from `split_windows`: a mistake in the data shows here as it would train.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
+
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure, Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack
-from casa_train.inspect import pictures
 from casa_train.modeling.windows import Window, split_windows
+from casa_train.report import pictures
 
 TRAINED, FAILED, DUMMY = "trained", "failed", "dummy"
+FULL_SIZE = 160  # with more pictures on a page each gets smaller, so that the page does not grow
 HUES = 8  # windows take these colours in turn
 
 SIGNS = {9: "⇥\t", 10: "↵\n"}  # a token that ends a line says so
@@ -116,8 +122,7 @@ class PackView:
     index: int
     text_tokens: int
     image_tokens: int
-    text_budget: int
-    image_budget: int
+    budget: Budget
     planned: tuple[int, int]
     samples: list[SampleView]
     text: list[Stretch]
@@ -200,23 +205,27 @@ class Planned:
 def view_packs(packs: Sequence[Pack], materializer: Materializer) -> list[PackView]:
     """Materialises packs and looks at what came out."""
     planned = [Planned(materializer[pack], _named(pack, materializer)) for pack in packs]
-    budgets = materializer.text_budget, materializer.image_budget
-    return view_batches(planned, materializer.processor.tokenizer, budgets)
+    return view_batches(planned, materializer.processor.tokenizer, materializer.budget)
 
 
-def view_batches(
-    planned: Sequence[Planned], tokenizer: Any, budgets: tuple[int, int]
-) -> list[PackView]:
+def view_batches(planned: Sequence[Planned], tokenizer: Any, budget: Budget) -> list[PackView]:
     """Looks at batches.
 
-    :param budgets: text and image tokens of a full pack.
+    :param budget: of a whole pack.
     """
-    side = pictures.side_for(sum(len(one.batch.inputs.images) for one in planned))
+    side = side_for(sum(len(one.batch.inputs.images) for one in planned))
     texts = TokenTexts(tokenizer)
-    return [_view(one, budgets, texts, side) for one in planned]
+    return [_view(one, budget, texts, side) for one in planned]
 
 
-def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: int) -> PackView:
+def side_for(images: int) -> int:
+    """CSS pixels of the longer side of a picture where a page holds so many."""
+    if images <= FULL_SIZE:
+        return pictures.SIDE
+    return max(24, round(pictures.SIDE * math.sqrt(FULL_SIZE / images)))
+
+
+def _view(planned: Planned, budget: Budget, texts: TokenTexts, side: int) -> PackView:
     batch = planned.batch
     chunks = batch.inputs.chunks
     tokens = _tokens(batch, texts)
@@ -266,8 +275,7 @@ def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: i
         index=batch.index,
         text_tokens=batch.text_tokens,
         image_tokens=batch.image_tokens,
-        text_budget=budgets[0],
-        image_budget=budgets[1],
+        budget=budget,
         planned=planned.lengths,
         samples=samples,
         text=text,
@@ -312,9 +320,14 @@ def _tokens(batch: PackedBatch, texts: TokenTexts) -> list[Token]:
 def _pictures(batch: PackedBatch, side: int) -> list[Picture]:
     counts = [tokens for chunk in batch.inputs.chunks for tokens in chunk.images]
     return [
-        Picture(number, pictures.of_pixels(image, side), image.shape[2], image.shape[1], tokens)
+        Picture(number, _thumbnail(image, side), image.shape[2], image.shape[1], tokens)
         for number, (image, tokens) in enumerate(zip(batch.inputs.images, counts, strict=True))
     ]
+
+
+def _thumbnail(pixels: Tensor, side: int) -> str:
+    """:param pixels: (3, H, W) uint8, as the model reads them."""
+    return pictures.thumbnail(Image.fromarray(pixels.permute(1, 2, 0).numpy()), side)
 
 
 def _images_in(window: Window, following: Sequence[Picture]) -> int:

@@ -1,4 +1,4 @@
-"""Lines: how they are worded, and how they reach files and consoles on disks that may be full."""
+"""Lines: how they reach files and consoles on disks that may be full."""
 
 from __future__ import annotations
 
@@ -93,11 +93,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             objects.append(value)
     return objects
-
-
-def count(number: int, noun: str) -> str:
-    """1 rank, 1,024 ranks."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def log(line: str, stream: TextIO | None = None) -> None:

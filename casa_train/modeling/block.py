@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, varlen_attention
-from .image_attention import ImageReads
+from .attention import varlen_attention
+from .image_attention import ImageAttention
 from .rope import Rope, Table
+from .segments import Segments
 from .streaming import FlatCache, StreamingState
 from .windows import Range
 
@@ -62,7 +63,7 @@ class DecoderContext:
     :param cache: the KV cache while generating, None in training.
     :param state: the streaming state while generating, None in training.
     :param keep_index: rows of a fusion layer's key space to keep for the next chunk.
-    :param reads: listens to what text reads from images; None in training and generation.
+    :param image_attention: listens to what text reads from images; None in training and generation.
     :param elsewhere: copies of this context on other devices.
     """
 
@@ -76,7 +77,7 @@ class DecoderContext:
     cache: FlatCache | None = None
     state: StreamingState | None = None
     keep_index: Tensor | None = None
-    reads: ImageReads | None = None
+    image_attention: ImageAttention | None = None
     elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> DecoderContext:
@@ -129,11 +130,11 @@ def self_attention(layer: Any, heads: Heads, context: DecoderContext) -> Tensor:
     assert heads.q is not None and heads.k is not None and heads.v is not None
     q, k = (context.rope(x, context.stream_table) for x in (heads.q, heads.k))
     v = heads.v
-    plan, reads = context.plan, context.reads
-    if reads is not None and plan.stream_index is not None and plan.text_index is not None:
+    plan, listener = context.plan, context.image_attention
+    if listener is not None and plan.stream_index is not None and plan.text_index is not None:
         of_images = plan.stream_index >= len(plan.text_index)
         index = layer.self_attn.layer_idx
-        reads.attention(index, q, k, plan.self_attention, of_images, plan.text_index)
+        listener.attention(index, q, k, plan.self_attention, of_images, plan.text_index)
     if context.cache is not None:
         k, v = context.cache.update(k, v, layer.self_attn.layer_idx)
     return varlen_attention(q, k, v, plan.self_attention, context.backend).flatten(1)

@@ -138,14 +138,14 @@ def run_decoder(
     text: Tensor,
     images: Tensor,
     context: DecoderContext,
-    recompute: bool = False,
+    checkpointed: bool = False,
     states: list[Tensor] | None = None,
 ) -> Tensor:
     """Runs the fused layers and the final norm.
 
     :param text: (T, C) text embeddings.
     :param images: (N, C) image tokens.
-    :param recompute: layers keep their inputs only and run again in the backward pass.
+    :param checkpointed: layers keep their inputs only and run again in the backward pass.
     :param states: takes what enters each layer and what is returned, (T, C) each.
     :return: (T, C) hidden states of the text tokens.
     """
@@ -160,7 +160,7 @@ def run_decoder(
     for layer in backbone.layers:
         if states is not None:
             states.append(of_text(h))
-        h, images = run_block(layer, h, images, context, recompute=recompute)
+        h, images = run_block(layer, h, images, context, checkpointed=checkpointed)
     out: Tensor = backbone.norm(of_text(h))
     if states is not None:
         states.append(out)

@@ -1,27 +1,45 @@
 """The interface of a fusion mechanism: one way to bring image tokens into a text decoder.
 
-A mechanism does up to four things. `plan` turns the chunks of the batch into index layouts, once
+A mechanism does up to five things. `plan` turns the chunks of the batch into index layouts, once
 per forward pass and without waiting for the device. `make_layer` gives a decoder layer a child
 module `fusion` with new parameters. `run_layer` is the forward of a decoder layer, composed from
 the pieces in `block.py`. `make_resampler` may put a module between vision tower and decoder.
+`count_layer` and `count_resampler` say on paper what products these two do, composed from the same
+pieces in `block_work.py`.
 
-Adding a mechanism takes one file with a subclass, its name in `mechanisms.py` and in the imports of
-`modeling_casa.py` (an export copies what that file names), and one YAML in `conf/fusion/`. The
-shortest example is `insertion.py`, one with parameters `gated.py`.
+A new mechanism is one Python file and one YAML, and nothing of the project is edited:
+
+1. `mine/toy.py` holds a subclass of `FusionMechanism`, or of any other mechanism, with a `name` and
+   the decorator `@register`. It imports the files of this folder as they import each other,
+   `from .fusion import FusionMechanism, register`, and beside them only what an export needs:
+   torch, transformers, numpy, einops, pillow. The shortest example is `insertion.py`, one with
+   parameters is `gated.py`.
+2. `mine/conf/fusion/toy.yaml` says `mechanism: toy` and gives its options their values.
+3. `export CASA_MECHANISMS=mine/toy.py`, several files joined by `:`, and then every command knows
+   it: `python -m casa_train --config-dir mine/conf +experiment=demo fusion=toy`, with or without
+   `dry_run=true`, under torchrun and SLURM, `casa_train.export`, `.evaluate`, `.report`, `.bench`.
+   An export takes the file along: whoever loads it needs neither this project nor the variable.
+
+What a mechanism costs comes from itself. Attended pairs are read out of its `plan`. Saved memory
+is counted while the model itself runs on the meta device, so there is nothing to describe. Products
+are what `count_layer` and `count_resampler` say; a class with a forward of its own and without them
+is refused when it registers. Compare them with torch's own counter as `tests/cost/test_flops.py`
+does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, on_device
 from .block import DecoderContext, FusionPlan, plain_block
+from .block_work import BlockWork, Pairs, Paper
 from .rope import mrope_section
+from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, text_positions
 
@@ -124,9 +142,32 @@ class FusionMechanism:
         """
         return plain_block(layer, h, context), images
 
+    def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
+        """The work of `run_layer`: the same products, on paper.
+
+        :param h: whether the stream tokens carry a gradient; :param z: whether image tokens do.
+        :return: both, after the block.
+        """
+        return work.plain_block(h), z
+
+    def count_resampler(self, paper: Paper, width: int, pack: Sequence[Chunk], z: bool) -> bool:
+        """The work of the module of `make_resampler`.
+
+        :param width: C; :param pack: the samples with the tower's image tokens.
+        :param z: whether these carry a gradient.
+        :return: whether what the decoder gets does.
+        """
+        return z
+
+    def pairs(self, chunks: Sequence[Chunk]) -> Pairs:
+        """What attends to what in whole samples, as `compress` leaves them: counted in `plan`."""
+        plan = self.plan(chunks, None, None, torch.device("cpu"))
+        segments = (plan.self_attention, plan.cross, plan.image_cross)
+        return Pairs(*(0 if s is None else s.pairs for s in segments))
+
     def stream_lengths(self, chunks: Sequence[Chunk]) -> list[int]:
         """New stream tokens of each sample: what enters self-attention and the KV cache."""
-        return [chunk.text + (sum(chunk.images) if self.inserts else 0) for chunk in chunks]
+        return [chunk.text + (chunk.image_tokens if self.inserts else 0) for chunk in chunks]
 
     def _self_attention(
         self, lengths: list[int], cache: FlatCache | None, device: torch.device
@@ -136,3 +177,54 @@ class FusionMechanism:
         queries = [[(a, b)] for a, b in zip(starts, starts[1:], strict=False)]
         keys = queries if cache is None else cache.key_ranges()
         return Segments(queries, keys, causal=True, device=device)
+
+
+MECHANISMS: dict[str, type[FusionMechanism]] = {}
+"""The registry: name in the configuration -> class."""
+
+# A forward and what describes its work.
+COUNTED = (("run_layer", "count_layer"), ("make_resampler", "count_resampler"))
+
+M = TypeVar("M", bound=type[FusionMechanism])
+
+
+def register(mechanism: M) -> M:
+    """Enters a mechanism into the registry under its `name`; the decorator of each class.
+
+    :raises TypeError: a class without a name, a name that another file has given, or a forward of
+        its own whose work is described by no class as near as that.
+    """
+    name = mechanism.__dict__.get("name")
+    if not isinstance(name, str):
+        raise TypeError(f"fusion mechanism {mechanism.__name__}: expected a class variable `name`")
+    other = MECHANISMS.get(name)
+    if other is not None and other.__module__ != mechanism.__module__:
+        raise TypeError(
+            f"fusion mechanism {name!r} of {mechanism.__module__}: {other.__module__} has "
+            "registered one of that name; choose another"
+        )
+    owners = mechanism.__mro__
+    for forward, count in COUNTED:
+        depth = {f: next(i for i, c in enumerate(owners) if f in vars(c)) for f in (forward, count)}
+        if depth[forward] < depth[count]:
+            raise TypeError(
+                f"fusion mechanism {name!r} has a {forward} of its own but no {count}: its "
+                f"floating-point work would be counted as that of {owners[depth[count]].__name__}. "
+                f"Add {count}, composed from the pieces of block_work.py"
+            )
+    MECHANISMS[name] = mechanism
+    return mechanism
+
+
+def build_mechanism(fusion: dict[str, Any], text_config: Any) -> FusionMechanism:
+    """The mechanism that `fusion["mechanism"]` names, with its options.
+
+    :raises ValueError: unknown mechanism or option.
+    """
+    name = fusion.get("mechanism")
+    if name not in MECHANISMS:
+        raise ValueError(
+            f"fusion mechanism {name!r} is unknown; choose one of {sorted(MECHANISMS)}, or name "
+            "the Python file of your own in the environment variable CASA_MECHANISMS"
+        )
+    return MECHANISMS[name](fusion, text_config)

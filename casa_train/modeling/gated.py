@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .block import DecoderContext, plain_block, project, project_out, query_mask
+from .block_work import BlockWork
+from .fusion import register
 from .image_attention import ATTENTION_GATE, FFN_GATE
 from .windowed import WindowedMechanism, linear_like, norm_like, read_windows
 
 
+@register
 class GatedCrossAttention(WindowedMechanism):
     """Options: `every` n puts a new layer before blocks n-1, 2n-1, ...
 
@@ -45,6 +48,15 @@ class GatedCrossAttention(WindowedMechanism):
         if layer.fusion is not None:
             h = layer.fusion(h, images, context)
         return plain_block(layer, h, context), images
+
+    def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
+        if self.has_fusion(layer_idx):  # everything in it is new, so all of it trains
+            width, q_width = work.sizes.width, work.sizes.q_width
+            q = work.text_linear(width, q_width, True, True)
+            read = work.cross_attention(q, work.image_keys(True, True))
+            work.text_linear(q_width, width, True, read)
+            h = work.mlp("fusion, text projections", work.text, True, True)
+        return work.plain_block(h), z
 
 
 class GatedLayer(nn.Module):
@@ -78,10 +90,10 @@ class GatedLayer(nn.Module):
         text = project(self, self.norm(h), self.head_dim, keys=False)
         pictures = project(self, self.image_norm(images), self.head_dim, queries=False)
         read, _ = read_windows(self.layer_idx, text, pictures, context)
-        if context.reads is not None:
+        if context.image_attention is not None:
             gates = {ATTENTION_GATE: self.attention_gate, FFN_GATE: self.ffn_gate}
             for name, gate in gates.items():
-                context.reads.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
+                context.image_attention.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
         h = h + self.attention_gate.tanh() * project_out(self.o_proj, read, cross)
         passed = self.ffn_gate.tanh() * self.mlp(self.ffn_norm(h))
         if not cross.covers(len(h)):

@@ -210,27 +210,12 @@ class StreamingGeneration(GenerationMixin):
             cache = DynamicCache()
         self.streaming_cache = cache
         state = getattr(cache, "casa", None)
-        ids, mask, offset = input_ids, attention_mask, 0
+        ids, mask, offset, points = input_ids, attention_mask, 0, image_embeds_insertion_points
         if mask is None:
             mask = torch.ones_like(ids)
-        points = image_embeds_insertion_points
         if state is not None and state.history is not None:
-            # `generate` wants every id of the stream; points count from the first one to enter.
-            # A caller who forwarded the last ids himself has left none pending.
-            earlier = state.history.to(ids.device)
-            earlier_mask = torch.ones_like(earlier)
-            mask = mask[:, mask.shape[1] - ids.shape[1] :]
-            valid = valid_columns(ids, mask if ids.shape[1] else None)
-            before = self._before(state, ids, points, valid)
-            if before is not None:
-                pending, kept = (x.to(ids.device) for x in before)
-                shift = pending.shape[1]
-                earlier = torch.cat([earlier, pending], 1)
-                earlier_mask = torch.cat([earlier_mask, kept.to(earlier_mask.dtype)], 1)
-                if points is not None:
-                    points = [[p + shift for p in as_ints(row)] for row in points]
-            offset = earlier.shape[1]
-            ids, mask = torch.cat([earlier, ids], 1), torch.cat([earlier_mask, mask], 1)
+            ids, mask, points = self._with_history(state, ids, mask, points)
+            offset = ids.shape[1] - input_ids.shape[1]
             state.waiting, state.brought = {}, True
         try:
             out = self._generate_text(
@@ -256,6 +241,28 @@ class StreamingGeneration(GenerationMixin):
             return generated[:, offset:]
         out.sequences = generated[:, offset:]
         return out
+
+    def _with_history(
+        self, state: Any, ids: Tensor, mask: Tensor, points: Sequence[Any] | None
+    ) -> tuple[Tensor, Tensor, Sequence[Any] | None]:
+        """Every id of a stream, as `generate` wants them, behind those that have entered or wait.
+
+        :param points: count from the first id to enter, here and in what is returned.
+        """
+        # A caller who forwarded the last ids himself has left none pending.
+        earlier = state.history.to(ids.device)
+        earlier_mask = torch.ones_like(earlier)
+        mask = mask[:, mask.shape[1] - ids.shape[1] :]
+        valid = valid_columns(ids, mask if ids.shape[1] else None)
+        before = self._before(state, ids, points, valid)
+        if before is not None:
+            pending, kept = (x.to(ids.device) for x in before)
+            shift = pending.shape[1]
+            earlier = torch.cat([earlier, pending], 1)
+            earlier_mask = torch.cat([earlier_mask, kept.to(earlier_mask.dtype)], 1)
+            if points is not None:
+                points = [[p + shift for p in as_ints(row)] for row in points]
+        return torch.cat([earlier, ids], 1), torch.cat([earlier_mask, mask], 1), points
 
     def _before(
         self, state: Any, input_ids: Tensor, points: Sequence[Any] | None, valid: np.ndarray

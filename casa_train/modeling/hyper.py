@@ -23,6 +23,8 @@ from .block import (
     query_mask,
     self_attention,
 )
+from .block_work import BlockWork
+from .fusion import register
 from .image_attention import IMAGE_GATE
 from .windowed import WindowedMechanism, linear_like, read_windows
 
@@ -30,6 +32,7 @@ from .windowed import WindowedMechanism, linear_like, read_windows
 GATE_START = -2.0
 
 
+@register
 class HyperAttention(WindowedMechanism):
     """Options: `layers`, indices of the blocks (null: four, spread over the depth); `init` of keys
     and values: from_self_attention or random.
@@ -85,6 +88,16 @@ class HyperAttention(WindowedMechanism):
         combined = layer.fusion(x, layer.input_layernorm(images), heads, read, context)
         return feed_forward(layer, h + attention.o_proj(combined)), images
 
+    def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
+        if layer_idx not in self.layers:
+            return work.plain_block(h), z
+        x = work.norm(h)
+        q, k = work.project(x)
+        read = work.self_attention(q, k)
+        seen = work.cross_attention(q, work.image_keys(True, work.norm(z)))
+        gate = work.text_linear(work.sizes.width, 1, True, x)
+        return work.feed_forward(h | work.project_out(read or seen or gate)), z
+
 
 class HyperLayer(nn.Module):
     """Keys and values for images, and the gate."""
@@ -112,7 +125,7 @@ class HyperLayer(nn.Module):
         gate = self.gate(x).sigmoid()
         if not cross.covers(len(x)):
             gate = gate * query_mask(cross, len(x), gate.dtype)
-        if context.reads is not None:
-            context.reads.gate(self.layer_idx, IMAGE_GATE, gate)
+        if context.image_attention is not None:
+            context.image_attention.gate(self.layer_idx, IMAGE_GATE, gate)
         mixed: Tensor = read + gate * (seen - read)
         return mixed

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import Segments, attention_on
+from .attention import attention_on
+from .segments import Segments
 
 IMAGE_SHARE = "image share"
 IMAGE_GATE = "image gate"
@@ -18,8 +19,8 @@ ATTENTION_GATE = "attention gate"
 FFN_GATE = "feed-forward gate"
 
 
-class ImageReads:
-    """Listens to one forward pass; `CasaForConditionalGeneration.image_reads` makes it.
+class ImageAttention:
+    """Listens to one forward pass; `CasaForConditionalGeneration.image_attention` makes it.
 
     :param rows: (R,) int64, the text rows of the pack to listen for.
     :ivar values: by quantity and by layer index, (R,) numbers of at least float32. `IMAGE_SHARE`:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .attention import on_device
 from .block import FusionPlan
-from .fusion import FusionMechanism
+from .fusion import FusionMechanism, register
+from .segments import on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, image_positions, interleave, text_positions
 
 
+@register
 class Insertion(FusionMechanism):
     """Adds no parameters: the backbone's own layers process the image tokens.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,75 @@ from torch import Tensor
 
 from .streaming import StreamingState
 from .windows import Chunk
+
+# Keywords of older clients and of `generate` that carry nothing this model needs.
+TOLERATED = {
+    "reinit_casa_handler",
+    "__is_first_gen_call__",
+    "cache_position",
+    "token_type_ids",
+    "next_sequence_length",
+    "is_first_iteration",
+}
+
+
+def refuse_keywords(options: dict[str, Any]) -> None:
+    """Refuses keywords of `forward` that would have no effect.
+
+    :raises TypeError: naming them.
+    """
+    # What is None or False asks for nothing: peft names every argument it knows.
+    asked = (k for k, v in options.items() if v is not None and v is not False)
+    if unknown := sorted(set(asked) - TOLERATED):
+        raise TypeError(f"CasaForConditionalGeneration.forward does not take {unknown}")
+
+
+@dataclass
+class PaddedInputs:
+    """A checked batch of rows.
+
+    :param ids: (B, T); :param mask: as it was given, longer by what was appended.
+    :param points: for each sample the columns at which its images stand; None: no images.
+    :param images: (3, H, W) each, over all samples.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    points: list[list[int]] | None
+    images: list[Tensor]
+
+
+def padded_inputs(
+    ids: Tensor | None,
+    mask: Tensor | None,
+    pixel_values: Any,
+    points: Sequence[Any] | None,
+    cache: Any,
+    around: tuple[Sequence[int] | None, Sequence[int] | None],
+) -> PaddedInputs:
+    """What a call of `forward` gives, checked; images without points are appended to every row.
+
+    :param around: ids that stand before and behind such an image.
+    :raises ValueError: no ids, or images that nothing would read.
+    """
+    if ids is None:
+        raise ValueError("forward needs input_ids (or packed)")
+    check_ids(ids)
+    # Points first: where samples were joined wrongly, their message says so.
+    columns = None if points is None else [as_ints(p) for p in points]
+    images = image_list(pixel_values)
+    check_pixels(images)
+    if images and columns is None:
+        # Later tokens of a stream read it.
+        if all(tokens is None for tokens in around) and not hasattr(cache, "casa"):
+            raise ValueError(
+                "pixel_values without image_embeds_insertion_points would stand behind the last "
+                "token, where nothing reads them: pass the points, as the processor returns them, "
+                "or pre_image_tokens and post_image_tokens, between which the image is then "
+                "appended"
+            )
+        ids, mask, columns = append_images(ids, mask, len(images), *around)
+    return PaddedInputs(ids, mask, columns, images)
 
 
 def image_list(pixel_values: Any) -> list[Tensor]:

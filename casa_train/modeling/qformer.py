@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .attention import Segments, varlen_attention
+from .attention import varlen_attention
+from .block_work import Paper
+from .fusion import register
 from .insertion import Insertion
+from .segments import Segments
 from .windows import Chunk
 
 
+@register
 class QFormerInsertion(Insertion):
     """Options: `queries` tokens a picture; `layers` of the resampler; its `heads` (0: width / 64).
 
@@ -53,6 +57,27 @@ class QFormerInsertion(Insertion):
             self.fusion["layers"],
             self.text_config.initializer_range,
         )
+
+    def count_resampler(self, paper: Paper, width: int, pack: Sequence[Chunk], z: bool) -> bool:
+        queries, images = self.fusion["queries"], sum(len(chunk.images) for chunk in pack)
+        tokens, count = sum(chunk.image_tokens for chunk in pack), images * queries
+
+        def linear(rows: int, inputs: int = width, outputs: int = width) -> None:
+            paper.linear("resampler", rows, inputs, outputs, True, True)  # all of it is new
+
+        for _ in range(self.fusion["layers"]):
+            for _ in range(3):
+                linear(count)
+            paper.attention("resampler", images * queries**2, width, True, True, True)
+            linear(count)
+            linear(count)
+            for _ in range(2):
+                linear(tokens)
+            paper.attention("resampler", tokens * queries, width, True, True, True)
+            linear(count)
+            linear(count, outputs=4 * width)
+            linear(count, inputs=4 * width)
+        return z or images > 0
 
     def compress(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
         queries = self.fusion["queries"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import on_device
+from .segments import on_device
 
 Table = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, 1, D)
 Rope = Callable[[Tensor, Table], Tensor]  # rotates (tokens, heads, D)

@@ -19,7 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .activation_checkpointing import run_block
-from .attention import Segments, on_device, varlen_attention
+from .attention import varlen_attention
+from .segments import Segments, on_device
 
 # CLIP's statistics, which Qwen2.5-VL's image processor uses.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -213,13 +214,13 @@ class VisionTower(nn.Module):
         return [(image.shape[1] // side) * (image.shape[2] // side) for image in images]
 
     def forward(
-        self, images: Sequence[Tensor], backend: str = "auto", recompute: bool = False
+        self, images: Sequence[Tensor], backend: str = "auto", checkpointed: bool = False
     ) -> Tensor:
         """Image tokens of all images, one after another.
 
         :param images: (3, H, W) each, any dtype with values 0..255, sides multiples of 28.
         :param backend: attention backend.
-        :param recompute: trained blocks keep their inputs only and run again in the backward pass.
+        :param checkpointed: trained blocks keep their inputs alone and run twice.
         :return: (N, out_hidden_size), row-major within each image.
         """
         weight = self.patch_embed.proj.weight
@@ -247,8 +248,8 @@ class VisionTower(nn.Module):
             segments = full if i in self.config.fullatt_block_indexes else windowed
             frozen = self.frozen_patches and i < self.frozen_blocks
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                again = recompute and torch.is_grad_enabled()
-                x = run_block(block, x, table, segments, backend, recompute=again)
+                again = checkpointed and torch.is_grad_enabled()
+                x = run_block(block, x, table, segments, backend, checkpointed=again)
             if frozen and x.requires_grad:
                 raise AssertionError(
                     f"frozen vision block {i} keeps activations for a backward pass"

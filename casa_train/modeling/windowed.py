@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import Segments, on_device, varlen_attention
+from .attention import varlen_attention
 from .block import DecoderContext, FusionPlan, Heads, scatter
 from .fusion import FusionMechanism
+from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, Range, image_positions, split_windows, text_positions
 
@@ -134,9 +135,9 @@ def read_windows(
         image_q = None if image_q is None else context.rope(image_q, context.image_table)
     if k_text is not None and text.v is not None:
         k, v = torch.cat([k_text, k]), torch.cat([text.v, v])
-    if context.reads is not None and k_text is not None:
+    if context.image_attention is not None and k_text is not None:
         of_images = torch.arange(len(k), device=k.device) >= len(k_text)
-        context.reads.attention(layer_idx, q, k, plan.cross, of_images)
+        context.image_attention.attention(layer_idx, q, k, plan.cross, of_images)
     if state is not None:
         if layer_idx in state.window:
             kept = state.window[layer_idx]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Range = tuple[int, int]  # start, stop
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,37 @@ class Chunk:
                 f"text tokens of the sample"
             )
 
+    @classmethod
+    def of_grids(
+        cls,
+        text: int,
+        points: Sequence[int] = (),
+        grids: Sequence[Grid] = (),
+        follows: Sequence[bool] = (),
+    ) -> Chunk:
+        """A whole sample from the rows and columns of each image's tokens."""
+        counts = tuple(rows * columns for rows, columns in grids)
+        heights = tuple(rows for rows, _ in grids)
+        return cls(text, tuple(points), counts, heights, tuple(follows) if any(follows) else ())
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of all images together."""
+        return sum(self.images)
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Rows and columns of each image's tokens.
+
+        :raises ValueError: a chunk without rows.
+        """
+        if len(self.rows) != len(self.images):
+            raise ValueError(
+                "multimodal RoPE needs the rows of every image, but this chunk has none: give "
+                "Chunk(rows=...)"
+            )
+        return [(rows, tokens // rows) for rows, tokens in zip(self.rows, self.images, strict=True)]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -91,20 +123,25 @@ def split_windows(chunks: Sequence[Chunk]) -> list[Window]:
     windows: list[Window] = []
     text_start = image_start = 0
     for sample, chunk in enumerate(chunks):
-        cuts = sorted(set(chunk.points))
+        tokens: dict[int, int] = {}  # by insertion point, of all images there
+        follows: dict[int, bool] = {}  # of the first image there
+        marks = chunk.follows or (False,) * len(chunk.images)
+        for point, count, mark in zip(chunk.points, chunk.images, marks, strict=True):
+            tokens[point] = tokens.get(point, 0) + count
+            follows.setdefault(point, mark)
+        cuts = list(tokens)
         first = cuts[0] if cuts else chunk.text
         if first > 0:
             leading = (text_start, text_start + first)
             windows.append(Window(sample, leading, (image_start, image_start), continues=True))
         image = image_start
         for cut, following in zip(cuts, [*cuts[1:], chunk.text], strict=False):
-            tokens = sum(n for p, n in zip(chunk.points, chunk.images, strict=True) if p == cut)
             text = (text_start + cut, text_start + following)
-            follows = bool(chunk.follows) and chunk.follows[chunk.points.index(cut)]
-            windows.append(Window(sample, text, (image, image + tokens), follows=follows))
-            image += tokens
+            stop = image + tokens[cut]
+            windows.append(Window(sample, text, (image, stop), follows=follows[cut]))
+            image = stop
         text_start += chunk.text
-        image_start += sum(chunk.images)
+        image_start += chunk.image_tokens
     return windows
 
 
@@ -124,7 +161,7 @@ def image_spans(chunk: Chunk, multimodal: bool = False) -> list[int]:
     """
     if not multimodal:
         return list(chunk.images)
-    return [max(grid) for grid in _grids(chunk)]
+    return [max(grid) for grid in chunk.grids]
 
 
 def text_positions(
@@ -161,7 +198,7 @@ def image_positions(
     for chunk in chunks:
         before = chunk.past_span
         spans = image_spans(chunk, multimodal)
-        grids = _grids(chunk) if multimodal else [(0, 0)] * len(spans)
+        grids = chunk.grids if multimodal else [(0, 0)] * len(spans)
         for point, tokens, span, (_, columns) in zip(
             chunk.points, chunk.images, spans, grids, strict=True
         ):
@@ -197,43 +234,9 @@ def interleave(chunks: Sequence[Chunk]) -> tuple[np.ndarray, list[int]]:
             image_start += tokens
         pieces.append(text_start + np.arange(done, chunk.text))
         text_start += chunk.text
-        lengths.append(chunk.text + sum(chunk.images))
+        lengths.append(chunk.text + chunk.image_tokens)
     return _concatenate(pieces), lengths
-
-
-def _grids(chunk: Chunk) -> list[tuple[int, int]]:
-    """Rows and columns of image tokens of each image."""
-    if len(chunk.rows) != len(chunk.images):
-        raise ValueError(
-            "multimodal RoPE needs the rows of every image, but this chunk has none: give "
-            "Chunk(rows=...)"
-        )
-    return [(rows, tokens // rows) for rows, tokens in zip(chunk.rows, chunk.images, strict=True)]
 
 
 def _concatenate(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, np.int64)
-
-
-Grid = tuple[int, int]  # rows and columns of an image's tokens
-
-
-@dataclass(frozen=True)
-class SampleShape:
-    """The lengths of one sample of a pack.
-
-    :param text: text tokens.
-    :param points: for each image, the text tokens before it, sorted.
-    :param grids: rows and columns of each image's tokens.
-    :param follows: for each image, whether it is a later frame of the video of the image before;
-        empty: none is.
-    """
-
-    text: int
-    points: tuple[int, ...] = ()
-    grids: tuple[Grid, ...] = ()
-    follows: tuple[bool, ...] = ()
-
-    @property
-    def image_tokens(self) -> int:
-        return sum(rows * columns for rows, columns in self.grids)

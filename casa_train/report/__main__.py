@@ -4,6 +4,10 @@ about the jobs of a sweep.
 
 from __future__ import annotations
 
+from casa_train.io.environment import set_environment
+
+set_environment()  # before anything imports torch
+
 import argparse
 import sys
 from collections.abc import Sequence

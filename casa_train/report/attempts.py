@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from casa_train.io.log import count
-from casa_train.report import text
+from casa_train.io.numbers import MISSING, count, duration
 
 REASONS = {
     "finished": "finished",
@@ -49,21 +48,21 @@ def start_rows(starts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def _clock(seconds: float | None) -> str:
     if seconds is None:
-        return text.MISSING
+        return MISSING
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _place(start: Mapping[str, Any]) -> str:
     ranks, device = start.get("ranks"), start.get("device")
     parts = [start.get("host"), ranks and count(ranks, "rank"), device]
-    return ", ".join(str(part) for part in parts if part) or text.MISSING
+    return ", ".join(str(part) for part in parts if part) or MISSING
 
 
 def _step(step: int | None, more: int) -> str:
-    return text.MISSING if step is None else f"{step + more:,}"
+    return MISSING if step is None else f"{step + more:,}"
 
 
 def _lasted(start: Mapping[str, Any]) -> str:
     if start.get("time") is None or start.get("left_time") is None:
-        return text.MISSING
-    return text.duration(start["left_time"] - start["time"])
+        return MISSING
+    return duration(start["left_time"] - start["time"])

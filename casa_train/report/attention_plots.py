@@ -1,4 +1,4 @@
-"""How much answers read from images, layer by layer, as an evaluation measured it."""
+"""How much answers attend to images, layer by layer, as an evaluation measured it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from casa_train.report import drawing, series
 from casa_train.report.drawing import GREY, GROUP_COLOURS, INK, Plot
@@ -24,16 +24,15 @@ TITLES = {
 SHARES = ("image share", "image gate")
 
 
-def draw_reads(evaluation: Mapping[str, Any] | None) -> list[Plot]:
+def draw_image_attention(evaluation: Mapping[str, Any] | None) -> list[Plot]:
     """A plot for each quantity that the evaluation recorded."""
-    reads = (evaluation or {}).get("attention") or {"quantities": {}}
-    width = 10.0 if len(reads["quantities"]) == 1 else 4.9  # one has the page's width to itself
+    quantities = ((evaluation or {}).get("attention") or {}).get("quantities", {})
     with matplotlib.rc_context(drawing.STYLE):
-        plots = [_plot(name, quantity, width) for name, quantity in reads["quantities"].items()]
+        plots = [_plot(name, quantity) for name, quantity in quantities.items()]
     return [plot for plot in plots if plot is not None]
 
 
-def _plot(name: str, quantity: Mapping[str, Any], width: float) -> Plot | None:
+def _plot(name: str, quantity: Mapping[str, Any]) -> Plot | None:
     title, note = TITLES.get(name, (name, "by layer"))
     scale = 100.0 if name in SHARES else 1.0
     layers = np.array(quantity["layers"], dtype=np.float64)
@@ -41,7 +40,7 @@ def _plot(name: str, quantity: Mapping[str, Any], width: float) -> Plot | None:
         scale * series.column(quantity[key]) for key in ("mean", "low", "high", "blind")
     )
     figure, (axes,) = drawing.figure(layers)
-    figure.set_size_inches(width, 3.2)
+    figure.set_figheight(3.2)
     if name in SHARES:
         axes.fill_between(layers, low, high, color=INK, alpha=0.08, linewidth=0)
         _by_source(axes, layers, quantity["sources"], scale)
@@ -56,7 +55,6 @@ def _plot(name: str, quantity: Mapping[str, Any], width: float) -> Plot | None:
     if name in SHARES:
         drawing.percent_axis(axes)
     else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.axhline(0, color=GREY, linewidth=0.8)
     if name in SHARES:
         drawing.legend(axes)

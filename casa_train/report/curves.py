@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from casa_train.io.numbers import memory_unit, percent, with_unit
 from casa_train.metrics.sinks.base import Record
-from casa_train.report import drawing, series, text
+from casa_train.report import drawing, series
 from casa_train.report.drawing import BLUE, GROUP_COLOURS, ORANGE, Plot
 from casa_train.report.series import Columns
 
@@ -94,13 +95,12 @@ def _work(run: Columns) -> Plot | None:
         drawing.draw(axes, run.steps, mfu, BLUE, "MFU")
         drawing.crop(axes, mfu, " %")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        usual = " ".join(text.with_unit(1e12 * series.median(tflops), "FLOP/s"))
+        usual = with_unit(1e12 * series.median(tflops), "FLOP/s")
         note = f"of the device's peak; median {usual} a rank"
         return drawing.plot("Model FLOPs utilisation", note, figure, [mfu])
     rate, unit = 1e12 * tflops, "FLOP/s"
     drawing.draw(axes, run.steps, rate, BLUE, unit)
     drawing.crop(axes, rate, f" {unit}")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.large(value)))
     return drawing.plot("Work", f"{unit} of a rank", figure, [rate])
 
 
@@ -127,14 +127,14 @@ def _ranks(run: Columns) -> Plot | None:
     # A step of one rank has equal times and says nothing of nodes.
     slowest = np.where(most > least, run.column("slowest_rank"), np.nan)
     ranks, times = np.unique(slowest[np.isfinite(slowest)], return_counts=True)
-    often = f"rank {ranks[times.argmax()]:.0f} in {text.percent(times.max() / times.sum())}"
+    often = f"rank {ranks[times.argmax()]:.0f} in {percent(times.max() / times.sum())}"
     note = f"seconds by itself: data and forward; slowest: {often} of steps"
     return drawing.plot("Ranks", note, figure, [least, most])
 
 
 def _memory(run: Columns) -> Plot | None:
     now, peak = (run.column(name) for name in ("memory_bytes", "memory_peak_bytes"))
-    size, unit = text.memory_unit(max(peak[np.isfinite(peak)], default=0.0))
+    size, unit = memory_unit(max(peak[np.isfinite(peak)], default=0.0))
     now, peak = now / size, peak / size
     figure, (axes,) = _figure(run)
     drawing.line(axes, run.steps, peak, color=ORANGE, linewidth=3, label="peak of the step")
@@ -181,9 +181,12 @@ def _clock(run: Columns) -> Plot | None:
     first = np.nanmin(times - np.nan_to_num(run.column("seconds")))
     span = np.nanmax(times) - first
     size, unit = next((s, u) for s, u in TIME_UNITS if span >= 2 * s or s == 1)
-    figure, (axes,) = _figure(run)
-    axes.clear()
-    drawing.clock_axes(axes, span / size, unit, run.steps[-1])
+    figure, (axes,) = drawing.canvas()
+    axes.set_xlim(0, span / size or 1)
+    axes.set_ylim(0, 1.05 * run.steps[-1])
+    axes.set_xlabel(unit)
+    axes.set_ylabel("step")
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=drawing.ROUND, integer=True))
     for number, start in enumerate(np.unique(starts[np.isfinite(starts)])):
         own = starts == start
         drawing.line(axes, (times[own] - first) / size, run.steps[own], color=BLUE, linewidth=1.8)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from PIL import Image, features
-
+from casa_train.report import pictures
 from casa_train.report.run_data import RunData
 
 SAMPLES = 24  # rows of the table of answers
-# Readers of Pillow that start no program, as that of EPS does.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"]
-if "avif" in features.modules and features.check("avif"):
-    FORMATS.append("AVIF")
-PICTURE_SIDE = 112  # CSS pixels; twice as many are embedded for dense screens
 
 
 def choose_answers(answers: Sequence[dict[str, Any]], limit: int = SAMPLES) -> list[dict[str, Any]]:
@@ -39,34 +31,23 @@ def choose_answers(answers: Sequence[dict[str, Any]], limit: int = SAMPLES) -> l
 
 
 def sample_rows(run: RunData) -> list[dict[str, Any]]:
-    """The chosen answers with their pictures as data URIs; None stands for an unreadable one."""
+    """The chosen answers with their pictures."""
     if run.evaluation is None:
         return []
     return [
         {
             **answer,
-            "pictures": [thumbnail(data) for data in run.pictures.get(answer["id"], [])],
+            "pictures": pictures_of(run, answer["id"]),
             "same": answer["answer"] == answer["blind_answer"],
         }
         for answer in choose_answers(run.evaluation["answers"])
     ]
 
 
-def thumbnail(data: bytes) -> str | None:
-    """A small JPEG on white as a data URI; None if the picture cannot be read."""
-    side = 2 * PICTURE_SIDE
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-            layered = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    layered.thumbnail((side, side))
-    flat = Image.new("RGB", layered.size, "white")
-    flat.paste(layered, mask=layered)
-    file = io.BytesIO()
-    flat.save(file, "JPEG", quality=90, subsampling=0)  # sharp edges: drawings and text are common
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+def pictures_of(run: RunData, id: str) -> list[str | None]:
+    """Data URIs of the pictures of a question; None stands for an unreadable one."""
+    found = [pictures.of_file(data) for data in run.pictures.get(id, [])]
+    return [picture and picture[0] for picture in found]
 
 
 def _shuffle_key(answer: Mapping[str, Any]) -> str:

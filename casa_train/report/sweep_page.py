@@ -18,11 +18,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
+from casa_train.io.numbers import MISSING, memory, memory_unit, percent, short
 from casa_train.metrics.sinks.base import Record
-from casa_train.report import drawing, series, text
+from casa_train.report import drawing, html, series
 from casa_train.report.drawing import GROUP_COLOURS, Plot
-from casa_train.report.run_page import template
-from casa_train.report.samples import PICTURE_SIDE
 from casa_train.report.series import Array, Columns
 
 PAGE_FILE, DATA_FILE = "sweep.html", "sweep.json"
@@ -85,14 +84,6 @@ class Job:
         return float(peaks.max()) if len(peaks) else None
 
 
-def _three_digits(value: float) -> str:
-    """1,234,567 as 1.23M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{value:,.0f}"
-
-
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -113,8 +104,8 @@ class Column:
 
 
 COLUMNS = (
-    Column("exact_match", "exact match", lambda job: job.exact_match, text.percent, lower=False),
-    Column("blind", "blind", lambda job: job.blind, text.percent),
+    Column("exact_match", "exact match", lambda job: job.exact_match, percent, lower=False),
+    Column("blind", "blind", lambda job: job.blind, percent),
     Column("loss", "loss", lambda job: job.loss, lambda x: f"{x:.4f}", lower=True),
     Column(
         "held_out_loss",
@@ -141,13 +132,13 @@ COLUMNS = (
         "peak_memory_bytes",
         "peak memory",
         lambda job: job.memory,
-        text.memory,
+        memory,
         lower=True,
     ),
-    Column("parameters", "parameters", lambda job: job.parameters, text.large),
-    Column("trained_parameters", "trained", lambda job: job.trained, text.large),
-    Column("fusion_parameters", "of fusion", lambda job: job.fusion_parameters, text.large),
-    Column("operations_per_pack", "FLOP a pack", lambda job: job.work, _three_digits, lower=True),
+    Column("parameters", "parameters", lambda job: job.parameters, short),
+    Column("trained_parameters", "trained", lambda job: job.trained, short),
+    Column("fusion_parameters", "of fusion", lambda job: job.fusion_parameters, short),
+    Column("operations_per_pack", "FLOP a pack", lambda job: job.work, short, lower=True),
 )
 
 
@@ -156,9 +147,9 @@ def write_sweep(jobs: Sequence[Job], name: str, directory: Path) -> Path:
 
     :raises UserError: they cannot be written.
     """
-    html = template("sweep.html.j2").render(
+    page = html.render(
+        "sweep.html.j2",
         name=name,
-        picture_side=PICTURE_SIDE,
         columns=shown_columns(jobs),
         jobs=jobs,
         progress=progress,
@@ -167,12 +158,11 @@ def write_sweep(jobs: Sequence[Job], name: str, directory: Path) -> Path:
     )
     try:
         write_atomic(directory / DATA_FILE, json.dumps(as_json(jobs), indent=1) + "\n")
-        # Texts may hold lone surrogates (JSON can), which UTF-8 cannot.
-        write_atomic(directory / PAGE_FILE, html.encode("utf-8", "replace").decode("utf-8"))
     except OSError as error:
         raise UserError(
-            f"{directory / PAGE_FILE} cannot be written: {error}. Free or mend the directory."
+            f"{directory / DATA_FILE} cannot be written: {error}. Free or mend the directory."
         ) from error
+    html.write(page, directory / PAGE_FILE, ". Free or mend the directory.")
     return directory / PAGE_FILE
 
 
@@ -211,7 +201,7 @@ def markdown(jobs: Sequence[Job]) -> list[str]:
                 job.label.replace("|", "\\|"),
                 progress(job),
                 *(
-                    text.MISSING if number is None else column.write(number)
+                    MISSING if number is None else column.write(number)
                     for column, number in zip(columns, numbers, strict=True)
                 ),
             ]
@@ -291,7 +281,7 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
     figure, axes = _wide_figure()
     prices, qualities = np.array([point[:2] for point in points]).T
     # Round numbers of bytes are not round numbers of MiB.
-    unit = text.memory_unit(prices.max())[0] if cost.write is text.memory else 1
+    unit = memory_unit(prices.max())[0] if cost.write is memory else 1
     prices = prices / unit
     if prices.max() > 8 * prices.min() > 0:
         drawing.log_scale(axes, (1.0, 3.0), of_x=True)
@@ -335,9 +325,7 @@ def _spread(
 
 def _wide_figure(legend: int = 0) -> tuple[Figure, Axes]:
     """:param legend: lines that it takes."""
-    figure, (axes,) = drawing.figure(np.array([0.0, 1.0]))
-    figure.set_size_inches(4.9, 3.2 + 0.17 * legend)
-    axes.autoscale(axis="x")
+    figure, (axes,) = drawing.canvas(size=(4.9, 3.2 + 0.17 * legend))
     return figure, axes
 
 

@@ -15,7 +15,7 @@ from casa_train.metrics.sinks.base import Record
 from casa_train.report import drawing, series
 from casa_train.report.drawing import GREY, GROUP_COLOURS, INK, Plot
 from casa_train.report.run_data import RunData
-from casa_train.report.samples import thumbnail
+from casa_train.report.samples import pictures_of
 from casa_train.report.series import Array, column
 
 COLUMNS = 8  # validations whose answers are shown
@@ -49,7 +49,7 @@ def validations(run: RunData) -> Validations | None:
     rows = [
         {
             **question,
-            "pictures": [thumbnail(data) for data in run.pictures.get(question["id"], [])],
+            "pictures": pictures_of(run, question["id"]),
             "answers": [_answer(record, question["id"]) for record in shown],
         }
         for question in last["questions"]

@@ -30,5 +30,5 @@ def start_warning(config: Config, model: CasaForConditionalGeneration) -> str | 
         f"warning: {chosen} reads images with the weights of a frozen "
         f"{model.config.text_config.model_type} backbone's self-attention, which never learned to: "
         f"the loss begins far above that of the text alone. {instead} begins at the text's "
-        "(README, What fusion layers begin with)"
+        "(conf/README.md, What fusion layers begin with)"
     )

@@ -16,6 +16,7 @@ from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import ALIASES, BACKBONES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.setup.own_mechanisms import register_own
 from casa_train.setup.pretrained import (
     backbone_config,
     vision_config,
@@ -171,6 +172,7 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
 
     :raises UserError: an unknown mechanism, backbone or setting.
     """
+    register_own()
     try:
         with torch.device("meta"):
             model = CasaForConditionalGeneration(model_config)
@@ -196,7 +198,6 @@ def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
     model.visual.set_trainable(config.model.vision.train_last_blocks)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
-            f"nothing trains: model.backbone.trainable is false, model.vision.train_last_blocks "
-            "is 0 "
-            f"and the mechanism {config.fusion['mechanism']!r} adds no parameters."
+            "nothing trains: model.backbone.trainable is false, model.vision.train_last_blocks is "
+            f"0 and the mechanism {config.fusion['mechanism']!r} adds no parameters."
         )

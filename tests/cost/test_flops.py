@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from casa_train.cost.sizes import text_sizes, vision_sizes
-from casa_train.cost.work import attended_pairs, count_operations, repeated_operations
+from casa_train.cost.work import count_operations, repeated_operations
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.mechanisms import build_mechanism
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.windows import Chunk
 from tests.helpers.counted_models import FUSIONS, dense_pairs, frozen_model, names, shapes
 from tests.helpers.tiny import (
     HIDDEN,
@@ -47,7 +48,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
     parts = count_operations(
         text_sizes(model.config.text_config, trainable),
         vision_sizes(model.config.vision_config, trained),
-        model.mechanism.fusion | {"mechanism": fusion["mechanism"]},
+        model.mechanism,
         shapes(PACK),
         answers=sum(layout.text for layout in PACK),
         pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
@@ -64,7 +65,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
 def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
     """Operations of both passes, what is recomputed included, as torch counts them."""
     model.zero_grad()
-    model.recompute_activations(blocks)
+    model.checkpoint_activations(blocks)
     inputs = packed_inputs(fill(PACK))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(packed=inputs).logits.sum().backward()
@@ -87,7 +88,7 @@ def test_repeated_work_is_what_torch_counts(
     repeated = repeated_operations(
         text_sizes(text, trainable),
         vision_sizes(vision, trained),
-        model.mechanism.fusion | {"mechanism": fusion["mechanism"]},
+        model.mechanism,
         shapes(PACK),
         blocks,
         pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
@@ -95,7 +96,7 @@ def test_repeated_work_is_what_torch_counts(
     assert counted(model, blocks) - counted(model, "none") == repeated
 
 
-def visible(fusion: dict[str, Any], sample: SampleShape) -> tuple[int, int]:
+def visible(fusion: dict[str, Any], sample: Chunk) -> tuple[int, int]:
     """Pairs of text queries and of image queries, asked one by one."""
     tokens: list[tuple[str, int, int]] = []  # kind, index of its window (-1: before all), place
     window, done, frames = -1, 0, -1
@@ -132,6 +133,7 @@ def visible(fusion: dict[str, Any], sample: SampleShape) -> tuple[int, int]:
     "fusion",
     [
         {"mechanism": "casa"},
+        {"mechanism": "casa", "text_in_window": False},
         {"mechanism": "casa", "history": "all"},
         {"mechanism": "casa", "history": "all", "placement": "replace"},
         {"mechanism": "casa", "window_scope": "all_frames"},
@@ -150,9 +152,15 @@ def test_pairs_are_those_that_may_see_each_other(
     samples = []
     for layout in pack:
         follows = [i > 0 and data.draw(st.booleans()) for i in range(len(layout.points))]
-        samples.append(SampleShape(layout.text, layout.points, layout.grids, tuple(follows)))
-    pairs = attended_pairs(fusion, samples)
+        samples.append(Chunk.of_grids(layout.text, layout.points, layout.grids, follows))
+    pairs = build_mechanism(fusion, tiny_text_config()).pairs(samples)
     asked = [visible(fusion, sample) for sample in samples]
     assert pairs.text == sum(text for text, _ in asked)
-    assert pairs.image == sum(image for _, image in asked)
+    # Of image queries only where image tokens attend.
+    updated = {**fusion, "update_image_tokens": "ffn_and_attention"}
+    if fusion["mechanism"] in ("casa", "cross_attention"):
+        assert pairs.image == 0
+        pairs = build_mechanism(updated, tiny_text_config()).pairs(samples)
+        assert pairs.text == sum(text for text, _ in asked)
+        assert pairs.image == sum(image for _, image in asked)
     assert pairs.stream == sum(s.text * (s.text + 1) // 2 for s in samples)

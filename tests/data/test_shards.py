@@ -12,18 +12,12 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import encode_sample
 from casa_train.data.prepared import ratings
+from casa_train.data.prepared.recount import recount
 from casa_train.data.prepared.shard_index import INDEX_FILE
-from casa_train.data.prepared.shards import (
-    Shard,
-    ShardWriter,
-    Split,
-    finish_split,
-    finished_shard,
-    recount,
-)
+from casa_train.data.prepared.shard_writer import Shard, finish_split, finished_shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import filter_turns
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.tokens import TurnCounter, load_tokenizer
@@ -31,7 +25,7 @@ from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import FINGERPRINTS, texts_by, writer_for
+from tests.helpers.counting import FINGERPRINTS, ShardWriter, sample_lengths, texts_by, writer_for
 from tests.helpers.published import live_line, picture, video_row
 
 WORDS = texts_by(lambda text: len(text.split()))
@@ -188,7 +182,7 @@ def test_planned_lengths_of_live_captions_are_the_processor_s(
     assert split.modality == "video"
     encoded = encode_sample(split.read(0), processor)
     text, images = sample_lengths(split, processor)
-    assert (text[0], images[0]) == (len(encoded.ids), sum(encoded.image_tokens))
+    assert (text[0], images[0]) == (len(encoded.ids), encoded.chunk().image_tokens)
     assert encoded.follows == (False, True, True, True)
     # The answer goes on over the frames: what stands between two of them is learned.
     decoded = [
@@ -211,7 +205,7 @@ def test_frames_follow_each_other_and_images_do_not(data_dir: Path, tmp_path: Pa
     assert encoded.follows == (False, True, True)
     write(tmp_path / "images", 0, 8)
     samples = [sample for sample in Split(tmp_path / "images") if len(sample.images) > 1]
-    assert samples and not any(encode_sample(sample, processor).follows for sample in samples)
+    assert samples and not any(any(encode_sample(s, processor).follows) for s in samples)
 
 
 def test_an_index_has_what_the_template_adds_to_a_turn(data_dir: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def probed(tmp_path: Path, command: Sequence[str], policy: str | None = None) ->
     answer = tmp_path / "threads.txt"
     answer.unlink(missing_ok=True)
     env = environment()
-    env.pop("OMP_WAIT_POLICY", None)  # this process set it by importing casa_train
+    env.pop("OMP_WAIT_POLICY", None)  # the suite set it
     env |= {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
         "PROBE": str(answer),
@@ -117,9 +117,17 @@ def test_benchmarks_and_recipes_sleep_too(data_dir: Path, tmp_path: Path) -> Non
 @pytest.mark.fresh
 @pytest.mark.slow
 def test_who_asks_for_spinning_gets_it(tmp_path: Path) -> None:
-    loads = [sys.executable, "-c", "import casa_train, torch"]
+    sets = "from casa_train.io.environment import set_environment; set_environment(); import torch"
+    loads = [sys.executable, "-c", sets]
     assert spins(probed(tmp_path, loads)[1]) <= {"0", "0ms"}
     assert not spins(probed(tmp_path, loads, policy="active")[1]) & {"0", "0ms"}
+
+
+def test_a_library_leaves_torch_as_it_is(tmp_path: Path) -> None:
+    imports = "import casa_train, casa_train.bench.step, casa_train.train, os"
+    absent = "assert not {'OMP_WAIT_POLICY', 'TORCH_CPP_LOG_LEVEL'} & os.environ.keys()"
+    _, printed = probed(tmp_path, [sys.executable, "-c", f"{imports}; {absent}"])
+    assert not spins(printed) & {"0", "0ms"}
 
 
 @pytest.fixture

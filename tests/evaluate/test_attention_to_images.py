@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from casa_train.data.sample import ImageSlot, Turn
-from casa_train.evaluate.attention_to_images import image_reads
+from casa_train.evaluate.attention_to_images import measure_image_attention
 from casa_train.evaluate.exact_match import Question, swapped_images
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.report.attention_plots import draw_reads
+from casa_train.report.attention_plots import draw_image_attention
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
 from tests.helpers.report_pages import HOSTILE, fake_evaluation, fake_run, page_of
@@ -53,7 +53,7 @@ def questions() -> list[Question]:
 
 @every_mechanism
 def test_every_mechanism_tells_what_it_has(mechanism: str) -> None:
-    found = image_reads(model_of(mechanism), PROCESSOR, questions(), limit=6)
+    found = measure_image_attention(model_of(mechanism), PROCESSOR, questions(), limit=6)
     assert found is not None and found["questions"] == 6
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     names = {
@@ -87,28 +87,28 @@ def test_it_is_the_mean_over_the_tokens_that_predict_the_answer() -> None:
     answer += PROCESSOR.asst_end_tokens
     image = PROCESSOR.image_processor.load(one[0].images[0])
     packed = model.pack(torch.tensor([*ids, *answer]), [2], [image])
-    reads = model.image_reads(packed)
+    listener = model.image_attention(packed)
     rows = slice(len(ids) - 1, len(ids) - 1 + len(answer))
-    expected = [float(layer[rows].mean()) for layer in reads.values["image share"].values()]
-    assert reads.uniform is not None
-    found = image_reads(model, PROCESSOR, one, limit=64)
+    expected = [float(layer[rows].mean()) for layer in listener.values["image share"].values()]
+    assert listener.uniform is not None
+    found = measure_image_attention(model, PROCESSOR, one, limit=64)
     assert found is not None
     share = found["quantities"]["image share"]
     assert share["mean"] == pytest.approx(expected, abs=1e-6)
-    assert share["uniform"] == pytest.approx(float(reads.uniform[rows].mean()), abs=1e-6)
+    assert share["uniform"] == pytest.approx(float(listener.uniform[rows].mean()), abs=1e-6)
 
 
 def test_questions_are_taken_from_all_over() -> None:
-    found = image_reads(model_of("casa"), PROCESSOR, questions(), limit=3)
+    found = measure_image_attention(model_of("casa"), PROCESSOR, questions(), limit=3)
     assert found is not None and found["questions"] == 3
-    found = image_reads(model_of("casa"), PROCESSOR, questions(), limit=2)
+    found = measure_image_attention(model_of("casa"), PROCESSOR, questions(), limit=2)
     sources = found["quantities"]["image share"]["sources"] if found else {}
     assert {name: s["questions"] for name, s in sources.items()} == {"shape": 1, "colour": 1}
 
 
 def test_off_and_older_exports_tell_nothing() -> None:
-    assert image_reads(model_of("casa"), PROCESSOR, questions(), limit=0) is None
-    assert image_reads(torch.nn.Linear(1, 1), PROCESSOR, questions(), limit=9) is None
+    assert measure_image_attention(model_of("casa"), PROCESSOR, questions(), limit=0) is None
+    assert measure_image_attention(torch.nn.Linear(1, 1), PROCESSOR, questions(), limit=9) is None
 
 
 # The page
@@ -129,7 +129,7 @@ def attention(**quantities: Any) -> dict[str, Any]:
     return {"questions": 6, "quantities": {k: {**quantity, **v} for k, v in quantities.items()}}
 
 
-def test_the_page_draws_what_answers_read(tmp_path: Path) -> None:
+def test_the_page_draws_image_attention(tmp_path: Path) -> None:
     measured = attention(**{"image share": {}, "attention gate": {"uniform": None}})
     run = fake_run(evaluation={**fake_evaluation([]), "attention": measured})
     html, page = page_of(run, tmp_path)
@@ -149,15 +149,15 @@ def test_a_page_of_gates_alone(tmp_path: Path) -> None:
 def test_a_page_without_it_has_no_such_section(tmp_path: Path) -> None:
     for measured in ({}, {"attention": None}, {"attention": attention()}):
         run = fake_run(evaluation={**fake_evaluation([]), **measured})
-        assert "What answers read" not in page_of(run, tmp_path)[0]
-    assert draw_reads(None) == []
+        assert "Image attention" not in page_of(run, tmp_path)[0]
+    assert draw_image_attention(None) == []
 
 
 def test_one_layer_is_drawn() -> None:
     one = {key: [0.5] for key in ("mean", "low", "high", "blind")}
     sources = {"colour": {"questions": 6, "mean": [0.5]}}
     measured = attention(**{"image gate": {"layers": [3], "sources": sources, **one}})
-    (plot,) = draw_reads({"attention": measured})
+    (plot,) = draw_image_attention({"attention": measured})
     assert plot.title == "Gate to the image"
 
 

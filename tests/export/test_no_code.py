@@ -47,15 +47,14 @@ from casa_train.errors import UserError
 from casa_train.export.background_exports import _exported_step
 from casa_train.export.from_run import find_checkpoint
 from casa_train.export.loading import load_model, load_processor
-from casa_train.inspect import pictures
 from casa_train.inspect.pages import find_target
 from casa_train.io.files import EXPORT_MARKER, sha256
 from casa_train.io.tensors import save_tensors
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.modeling.image_processing_casa import ImageError, read_header
+from casa_train.report import pictures
 from casa_train.report.jobs import read_sweep
 from casa_train.report.run_report import report
-from casa_train.report.samples import thumbnail
 from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory, record_run
 from casa_train.run.layout import METRICS_FILE
@@ -367,7 +366,7 @@ def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
         image.load()
     assert (tmp_path / "ran").is_dir()  # so much for careless readers
     (tmp_path / "ran").rmdir()
-    assert pictures.of_file(data) is None and thumbnail(data) is None
+    assert pictures.of_file(data) is None
     with pytest.raises(ImageError):
         read_header(data)
     assert not (tmp_path / "ran").exists()

@@ -1,12 +1,13 @@
 """Writes and reads exports, as a script that each environment of `make test-compat` runs.
 
-`write DIR` exports one tiny model per backbone, tied and untied, and one per fusion mechanism, with
-what each computes beside it;
+`write DIR` exports one tiny model per backbone, tied and untied, one per fusion mechanism and one
+with a mechanism of a user's own, with what each computes beside it;
 `read DIR` loads them as a user would, through the code in the export, and compares.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def computed(model: Any, processor: Any) -> dict[str, torch.Tensor]:
     greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
     ids = model.generate_from_image(**batch, past_key_values=DynamicCache(), **greedy)
     points = batch["image_embeds_insertion_points"][0]
-    reads = model.image_reads(model.pack(batch["input_ids"][0], points, batch["pixel_values"]))
+    reads = model.image_attention(model.pack(batch["input_ids"][0], points, batch["pixel_values"]))
     layers = [layer for layers in reads.values.values() for layer in layers.values()]
     return {
         "input_ids": batch["input_ids"],
@@ -71,10 +72,14 @@ def write(directory: Path) -> None:
     from casa_train.modeling.decoder import BACKBONES
     from casa_train.modeling.mechanisms import MECHANISMS
     from casa_train.modeling.processing_casa import CasaProcessor
+    from casa_train.setup.own_mechanisms import VARIABLE, own_class, register_own
     from data_recipes.synthetic import build_tokenizer
     from tests.helpers.commands import TEMPLATE
     from tests.helpers.tiny import tiny_model
+    from tests.helpers.toy_mechanism import write_toy
 
+    os.environ[VARIABLE] = str(write_toy(directory / "mine")[0])
+    register_own()
     processor = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
 
     def save_processor(out: Path) -> None:
@@ -101,6 +106,7 @@ def write(directory: Path) -> None:
             card="A tiny model.\n",
             provenance={},
             gate=lambda out, model=model: check_export(out, model, [conversation()]),
+            mechanism=own_class(model.mechanism),
         )
         save_file(computed(model, processor), directory / f"{name}.safetensors")
 

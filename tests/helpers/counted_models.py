@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from casa_train.cost.work import Pairs
-from casa_train.modeling.attention import Segments
+from casa_train.modeling.block_work import Pairs
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.windows import Chunk, SampleShape
+from casa_train.modeling.segments import Segments
+from casa_train.modeling.windows import Chunk
 from tests.helpers.tiny import Layout
 
 FUSIONS: list[dict[str, Any]] = [
@@ -40,8 +40,8 @@ def names(fusion: dict[str, Any]) -> str:
     return ",".join(str(value) for value in fusion.values())
 
 
-def shapes(pack: list[Layout]) -> list[SampleShape]:
-    return [SampleShape(layout.text, layout.points, layout.grids) for layout in pack]
+def shapes(pack: list[Layout]) -> list[Chunk]:
+    return [layout.chunk() for layout in pack]
 
 
 def frozen_model(config: CasaConfig, trainable: bool, trained: int) -> CasaForConditionalGeneration:

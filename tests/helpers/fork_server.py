@@ -58,10 +58,10 @@ HEAVY = (
 )
 # What libraries look at while they are imported.
 IMPORT_TIME = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH")
-IMPORT_TIME += ("CUDA", "NVIDIA", "HF_", "HUGGINGFACE", "TRANSFORMERS", "HYDRA", "DS_", "XDG_")
+IMPORT_TIME += ("CUDA", "NVIDIA", "HF_", "HUGGINGFACE", "TRANSFORMERS", "DS_", "XDG_")
 IMPORT_TIME += ("HOME", "MPL", "ARROW", "TOKENIZERS")
-# What torchrun sets for its ranks and the compiler for its processes, read when they are used.
-LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCHINDUCTOR")
+# What torchrun sets for its ranks, the compiler for its processes and a benchmark for less to read.
+LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCHINDUCTOR", "TORCH_CPP_LOG_LEVEL")
 # Asks the kernel to end it with its parent, which a fork of the server's is not a child of.
 AFRESH = {"casa_train.export.child"}
 STARTED = subprocess.Popen

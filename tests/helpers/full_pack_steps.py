@@ -23,6 +23,7 @@ from casa_train.engine.engine import Engine, init_processes, shard
 from casa_train.errors import UserError
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start, start_weights
 from casa_train.training import memory_probe as worst_case
@@ -54,10 +55,10 @@ def make_engine(config: Config) -> Engine:
     stage, precision = config.parallel.zero_stage, config.parallel.precision
     model = meta_model(config, size_model(config, []))
     start = Start(Stored(), [], copies=True)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     finish = lambda block: shard(block, stage, precision)  # noqa: E731
     start_weights(model, start, 0, torch.device("cpu"), dtype, finish)
-    model.recompute_activations(config.parallel.activation_checkpointing)
+    model.checkpoint_activations(config.parallel.activation_checkpointing)
     groups = build_groups(model.named_parameters(), config.optim.groups)
     optimizer = build_optimizer(groups, config.optim)
     accumulation = config.data.packs_per_step // dist.get_world_size()

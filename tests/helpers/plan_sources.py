@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.mixture import SourceSize
-from casa_train.data.prepared.plan import IMAGE, VIDEO, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import IMAGE, VIDEO, PlanSource
 
-SETTINGS = PlanSettings(
-    text_budget=201,
-    image_budget=101,
+SEED = 5
+SETTINGS = DataConfig(
+    text_tokens=201,
+    image_tokens=101,
     packs_per_step=6,
-    seed=5,
     open_packs=4,
     balance_block=4,
     balance_group=3,

@@ -27,6 +27,7 @@ from casa_train.engine.engine import Engine
 from casa_train.errors import UserError
 from casa_train.io.tensors import save_tensors
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.precision import DTYPES
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import HARD_PACK, Sample, fill, tiny_model
 from tests.helpers.zero_steps import pack_loss
@@ -56,7 +57,7 @@ def make_engine(stage: int, precision: str, frozen: bool, seed: int) -> Engine:
         for name, parameter in model.named_parameters():
             if ".fusion." not in name and "visual" not in name:
                 parameter.requires_grad = False
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.to(DTYPES[precision])
     groups = build_groups(model.named_parameters(), OPTIM.groups)
     accumulation = PACKS // dist.get_world_size()
     # What a GPU would take by itself: its count of updates lies elsewhere.

@@ -28,6 +28,7 @@ from casa_train.evaluate.questions import Questions
 from casa_train.evaluate.validation import Validator
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from casa_train.train import check_inputs
 from casa_train.training.loop import Trainer
@@ -61,7 +62,7 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
     checked = check_inputs(config, world)
     model, processor = checked.model, checked.processor
     data = open_data(config, processor, {}, world, gather)
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.parallel.precision]
     start_weights(model, checked.start, config.seed, device, dtype, lambda block: None)
     seed_all(config.seed + rank)
     groups = build_groups(model.named_parameters(), config.optim.groups)
@@ -137,7 +138,9 @@ def life(config: Config, path: Path | None, rank: int, world: int) -> dict[str, 
 def main() -> None:
     data, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    casa_train.engine.PERSISTENT_BELOW = 0  # so that ZeRO-3 cuts and gathers tiny tensors, too
+    casa_train.engine.engine.PERSISTENT_BELOW = (
+        0  # so that ZeRO-3 cuts and gathers tiny tensors, too
+    )
     rank, world, _ = init_processes()
     settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=4"]
     for name, more in CASES.items():

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from casa_train.config.compose import CONF_DIR, to_config
+from casa_train.config.compose import to_config
+from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.schema import Config
 from casa_train.engine.engine import Engine, init_processes, leave_processes, shard
 from casa_train.setup.optim import build_groups, build_optimizer
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import start_weights
 from casa_train.train import check_inputs
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def engine_of(config: Config, stage: int, precision: str, resumed: bool) -> Engine:

@@ -39,12 +39,12 @@ WIDE = 320
 class Case:
     """A tiny model and how it is trained.
 
-    :param recompute: blocks whose activations are checkpointed.
+    :param checkpointed: blocks whose activations are checkpointed.
     """
 
     model: dict[str, Any]
     clip: float = CLIP
-    recompute: str = "none"
+    checkpointed: str = "none"
     frozen: bool = False
 
     def build(self) -> CasaForConditionalGeneration:
@@ -93,15 +93,15 @@ CASES = {
     "casa, frozen": Case({"mechanism": "casa", "every": 2}, clip=0.1, frozen=True),
     "casa, not clipped": Case({"mechanism": "casa"}, clip=0.0),
     **{
-        f"{name}, recomputed": Case(MODELS[name], recompute="all")
+        f"{name}, recomputed": Case(MODELS[name], checkpointed="all")
         for name in ("casa", "casa shared, images updated", "gated_cross_attention", "insertion")
     },
     "casa, frozen and recomputed": Case(
-        {"mechanism": "casa", "every": 2}, clip=0.1, recompute="all", frozen=True
+        {"mechanism": "casa", "every": 2}, clip=0.1, checkpointed="all", frozen=True
     ),
-    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, recompute="all"),
+    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, checkpointed="all"),
     "casa, wide, frozen and recomputed": Case(
-        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, recompute="all", frozen=True
+        {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, checkpointed="all", frozen=True
     ),
 }
 # What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
@@ -148,7 +148,7 @@ def plain_step(case: Case, total: int) -> tuple[dict[str, Tensor], float]:
 def engine_step(case: Case, stage: int, rank: int, total: int) -> tuple[dict[str, Tensor], float]:
     """The same through the project's engine, each rank with its own packs."""
     model = case.build()
-    model.recompute_activations(case.recompute)
+    model.checkpoint_activations(case.checkpointed)
     groups = build_groups(model.named_parameters(), OPTIM.groups)
     engine = Engine(model, build_optimizer(groups, OPTIM), stage, "fp32", len(packs()), case.clip)
     set_rates(engine.param_groups, 1.0)

@@ -18,13 +18,14 @@ from casa_train.data.prepared.plan import Pack
 from casa_train.data.prepared.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
-from casa_train.inspect import charts, pictures
 from casa_train.inspect.__main__ import main
-from casa_train.inspect.packs import TokenTexts, _tokens, view_packs
+from casa_train.inspect.packs import TokenTexts, _tokens, side_for, view_packs
 from casa_train.inspect.pages import Target, find_sample, find_target, open_data
 from casa_train.inspect.statistics import slowest_rank, view_plan
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import split_windows
+from casa_train.report import histograms, pictures
+from casa_train.report.drawing import Plot
 from data_recipes.__main__ import main as recipes
 from tests.helpers import data_stream
 from tests.helpers.commands import TEMPLATE, on_data
@@ -176,7 +177,7 @@ def test_rates_asked_and_drawn(data_dir: Path, tmp_path: Path) -> None:
         f"+data.sources.b.path={data_dir}/validation",
         "+data.sources.synthetic.weight=3",
         "+data.sources.b.weight=1",
-        "world_size=2",
+        "planned_ranks=2",
     ]
     html, page = look(tmp_path, "demo", *overrides, "--packs", "1")
     rows = re.findall(r'<tr data-source="(\w+)">(.*?)</tr>', html, re.DOTALL)
@@ -192,7 +193,7 @@ def test_rates_asked_and_drawn(data_dir: Path, tmp_path: Path) -> None:
     counts = re.findall(r'class="number">([\d,.]+)', cells)
     assert counts[0] == f"{len(numbers):,}" and counts[1] == "24"
     assert int(counts[3]) == max(np.bincount(numbers))
-    assert "2 ranks, world_size" in page.text and "rank 0" in page.text
+    assert "2 ranks, planned_ranks" in page.text and "rank 0" in page.text
     (ratio,) = re.findall(r"<b>([\d.]+)</b><small>2 ranks", html)
     loads = np.array([pack.image_tokens for pack in packs])
     assert ratio == f"{slowest_rank(loads, 2):.3f}"
@@ -223,7 +224,8 @@ def test_nothing_of_the_data_is_markup_and_nothing_is_loaded(odd: Path, tmp_path
                 assert not name.startswith("on")
                 if name in ("src", "href"):
                     assert str(value).startswith(("#", "data:image/jpeg;base64,"))
-        assert "url(" not in html and "@import" not in html
+        assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", html))
+        assert "@import" not in html
         (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
         assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
         assert "\x07" not in html and "␇" in html
@@ -263,7 +265,7 @@ def test_a_run_directory_is_looked_at_with_its_own_configuration(
         (["demo", "--experiment", "demo"], "--experiment says"),
         (["{data}/train", "--out", "{data}/summary.json/page.html"], "cannot be written"),
         (["{data}/train", "data.text_tokens=3"], "fits a pack"),
-        (["{data}/train", "world_size=3"], "world_size=3 does not divide"),
+        (["{data}/train", "planned_ranks=3"], "planned_ranks=3 does not divide"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(
@@ -290,19 +292,75 @@ def test_the_slowest_rank() -> None:
     assert slowest_rank(np.zeros(4), 2) == 1.0
 
 
+BAR = (
+    r'<g><title>(.*?)</title><path d="([^"]*)"(?: clip-path="[^"]*")? '
+    r'style="fill:([^;"]*)(?:;opacity:([\d.]+))?"'
+)
+
+
+def bars(plot: Plot | None) -> list[tuple[str, float, float, str]]:
+    """Title, upper edge, height and colour of every bar of a drawing, in its units downwards."""
+    assert plot is not None
+    found = []
+    for title, path, colour, _ in re.findall(BAR, str(plot.svg)):
+        ys = [float(y) for y in re.findall(r"[ML] ?[\d.]+ ([\d.]+)", path)]
+        found.append((title, min(ys), max(ys) - min(ys), colour))
+    return found
+
+
 def test_histograms_count_every_value_once() -> None:
     generator = np.random.default_rng(0)
     for values in (generator.integers(0, 5, 99), generator.lognormal(5, 2, 999).astype(int)):
-        chart = charts.histogram("x", [values[:40], values[40:]])
-        bars = {rect.label for rect in chart.rects}
-        counts = [int(re.findall(r": ([\d,]+) \(", bar)[0].replace(",", "")) for bar in bars]
-        assert sum(counts) == len(values)
-        assert all(-0.01 <= r.y and r.y + r.height <= charts.HEIGHT + 0.01 for r in chart.rects)
-    assert charts.histogram("x", [np.zeros(0)]).rects == []
-    assert charts.sizes("x", np.array([28, 900]), np.array([28, 30])).rects
+        drawn = bars(histograms.histogram("x", [values[:40], values[40:]]))
+        totals = {
+            title: int(re.findall(r": ([\d,]+) \(", title)[0].replace(",", ""))
+            for title, *_ in drawn
+        }
+        assert sum(totals.values()) == len(values)
+        assert len({title.partition(":")[0] for title in totals}) == len(totals)
+        # Bars stand on each other, and their heights are what they count.
+        heights = {title: sum(h for t, _, h, _ in drawn if t == title) for title in totals}
+        scale = sum(heights.values()) / len(values)
+        for title, total in totals.items():
+            assert heights[title] == pytest.approx(scale * total, abs=0.05)
+        feet = {title: max(y + h for t, y, h, _ in drawn if t == title) for title in totals}
+        assert max(feet.values()) - min(feet.values()) < 0.05
+        for colour, own in (("var(--s0)", values[:40]), ("var(--s1)", values[40:])):
+            total = sum(h for *_, h, c in drawn if c == colour)
+            assert total == pytest.approx(scale * len(own), abs=0.5)
+    assert histograms.histogram("x", [np.zeros(0)]) is None
+
+
+def test_the_longest_values_share_the_last_bar() -> None:
+    values = np.array([*range(100)] * 10 + [5000])
+    plot = histograms.histogram("x", [values])
+    titles = [title for title, *_ in bars(plot)]
+    assert titles[0] == "0 to 4: 50 (5.0 %)" and titles[-1] == "95 and more: 51 (5.1 %)"
+    assert plot is not None and ">≥95</text>" in plot.svg
+    assert plot.note == "median 50, mean 54.4, most 5k"
+
+
+def test_shares_are_drawn_from_nothing_to_all() -> None:
+    drawn = bars(histograms.shares("x", np.array([0.0, 0.51, 0.52, 1.0])))
+    assert [title for title, *_ in drawn] == [
+        "0.0 % to 2.5 %: 1 (25.0 %)",
+        "50.0 % to 52.5 %: 2 (50.0 %)",
+        "97.5 % to 100.0 %: 1 (25.0 %)",
+    ]
+
+
+def test_sizes_of_images_are_a_map() -> None:
+    plot = histograms.sizes("x", np.array([28, 28, 900]), np.array([28, 28, 30]))
+    assert plot is not None
+    found = re.findall(BAR, str(plot.svg))
+    assert [title.rpartition(" ")[2] for title, *_ in found] == ["2", "1"]
+    strengths = [float(strength or 1) for *_, strength in found]
+    assert strengths[0] == 1 and strengths[1] == pytest.approx(0.4 + 0.6 / 2**0.5, abs=0.01)
+    assert found[0][0] == "27–32 wide, 27–32 high: 2" and "largest 0.027 megapixels" in plot.note
+    assert histograms.sizes("x", np.zeros(0), np.zeros(0)) is None
 
 
 def test_many_pictures_get_small() -> None:
-    assert pictures.side_for(10) == pictures.SIDE
-    assert 24 <= pictures.side_for(2000) < 40
+    assert side_for(10) == pictures.SIDE
+    assert 24 <= side_for(2000) < 40
     assert pictures.of_file(b"no picture") is None

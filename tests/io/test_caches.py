@@ -22,7 +22,7 @@ from tests.helpers.tiny_export import write_tiny_export
 LOAD = """
 import sys
 from pathlib import Path
-from casa_train.checkpoint.loading import load_processor
+from casa_train.export.loading import load_processor
 from casa_train.errors import UserError
 try:
     load_processor(Path(sys.argv[1]))
@@ -31,8 +31,8 @@ except UserError as error:
 """
 STREAM = """
 import sys
-from casa_train.data.row_groups import Retries
-from casa_train.data.stream import open_subset, subset_names
+from casa_train.data.stream.row_groups import Retries
+from casa_train.data.stream.subsets import open_subset, subset_names
 from casa_train.errors import UserError
 retries = Retries(8, 60.0)
 for work in (

@@ -21,6 +21,7 @@ from casa_train.config.schema import Config
 from casa_train.cost.peak import peak_tflops
 from casa_train.cost.sizes import work_counter
 from casa_train.cost.work import count_operations
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Entry, build_batch, encode_sample
 from casa_train.data.sample import ImageSlot, Sample, Turn
 from casa_train.data.tokens import load_tokenizer
@@ -30,7 +31,7 @@ from casa_train.metrics.meter import Meter, memory_bytes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
-from casa_train.modeling.windows import SampleShape
+from casa_train.modeling.windows import Chunk
 from casa_train.run.starts import StartLog, read_starts
 from casa_train.training.loop import Progress
 from tests.helpers.commands import TEMPLATE, run
@@ -70,7 +71,7 @@ WORDS = Sample("words", "s", (Turn(("one and one?",), "two"),), ())
 
 def entry(sample: Sample, processor: CasaProcessor) -> Entry:
     encoded = encode_sample(sample, processor)
-    lengths = len(encoded.ids), sum(encoded.image_tokens)
+    lengths = len(encoded.ids), encoded.chunk().image_tokens
     return Entry("mixture", sample.source, sample.key, *lengths, lambda: sample)
 
 
@@ -93,19 +94,19 @@ def test_the_work_of_a_real_batch_is_counted_where_it_is_loaded(
     config.model.vision.train_last_blocks = -1
     counter = pickle.loads(pickle.dumps(work_counter(config, model)))  # as workers get it
     entries = [entry(sample, processor) for sample in samples]
-    batch = build_batch(0, entries, processor, 400, 400, counter)
+    batch = build_batch(0, entries, processor, Budget(400, 400), counter)
 
     shapes = [
-        SampleShape(c.text, c.points, ((8, 8),) * len(c.images), c.follows)
+        Chunk.of_grids(c.text, c.points, ((8, 8),) * len(c.images), c.follows)
         for c in batch.inputs.chunks
     ]
     if samples == (WORDS,):
-        shapes[-1] = SampleShape(1, (0,), ((1, 1),))
+        shapes[-1] = Chunk.of_grids(1, (0,), ((1, 1),))
         assert len(shapes) == 2 and batch.operations > 0
     else:
         assert shapes[1].follows == (False, True, True)
     answers = len(batch.targets)
-    sizes = counter.text, counter.vision, counter.fusion, shapes, answers
+    sizes = counter.text, counter.vision, counter.mechanism, shapes, answers
     expected = sum(part.total for part in count_operations(*sizes).values())
     assert batch.operations == expected
 

@@ -21,7 +21,7 @@ from tests.helpers.variants import MECHANISMS, VARIANTS, build, gradients_of, pa
 def trained(model: CasaForConditionalGeneration, blocks: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and gradients of a training step's forward and backward pass."""
     model.train().zero_grad()
-    model.recompute_activations(blocks)
+    model.checkpoint_activations(blocks)
     logits = packed_logits(model, fill(HARD_PACK))
     logits.float().pow(2).sum().backward()
     return logits.detach(), gradients_of(model)
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_bit_for_bit(variant: str, frozen: bool) -> None:
 
 def held(model: CasaForConditionalGeneration, blocks: str) -> tuple[int, int]:
     """Bytes that the decoder and that the vision tower keep for the backward pass."""
-    model.recompute_activations(blocks)
+    model.checkpoint_activations(blocks)
     saved = saved_bytes(model, lambda: packed_logits(model, fill(HARD_PACK)))
     vision = sum(size for name, size in saved.items() if name.startswith("visual"))
     return sum(saved.values()) - vision, vision
@@ -71,11 +71,11 @@ def test_what_is_kept_shrinks_where_it_was_asked(mechanism: str) -> None:
 def test_the_switch_stays_out_of_configuration_and_copies_with_the_model() -> None:
     model = build("casa")
     before = model.config.to_json_string()
-    model.recompute_activations("decoder")
+    model.checkpoint_activations("decoder")
     assert model.config.to_json_string() == before
-    assert copy.deepcopy(model).recomputed == "decoder"
+    assert copy.deepcopy(model).checkpointed == "decoder"
     with pytest.raises(ValueError, match="'layers' is unknown; choose one of"):
-        model.recompute_activations("layers")
+        model.checkpoint_activations("layers")
 
 
 def work(model: CasaForConditionalGeneration, inputs: dict[str, Tensor]) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from casa_train.modeling import attention
-from casa_train.modeling.attention import BACKENDS, Segments, choose_backend, varlen_attention
+from casa_train.modeling.attention import BACKENDS, choose_backend, varlen_attention
+from casa_train.modeling.segments import Segments
 from tests.helpers.tiny import PROPERTY
 
 Ranges = list[tuple[int, int]]

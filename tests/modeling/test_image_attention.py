@@ -11,13 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from casa_train.modeling.attention import Segments, attention_on
+from casa_train.modeling.attention import attention_on
 from casa_train.modeling.image_attention import (
     ATTENTION_GATE,
     FFN_GATE,
     IMAGE_GATE,
     IMAGE_SHARE,
 )
+from casa_train.modeling.segments import Segments
 from tests.helpers.tiny import HARD_PACK, PROPERTY, Layout, fill, layouts, packed_inputs
 from tests.helpers.twins import insertion_twins
 from tests.helpers.variants import (
@@ -40,7 +41,7 @@ def test_what_is_read_from_images_equals_the_reference(
     variant: str, pack: list[Layout], seed: int
 ) -> None:
     model, samples = shared_model(variant), fill(pack, seed)
-    found = model.image_reads(packed_inputs(samples)).values
+    found = model.image_attention(packed_inputs(samples)).values
     each = [reference_of(model, sample).reads for sample in samples]
     expected = [torch.cat(layer).detach() for layer in zip(*each, strict=True)]
     name = IMAGE_GATE if VARIANTS[variant]["mechanism"] == "hyper_attention" else IMAGE_SHARE
@@ -55,7 +56,7 @@ def test_what_is_read_from_images_equals_the_reference(
 @pytest.mark.parametrize("backbone", ["llama", "qwen2_5_vl"])
 def test_casa_turned_into_insertion_reads_as_insertion(backbone: str) -> None:
     packed = packed_inputs(fill(HARD_PACK))
-    inserted, turned = (twin.image_reads(packed) for twin in insertion_twins(backbone))
+    inserted, turned = (twin.image_attention(packed) for twin in insertion_twins(backbone))
     torch.testing.assert_close(
         turned.values[IMAGE_SHARE], inserted.values[IMAGE_SHARE], rtol=0, atol=1e-5
     )
@@ -66,7 +67,7 @@ def test_casa_turned_into_insertion_reads_as_insertion(backbone: str) -> None:
 @pytest.mark.parametrize("variant", ["casa", "insertion"])
 def test_the_uniform_share_counts_keys(variant: str) -> None:
     model, samples = shared_model(variant), fill(HARD_PACK)
-    uniform = model.image_reads(packed_inputs(samples)).uniform
+    uniform = model.image_attention(packed_inputs(samples)).uniform
     expected = []
     for sample in samples:
         tokens = tokens_of(sample.layout)
@@ -85,7 +86,7 @@ def test_the_gates_of_flamingo_are_its_parameters() -> None:
     with torch.no_grad():
         model.model.layers[1].fusion.attention_gate.fill_(0.5)
         model.model.layers[1].fusion.ffn_gate.fill_(-2.0)
-    values = model.image_reads(packed_inputs(fill(HARD_PACK))).values
+    values = model.image_attention(packed_inputs(fill(HARD_PACK))).values
     assert values.keys() == {ATTENTION_GATE, FFN_GATE}
     texts = sum(layout.text for layout in HARD_PACK)
     for name, gate in ((ATTENTION_GATE, 0.5), (FFN_GATE, -2.0)):
@@ -99,8 +100,8 @@ def test_chosen_rows_are_those_of_the_whole_and_nothing_else_changes(mechanism: 
     with torch.no_grad():
         before = packed_logits(model, samples)
     rows = torch.tensor([12, 3, 4, 17])
-    whole = model.image_reads(packed)
-    some = model.image_reads(replace(packed, logits_index=rows))
+    whole = model.image_attention(packed)
+    some = model.image_attention(replace(packed, logits_index=rows))
     assert some.values.keys() == whole.values.keys()
     for name, layers in whole.values.items():
         expected = {layer: values[rows] for layer, values in layers.items()}

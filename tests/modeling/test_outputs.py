@@ -125,11 +125,11 @@ def test_attention_weights_are_refused_by_name() -> None:
         lambda: model(**batch, output_attentions=True),
         lambda: model.generate(**batch, output_attentions=True, **RETURN),
     ):
-        with pytest.raises(TypeError, match="output_attentions=True .*image_reads"):
+        with pytest.raises(TypeError, match="output_attentions=True .*image_attention"):
             call()
     model.config._attn_implementation = "eager"
     model.config.output_attentions = True
-    with pytest.raises(TypeError, match="output_attentions=True .*image_reads"):
+    with pytest.raises(TypeError, match="output_attentions=True .*image_attention"):
         model(**batch)
 
 

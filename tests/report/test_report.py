@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from casa_train.errors import UserError
+from casa_train.io import numbers as numbers_text
 from casa_train.metrics.sinks.jsonl import read_metrics
-from casa_train.modeling import image_sources
-from casa_train.report import samples, series, text
+from casa_train.report import html as pages
+from casa_train.report import pictures, samples, series
 from casa_train.report.curves import draw_plots
 from casa_train.report.run_page import write_report
 from casa_train.report.samples import choose_answers
@@ -126,7 +127,7 @@ def test_restarts_stand_in_every_curve_and_in_a_table(tmp_path: Path) -> None:
     assert rows[0] == ["1", began[0], "n0, 8 ranks, H100", "1", "23", "–", killed]
     assert rows[1][:6] == ["2", began[1], "1 rank", "21", "40", "3 h 1 min"]
     assert rows[1][6] == "its time was up (trainer.max_hours)"
-    assert rows[2][:6] == ["3", began[2], "–", "41", "40", "0.25 s"]
+    assert rows[2][:6] == ["3", began[2], "–", "41", "40", "250 ms"]
     assert rows[2][6].endswith("no step was done")
     assert "<script" not in html.lower()
     _, page = page_of(fake_run(starts=starts[:1]), tmp_path)
@@ -212,7 +213,7 @@ def test_texts_that_no_file_can_hold_or_that_are_endless_are_shown_in_part(tmp_p
     run = fake_run(metrics=[{"step": 1, "loss": 2.0}], evaluation=fake_evaluation(answers))
     _, page = page_of(run, tmp_path)
     assert "a?b" in page.text
-    assert page.text.count("long ") <= text.LONGEST_TEXT and "…" in page.text
+    assert page.text.count("long ") <= pages.LONGEST_TEXT and "…" in page.text
     assert "(empty)" in page.text and "(no image)" in page.text
 
 
@@ -249,7 +250,7 @@ def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: 
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert labels == ["Learning rates by step", "Throughput by step", "Seconds by step"]
-    assert text.MISSING in page.text
+    assert numbers_text.MISSING in page.text
 
 
 def test_no_metrics_is_the_users_to_mend(tmp_path: Path) -> None:
@@ -286,18 +287,17 @@ def test_the_choice_covers_every_source_right_and_wrong() -> None:
 
 def test_thumbnails_are_small_and_on_white() -> None:
     def load(data: bytes) -> Image.Image:
-        uri = samples.thumbnail(data)
-        assert uri is not None
-        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        found = pictures.of_file(data)
+        assert found is not None
+        return Image.open(io.BytesIO(base64.b64decode(found[0].partition(",")[2])))
 
     assert load(_picture((1000, 500))).size == (224, 112)
     assert load(_picture((1600, 2400), "JPEG")).size == (149, 224)
     assert load(_picture((30, 40), "WEBP")).size == (30, 40)  # never enlarged
     assert load(_picture((8, 8), mode="RGBA")).getpixel((4, 4)) == (255, 255, 255)
     assert load(_picture((8, 8), mode="L")).mode == "RGB"
-    assert samples.FORMATS == image_sources.FORMATS  # whatever an evaluation could read
     whole = _picture((400, 400))
-    assert samples.thumbnail(b"") is None and samples.thumbnail(whole[: len(whole) // 2]) is None
+    assert pictures.of_file(b"") is None and pictures.of_file(whole[: len(whole) // 2]) is None
 
 
 def test_long_runs_stay_small_and_keep_their_spikes() -> None:
@@ -329,20 +329,6 @@ def test_groups_far_apart_get_a_logarithmic_scale() -> None:
     assert "logarithmic" not in note(fusion=1e-4, backbone=5e-5)
     assert "logarithmic" not in note(frozen=0.0)
     assert note(_private=1e-4)  # matplotlib keeps such names out of legends
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(0, "0"), (0.5, "0.5"), (999, "999"), (1234, "1.2k"), (2.5e6, "2.5M")]
-)
-def test_large_numbers_are_short(value: float, shown: str) -> None:
-    assert text.large(value) == shown
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(0, "0"), (1e-4, "1e-4"), (0.00015, "1.5e-4"), (2, "2e0")]
-)
-def test_rates_are_written_as_powers(value: float, shown: str) -> None:
-    assert text.power(value) == shown
 
 
 def _validation(step: int, loss: float | None, questions: int = 2, **more: Any) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_the_holder_on_another_host_is_named(tmp_path: Path) -> None:
     """In a namespace of its own with another host's name."""
     code = (
         "import socket, sys; socket.sethostname('node-17'); from pathlib import Path;"
-        "from casa_train.run_directory import RunLock;"
+        "from casa_train.run.lock import RunLock;"
         "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from casa_train.io.log import log
+from casa_train.io.numbers import duration, rate, with_unit
 from casa_train.metrics.sinks.base import Record
 
 
@@ -38,11 +39,11 @@ class ConsoleSink:
         elif step % self.every == 0 or step == self.steps:
             elapsed = time.monotonic() - self._began
             left = elapsed / max(1, step - self.start) * (self.steps - step)
-            rates = " ".join(f"{name} {rate:.1e}" for name, rate in record["rates"].items())
+            rates = " ".join(f"{name} {rate(own)}" for name, own in record["rates"].items())
             fills = record["fill_text"], record["fill_image"]
             log(
                 f"step {step}/{self.steps}  {shown}  {record['seconds']:.2f} s  rates {rates}  "
-                f"fill {fills[0]:.2f}/{fills[1]:.2f}  left {_clock(left)}",
+                f"fill {fills[0]:.2f}/{fills[1]:.2f}  left {duration(round(left))}",
                 self.stream,
             )
 
@@ -72,12 +73,4 @@ def _work(record: Record) -> str:
     """Utilisation where the device's peak is known; otherwise the work that a rank does."""
     if record["mfu"] is not None:
         return f"MFU {record['mfu']:.1%}"
-    if record["tflops"] < 1:
-        return f"{1e3 * record['tflops']:.3g} GFLOP/s"
-    return f"{record['tflops']:.3g} TFLOP/s"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return with_unit(1e12 * record["tflops"], "FLOP/s")

@@ -31,7 +31,7 @@ class WandbSink:
     refuses, the run is written into `wandb/` in the run directory for `wandb sync`.
 
     :param settings: the run's configuration, shown beside it.
-    :param say: prints a line for the user.
+    :param log: prints a line for the user.
     """
 
     def __init__(

@@ -1,0 +1,145 @@
+"""The model over packed tokens: vision tower, fused decoder and the state of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import choose_backend
+from .base_model import CasaPreTrainedModel
+from .block import DecoderContext
+from .decoder import backbone_rope, run_decoder
+from .fusion import FusionMechanism
+from .image_attention import ImageAttention
+from .image_processing_casa import SIDE
+from .packed import PackedInputs
+from .padded import as_ints, with_rows
+from .rope import rope_table
+from .segments import on_device
+from .streaming import FlatCache, StreamingState
+from .vision import VisionTower
+from .windows import Chunk, image_spans
+
+# The attention backend that each of transformers' names asks for.
+BACKEND_OF = {"flash_attention_2": "flash_attn", "sdpa": "auto", "eager": "sdpa", None: "auto"}
+
+
+class PackedModel(CasaPreTrainedModel):
+    """The parts of a model and how a pack runs through them."""
+
+    mechanism: FusionMechanism
+    model: Any
+    visual: VisionTower
+    adapter: nn.Module
+    resampler: nn.Module | None
+
+    @property
+    def attention_backend(self) -> str:
+        """The attention backend that will run, by `attn_implementation`, device and dtype."""
+        requested = getattr(self.config, "_attn_implementation", None)
+        weight = self.model.norm.weight
+        return choose_backend(BACKEND_OF.get(requested, "auto"), weight.device, weight.dtype)
+
+    def pack(
+        self, input_ids: Tensor, points: Sequence[int], images: Sequence[Tensor]
+    ) -> PackedInputs:
+        """One sample as a pack.
+
+        :param input_ids: (T,); :param points: insertion points; :param images: (3, H, W) each.
+        """
+        counts = tuple(self.visual.token_counts(images))
+        chunk = Chunk(len(input_ids), tuple(as_ints(points)), counts)
+        return PackedInputs(input_ids, [chunk], list(images))
+
+    @torch.no_grad()
+    def image_attention(self, packed: PackedInputs) -> ImageAttention:
+        """How much of what text reads in each layer comes from images, in a pack.
+
+        For the rows of `packed.logits_index`, or all text.
+        """
+        rows = packed.logits_index
+        if rows is None:
+            rows = torch.arange(len(packed.input_ids), device=packed.input_ids.device)
+        listener = ImageAttention(rows)
+        self._hidden(packed.input_ids, packed.chunks, packed.images, image_attention=listener)
+        return listener
+
+    def _hidden(
+        self,
+        ids: Tensor,
+        chunks: Sequence[Chunk],
+        images: Sequence[Tensor],
+        past_key_values: Any = None,
+        image_attention: ImageAttention | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(T, C) final hidden states of the packed text tokens; those of all blocks in `states`."""
+        counts = self.visual.token_counts(images)
+        promised = [n for chunk in chunks for n in chunk.images]
+        if len(ids) != sum(chunk.text for chunk in chunks) or counts != promised:
+            raise ValueError(
+                f"the chunks promise {sum(c.text for c in chunks)} text tokens and images of "
+                f"{promised} tokens; given are {len(ids)} text tokens and images of {counts} tokens"
+            )
+        mechanism = self.mechanism
+        if mechanism.multimodal:
+            chunks = with_rows(chunks, [image.shape[1] // SIDE for image in images])
+        chunks = mechanism.compress(chunks)
+        text = self.model.embed_tokens(ids)
+        backend = self.attention_backend
+        # Layouts first: while the host makes them, a GPU still has the last micro-step to do.
+        state: StreamingState | None = None
+        cache = None
+        if past_key_values is not None:
+            state = past_key_values.casa
+            cache = FlatCache(past_key_values, state, mechanism.stream_lengths(chunks))
+        plan = mechanism.plan(chunks, state, cache, text.device)
+
+        def table(positions: Tensor | None) -> Any:
+            if positions is None:
+                return None
+            return rope_table(self.model.config, positions, text.dtype)
+
+        stream = table(plan.stream_positions)
+        same = plan.query_positions is plan.stream_positions
+        keep = None
+        if state is not None:
+            rows = [np.arange(a, b) for ranges in plan.keep for a, b in ranges]
+            keep = on_device(np.concatenate(rows) if rows else np.zeros(0, np.int64), text.device)
+        context = DecoderContext(
+            mechanism=mechanism,
+            plan=plan,
+            rope=backbone_rope(self.model.config),
+            stream_table=stream,
+            query_table=stream if same else table(plan.query_positions),
+            image_table=table(plan.image_positions),
+            backend=backend,
+            cache=cache,
+            state=state,
+            keep_index=keep,
+            image_attention=image_attention,
+        )
+        if images:
+            tokens = self.adapter(self.visual(images, backend, self._checkpoints("vision")))
+            if self.resampler is not None:
+                tokens = self.resampler(tokens, counts, backend)
+        else:
+            tokens = text.new_zeros(0, text.shape[-1])
+        checkpointed = cache is None and self._checkpoints("decoder")
+        hidden = run_decoder(self.model, text, tokens, context, checkpointed, states)
+        if state is not None and cache is not None:
+            cache.commit()
+            spans = [sum(image_spans(chunk, mechanism.multimodal)) for chunk in chunks]
+            state.text = [a + chunk.text for a, chunk in zip(state.text, chunks, strict=True)]
+            state.span = [a + span for a, span in zip(state.span, spans, strict=True)]
+            state.window_text = [
+                c.text - c.points[-1] if c.points else n + c.text
+                for n, c in zip(state.window_text, chunks, strict=True)
+            ]
+            if plan.keep:
+                state.window_lengths = [sum(b - a for a, b in ranges) for ranges in plan.keep]
+        return hidden

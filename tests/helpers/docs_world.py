@@ -1,0 +1,165 @@
+"""A tiny world in which the READMEs' commands run as they are written.
+
+It begins as a user begins: `make demo`, then data of one's own. The words of a command are the
+README's; what makes it small is added behind them, from `SMALL`. A command that ran once is not run
+again for another README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from data_recipes.synthetic import build_tokenizer
+from tests.helpers.commands import ROOT, TINY, environment
+from tests.helpers.docs_server import ForkServer, fork_server
+from tests.helpers.readmes import blocks
+from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
+
+RUN = [*TINY, "trainer.steps=2", "data.max_pixels=3136"]
+OWN_SIZES = [override for override in RUN if ".config." not in override]
+SMALL: list[tuple[str, list[str]]] = [
+    ("data_recipes synthetic", ["--samples", "240", "--validation", "24", "--workers", "1"]),
+    ("casa_train .*dry_run=true", []),
+    ("casa_train .*data=mine", ["--config-dir", "conf", *OWN_SIZES]),
+    ("casa_train ", RUN),
+    ("casa_train.evaluate ", ["evaluation.max_samples=6"]),
+    ("casa_train.bench streaming", ["--turns", "3", "--size", "tiny", "--image-size", "56"]),
+    ("casa_train.bench attention", ["--scale", "0.004", "--repeats", "1"]),
+    ("casa_train.bench packing", ["--samples", "4000", "--steps", "16", "--sources", "0"]),
+    ("casa_train.bench images", ["--images", "1", "--repeats", "1"]),
+    ("casa_train.bench step", ["--steps", "1", "--warm-up", "1", "--set", *OWN_SIZES[5:]]),
+    ("casa_train.bench faults", ["--kills", "1", "--processes", "1"]),
+]
+"""What is added to a command, `MODULE ARGUMENTS`, by the first pattern that it begins with."""
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
+    "{{ message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class World:
+    """The folder in which commands run.
+
+    :param folder: where everything lies that the READMEs take for granted.
+    """
+
+    def __init__(self, folder: Path, server: ForkServer) -> None:
+        self.folder = folder
+        self.server = server
+        self.ran: set[str] = set()
+
+    def run(self, words: Sequence[str]) -> None:
+        """Runs a command of a README once; fails with its output."""
+        command = shlex.join(words)
+        if command in self.ran:
+            return
+        if words[:2] == ["make", "demo"]:
+            for line in make_lines("demo"):
+                self.run(line)
+        elif words[0] == "make":
+            assert any("pytest" in line for line in make_lines(words[1])), command
+        elif words[:2] == ["python", "-m"]:
+            more = small(words[2:])
+            done = self.server.run(*words[2:], *more)
+            assert done.code == 0, f"{command} {shlex.join(more)}\n{done.output[-3000:]}"
+        else:
+            self._in_a_shell([*words, *RUN])
+        self.ran.add(command)
+
+    def python(self, code: str) -> None:
+        """Runs a block of Python once."""
+        if code not in self.ran:
+            done = self.server.run("-c", code)
+            assert done.code == 0, f"{code}\n{done.output[-3000:]}"
+            self.ran.add(code)
+
+    def _in_a_shell(self, words: Sequence[str]) -> None:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env={**environment(), "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}"
+
+
+@contextlib.contextmanager
+def open_world(folder: Path) -> Iterator[World]:
+    """A world after `make demo` and the first page's "your data"."""
+    (folder / "launch").symlink_to(ROOT / "launch")
+    Image.new("RGB", (56, 56), "orange").save(folder / "picture.png")
+    save_model(folder / "my_model")
+    save_tower(folder / "my_tower")
+    with fork_server(folder) as server:
+        world = World(folder, server)
+        world.run(["make", "demo"])
+        (own,) = [b for b in blocks(ROOT / "data_recipes" / "README.md") if b.language == "python"]
+        world.python(own.text)
+        (first,) = [b for b in blocks(ROOT / "README.md") if "# your data" in b.text]
+        for words in first.commands():
+            world.run(words)
+        yield world
+
+
+def small(words: Sequence[str]) -> list[str]:
+    """What makes a command small."""
+    command = " ".join(words) + " "
+    return next((more for pattern, more in SMALL if re.match(pattern, command)), [])
+
+
+def make_lines(target: str) -> list[list[str]]:
+    """The commands of a target, without its set-up, as a user would type them."""
+    printed = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [shlex.split(line) for line in re.findall(r"^\S*/python (-m .*)$", printed, re.M)]
+    return [["python", *words] for words in lines if words[1] != "pip"]
+
+
+def save_model(path: Path) -> None:
+    """A tiny Llama with a tokenizer and a chat template, as the hub would hold it."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(1)
+    config = tiny_text_config(vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
+def save_tower(path: Path) -> None:
+    """A tiny Qwen2.5-VL, language model included."""
+    torch.manual_seed(2)
+    text = dict(
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        rope_scaling={"type": "mrope", "mrope_section": list(MROPE_SECTION)},
+    )
+    vision = tiny_vision_config(depth=4).to_dict()
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)

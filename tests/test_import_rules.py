@@ -240,3 +240,11 @@ def test_recipes_know_only_data_and_what_it_stands_on() -> None:
         for name in project_imports(path):
             room = name.split(".")[1]
             assert room in {"data", "config", "io", "errors"}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sources(ROOT / "tests"), ids=lambda p: p.name)
+def test_what_tests_share_stands_in_helpers(path: Path) -> None:
+    """A test file that others import could not be moved, marked or left out by itself."""
+    for level, name in imports(path):
+        module = name.split(".")
+        assert not level and (module[0] != "tests" or module[1] == "helpers"), f"{path} of {name}"

@@ -71,6 +71,7 @@ def files(folder: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_file(site: Path) -> None:
     for here, there in (
         ("casa_train", "casa_train"),
@@ -88,6 +89,7 @@ def test_a_wheel_holds_every_file(site: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_installed_project_starts_in_any_folder(site: Path, elsewhere: Path) -> None:
     where = "import casa_train, launch.submit; print(casa_train.__file__, launch.submit.__file__)"
     env = {**environment(), "PYTHONPATH": str(site)}

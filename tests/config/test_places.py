@@ -192,6 +192,7 @@ def test_every_path_of_a_command_line_is_read_as_one() -> None:
                     assert not plain, f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_a_run_goes_home(
     data_dir: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

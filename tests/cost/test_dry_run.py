@@ -64,6 +64,7 @@ def test_every_experiment_dry_runs(name: str) -> None:
     assert ("RECORDED" in text) == (name != "demo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("sweep"))
 def test_every_job_of_a_sweep_dry_runs(name: str) -> None:
     params = raw(f"+sweep={name}", hydra=True).hydra.sweeper.params
@@ -103,6 +104,7 @@ def test_numbers_of_the_casa_recipe() -> None:
     assert "40,000 steps, 1,000 of warm-up, 8,000 of decay" in text
 
 
+@pytest.mark.slow
 def test_switches_cost_what_they_should() -> None:
     casa = report("+experiment=helium_casa")
     plain = report("+experiment=helium_ca")
@@ -130,6 +132,7 @@ def test_activation_checkpointing_shows_in_memory_and_work() -> None:
     assert "540 ms" in every and "479 ms" in plain
 
 
+@pytest.mark.slow
 def test_later_stages_need_an_export_only_to_run(tmp_path: Path) -> None:
     for name in ("qwen_casa_video", "qwen_livecc"):
         with pytest.raises(UserError, match="model.init_from is 'runs/qwen_casa/export'"):
@@ -189,6 +192,8 @@ def test_mistakes_are_named(overrides: list[str], words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.fresh
+@pytest.mark.slow
 def test_the_command_touches_nothing(tmp_path: Path) -> None:
     code = (
         "import sys; from casa_train.__main__ import run\n"

@@ -17,7 +17,7 @@ from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.model import meta_model, set_trainable
 from casa_train.setup.precision import DTYPES
 from casa_train.training.loss import answer_losses
-from tests.cost.test_flops import FUSIONS, frozen_model, names, shapes
+from tests.helpers.counted_models import FUSIONS, frozen_model, names, shapes
 from tests.helpers.tiny import Layout, tiny_text_config, tiny_vision_config
 
 # Where the CPU's attention stands and what reads it: SDPA saves masks, and a copy of what it gives

@@ -441,6 +441,7 @@ spoken = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(sorted(SCHEMAS)),

@@ -47,6 +47,7 @@ def test_ranks_of_other_machines_have_their_own(tmp_path: Path) -> None:
     assert ranks_beside(lambda own: [own, own, ("other", own[1]), (own[0], -1)], tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_before_its_first_step(data_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["data.workers=2", "data.image_tokens=4000", "trainer.steps=2", f"run_dir={run}"]

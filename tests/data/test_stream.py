@@ -100,6 +100,7 @@ def test_the_order_depends_on_neither_ranks_nor_workers(
     assert [read_step(ranks) for _ in range(3)] == undisturbed[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packs_per_step", "lanes"), [(6, 4), (4, 6), (2, 8), (10, 4)])
 def test_steps_and_lanes_need_not_divide_each_other(
     sources: dict[str, StreamSource], packs_per_step: int, lanes: int
@@ -139,6 +140,7 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(tmp_path: P
     assert any(lane[:3] != sorted(lane[:3]) for lane in lanes)
 
 
+@pytest.mark.slow
 def test_sources_keep_their_rates_and_no_lane_is_without_one(
     sources: dict[str, StreamSource],
 ) -> None:
@@ -153,6 +155,7 @@ def test_sources_keep_their_rates_and_no_lane_is_without_one(
     assert all(0.5 < counts["small"] / counts["big"] < 3 for counts in lanes)
 
 
+@pytest.mark.slow
 def test_neighbouring_lanes_give_packs_of_like_size(tmp_path: Path) -> None:
     rows = [row("only", i, images=i % 9) for i in range(120)]
     only = single(tmp_path / "hub", rows, group=10)
@@ -169,6 +172,7 @@ def test_neighbouring_lanes_give_packs_of_like_size(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 def test_resume_at_any_step_goes_on_as_if_nothing_had_happened(
     sources: dict[str, StreamSource], undisturbed: list[list[list[str]]]
 ) -> None:
@@ -193,6 +197,7 @@ def test_resume_at_any_step_goes_on_as_if_nothing_had_happened(
     assert max(sizes) < 2000  # bytes a lane: rows are named, not stored
 
 
+@pytest.mark.slow
 def test_ranks_and_workers_change_on_the_way(
     sources: dict[str, StreamSource], undisturbed: list[list[list[str]]]
 ) -> None:
@@ -240,6 +245,7 @@ def test_memory_decides_only_how_often_row_groups_are_read(
 # ------------------------------------------------------------------------------------ bad data
 
 
+@pytest.mark.slow
 def test_a_damaged_row_group_costs_its_own_rows_and_moves_no_other(tmp_path: Path) -> None:
     root = tmp_path / "hub"
     whole = by_lane(single(root, [row("only", i) for i in range(72)], group=3), 6)

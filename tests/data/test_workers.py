@@ -29,7 +29,7 @@ from tests.helpers.bad_images import encoded, noise
 from tests.helpers.commands import ROOT, TEMPLATE, TINY, environment, on_data, train_command
 from tests.helpers.counting import sample_lengths, writer_for
 
-SOON = 10  # seconds within which the trainer must know
+SOON = 60  # seconds within which the trainer must know, on a busy machine; else it never does
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_killed_worker_is_named_within_seconds(tmp_path: Path, processor: Casa
     with pytest.raises(RankError, match="rank 0 lost a process.*Lower data.workers"):
         with dead_workers_named(0):
             os.kill(victim, signal.SIGKILL)
-            while time.monotonic() - began < 60:
+            while time.monotonic() - began < 2 * SOON:
                 loader.next_step()
     assert time.monotonic() - began < SOON
 
@@ -199,7 +199,7 @@ def test_a_run_whose_worker_is_killed_ends_with_a_message(tmp_path: Path, data_d
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             began = time.monotonic()
             os.kill(int(children[-1]), signal.SIGKILL)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=2 * SOON)
         finally:
             process.kill()
     assert time.monotonic() - began < SOON

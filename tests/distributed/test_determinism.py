@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ from casa_train.training.state import Progress
 from tests.helpers.commands import TINY, on_data, run, train_command
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
 from tests.helpers.variants import build, gradients_of
-from tests.training.test_training import exact
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +70,20 @@ def test_gradients_repeat_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
     run([sys.executable, "-c", code], gpu=True)
 
 
-def test_the_check_of_gradients_runs() -> None:
+def test_the_check_of_gradients_sees_one_that_differs() -> None:
     check_gradients_repeat("casa", torch.float32, torch.device("cpu"))
+    with pytest.raises(AssertionError):
+        check_gradients_repeat("casa", torch.float32, torch.device("cpu"), noise=1e-6)
 
 
-def check_gradients_repeat(variant: str, dtype: torch.dtype, device: torch.device) -> None:
-    """:raises AssertionError: the gradients of a pack are not the same three times."""
+def check_gradients_repeat(
+    variant: str, dtype: torch.dtype, device: torch.device, noise: float = 0.0
+) -> None:
+    """Works through a pack three times.
+
+    :param noise: by how much random numbers change the logits.
+    :raises AssertionError: its gradients are not the same each time.
+    """
     set_determinism(True)
     model = build(variant, dtype=dtype).to(device).train()
     inputs = packed_inputs(fill(HARD_PACK * 8))
@@ -84,27 +92,36 @@ def check_gradients_repeat(variant: str, dtype: torch.dtype, device: torch.devic
     found = []
     for _ in range(3):
         model.zero_grad()
-        model(packed=inputs).logits.float().pow(2).sum().backward()
+        logits = model(packed=inputs).logits.float()
+        (logits + noise * torch.randn_like(logits)).pow(2).sum().backward()
         found.append(gradients_of(model))
     for other in found[1:]:
         assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items())
 
 
+RUNS_AND_TELLS = """
+import torch
+from casa_train.training import loop
+step = loop.Trainer.train_step
+def told(*arguments):
+    print("deterministic", torch.are_deterministic_algorithms_enabled())
+    return step(*arguments)
+loop.Trainer.train_step = told
+from casa_train.__main__ import run
+raise SystemExit(run())
+"""
+
+
 @pytest.mark.slow
-def test_two_deterministic_runs_have_the_same_metrics(data_dir: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        overrides = [
-            "+experiment=demo",
-            *TINY,
-            *on_data(data_dir),
-            f"run_dir={tmp_path / name}",
-            "trainer.steps=6",
-            "trainer.deterministic=true",
-            "data.workers=1",
-        ]
-        run(train_command(overrides))
-    assert exact(tmp_path / "one") == exact(tmp_path / "two")
-    assert "deterministic: true" in (tmp_path / "one" / "config.yaml").read_text()
+def test_every_job_of_a_sweep_trains_as_its_configuration_says(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    """What torch is told holds in the steps themselves, and the next job takes it back."""
+    small = ["+experiment=demo", *TINY, *on_data(data_dir), "trainer.steps=1"]
+    sweep = ["-m", f"hydra.sweep.dir={tmp_path}", "trainer.deterministic=true,false"]
+    done = run([sys.executable, "-c", RUNS_AND_TELLS, *small, *sweep])
+    assert re.findall(r"deterministic (\w+)", done.stdout) == ["True", "False"], done.stdout
+    assert {path.name for path in tmp_path.glob("*/metrics.jsonl")} == {"metrics.jsonl"}
 
 
 def _collects(queue: multiprocessing.Queue[bool]) -> None:

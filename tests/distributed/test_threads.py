@@ -71,6 +71,7 @@ def spins(printed: str) -> set[str]:
     return set(found)
 
 
+@pytest.mark.fresh
 @pytest.mark.slow
 def test_every_command_obeys_the_run(data_dir: Path, tmp_path: Path) -> None:
     small = [o for o in TINY if not o.startswith(("parallel.threads", "data.workers"))]
@@ -99,6 +100,7 @@ def test_every_command_obeys_the_run(data_dir: Path, tmp_path: Path) -> None:
     assert found == 3 and printed.count("step 1, exact match") == 2
 
 
+@pytest.mark.fresh
 @pytest.mark.slow
 def test_benchmarks_and_recipes_sleep_too(data_dir: Path, tmp_path: Path) -> None:
     small = [o for o in TINY if not o.startswith(("trainer.", "data.workers", "parallel.threads"))]
@@ -112,6 +114,8 @@ def test_benchmarks_and_recipes_sleep_too(data_dir: Path, tmp_path: Path) -> Non
     assert spins(printed) <= {"0", "0ms"}
 
 
+@pytest.mark.fresh
+@pytest.mark.slow
 def test_who_asks_for_spinning_gets_it(tmp_path: Path) -> None:
     sets = "from casa_train.io.environment import set_environment; set_environment(); import torch"
     loads = [sys.executable, "-c", sets]

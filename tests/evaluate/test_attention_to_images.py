@@ -20,9 +20,9 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.report.attention_plots import draw_image_attention
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
+from tests.helpers.report_pages import HOSTILE, fake_evaluation, fake_run, page_of
 from tests.helpers.tiny import tiny_model, tiny_text_config
 from tests.helpers.variants import every_mechanism
-from tests.report.test_report import HOSTILE, _evaluation, _page, _run
 
 PROCESSOR = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
 
@@ -131,25 +131,25 @@ def attention(**quantities: Any) -> dict[str, Any]:
 
 def test_the_page_draws_image_attention(tmp_path: Path) -> None:
     measured = attention(**{"image share": {}, "attention gate": {"uniform": None}})
-    run = _run(evaluation={**_evaluation([]), "attention": measured})
-    html, page = _page(run, tmp_path)
+    run = fake_run(evaluation={**fake_evaluation([]), "attention": measured})
+    html, page = page_of(run, tmp_path)
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert "Attention to the image by layer" in labels
     assert "Gate of cross-attention by layer" in labels
     assert "6 questions" in page.text and HOSTILE not in html
-    assert _page(run, tmp_path)[0] == html
+    assert page_of(run, tmp_path)[0] == html
 
 
 def test_a_page_of_gates_alone(tmp_path: Path) -> None:
     measured = attention(**{"attention gate": {"uniform": None}})
-    html, _ = _page(_run(evaluation={**_evaluation([]), "attention": measured}), tmp_path)
+    html, _ = page_of(fake_run(evaluation={**fake_evaluation([]), "attention": measured}), tmp_path)
     assert "Gate of cross-attention" in html and "the same for every question" in html
 
 
 def test_a_page_without_it_has_no_such_section(tmp_path: Path) -> None:
     for measured in ({}, {"attention": None}, {"attention": attention()}):
-        run = _run(evaluation={**_evaluation([]), **measured})
-        assert "Image attention" not in _page(run, tmp_path)[0]
+        run = fake_run(evaluation={**fake_evaluation([]), **measured})
+        assert "Image attention" not in page_of(run, tmp_path)[0]
     assert draw_image_attention(None) == []
 
 

@@ -91,6 +91,7 @@ def test_no_sample_and_no_image_is_in_both_parts(
     ]
 
 
+@pytest.mark.slow
 def test_the_choice_depends_on_neither_processes_nor_interruptions(
     prepared: Path,
     source: Path,

@@ -29,6 +29,7 @@ from casa_train.setup.model import build_model
 from casa_train.setup.parts import part_sizes
 from tests.helpers import stranger
 from tests.helpers.commands import TINY, environment, on_data, run, train_command
+from tests.helpers.once import once
 from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
@@ -78,18 +79,17 @@ MECHANISMS = ("casa", "cross_attention", "insertion")
 def export_of(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A run of a few steps with a mechanism, exported by the real command; made once each."""
 
-    @functools.cache
-    def make(mechanism: str) -> Path:
-        run_dir = tmp_path_factory.mktemp("export") / mechanism
+    def make(mechanism: str, run_dir: Path) -> None:
         where = [f"run_dir={run_dir}", f"fusion={mechanism}", "trainer.steps=3"]
         where += ["data.min_pixels=2000"]
         run(train_command(["+experiment=demo", *TINY, *on_data(data_dir), *where]))
         command = [sys.executable, "-m", "casa_train.export", str(run_dir)]
         done = run([*command, "--out", str(run_dir / "export")])
         assert "export gate: 3 conversations, logits equal" in done.stdout
-        return run_dir
 
-    return make
+    return lambda mechanism: once(
+        tmp_path_factory, f"export_{mechanism}", functools.partial(make, mechanism)
+    )
 
 
 @pytest.fixture(scope="module")

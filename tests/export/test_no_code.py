@@ -218,6 +218,7 @@ def run_readers(run: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_file_of_a_run_is_trusted(run: Path, tmp_path: Path, bomb: str) -> None:
     copy, trace = tmp_path / "runs" / "run", tmp_path / "ran"

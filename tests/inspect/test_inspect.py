@@ -30,7 +30,7 @@ from data_recipes.__main__ import main as recipes
 from tests.helpers import data_stream
 from tests.helpers.commands import TEMPLATE, on_data
 from tests.helpers.counting import writer_for
-from tests.report.test_report import HOSTILE, Page
+from tests.helpers.report_pages import HOSTILE, Page
 
 BUDGETS = ["data.text_tokens=200", "data.image_tokens=24"]
 

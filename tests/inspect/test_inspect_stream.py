@@ -11,8 +11,8 @@ from casa_train.data.build import list_streams, open_data
 from casa_train.data.processor import build_processor
 from casa_train.inspect.__main__ import main
 from casa_train.inspect.pages import find_target
+from tests.helpers.report_pages import Page
 from tests.helpers.stream_data import png, row, write_finevision, write_subset
-from tests.report.test_report import Page
 
 
 def overrides(source: Path, data_dir: Path, *more: str) -> list[str]:
@@ -96,6 +96,7 @@ def test_the_packs_are_those_that_training_gets(
     assert f"reading {packs} packs" in printed.err and "of 4 lanes" in printed.err
 
 
+@pytest.mark.slow
 def test_bad_rows_and_holes_are_named(source: Path, data_dir: Path, tmp_path: Path) -> None:
     only = "+data.stream.datasets.finevision.subsets=[odd]"
     html, page = look(tmp_path, "demo", *overrides(source, data_dir, only), "--packs", "4")

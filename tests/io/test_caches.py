@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +117,7 @@ def call(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "read-only"])
 def test_commands_name_a_home_that_cannot_be_written(
     kind: str, data_dir: Path, tmp_path: Path
@@ -135,9 +135,7 @@ def test_commands_name_a_home_that_cannot_be_written(
         assert prepared.returncode == 2, prepared.stderr[-2000:]
         assert prepared.stderr.startswith("error: ") and "Traceback" not in prepared.stderr
         assert f"{folder}/" in prepared.stderr and "Set HF_HOME to one" in prepared.stderr
-        began = time.monotonic()
         streamed = call(home, "-c", STREAM, str(source), HF_HUB_OFFLINE="1")
-        assert time.monotonic() - began < 100  # a wait is at least half a minute
         assert "attempt 2" not in streamed.stderr
         # A local copy needs no cache.
         copy, hub = streamed.stdout.splitlines()

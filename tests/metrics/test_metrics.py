@@ -36,8 +36,8 @@ from casa_train.modeling.windows import Chunk
 from casa_train.run.starts import StartLog, read_starts
 from casa_train.training.hooks import described
 from casa_train.training.state import Progress
-from tests.cost.test_flops import dense_pairs
 from tests.helpers.commands import TEMPLATE, run
+from tests.helpers.counted_models import dense_pairs
 from tests.helpers.tiny import tiny_text_config, tiny_vision_config
 
 
@@ -142,7 +142,8 @@ def test_every_field_is_documented_and_every_documented_field_is_written(tmp_pat
     assert 0 < record["rank_seconds_min"] <= record["rank_seconds_max"] < record["seconds"]
     # Rank 1's loader sleeps for 0.1 s in step 5: its wait is the step's, and it is the slowest.
     assert records[4]["slowest_rank"] == 1
-    assert records[4]["data_seconds"] >= 0.1 and records[4]["rank_seconds_min"] < 0.1
+    assert records[4]["data_seconds"] >= 0.1
+    assert records[4]["rank_seconds_max"] - records[4]["rank_seconds_min"] > 0.05
     assert 1 << 20 < record["memory_bytes"] <= record["memory_peak_bytes"]
     assert len({record["samples_digest"] for record in records}) == 1  # the same names each step
     assert records[0]["start"] == 1 and records[0]["time"] <= records[1]["time"]

@@ -20,6 +20,7 @@ from casa_train.modeling.image_attention import (
 )
 from casa_train.modeling.segments import Segments
 from tests.helpers.tiny import HARD_PACK, PROPERTY, Layout, fill, layouts, packed_inputs
+from tests.helpers.twins import insertion_twins
 from tests.helpers.variants import (
     VARIANTS,
     build,
@@ -30,7 +31,6 @@ from tests.helpers.variants import (
     shared_model,
     tokens_of,
 )
-from tests.modeling.test_parity import insertion_twins
 
 
 @every_variant

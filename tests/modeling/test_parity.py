@@ -32,33 +32,14 @@ from tests.helpers.tiny import (
     tiny_model,
     tiny_text_config,
 )
+from tests.helpers.twins import TOWARDS_INSERTION, insertion_twins
 from tests.helpers.variants import VARIANTS, packed_logits, shared_model
 
-# Casa with D1 to D5 turned towards insertion.
-TOWARDS_INSERTION: dict[str, Any] = {
-    "share_parameters": True,
-    "text_in_window": True,
-    "placement": "replace",
-    "every": 1,
-    "update_image_tokens": "ffn_and_attention",
-    "history": "all",
-    "image_positions": "advance",
-}
 # The last ids of the tiny vocabulary; random text uses the ids before them.
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = range(VOCABULARY - 4, VOCABULARY)
 
 
 # Casa as insertion
-
-
-@functools.cache
-def insertion_twins(backbone: str) -> tuple[CasaForConditionalGeneration, ...]:
-    """Insertion, and casa turned towards it, with the same weights."""
-    config = tiny_text_config(backbone, layers=3)
-    inserted = tiny_model("insertion", text_config=config)
-    turned = tiny_model("casa", text_config=config, seed=1, **TOWARDS_INSERTION)
-    turned.load_state_dict(inserted.state_dict(), strict=True)
-    return inserted, turned
 
 
 @pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
@@ -80,6 +61,7 @@ def test_casa_with_every_switch_is_insertion(backbone: str, pack: list[Layout], 
     [
         ("placement", "parallel"),
         ("every", 3),
+        ("update_image_tokens", "none"),
         ("update_image_tokens", "ffn"),
         ("history", "window"),
         ("image_positions", "frozen"),
@@ -88,7 +70,8 @@ def test_casa_with_every_switch_is_insertion(backbone: str, pack: list[Layout], 
 def test_every_switch_counts_on_the_way_to_insertion(
     backbone: str, switch: str, value: Any
 ) -> None:
-    """One switch left at its default gives another model."""
+    """One switch turned another way gives another model."""
+    assert value != TOWARDS_INSERTION[switch]
     inserted, _ = insertion_twins(backbone)
     config = tiny_text_config(backbone, layers=3)
     turned = tiny_model("casa", text_config=config, **{**TOWARDS_INSERTION, switch: value})

@@ -65,6 +65,8 @@ def answer_elsewhere(rank: int, models: list[Any], batch: dict[str, Any], answer
     torch.save([model.generate(**batch, **GREEDY) for model in models], answers)
 
 
+@pytest.mark.fresh
+@pytest.mark.slow
 def test_models_travel_to_another_process(export: str, tmp_path: Path) -> None:
     """A loaded export, in the middle of a stream, and a model that the package has built."""
     theirs, reader = stranger.load(export)
@@ -87,6 +89,8 @@ def test_a_loaded_export_pickles_and_copies(
     assert torch.equal(again.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY))
 
 
+@pytest.mark.fresh
+@pytest.mark.slow
 def test_a_saved_export_loads_in_a_new_process_that_knows_its_code(
     export: str, tmp_path: Path
 ) -> None:

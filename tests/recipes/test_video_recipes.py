@@ -173,6 +173,7 @@ def test_extracted_videos_and_damaged_annotations(tmp_path: Path, tokenizer: str
     assert found["skipped"] == {"damaged_annotations": 1}
 
 
+@pytest.mark.slow
 def test_processes_change_no_byte(tmp_path: Path, tokenizer: str) -> None:
     rows = [published.video_row(i, f"v/{i % 3}.mp4") for i in range(5)]
     tars = [{f"v/{i}.mp4": published.video(1 + i, fps=2) for i in range(3)}]

@@ -9,7 +9,6 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,140 +22,24 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report import html as pages
 from casa_train.report import pictures, samples, series
 from casa_train.report.curves import draw_plots
-from casa_train.report.run_data import RunData
 from casa_train.report.run_page import write_report
 from casa_train.report.samples import choose_answers
-
-VOID = {"meta", "img", "br"}
-HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
-
-
-class Page(HTMLParser):
-    """Collects elements and checks that tags are balanced."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def _record(step: int, **changes: Any) -> dict[str, Any]:
-    seconds = 30.0 if step == 1 else 1.0 + 0.1 * math.sin(step)
-    return {
-        "step": step,
-        "loss": 0.5 + 5 * math.exp(-step / 10),
-        "gradient_norm": 0.4 + 1 / step,
-        **_new_fields(step, seconds),
-        "rates": {"fusion": 1e-4 * min(1, step / 5), "backbone": 1e-4 * min(1, step / 5)},
-        "answer_tokens": 100,
-        "text_tokens": 1000,
-        "image_tokens": 5000,
-        "samples": 12,
-        "samples_digest": "0123456789abcdef",
-        "bad_samples": 0,
-        "fill_text": 0.98,
-        "fill_image": 0.7,
-        "seconds": seconds,
-        "data_seconds": 0.1,
-        "text_tokens_per_second": 1000 / seconds,
-        "image_tokens_per_second": 5000 / seconds,
-        **changes,
-    }
-
-
-def _new_fields(step: int, seconds: float) -> dict[str, Any]:
-    """What records of early runs lack; the run is started again after step 20."""
-    start = 1 if step <= 20 else 2
-    return {
-        "start": start,
-        "time": 1.7e9 + step + 3600 * start,
-        "rank_seconds_min": 0.3,
-        "rank_seconds_max": 0.4,
-        "slowest_rank": 5 if step % 4 else 0,
-        "operations": 4 * 10**12,
-        "tflops": 2 / seconds,
-        "mfu": 0.4 / seconds,
-        "balance": 0.9,
-        "memory_bytes": 40 << 30,
-        "memory_peak_bytes": 61 << 30,
-        "pack_efficiency": 0.99,
-    }
-
-
-def _old(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in _new_fields(1, 1.0)}
-
-
-def _answers(sources: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
-    """Answers by source: so many right, so many wrong."""
-    return [
-        {
-            "id": f"{source}-{i}",
-            "source": source,
-            "question": f"What is {i}?",
-            "reference": "red",
-            "answer": "red" if i < right else "blue",
-            "blind_answer": "green",
-            "correct": i < right,
-        }
-        for source, (right, wrong) in sources.items()
-        for i in range(right + wrong)
-    ]
-
-
-def _evaluation(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    scores = {"exact_match": 0.875, "blind": 0.25, "guess": 0.3125, "questions": 1200}
-    families = {name: dict(scores) for name in dict.fromkeys(a["source"] for a in answers)}
-    return {"export": "step_40", **scores, "families": families, "answers": answers}
+from tests.helpers.report_pages import (
+    HOSTILE,
+    early_record,
+    fake_answers,
+    fake_evaluation,
+    fake_record,
+    fake_run,
+    new_fields,
+    page_of,
+)
 
 
 def _picture(size: tuple[int, int], kind: str = "PNG", mode: str = "RGB") -> bytes:
     file = io.BytesIO()
     Image.new(mode, size).save(file, kind)
     return file.getvalue()
-
-
-def _run(**changes: Any) -> RunData:
-    fields: dict[str, Any] = {
-        "name": "fake",
-        "metrics": [_record(step) for step in range(1, 41)],
-        "config_yaml": "name: fake\nseed: 7\n",
-        "environment": {"packages": {"torch": "9.9"}, "gpu": None, "command": ["train", "a b"]},
-        "evaluation": None,
-        "pictures": {},
-        "quarantine": [],
-        **changes,
-    }
-    return RunData(**fields)
-
-
-def _page(run: RunData, tmp_path: Path) -> tuple[str, Page]:
-    path = tmp_path / "new" / "report.html"
-    write_report(run, path)
-    html = path.read_text(encoding="utf-8")
-    return html, Page(html)
 
 
 def _rows(html: str) -> list[list[str]]:
@@ -171,7 +54,7 @@ def _rows(html: str) -> list[list[str]]:
 
 
 def test_a_full_page_shows_everything(tmp_path: Path) -> None:
-    answers = _answers({"colour": (9, 3), "shape": (8, 0)})
+    answers = fake_answers({"colour": (9, 3), "shape": (8, 0)})
     pictures = {
         answer["id"]: [_picture((300, 150)), _picture((56, 112), "JPEG")] for answer in answers
     }
@@ -179,8 +62,8 @@ def test_a_full_page_shows_everything(tmp_path: Path) -> None:
         {"source": "web", "key": key, "reason": "too_long", "detail": "9 tokens, 8 at most"}
         for key in ("a", "b", "a")
     ]
-    run = _run(evaluation=_evaluation(answers), pictures=pictures, quarantine=bad)
-    html, page = _page(run, tmp_path)
+    run = fake_run(evaluation=fake_evaluation(answers), pictures=pictures, quarantine=bad)
+    html, page = page_of(run, tmp_path)
 
     assert [svg["aria-label"] for svg in page.all("svg")] == [
         "Loss by step",
@@ -209,12 +92,14 @@ def test_a_full_page_shows_everything(tmp_path: Path) -> None:
         ElementTree.fromstring(svg)
         assert "<style" not in svg  # it would apply to the whole page
 
-    again, _ = _page(run, tmp_path)
+    again, _ = page_of(run, tmp_path)
     assert again == html
 
 
 def test_a_run_of_an_early_version_is_shown_as_it_is(tmp_path: Path) -> None:
-    _, page = _page(_run(metrics=[_old(_record(step)) for step in range(1, 41)]), tmp_path)
+    _, page = page_of(
+        fake_run(metrics=[early_record(fake_record(step)) for step in range(1, 41)]), tmp_path
+    )
     assert len(page.all("svg")) == 6
     for absent in ("Starts", "dashed", "MFU", "FLOP/s", "GiB", "Ranks"):
         assert absent not in page.text
@@ -228,7 +113,7 @@ def test_restarts_stand_in_every_curve_and_in_a_table(tmp_path: Path) -> None:
     ]
     starts[1] |= {"left": "max_hours", "step": 40, "left_time": 1.7e9 + 4000 + 3 * 3600 + 61}
     starts[2] |= {"left": f"UserError: {HOSTILE}", "step": 40, "left_time": 1.7e9 + 9000.25}
-    html, page = _page(_run(starts=starts), tmp_path)
+    html, page = page_of(fake_run(starts=starts), tmp_path)
     figures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     dashes = [len(re.findall("stroke-dasharray", figure)) for figure in figures]
     titles = [str(svg["aria-label"]) for svg in page.all("svg")]
@@ -245,20 +130,20 @@ def test_restarts_stand_in_every_curve_and_in_a_table(tmp_path: Path) -> None:
     assert rows[2][:6] == ["3", began[2], "–", "41", "40", "250 ms"]
     assert rows[2][6].endswith("no step was done")
     assert "<script" not in html.lower()
-    _, page = _page(_run(starts=starts[:1]), tmp_path)
+    _, page = page_of(fake_run(starts=starts[:1]), tmp_path)
     assert "still runs, or was killed" in page.text
 
 
 def test_losses_by_source_are_drawn_and_listed(tmp_path: Path) -> None:
     names = [f"subset_{i}" for i in range(9)] + [HOSTILE]
-    metrics = [_record(step) for step in range(1, 41)]
+    metrics = [fake_record(step) for step in range(1, 41)]
     for record in metrics[::10]:
         record["sources"] = {
             name: {"loss": 4.0 / record["step"] + i, "answer_tokens": 100 - i}
             for i, name in enumerate(names)
         }
     metrics[10]["sources"]["subset_0"] = {"loss": math.nan, "answer_tokens": 0}
-    html, page = _page(_run(metrics=metrics), tmp_path)
+    html, page = page_of(fake_run(metrics=metrics), tmp_path)
     assert "Loss by source by step" in [svg["aria-label"] for svg in page.all("svg")]
     assert "of those with most answer tokens" in page.text
     assert "Loss by source: 10 sources" in page.text
@@ -269,18 +154,18 @@ def test_losses_by_source_are_drawn_and_listed(tmp_path: Path) -> None:
 
 
 def test_what_was_lost_is_drawn_only_if_something_was(tmp_path: Path) -> None:
-    metrics = [_record(step, bad_samples=step // 10, left_out=0) for step in range(1, 41)]
+    metrics = [fake_record(step, bad_samples=step // 10, left_out=0) for step in range(1, 41)]
     bad = [{"source": "web", "key": "a", "reason": "too_long", "detail": "9 tokens"}]
-    _, page = _page(_run(metrics=metrics, quarantine=bad), tmp_path)
+    _, page = page_of(fake_run(metrics=metrics, quarantine=bad), tmp_path)
     assert "Samples lost by step" in [svg["aria-label"] for svg in page.all("svg")]
     assert "unusable" in page.text and "beyond the budgets" not in page.text
     assert "left 4 holes in packs so far" in page.text
 
 
 def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
-    answers = _answers({"colour": (2, 2)})
+    answers = fake_answers({"colour": (2, 2)})
     pictures = {answer["id"]: [_picture((9, 9))] for answer in answers}
-    html, page = _page(_run(evaluation=_evaluation(answers), pictures=pictures), tmp_path)
+    html, page = page_of(fake_run(evaluation=fake_evaluation(answers), pictures=pictures), tmp_path)
 
     assert "http:" not in html and "https:" not in html and "@import" not in html
     assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base"}
@@ -302,19 +187,19 @@ def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
 
 
 def test_untrusted_text_is_escaped_everywhere(tmp_path: Path) -> None:
-    answers = _answers({HOSTILE: (1, 0)})
+    answers = fake_answers({HOSTILE: (1, 0)})
     for name in ("id", "question", "reference", "answer", "blind_answer"):
         answers[0][name] = f"{name} {HOSTILE}"
-    run = _run(
+    run = fake_run(
         name=HOSTILE,
         metrics=[{"step": 1, "rates": {HOSTILE: 1e-4, "$x_1$": 1e-5}}],
         config_yaml=HOSTILE,
         environment={HOSTILE: {"deep": HOSTILE}, "command": [HOSTILE]},
-        evaluation={**_evaluation(answers), "export": HOSTILE},
+        evaluation={**fake_evaluation(answers), "export": HOSTILE},
         pictures={answers[0]["id"]: [_picture((9, 9)), b"no picture"]},
         quarantine=[dict.fromkeys(("source", "key", "reason", "detail"), HOSTILE)],
     )
-    html, page = _page(run, tmp_path)
+    html, page = page_of(run, tmp_path)
     assert "<script" not in html.lower()
     assert "<img src=http" not in html
     assert "&lt;script&gt;" in html and "<script>alert('x')</script>" in page.text
@@ -323,18 +208,18 @@ def test_untrusted_text_is_escaped_everywhere(tmp_path: Path) -> None:
 
 
 def test_texts_that_no_file_can_hold_or_that_are_endless_are_shown_in_part(tmp_path: Path) -> None:
-    answers = _answers({"web": (1, 0)})
+    answers = fake_answers({"web": (1, 0)})
     answers[0].update(question="a\ud800b", reference="long " * 10_000, answer="  ")
-    run = _run(metrics=[{"step": 1, "loss": 2.0}], evaluation=_evaluation(answers))
-    _, page = _page(run, tmp_path)
+    run = fake_run(metrics=[{"step": 1, "loss": 2.0}], evaluation=fake_evaluation(answers))
+    _, page = page_of(run, tmp_path)
     assert "a?b" in page.text
     assert page.text.count("long ") <= pages.LONGEST_TEXT and "…" in page.text
     assert "(empty)" in page.text and "(no image)" in page.text
 
 
 def test_one_step_is_enough(tmp_path: Path) -> None:
-    run = _run(metrics=[_record(1)], config_yaml="", environment={})
-    html, page = _page(run, tmp_path)
+    run = fake_run(metrics=[fake_record(1)], config_yaml="", environment={})
+    html, page = page_of(run, tmp_path)
     assert len(page.all("svg")) == 10
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     assert "has not been evaluated" in page.text and page.text.count("Not recorded.") == 2
@@ -346,9 +231,9 @@ def test_one_step_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 60])
 def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: Path) -> None:
     broken = [
-        _record(
+        fake_record(
             s,
-            **dict.fromkeys(_new_fields(1, 1.0)),
+            **dict.fromkeys(new_fields(1, 1.0)),
             loss=math.nan,
             gradient_norm=math.inf,
             rates={"a": 0.0},
@@ -358,10 +243,10 @@ def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: 
     ]
     for record in broken:
         del record["fill_text"], record["fill_image"]
-        record.update(dict.fromkeys(_new_fields(1, 1.0)))
-    evaluation = _evaluation(_answers({"colour": (1, 1)}))
+        record.update(dict.fromkeys(new_fields(1, 1.0)))
+    evaluation = fake_evaluation(fake_answers({"colour": (1, 1)}))
     evaluation["families"]["colour"].update(exact_match=math.nan, guess=None)
-    html, page = _page(_run(metrics=broken, evaluation=evaluation), tmp_path)
+    html, page = page_of(fake_run(metrics=broken, evaluation=evaluation), tmp_path)
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     labels = [svg["aria-label"] for svg in page.all("svg")]
     assert labels == ["Learning rates by step", "Throughput by step", "Seconds by step"]
@@ -370,26 +255,26 @@ def test_values_that_are_missing_or_not_finite_leave_gaps(count: int, tmp_path: 
 
 def test_no_metrics_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'fake' has no metrics.*metrics\.jsonl"):
-        write_report(_run(metrics=[]), tmp_path / "report.html")
+        write_report(fake_run(metrics=[]), tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(_run(metrics=[{"step": 1}]), tmp_path / "file" / "report.html")
+        write_report(fake_run(metrics=[{"step": 1}]), tmp_path / "file" / "report.html")
 
 
 def test_records_from_a_file_are_drawn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (1, 2, 3, 2)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo', encoding="utf-8")
-    _, page = _page(_run(metrics=read_metrics(path)), tmp_path)
+    _, page = page_of(fake_run(metrics=read_metrics(path)), tmp_path)
     assert "steps3" in page.text.replace("\n", "")
 
 
 def test_the_choice_covers_every_source_right_and_wrong() -> None:
-    answers = _answers({"a": (500, 5), "b": (300, 40), "c": (2, 0), "d": (0, 9)})
+    answers = fake_answers({"a": (500, 5), "b": (300, 40), "c": (2, 0), "d": (0, 9)})
     chosen = choose_answers(answers)
     assert len(chosen) == samples.SAMPLES
     counts = Counter((answer["source"], answer["correct"]) for answer in chosen)
@@ -474,7 +359,7 @@ def test_answers_over_time_stand_side_by_side(tmp_path: Path) -> None:
     records = [_validation(step, 2.0) for step in range(1, 41)]
     records[3]["questions"] = []  # another set of questions at first
     pictures = {"split/0": [_picture((300, 200))], "split/1": [b"no picture"]}
-    html, page = _page(_run(validations=records, pictures=pictures), tmp_path)
+    html, page = page_of(fake_run(validations=records, pictures=pictures), tmp_path)
     table = html[html.index("over-time") :]
     table = table[table.index("<tbody>") : table.index("</table>")]
     # Eight of forty: the first, the last, the best.
@@ -491,8 +376,8 @@ def test_a_first_validation_and_hostile_answers_are_shown(tmp_path: Path) -> Non
     record = _validation(1, None, questions=1, best_step=0, best_loss=None)
     record["questions"][0] |= {"answer": HOSTILE, "question": HOSTILE, "source": HOSTILE}
     record["sources"] = {HOSTILE: record["sources"]["colour"], "$x$": record["sources"]["shape"]}
-    html, page = _page(_run(metrics=[_record(1)], validations=[record]), tmp_path)
+    html, page = page_of(fake_run(metrics=[fake_record(1)], validations=[record]), tmp_path)
     assert "<script" not in html and "example.org" not in str(page.all("img"))
     assert "(no image)" in page.text and "Lowest loss" not in page.text
-    html, page = _page(_run(validations=[_validation(10, 1.0, questions=0)]), tmp_path)
+    html, page = page_of(fake_run(validations=[_validation(10, 1.0, questions=0)]), tmp_path)
     assert "Validation loss" in page.text and "Answers over time" not in page.text

@@ -27,8 +27,8 @@ from casa_train.run.starts import StartLog
 from casa_train.training.hooks import described
 from casa_train.training.state import Progress
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
-from tests.report.test_report import HOSTILE, Page, _old, _record
-from tests.training.test_training import wait_for_step
+from tests.helpers.report_pages import HOSTILE, Page, early_record, fake_record
+from tests.helpers.runs import wait_for_step
 
 
 def config_of(*overrides: str) -> Config:
@@ -47,7 +47,7 @@ def make_job(directory: Path, *overrides: str, steps: int = 0) -> Path:
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     (directory / "model_config.json").write_text(size_model(config, []).to_json_string())
     if steps:
-        lines = [json.dumps(_record(step)) for step in range(1, steps + 1)]
+        lines = [json.dumps(fake_record(step)) for step in range(1, steps + 1)]
         (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return directory
 
@@ -168,7 +168,7 @@ def test_the_numbers_of_a_job(tmp_path: Path) -> None:
     make_job(tmp_path / "casa", steps=30)
     job = make_job(tmp_path / "insertion", "fusion=insertion", "model.backbone.trainable=false")
     records = [
-        _record(step, text_tokens_per_second=7.0 if step <= 5 else 100.0 + step % 3)
+        fake_record(step, text_tokens_per_second=7.0 if step <= 5 else 100.0 + step % 3)
         for step in range(1, 31)
     ]
     (job / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -207,7 +207,9 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def jobs_of_a_sweep() -> list[Job]:
     def job(label: str, scale: float, **fields: Any) -> Job:
-        records = [_old(_record(s, text_tokens_per_second=scale * 1000)) for s in range(1, 41)]
+        records = [
+            early_record(fake_record(s, text_tokens_per_second=scale * 1000)) for s in range(1, 41)
+        ]
         sizes = {"parameters": 300_000, "trained": 300_000, "work": 898_000_000}
         values = {"state": "finished", "step": 40, "steps": 40, "metrics": records} | sizes | fields
         return Job(label, label, mechanism=label, **values)
@@ -247,7 +249,7 @@ def test_the_best_of_the_finished_jobs_stand_out(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_scores_shows_losses(tmp_path: Path) -> None:
-    jobs = [Job("a", "a", state="unfinished", steps=9, metrics=[_record(1)]), Job("b", "b")]
+    jobs = [Job("a", "a", state="unfinished", steps=9, metrics=[fake_record(1)]), Job("b", "b")]
     page = Page(write_sweep(jobs, "sweep", tmp_path).read_text())
     assert "Loss against text tokens/s" in [svg["aria-label"] for svg in page.all("svg")]
     assert not Page(write_sweep(jobs[1:], "sweep", tmp_path).read_text()).all("svg")
@@ -255,14 +257,14 @@ def test_a_sweep_without_scores_shows_losses(tmp_path: Path) -> None:
 
 def test_costs_far_apart_stand_on_a_logarithmic_scale(tmp_path: Path) -> None:
     jobs = [
-        Job(f"j{i}", f"j{i}", exact_match=0.5 + 0.001 * i, work=10**i, metrics=[_record(1)])
+        Job(f"j{i}", f"j{i}", exact_match=0.5 + 0.001 * i, work=10**i, metrics=[fake_record(1)])
         for i in (8, 9, 10)
     ]
     assert "FLOP a pack" in write_sweep(jobs, "sweep", tmp_path).read_text()
 
 
 def test_what_is_nearly_equal_looks_so(tmp_path: Path) -> None:
-    records = ([_record(1) | {"memory_peak_bytes": 2**30 * x}] for x in (1.9501, 1.9502))
+    records = ([fake_record(1) | {"memory_peak_bytes": 2**30 * x}] for x in (1.9501, 1.9502))
     jobs = [
         Job(f"j{i}", f"j{i}", state="finished", exact_match=1 - 1e-5 * i, metrics=metrics)
         for i, metrics in enumerate(records)

@@ -32,9 +32,9 @@ from casa_train.run.directory import prepare_run_directory, request_requeue
 from casa_train.run.lock import RunLock
 from casa_train.training.signals import EXIT_REQUEUE
 from tests.helpers.commands import ROOT, environment, train_command
+from tests.helpers.runs import leaving_run, start_ranks
 from tests.helpers.small_disk import Filler, remount, small_disk
 from tests.helpers.tiny_export import write_tiny_export
-from tests.training.test_leaving import arguments, start_ranks
 
 
 @pytest.fixture
@@ -200,6 +200,7 @@ def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> No
     lock.close()
 
 
+@pytest.mark.slow
 def test_the_holder_on_another_host_is_named(tmp_path: Path) -> None:
     """In a namespace of its own with another host's name."""
     code = (
@@ -251,7 +252,7 @@ def test_an_export_on_a_full_disk_leaves_the_earlier_one(disk: Path) -> None:
 def test_a_run_whose_disk_is_full(data_dir: Path, tmp_path: Path) -> None:
     """Refused before training; in training a signal's save fails, then the last step's."""
     run_dir = tmp_path / "run"
-    command = train_command(arguments(data_dir, run_dir))
+    command = train_command(leaving_run(data_dir, run_dir))
     with small_disk(tmp_path / "disk", "8m") as disk:
         run_dir.mkdir()
         (run_dir / "checkpoints").symlink_to(disk)

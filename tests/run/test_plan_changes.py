@@ -23,7 +23,7 @@ from casa_train.data.stream.row_reader import Rows
 from casa_train.data.stream.stream_source import StreamSource, row_group_mixture
 from casa_train.errors import UserError
 from casa_train.run.resume_fields import plan_record, refuse_changes
-from tests.data.test_plan import MIXED, SEED, SETTINGS, SOURCES
+from tests.helpers.plan_sources import MIXED, SEED, SETTINGS, SOURCES
 from tests.helpers.stream_data import SEED as STREAM_SEED
 from tests.helpers.stream_data import SETTINGS as STREAM
 from tests.helpers.stream_data import (
@@ -198,6 +198,7 @@ def drawn_rows(
     return drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", STREAMS)
 def test_a_changed_stream_loses_and_repeats_nothing(
     streamed: dict[str, StreamSource], field: str
@@ -235,6 +236,7 @@ def test_a_changed_stream_loses_and_repeats_nothing(
     assert not waiting - drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consumed", [13, 15])
 def test_lanes_go_on_making_the_same_blocks(
     streamed: dict[str, StreamSource], consumed: int

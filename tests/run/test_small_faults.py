@@ -105,6 +105,7 @@ def test_fields_of_a_template_need_no_plus_with_a_pretrained_model() -> None:
     assert (config.model.template.system, config.model.template.system_always) == ("x", True)
 
 
+@pytest.mark.fresh
 def test_the_version_is_ours() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "casa_train", "--version"], cwd=ROOT, capture_output=True, text=True

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,8 @@ from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.lock import RunLock
 from casa_train.training.signals import EXIT_REQUEUE, StopRequest
-from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
+from tests.helpers.commands import ROOT, environment, run, train_command
+from tests.helpers.runs import leaving_run, start_ranks, wait_for_step
 
 EXACT = ("loss", "gradient_norm", "rates", "samples_digest", "answer_tokens", "sources")
 
@@ -72,64 +72,14 @@ def test_a_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- real processes
 
 
-def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        "+experiment=demo",
-        *TINY,
-        *on_data(data),
-        f"run_dir={run_dir}",
-        "trainer.steps=14",
-        "trainer.log_every=7",
-        "checkpoint.every=5",
-        "optim.warmup_steps=2",
-        "optim.decay_steps=4",
-        *more,
-    ]
-
-
-def start_ranks(command: list[str], stdout: Any = subprocess.PIPE) -> list[subprocess.Popen[str]]:
-    """Two ranks without a launcher, so that each has an exit code of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={
-                **environment(),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
-def wait_for_step(run_dir: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert time.monotonic() < deadline
-        for process in ranks:
-            assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-
-
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data_dir: Path, tmp_path: Path) -> None:
     """Everybody leaves with 75; the same command then ends as if nothing had happened."""
-    run(train_command(arguments(data_dir, tmp_path / "whole"), processes=2))
+    run(train_command(leaving_run(data_dir, tmp_path / "whole"), processes=2))
     run_dir = tmp_path / "stopped"
-    command = train_command(arguments(data_dir, run_dir))
+    command = train_command(leaving_run(data_dir, run_dir))
     ranks = start_ranks(command)
-    wait_for_step(run_dir, 3, ranks)
+    wait_for_step(run_dir, 3, *ranks)
     ranks[1].send_signal(signal.SIGUSR1)
     outputs = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [EXIT_REQUEUE] * 2, outputs
@@ -161,10 +111,11 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.fresh
 def test_a_signal_while_the_libraries_load_is_not_lost(data_dir: Path, tmp_path: Path) -> None:
     """On a cluster that takes minutes, and the signal's default would end the job for good."""
     run_dir = tmp_path / "early"
-    ranks = start_ranks(train_command(arguments(data_dir, run_dir)))
+    ranks = start_ranks(train_command(leaving_run(data_dir, run_dir)))
     deadline = time.monotonic() + 60
     while not catches(ranks[1].pid, signal.SIGUSR1):
         assert time.monotonic() < deadline
@@ -181,9 +132,9 @@ def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_pa
     """And a second job in the directory of a running one is told whose it is."""
     run_dir = tmp_path / "stalled"
     more = ["trainer.watchdog_minutes=0.2", "trainer.steps=100000", "checkpoint.every=100000"]
-    command = train_command(arguments(data_dir, run_dir, *more))
+    command = train_command(leaving_run(data_dir, run_dir, *more))
     ranks = start_ranks(command)
-    wait_for_step(run_dir, 2, ranks)
+    wait_for_step(run_dir, 2, *ranks)
     intruder = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
@@ -208,7 +159,7 @@ def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_pa
 @pytest.mark.slow
 def test_the_time_limit_saves_and_leaves(data_dir: Path, tmp_path: Path) -> None:
     more = ["trainer.steps=100000", "optim.decay_steps=0", "trainer.max_hours=0.006"]
-    command = train_command(arguments(data_dir, tmp_path / "late", *more))
+    command = train_command(leaving_run(data_dir, tmp_path / "late", *more))
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
     )

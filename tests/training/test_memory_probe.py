@@ -12,7 +12,7 @@ import torch
 from casa_train.training.memory_probe import is_out_of_memory, wanted
 from tests.helpers.commands import TINY, on_data, run, train_command
 from tests.helpers.full_pack_steps import CASES, composed
-from tests.training.test_training import exact
+from tests.helpers.runs import exact
 
 
 @pytest.mark.slow

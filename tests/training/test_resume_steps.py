@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from casa_train.checkpoint.slices import read_weights
 from casa_train.io.files import sha256
 from tests.helpers.commands import run
+from tests.helpers.once import once
 from tests.helpers.resume_steps import CASES, CROSSINGS, MOSTLY_FROZEN, OPTIM, frozen_files
 
 pytestmark = pytest.mark.slow
@@ -22,9 +23,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each number of ranks found, in the directories 2, 1, 4 and finish (2 again)."""
-    out = tmp_path_factory.mktemp("chain")
-    run([sys.executable, "-m", "tests.helpers.resume_steps", str(out)])
-    return out
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        run([sys.executable, "-m", "tests.helpers.resume_steps", str(out)])
+
+    return once(tmp_path_factory, "chain", make)
 
 
 def found(directory: Path, case: str) -> dict[str, Any]:

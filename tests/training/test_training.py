@@ -8,73 +8,27 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from casa_train.data.prepared.shards import Split
 from casa_train.metrics.sinks.jsonl import read_metrics
-from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
+from tests.helpers.commands import ROOT, environment, run, train_command
+from tests.helpers.once import once
+from tests.helpers.runs import exact, short_run, wait_for_step
 
 pytestmark = pytest.mark.slow
-
-# What must not depend on when a run was killed; seconds and throughput may.
-EXACT = (
-    "loss",
-    "gradient_norm",
-    "rates",
-    "answer_tokens",
-    "text_tokens",
-    "image_tokens",
-    "samples",
-    "samples_digest",
-    "bad_samples",
-    "fill_text",
-    "fill_image",
-)
-
-
-def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        "+experiment=demo",
-        *TINY,
-        *on_data(data),
-        f"run_dir={run_dir}",
-        "trainer.steps=12",
-        "checkpoint.every=4",
-        "optim.warmup_steps=2",
-        "optim.decay_steps=4",
-        *more,
-    ]
-
-
-def exact(run_dir: Path) -> list[dict[str, Any]]:
-    return [
-        {"step": record["step"], **{name: record[name] for name in EXACT}}
-        for record in read_metrics(run_dir / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of twelve steps that nothing happens to."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run(train_command(overrides(data_dir, run_dir)))
-    return run_dir
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Returns once metrics.jsonl holds `step`."""
-    deadline = time.monotonic() + 120
-    metrics = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    raise AssertionError(f"no step {step} within two minutes")
+    return once(
+        tmp_path_factory,
+        "undisturbed",
+        lambda run_dir: run(train_command(short_run(data_dir, run_dir))),
+    )
 
 
 def test_a_run_leaves_its_records(undisturbed: Path) -> None:
@@ -92,7 +46,7 @@ def test_a_run_leaves_its_records(undisturbed: Path) -> None:
 def test_sigkill_and_the_same_command_again_is_bit_exact(
     data_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    command = train_command(overrides(data_dir, tmp_path / "killed"))
+    command = train_command(short_run(data_dir, tmp_path / "killed"))
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -113,10 +67,11 @@ def test_sigkill_and_the_same_command_again_is_bit_exact(
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
+@pytest.mark.fresh
 def test_two_processes_equal_accumulation(
     data_dir: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run(train_command(overrides(data_dir, tmp_path / "two"), processes=2))
+    run(train_command(short_run(data_dir, tmp_path / "two"), processes=2))
     alone, together = exact(undisturbed), exact(tmp_path / "two")
     for one, two in zip(alone, together, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
@@ -130,7 +85,7 @@ def test_other_zero_stages_train_the_same(
     data_dir: Path, undisturbed: Path, tmp_path: Path, stage: int
 ) -> None:
     more = [f"parallel.zero_stage={stage}", "trainer.steps=6", "optim.decay_steps=0"]
-    run(train_command(overrides(data_dir, tmp_path / "stage", *more), processes=2))
+    run(train_command(short_run(data_dir, tmp_path / "stage", *more), processes=2))
     # Decay begins after step 8, so the first six steps are those of the longer run.
     for one, other in zip(exact(undisturbed)[:6], exact(tmp_path / "stage"), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
@@ -145,7 +100,7 @@ def test_frozen_backbone_and_prefix_in_bf16(data_dir: Path, tmp_path: Path) -> N
         "parallel.precision=bf16",
         "trainer.steps=11",
     ]
-    done = run(train_command(overrides(data_dir, tmp_path / "frozen", *more)))
+    done = run(train_command(short_run(data_dir, tmp_path / "frozen", *more)))
     assert "wait (zero gradient by design" in done.stdout
     # Ten steps later everything had a gradient and had moved.
     assert re.search(r"audit of step 11: (\d+) of \1 trainable", done.stdout)
@@ -155,7 +110,7 @@ def test_frozen_backbone_and_prefix_in_bf16(data_dir: Path, tmp_path: Path) -> N
     before = (tmp_path / "frozen" / "config.yaml").read_bytes()
     more += ["model.backbone.trainable=true", "trainer.steps=13"]
     more += ["checkpoint.resume_allow=[model.backbone.trainable,trainer.steps]"]
-    refused = run(train_command(overrides(data_dir, tmp_path / "frozen", *more)), check=False)
+    refused = run(train_command(short_run(data_dir, tmp_path / "frozen", *more)), check=False)
     assert refused.returncode == 2 and "was frozen there and is trained now" in refused.stderr
     assert (tmp_path / "frozen" / "config.yaml").read_bytes() == before
 
@@ -169,7 +124,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(data_dir: Path, tmp_pat
         with shard.open("r+b") as file:
             file.seek(row["image_offsets"][0] + 30)
             file.write(b"\0" * (row["image_sizes"][0] - 30))
-    done = run(train_command(overrides(tmp_path / "data", tmp_path / "run", "data.workers=1")))
+    done = run(train_command(short_run(tmp_path / "data", tmp_path / "run", "data.workers=1")))
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     lines = (tmp_path / "run" / "quarantine_0.jsonl").read_text().splitlines()
     failures = [json.loads(line) for line in lines]
@@ -185,7 +140,7 @@ def test_sweep_gives_each_job_its_directory(data_dir: Path, tmp_path: Path) -> N
         train_command(
             [
                 "-m",
-                *[o for o in overrides(data_dir, tmp_path) if not o.startswith("run_dir=")],
+                *[o for o in short_run(data_dir, tmp_path) if not o.startswith("run_dir=")],
                 f"hydra.sweep.dir={tmp_path}",
                 "fusion=casa,cross_attention,insertion",
                 "trainer.steps=4",

@@ -22,7 +22,9 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from casa_train import __version__
-from casa_train.config.compose import CONF_DIR, explain, refuse_one_directory, to_config
+from casa_train.config.compose import refuse_one_directory, to_config
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.explain import explain
 from casa_train.config.overrides import as_typed
 from casa_train.errors import RankError, UserError
 from casa_train.io.log import drop_unwritten

@@ -26,7 +26,7 @@ import numpy as np
 from casa_train.errors import UserError
 
 if TYPE_CHECKING:
-    from casa_train.data.prepared.shards import Count, Shard
+    from casa_train.data.prepared.shard_writer import Count, Shard
 
 ASIDE = "set_aside"  # folder of what is undecided, while the recipe runs
 SHARD = 2000  # samples
@@ -105,7 +105,7 @@ class Aside:
 
 def set_aside(train: Path, number: int) -> bool:
     """Whether what a job set aside is whole."""
-    from casa_train.data.prepared.shards import finished_shard
+    from casa_train.data.prepared.shard_writer import finished_shard
 
     return finished_shard(train.parent / ASIDE, number) is not None
 
@@ -193,7 +193,7 @@ Stored = tuple[str, dict[str, Any], list[bytes]]
 
 def _stored(folder: Path, number: int) -> Iterator[Stored]:
     """Key, row and images of the samples of a shard, in order."""
-    from casa_train.data.prepared.shards import shard_name
+    from casa_train.data.prepared.shard_writer import shard_name
 
     path = folder / shard_name(number)
     if not path.is_file():  # nothing was set aside
@@ -217,7 +217,7 @@ def _stored(folder: Path, number: int) -> Iterator[Stored]:
 def _write(
     directory: Path, first: int, samples: Sequence[Stored], schema: str, count: Count
 ) -> None:
-    from casa_train.data.prepared.shards import Shard
+    from casa_train.data.prepared.shard_writer import Shard
 
     for number in range(_shards(len(samples))):
         shard = Shard(directory, first + number, schema, count)

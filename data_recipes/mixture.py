@@ -176,9 +176,8 @@ def mixture_yaml(
     if validation:
         lines.append("validation:")
         lines += [f"  {name}: {{path: {_quoted(path)}}}" for name, path in validation.items()]
-    lines += ["text_tokens: 2048", "image_tokens: 20480", "max_pixels: 906304  # 952x952"]
     lines += ["min_pixels: 3136  # 56x56: 4 image tokens, as Qwen2.5-VL's own processor"]
-    return "\n".join([*lines, "packs_per_step: 128", "workers: 8", ""])
+    return "\n".join([*lines, "workers: 8", ""])
 
 
 def _same_samples(one: Origin, other: Origin) -> bool:

@@ -173,7 +173,7 @@ def write_split(
     :param hold_out: what becomes the split `validation` beside this one.
     :raises UserError: too many bad rows, an unreadable source, a process that was killed.
     """
-    from casa_train.data.prepared.shards import finish_split, finished_shard
+    from casa_train.data.prepared.shard_writer import finish_split, finished_shard
 
     plan.directory.mkdir(parents=True, exist_ok=True)
     for temporary in plan.directory.glob("*.tmp"):  # of a recipe that was killed
@@ -241,7 +241,7 @@ def _write_shard(
     limit: int | None,
     hold_out: HoldOut | None,
 ) -> dict[str, Any]:
-    from casa_train.data.prepared.shards import Shard, finished_shard
+    from casa_train.data.prepared.shard_writer import Shard, finished_shard
 
     shard = Shard(directory, number, schema, turn_counter(encoding))
     aside = None if hold_out is None else Aside(shard, hold_out)

@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recount(data: Path, out: Path, encoding: Encoding) -> dict[str, Any]:
-    from casa_train.data.prepared.shards import Split, recount
+    from casa_train.data.prepared.recount import recount
+    from casa_train.data.prepared.shards import Split
     from casa_train.data.schemas.rows import BadRow
 
     count = turn_counter(encoding)

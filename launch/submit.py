@@ -44,14 +44,15 @@ from omegaconf.errors import OmegaConfBaseException
 from casa_train import __version__
 from casa_train.config.bounds import local_path
 from casa_train.config.compose import (
-    CONF_DIR,
     add_config_dir,
-    explain,
     job_directory,
     refuse_one_directory,
     search_path,
     to_config,
 )
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.explain import explain
+from casa_train.config.micro_steps import TASKS, micro_steps
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
@@ -221,12 +222,7 @@ def check_jobs(jobs: Sequence[Job], settings: dict[str, str]) -> None:
             raise UserError(
                 "dry_run is true; expected a run. Print it here with python -m casa_train."
             )
-        if config.data.packs_per_step % world:
-            raise UserError(
-                f"data.packs_per_step is {config.data.packs_per_step}, which {world} tasks do not "
-                f"divide; expected a multiple. Set data.packs_per_step={world} or a multiple of "
-                "it, or choose other --nodes and --gpus-per-node."
-            )
+        micro_steps(config.data, world, TASKS)
     directories = [job.config.run_dir for job in jobs]
     twice = {d for d in directories if directories.count(d) > 1}
     if twice:

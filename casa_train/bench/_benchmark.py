@@ -14,8 +14,9 @@ import transformers
 
 from casa_train.config.bounds import local_path
 from casa_train.io.numbers import count
+from casa_train.setup.precision import DTYPES as PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**PRECISIONS, "fp16": torch.float16}
 
 
 @dataclass

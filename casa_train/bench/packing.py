@@ -11,16 +11,11 @@ from typing import Any
 import numpy as np
 
 from casa_train.bench._benchmark import Benchmark, Report, aligned
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import RESERVED, Budget
 from casa_train.data.fit import Fit
 from casa_train.data.mixture import Mixture, SourceSize
-from casa_train.data.prepared.plan import (
-    IMAGE,
-    RESERVED,
-    VIDEO,
-    Planner,
-    PlanSettings,
-    PlanSource,
-)
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource
 from casa_train.modeling.image_processing_casa import MAX_PIXELS, SIDE, target_size
 
 TURNS = 3.7  # a sample, on average, in FineVision: 89M turns of 24.3M samples
@@ -79,30 +74,26 @@ def _text(median_sigma: list[float], count: int, generator: np.random.Generator)
     return np.clip(np.rint(drawn), 8, 2048).astype(np.int64)
 
 
-def next_fit(text: np.ndarray, images: np.ndarray, budgets: tuple[int, int]) -> int:
+def next_fit(text: np.ndarray, images: np.ndarray, budget: Budget) -> int:
     """Packs that next-fit makes: one open pack, closed when a sample does not fit."""
     packs, t, i = 1, 0, 0
     for new_t, new_i in zip(text.tolist(), images.tolist(), strict=True):
-        if t + new_t > budgets[0] or i + new_i > budgets[1]:
+        if not budget.holds(t + new_t, i + new_i):
             packs, t, i = packs + 1, 0, 0
         t, i = t + new_t, i + new_i
     return packs
 
 
-def first_fit_decreasing(
-    text: np.ndarray, images: np.ndarray, budgets: tuple[int, int], buffer: int
-) -> int:
+def first_fit_decreasing(text: np.ndarray, images: np.ndarray, budget: Budget, buffer: int) -> int:
     """Packs of first-fit-decreasing, by the fuller budget, on one buffer after another."""
     packs = 0
     for start in range(0, len(text), buffer):
         t, i = text[start : start + buffer], images[start : start + buffer]
-        order = np.argsort(-np.maximum(t / budgets[0], i / budgets[1]), kind="stable")
+        order = np.argsort(-np.maximum(*budget.fills(t, i)), kind="stable")
         used_t, used_i = np.zeros(len(t), np.int64), np.zeros(len(t), np.int64)
         opened = 0
         for sample in order:
-            fits = (used_t[:opened] + t[sample] <= budgets[0]) & (
-                used_i[:opened] + i[sample] <= budgets[1]
-            )
+            fits = budget.holds(used_t[:opened] + t[sample], used_i[:opened] + i[sample])
             place = int(fits.argmax()) if fits.any() else opened
             opened = max(opened, place + 1)
             used_t[place] += t[sample]
@@ -117,34 +108,29 @@ def slowest_rank(images: np.ndarray, ranks: int) -> float:
     return float(whole.max(1).sum() / whole.mean(1).sum())
 
 
-def plan(sources: dict[str, PlanSource], budgets: dict[str, int], arguments: Any) -> dict[str, Any]:
+def plan(sources: dict[str, PlanSource], budget: Budget, arguments: Any) -> dict[str, Any]:
     """Plans the steps of one stage; says how good the packs are and how long it took.
 
     A pack holds one modality, so the packs needed at least are counted for each of the two.
+
+    :param budget: what the samples of a pack may fill.
     """
-    settings = PlanSettings(
-        text_budget=budgets["text"] + RESERVED,
-        image_budget=budgets["image"] + RESERVED,
-        packs_per_step=arguments.packs_per_step,
-        seed=arguments.seed,
-        balance_group=arguments.ranks,
-    )
-    planner = Planner(sources, settings)
+    planner = Planner(sources, _data(budget, arguments), arguments.seed)
     began = time.perf_counter()
     packs = [next(planner) for _ in range(arguments.steps * arguments.packs_per_step)]
     seconds = time.perf_counter() - began
-    pair = budgets["text"], budgets["image"]
     needed = others = decreasing = 0.0
     for name, source in sources.items():
         lengths = np.array([i[2:] for pack in packs for i in pack.items if i[0] == name])
-        needed += max(lengths.sum(0) / pair)
+        needed += max(budget.fills(*lengths.sum(0)))
         # The same number of samples in the order in which the mixture draws them.
         _, rows = Mixture({name: source.size}, arguments.seed).take(len(lengths))
         arrived = source.text[rows], source.images[rows]
-        others += next_fit(*arrived, pair)
-        decreasing += first_fit_decreasing(*arrived, pair, arguments.buffer)
+        others += next_fit(*arrived, budget)
+        decreasing += first_fit_decreasing(*arrived, budget, arguments.buffer)
     text = np.array([p.text_tokens for p in packs])
     images = np.array([p.image_tokens for p in packs])
+    fill_text, fill_image = budget.fills(text, images)
     shuffled = np.random.default_rng(arguments.seed).permutation(images)
     samples = sum(len(p.items) for p in packs)
     return {
@@ -153,12 +139,27 @@ def plan(sources: dict[str, PlanSource], budgets: dict[str, int], arguments: Any
         "efficiency": needed / len(packs),
         "next_fit": needed / others,
         "first_fit_decreasing": needed / decreasing,
-        "fill_text": float(text.mean() / pair[0]),
-        "fill_image": float(images.mean() / pair[1]),
+        "fill_text": float(fill_text.mean()),
+        "fill_image": float(fill_image.mean()),
         "slowest": slowest_rank(images, arguments.ranks),
         "slowest_unsorted": slowest_rank(shuffled, arguments.ranks),
         "samples_per_second": samples / seconds,
     }
+
+
+def _data(budget: Budget, arguments: Any) -> DataConfig:
+    """Packs whose samples fill this budget, in steps as they are asked for."""
+    return DataConfig(
+        text_tokens=budget.text + RESERVED,
+        image_tokens=budget.images + RESERVED,
+        packs_per_step=arguments.packs_per_step,
+        balance_group=arguments.ranks,
+    )
+
+
+def _budget(model: dict[str, Any], stage: str) -> Budget:
+    """What the samples of a pack may fill in a stage of the length model."""
+    return Budget(model["budgets"][stage]["text"], model["budgets"][stage]["image"])
 
 
 class _Columns:
@@ -215,7 +216,7 @@ class _Processor:
 def start(model: dict[str, Any], arguments: Any) -> dict[str, Any]:
     """Lengths and a planner for many large sources: CPU seconds, and the memory that stays."""
     generator = np.random.default_rng(arguments.seed)
-    budgets = model["budgets"]["image_stage"]
+    budget = _budget(model, "image_stage")
     packs, steps = arguments.packs_per_step, 16
     seconds = 0.0
     sources = {}
@@ -223,18 +224,12 @@ def start(model: dict[str, Any], arguments: Any) -> dict[str, Any]:
     for number in range(arguments.sources):
         columns: Any = _Columns(arguments.large_samples // arguments.sources, model, generator)
         began = time.process_time()
-        text, images, _ = Fit(columns, processor, budgets["text"], budgets["image"]).lengths()
+        text, images, _ = Fit(columns, processor, budget).lengths()
         seconds += time.process_time() - began
         sources[f"source_{number:03d}"] = PlanSource(text, images, SourceSize(len(text)))
-    settings = PlanSettings(
-        text_budget=budgets["text"] + RESERVED,
-        image_budget=budgets["image"] + RESERVED,
-        packs_per_step=packs,
-        seed=arguments.seed,
-        balance_group=arguments.ranks,
-    )
+    data = _data(budget, arguments)
     began = time.process_time()
-    planner = Planner(sources, settings)
+    planner = Planner(sources, data, arguments.seed)
     next(planner)
     first = time.process_time() - began
     began = time.process_time()
@@ -242,7 +237,7 @@ def start(model: dict[str, Any], arguments: Any) -> dict[str, Any]:
         next(planner)
     step = (time.process_time() - began) / steps
     state = planner.state_dict(steps * packs)
-    again = Planner(sources, settings)
+    again = Planner(sources, data, arguments.seed)
     began = time.process_time()
     again.load_state_dict(state)
     next(again)
@@ -267,12 +262,10 @@ def run(arguments: argparse.Namespace) -> Report:
     image_source = {"images": PlanSource(*image, SourceSize(len(image[0])), IMAGE)}
     video_source = {"videos": PlanSource(*video, SourceSize(len(video[0])), VIDEO)}
     stages = {
-        "images": (image_source, model["budgets"]["image_stage"]),
-        "3 images : 1 video": ({**image_source, **video_source}, model["budgets"]["video_stage"]),
+        "images": (image_source, _budget(model, "image_stage")),
+        "3 images : 1 video": ({**image_source, **video_source}, _budget(model, "video_stage")),
     }
-    results = {
-        name: plan(sources, budgets, arguments) for name, (sources, budgets) in stages.items()
-    }
+    results = {name: plan(sources, budget, arguments) for name, (sources, budget) in stages.items()}
     columns = {
         "efficiency": "efficiency",
         "next-fit": "next_fit",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from casa_train.bench._benchmark import (
-    DTYPES,
     Benchmark,
     Report,
     aligned,
@@ -34,6 +33,7 @@ from casa_train.errors import UserError
 from casa_train.io.numbers import count
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start
 from casa_train.train import Run, build_run
@@ -43,8 +43,8 @@ Builds each experiment at its own sizes, with random weights, as a run would: th
 optimiser, precision and ZeRO stage. Every pack is full in both budgets, with images of the largest
 size and a loss on every text token; the packs are made before the clock starts, so nothing waits
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
-(world_size). Experiments run one after another, --rounds times in turn; times are medians over all
-steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
+(planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
+all steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
 Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
@@ -117,7 +117,7 @@ class Arm:
         self.notes: list[str] = []
         self.model_config = size_model(self.config, self.notes)
         self.pack = full_pack(self.config)
-        packs, ranks = self.config.data.packs_per_step, self.config.world_size or world
+        packs, ranks = self.config.data.packs_per_step, self.config.planned_ranks or world
         self.micro_steps = max(1, packs // ranks)
         model = meta_model(self.config, self.model_config)
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)

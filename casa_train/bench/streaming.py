@@ -29,6 +29,7 @@ from casa_train.errors import UserError
 from casa_train.export.loading import load_model
 from casa_train.io.quiet import quiet_libraries
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 
 METHOD = """\
@@ -224,10 +225,10 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {getattr(arguments, name)}; it must be at least {least}.")
-    if arguments.image_size < 28 or arguments.image_size % 28:
+    if arguments.image_size < SIDE or arguments.image_size % SIDE:
         raise UserError(
-            f"--image-size is {arguments.image_size}; it must be a positive multiple of 28, the "
-            "side of an image token."
+            f"--image-size is {arguments.image_size}; it must be a positive multiple of {SIDE}, "
+            "the side of an image token."
         )
     for path in arguments.export or []:
         if not (path / "config.json").is_file():

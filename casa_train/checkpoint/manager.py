@@ -168,8 +168,8 @@ class CheckpointManager:
         if broken or older:
             raise UserError(
                 f"{self.directory} holds checkpoints, but none is valid "
-                f"({'; '.join(broken) or older}). "
-                "Restore one from a backup, or start over with checkpoint.resume=never."
+                f"({'; '.join(broken) or older}). Restore one from a backup, or start over with "
+                "checkpoint.resume=never."
             )
         return None
 

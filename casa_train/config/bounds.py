@@ -1,7 +1,8 @@
 """What a field's value may be, written beside the field: bounds of numbers, places of files.
 
-`Annotated[int, Bound(...)]` and `Annotated[str, Place(...)]` stand in the dataclasses of
-`config.py`; `compose.py` checks every number and expands every place in one loop.
+`Annotated[int, Bound(...)]`, `Annotated[str, Choice(...)]` and `Annotated[str, Place(...)]` stand
+in the dataclasses of the configuration; `checks.py` reads them in one loop. What else stands there
+is in `resume_marks.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import re
 import types
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -36,7 +37,7 @@ class Bound:
     open_least: bool = False
     open_most: bool = False
 
-    def refusal(self, value: float) -> str | None:
+    def refusal(self, name: str, value: Any) -> str | None:
         """What was expected instead of this value; None where it is one of the numbers."""
         if not math.isfinite(value):
             return f"{self.words}, and finite"
@@ -45,6 +46,39 @@ class Bound:
         if value > self.most or (self.open_most and value == self.most):
             return f"{self.words}, and at most {self.most:,}" if self.most >= 1e3 else self.words
         return None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a free-form section by name; of others only that they are finite.
+
+    What is no number is not looked at.
+    """
+
+    numbers: Mapping[str, Bound]
+
+    def refusal(self, name: str, value: Any) -> str | None:
+        """What was expected instead of this value; `name` ends with its name in the section."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        bound = self.numbers.get(name.rpartition(".")[2], Bound(-math.inf, words="a number"))
+        return bound.refusal(name, value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def __init__(self, *words: str) -> None:
+        object.__setattr__(self, "words", words)
+
+    def refusal(self, name: str, value: Any) -> str | None:
+        """What was expected instead of this value; None where it is one of the words."""
+        if value in self.words:
+            return None
+        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
 
 
 PositiveInt = Annotated[int, Bound(1, MOST_COUNT, "at least 1")]
@@ -107,18 +141,35 @@ def _argument(value: str, place: Place) -> str:
         raise ArgumentTypeError(f"{error}.") from error
 
 
+Kind = Bound | Sizes | Choice | Place
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A mark of `resume_marks.py`.
+
+    :param why: the reason, for messages.
+    """
+
+    why: str
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One field, or the entries of one dict or list.
 
     :param path: names from the root; "*" stands for every key of a dict or item of a list.
     :param type: int, float, str, bool or Any.
-    :param kind: its `Bound` or `Place`.
+    :param kind: what it may be.
+    :param resume: the mark beside it or beside a section that it lies in; :param marked: the path
+        that this stands beside.
     """
 
     path: tuple[str, ...]
     type: Any
-    kind: Bound | Place | None
+    kind: Kind | None = None
+    resume: Resume | None = None
+    marked: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,27 +179,31 @@ class Leaf:
 @functools.cache
 def leaves(root: type) -> tuple[Leaf, ...]:
     """Every field below a dataclass, in the order in which they are written."""
-    return tuple(_leaves(root, (), None))
+    return tuple(_leaves(Leaf((), root)))
 
 
-def _leaves(hint: Any, path: tuple[str, ...], kind: Bound | Place | None) -> Iterator[Leaf]:
-    origin, arguments = get_origin(hint), get_args(hint)
+def _leaves(at: Leaf) -> Iterator[Leaf]:
+    """:param at: what was passed on the way: of kinds the inmost holds, of marks the outmost."""
+    origin, arguments = get_origin(at.type), get_args(at.type)
     if origin is Annotated:
-        yield from _leaves(arguments[0], path, arguments[1])
+        for note in arguments[1:]:
+            if isinstance(note, Kind):
+                at = replace(at, kind=note)
+            elif isinstance(note, Resume) and at.resume is None:
+                at = replace(at, resume=note, marked=at.path)
+        yield from _leaves(replace(at, type=arguments[0]))
     elif origin in (Union, types.UnionType):
         for argument in arguments:
             if argument is not type(None):
-                yield from _leaves(argument, path, kind)
-    elif origin is dict:
-        yield from _leaves(arguments[1], (*path, "*"), kind)
-    elif origin is list:
-        yield from _leaves(arguments[0], (*path, "*"), kind)
-    elif is_dataclass(hint):
-        hints = get_type_hints(hint, include_extras=True)
-        for field in fields(hint):
-            yield from _leaves(hints[field.name], (*path, field.name), kind)
+                yield from _leaves(replace(at, type=argument))
+    elif origin in (dict, list):
+        yield from _leaves(replace(at, path=(*at.path, "*"), type=arguments[-1]))
+    elif is_dataclass(at.type):
+        hints = get_type_hints(at.type, include_extras=True)
+        for field in fields(at.type):
+            yield from _leaves(replace(at, path=(*at.path, field.name), type=hints[field.name]))
     else:
-        yield Leaf(path, hint, kind)
+        yield at
 
 
 @dataclass(frozen=True)
@@ -179,11 +234,11 @@ def values(root: Any, path: tuple[str, ...], name: str = "") -> Iterator[FieldVa
         found = [(head, getattr(root, head), functools.partial(setattr, root, head))]
     else:
         found = []
-    for key, value, replace in found:
+    for key, value, put in found:
         inner = f"{name}.{key}" if name else key
         if value is None:
             continue
         if rest:
             yield from values(value, tuple(rest), inner)
         else:
-            yield FieldValue(inner, value, replace)
+            yield FieldValue(inner, value, put)

@@ -1,4 +1,4 @@
-"""Composing conf/ onto the dataclasses of `config.py`: types, cross-field checks, messages.
+"""Composing conf/ onto the dataclasses of `schema.py`.
 
 YAML is merged once onto `Config`, so a misspelt key or a wrong type fails by name before anything
 loads.
@@ -7,9 +7,7 @@ loads.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -19,18 +17,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from casa_train.config.bounds import Bound, Place, leaves, local_path, values
+from casa_train.config.bounds import local_path
+from casa_train.config.checks import check, refuse_unquoted, resolve_places
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.explain import explain
+from casa_train.config.model_schema import TemplateConfig
 from casa_train.config.overrides import as_typed
-from casa_train.config.schema import SIZES, Config, TemplateConfig, flatten
+from casa_train.config.schema import RENAMED, Config
 from casa_train.errors import UserError
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
-"""The project's own groups: in a checkout a link to its conf/, in a wheel the files themselves."""
 
 # conf/train.yaml starts from these defaults, so that every field can be overridden by name. They
 # are plain values, because Hydra cannot add an entry to a dict of dataclasses. `to_config` checks
@@ -154,7 +154,8 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     try:
         refuse_unquoted(OmegaConf.to_container(raw, resolve=False))
         # Through plain values: Hydra's "+key=value" would slip past the schema otherwise.
-        container: Any = without_nulls(Config, OmegaConf.to_container(raw, resolve=True))
+        container: Any = OmegaConf.to_container(raw, resolve=True)
+        container = without_nulls(Config, with_new_names(container))
         model = container.setdefault("model", {})  # a file cut short may lack it
         if isinstance(model, dict):
             model["template"] = template_fields(model.get("template"), overrides)
@@ -176,6 +177,16 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
     resolve_places(config)
     check(config)
     return config
+
+
+def with_new_names(container: Any) -> dict[str, Any]:
+    """Plain values in which fields of earlier versions have the names of today."""
+    named = dict(container)
+    for old, new in RENAMED.items():
+        if old in named:
+            value = named.pop(old)
+            named[new] = value if named.get(new) is None else named[new]
+    return named
 
 
 def without_nulls(kind: type, values: Any) -> dict[str, Any]:
@@ -219,229 +230,3 @@ def template_fields(values: Any, overrides: Sequence[str]) -> Any:
         else value
         for name, value in values.items()
     }
-
-
-def refuse_unquoted(container: Any) -> None:
-    """Text that YAML read as a value has lost its writing: 012 is 10 there, and 1:30 is 90.
-
-    :param container: plain values, nothing resolved.
-    :raises UserError: naming the field.
-    """
-    for leaf in leaves(Config):
-        if leaf.type is str:
-            for found in values(container, leaf.path):
-                if isinstance(found.value, bool | int | float):
-                    raise UserError(
-                        f"{found.name} is {found.value!r} as YAML reads it, a "
-                        f"{type(found.value).__name__}; expected text. Put it in quotes where it "
-                        "is written."
-                    )
-
-
-def resolve_places(config: Config) -> None:
-    """Expands `~` in every path.
-
-    :raises UserError: a URL, or a home directory that there is not.
-    """
-    parts = Path(config.name).parts
-    if not config.name or parts[0][0] in "~/" or ".." in parts or "://" in config.name:
-        raise refused("name", config.name, "a name; where the run is written says run_dir")
-    for leaf in leaves(Config):
-        if isinstance(leaf.kind, Place):
-            for found in values(config, leaf.path):
-                try:
-                    found.set(leaf.kind.resolve(found.name, found.value))
-                except ValueError as error:
-                    raise UserError(f"{error}.") from error
-
-
-def check(config: Config) -> None:
-    """Refuses values that no run can have.
-
-    :raises UserError: naming the field.
-    """
-    for leaf in leaves(Config):
-        if isinstance(leaf.kind, Bound):
-            for found in values(config, leaf.path):
-                if expected := leaf.kind.refusal(found.value):
-                    raise refused(found.name, found.value, expected)
-    for section, bounds in SIZES.items():
-        for found in values(config, (*section.split("."), "*")):
-            if isinstance(found.value, int | float) and not isinstance(found.value, bool):
-                bound = bounds.get(
-                    found.name.rpartition(".")[2], Bound(-math.inf, words="a number")
-                )
-                if expected := bound.refusal(found.value):
-                    raise refused(found.name, found.value, expected)
-    data, parallel, optim = config.data, config.parallel, config.optim
-    rules = [
-        (
-            bool(data.sources or data.stream.datasets),
-            "data.sources",
-            data.sources,
-            "at least one source, or data.stream.datasets instead",
-        ),
-        (
-            not (data.sources and data.stream.datasets),
-            "data.stream.datasets",
-            sorted(data.stream.datasets),
-            "none beside data.sources: a run is either prepared or streamed",
-        ),
-        (
-            data.min_pixels <= data.max_pixels,
-            "data.min_pixels",
-            data.min_pixels,
-            f"at most data.max_pixels ({data.max_pixels})",
-        ),
-        (
-            parallel.precision in ("bf16", "fp32"),
-            "parallel.precision",
-            parallel.precision,
-            "bf16 or fp32",
-        ),
-        (
-            parallel.activation_checkpointing in ("none", "decoder", "vision", "all"),
-            "parallel.activation_checkpointing",
-            parallel.activation_checkpointing,
-            "none, decoder, vision or all",
-        ),
-        (
-            config.checkpoint.resume in ("auto", "never"),
-            "checkpoint.resume",
-            config.checkpoint.resume,
-            "auto or never",
-        ),
-        (len(optim.betas) == 2, "optim.betas", optim.betas, "two numbers"),
-        (bool(optim.groups), "optim.groups", optim.groups, "at least one group"),
-        (
-            config.export.every % config.checkpoint.every == 0,
-            "export.every",
-            config.export.every,
-            f"0 or a multiple of checkpoint.every = {config.checkpoint.every}",
-        ),
-        (
-            not config.export.best or bool(config.evaluation.every and data.validation),
-            "export.best",
-            config.export.best,
-            "false where nothing is validated (evaluation.every and data.validation)",
-        ),
-        (
-            all(1 <= len(tag) <= 64 for tag in config.metrics.wandb_tags),
-            "metrics.wandb_tags",
-            config.metrics.wandb_tags,
-            "tags of 1 to 64 characters, wandb's limit",
-        ),
-        (
-            bool(re.fullmatch(r"[^/\\#?%:]{1,128}", config.metrics.wandb_project)),
-            "metrics.wandb_project",
-            config.metrics.wandb_project,
-            "1 to 128 characters without any of / \\ # ? % :, as wandb wants it",
-        ),
-        (
-            "mechanism" in config.fusion,
-            "fusion",
-            config.fusion,
-            "a fusion group, such as fusion=casa",
-        ),
-    ]
-    for holds, name, value, expected in rules:
-        if not holds:
-            raise refused(name, value, expected)
-    for name, group in optim.groups.items():
-        for pattern in group.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"optim.groups.{name}.patterns holds {pattern!r}; expected a regular "
-                    f"expression ({error}). Mend it."
-                ) from error
-    for allowed in config.checkpoint.resume_allow:
-        if allowed not in flatten(config):
-            raise UserError(
-                f"checkpoint.resume_allow names {allowed!r}; expected a field of this "
-                "configuration, such as 'trainer.steps'."
-            )
-
-
-def refused(name: str, value: Any, expected: str) -> UserError:
-    """What to say of a field's value that cannot be."""
-    return UserError(
-        f"{name} is {value!r}; expected {expected}. Set it on the command line or in the "
-        "experiment."
-    )
-
-
-def explain(error: Exception) -> str:
-    """One message for what Hydra or OmegaConf found wrong, without search paths and types."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if "Config search path:" in lines:
-        lines = lines[: lines.index("Config search path:")]
-    keys = [x.removeprefix("full_key:").strip() for x in lines if x.startswith("full_key:")]
-    noise = ("full_key:", "object_type=", "reference_type=", "To append", "See https:", "^")
-    message = " ".join(line for line in lines if not line.startswith(noise)).rstrip(".")
-    message = message.removeprefix("In 'train': ")
-    cause = str(error.__cause__ or "").splitlines() if isinstance(error, HydraException) else []
-    if cause:
-        message += f" ({cause[0].strip().rstrip('.')})"
-    if keys and keys[0] not in message:
-        message = f"{keys[0]}: {message}"
-    message += "."
-    if "is not a ListConfig" in message:
-        name = (keys or ["NAME"])[0]
-        return f"{name} is no list; expected one, in brackets: {name}=[VALUE,...]."
-    if isinstance(error, OverrideParseException):
-        at = "" if error.override in message else f"{error.override}: "
-        message = f"{at}{message} Put values with special characters in quotes: 'NAME=\"VALUE\"'."
-    if "No match in the defaults list" in message and "'experiment'" in message:
-        return message + " Experiments are added: write +experiment=NAME."
-    if "Multiple values for experiment" in message:
-        return message + " A sweep names its own: write experiment=NAME, without the +."
-    if re.search(r"not in '|not in struct|Could not override", message):
-        overridden = re.search(r"override '\+?([^'=]+)", message)
-        name = overridden.group(1) if overridden else (keys or [""])[0]
-        parent = name.rpartition(".")[0]
-        known = known_fields(parent)
-        if parent == "fusion":
-            message += f" {fusion_options(name)}"
-        elif re.fullmatch(r"optim\.groups\.[^.]+", parent):
-            message += f" Groups in conf/optim: {', '.join(group_names())}."
-        elif known:
-            message += f" Fields of {parent or 'the configuration'}: {', '.join(known)}."
-        else:
-            message += f" To add a new entry write +{name}=VALUE."
-    return message
-
-
-def known_fields(parent: str) -> list[str]:
-    """Names of the fields under a dotted name, none where it names no section."""
-    node: Any = OmegaConf.structured(Config)
-    for name in parent.split(".") if parent else []:
-        if not isinstance(node, DictConfig) or name not in node:
-            return []
-        node = node._get_node(name)
-    return sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []
-
-
-def group_names() -> list[str]:
-    """The parameter groups that the project's own optimisers have."""
-    files = (CONF_DIR / "optim").glob("*.yaml")
-    loaded: list[Any] = [OmegaConf.load(file) for file in files]
-    return sorted({str(name) for raw in loaded for name in raw.get("groups") or {}})
-
-
-def fusion_options(name: str) -> str:
-    """What to write for an option that the chosen mechanism does not have, or nobody has."""
-    files = sorted((CONF_DIR / "fusion").glob("*.yaml"))
-    options = {
-        file.stem: [str(key) for key in OmegaConf.load(file) if key != "defaults"] for file in files
-    }
-    known = sorted({key for keys in options.values() for key in keys})
-    key = name.rpartition(".")[2]
-    owners = [mechanism for mechanism, keys in options.items() if key in keys]
-    if owners:
-        return f"fusion.{key} is an option of {', '.join(owners)}: choose fusion={owners[0]}."
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f"Did you mean fusion.{close[0]}?"
-    return f"Options of the mechanisms: {', '.join(known)}; conf/fusion explains them."

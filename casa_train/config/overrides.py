@@ -17,7 +17,7 @@ from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, Over
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from casa_train.config.bounds import Place, leaves
-from casa_train.config.schema import Config
+from casa_train.config.schema import RENAMED, Config
 from casa_train.errors import UserError
 
 VALUES = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
@@ -30,7 +30,7 @@ def as_typed(overrides: Sequence[str]) -> list[str]:
     """Overrides with quotes around what stands in fields of text and would be read as a value.
 
     Whatever else stands between them, options or what Hydra will refuse, is left as it is; `~` in
-    Hydra's own directories is expanded.
+    Hydra's own directories is expanded, and fields of earlier versions get their names of today.
 
     :raises UserError: a URL as one of those directories.
     """
@@ -40,6 +40,9 @@ def as_typed(overrides: Sequence[str]) -> list[str]:
 def _typed(override: str) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
+    if name in RENAMED:
+        key = key.replace(name, RENAMED[name])
+        override, name = f"{key}{equals}{value}", RENAMED[name]
     if not equals or key.startswith("-"):
         return override
     if name in SWEEP_DIRECTORIES:

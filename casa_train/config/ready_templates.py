@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from casa_train.config.schema import TemplateConfig
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.model_schema import TemplateConfig
 from casa_train.errors import UserError
 
-READY = Path(__file__).resolve().parents[1] / "conf" / "model" / "template"
+READY = CONF_DIR / "model" / "template"
 
 
 AUTO = "auto"

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
-from casa_train.errors import UserError
 from casa_train.io.numbers import count, duration, rate, short, with_unit
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.image_processing_casa import SIDE
@@ -39,13 +39,8 @@ def dry_run(config: Config) -> list[str]:
     :raises UserError: as a run would, for what can be known without data.
     """
     began = time.perf_counter()
-    world = config.world_size or 1
-    packs = config.data.packs_per_step
-    if packs % world:
-        raise UserError(
-            f"data.packs_per_step is {packs}, which world_size={world} does not divide; expected a "
-            "multiple of it. Set one of them."
-        )
+    world = config.planned_ranks or 1
+    micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
     model_config = size_model(config, notes)
     model = meta_model(config, model_config)

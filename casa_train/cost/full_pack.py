@@ -21,6 +21,7 @@ from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.optim import build_groups
 from casa_train.setup.parts import part_of
+from casa_train.setup.precision import DTYPES
 
 # Modules that activation checkpointing may run again, by its setting.
 BLOCKS = {"decoder": r"model\.layers\.\d+", "vision": r"visual\.blocks\.\d+"}
@@ -81,7 +82,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     :param model: on the meta device, frozen as the run does it; its precision becomes the run's.
     """
     bf16 = config.parallel.precision == "bf16"
-    model.to(torch.bfloat16 if bf16 else torch.float32).train()
+    model.to(DTYPES[config.parallel.precision]).train()
     groups = build_groups(model.named_parameters(), config.optim.groups)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]

@@ -9,25 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from casa_train.config.schema import Config, SourceConfig, StreamDatasetConfig
+from casa_train.config.data_schema import DataConfig, SourceConfig, StreamDatasetConfig
+from casa_train.config.schema import Config
+from casa_train.data.budget import Budget
 from casa_train.data.fit import Fit
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import CountWork, Materializer
 from casa_train.data.mixture import SourceSize
 from casa_train.data.overlap import refuse_double_counting
-from casa_train.data.prepared.plan import RESERVED, Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import Planner, PlanSource
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import MODALITIES
-from casa_train.data.stream.lanes import StreamSettings, StreamSource
 from casa_train.data.stream.row_groups import Retries
+from casa_train.data.stream.row_reader import MIB
 from casa_train.data.stream.stream_loader import StreamLoader, check_lanes
+from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import copied_subsets, is_local, open_subset, subset_names
 from casa_train.data.tokens import tokenizer_fingerprint, turns_fingerprint
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError, named
 from casa_train.modeling.processing_casa import CasaProcessor
 
-MIB = 1 << 20
 STREAMED = [schema for schema, modality in MODALITIES.items() if modality == "image"]
 """Schemas whose rows hold their images; videos are prepared by a recipe."""
 
@@ -49,10 +51,10 @@ class Data:
 def list_streams(config: Config, log: Callable[[str], None]) -> dict[str, StreamSource]:
     """The published subsets that the configuration streams, their files and row groups.
 
-    :param say: prints one line for the user, since a hub may take minutes.
+    :param log: prints one line for the user, since a hub may take minutes.
     :raises UserError: datasets, subsets or files that are not there, or the same samples twice.
     """
-    retries = retries_of(config)
+    retries = Retries.of(config.data.stream)
     datasets = config.data.stream.datasets
     if datasets and config.data.ratings:
         raise UserError(
@@ -140,7 +142,7 @@ def open_data(
     def loader(rank: int) -> PackLoader:
         return PackLoader(
             planner,
-            Materializer(splits, processor, data.text_tokens, data.image_tokens, fits, count_work),
+            Materializer(splits, processor, Budget.of(data), fits, count_work),
             data.packs_per_step,
             rank,
             world,
@@ -159,63 +161,42 @@ def _streamed(
     gather: Callable[[Any], Sequence[Any]],
     count_work: CountWork | None,
 ) -> Data:
-    data, stream = config.data, config.data.stream
+    data = config.data
     if data.ratings:
         raise UserError(
             f"data.ratings is {data.ratings}, but a stream of unprepared data knows no ratings "
             "before it reads; expected none. Prepare the data with its recipe, or leave it out."
         )
-    check_lanes(stream.lanes, world)
-    settings = stream_settings(config)
+    check_lanes(data.stream.lanes, world)
 
     def loader(rank: int) -> StreamLoader:
         return StreamLoader(
             streams,
-            settings,
+            data,
+            config.seed,
             processor,
-            data.packs_per_step,
             rank,
             world,
-            data.workers,
-            retries=retries_of(config),
-            memory=stream.memory_mib * MIB,
             gather=gather,
             count_work=count_work,
         )
 
     fingerprints = {name: source.fingerprint for name, source in streams.items()}
-    return Data(fingerprints, _notes(config, streams, settings, world), loader)
+    return Data(fingerprints, _notes(data, streams, world), loader)
 
 
-def stream_settings(config: Config) -> StreamSettings:
-    """What the order of the configuration's stream depends on."""
-    data, stream = config.data, config.data.stream
-    return StreamSettings(
-        text_budget=data.text_tokens,
-        image_budget=data.image_tokens,
-        seed=config.seed,
-        lanes=stream.lanes,
-        open_units=stream.open_units,
-        open_packs=data.open_packs,
-        # The same number of packs is sorted together as in a plan.
-        block=max(1, data.balance_block * data.packs_per_step // stream.lanes),
-    )
-
-
-def _notes(
-    config: Config, streams: Mapping[str, StreamSource], settings: StreamSettings, world: int
-) -> list[str]:
+def _notes(data: DataConfig, streams: Mapping[str, StreamSource], world: int) -> list[str]:
     """How much is streamed, and whether a loader process has the memory for its lanes."""
     files = [file for source in streams.values() for file in source.files]
     sizes = [size for file in files for size in file.sizes]
     rows = sum(source.rows for source in streams.values())
-    per_process = -(-settings.lanes // world // max(1, config.data.workers))
+    per_process = -(-data.stream.lanes // world // max(1, data.workers))
     # Of row groups alone: what the samples of open packs weigh shows once they are read.
-    need = per_process * settings.open_units * sum(sizes) // max(1, len(sizes)) // MIB
-    given = config.data.stream.memory_mib
+    need = per_process * data.stream.open_units * sum(sizes) // max(1, len(sizes)) // MIB
+    given = data.stream.memory_mib
     lines = [
         f"streaming {len(streams)} subsets: {rows:,} rows in {len(sizes):,} row groups of "
-        f"{len(files):,} files, {sum(sizes) / 2**30:,.1f} GiB, through {settings.lanes} lanes",
+        f"{len(files):,} files, {sum(sizes) / 2**30:,.1f} GiB, through {data.stream.lanes} lanes",
         f"the {per_process} lanes of a loader process keep about {need:,} MiB of row groups open, "
         f"{max(sizes) // MIB:,} MiB the largest; data.stream.memory_mib is {given:,}",
     ]
@@ -232,7 +213,7 @@ def _chosen(
 ) -> list[str]:
     """The subsets to read, each once; of a partial copy those that it holds.
 
-    :param say: is told what a partial copy leaves out.
+    :param log: is told what a partial copy leaves out.
     :raises UserError: names that the dataset does not have, or none left.
     """
     field = f"data.stream.datasets.{name}"
@@ -275,11 +256,6 @@ def _chosen(
     return chosen
 
 
-def retries_of(config: Config) -> Retries:
-    """How long a stream tries to read."""
-    return Retries(config.data.stream.attempts, config.data.stream.retry_seconds)
-
-
 def open_splits(
     sources: Mapping[str, SourceConfig], processor: CasaProcessor, section: str = "data.sources"
 ) -> dict[str, Split]:
@@ -299,9 +275,8 @@ def open_splits(
             raise UserError(
                 f"{section}.{name} ({source.path}) was prepared with another tokenizer "
                 f"({split.tokenizer_fingerprint[:12]}...) than model.tokenizer "
-                f"({expected[:12]}...): "
-                "run its recipe again with --tokenizer, run 'python -m data_recipes retokenize', "
-                "or set model.tokenizer to the one it used."
+                f"({expected[:12]}...): run its recipe again with --tokenizer, run 'python -m "
+                "data_recipes retokenize', or set model.tokenizer to the one it used."
             )
         if split.turns_fingerprint != turns:
             # Every field: one that is not given would be the tokenizer's own.
@@ -329,9 +304,8 @@ def build_fits(
     config: Config, splits: Mapping[str, Split], processor: CasaProcessor
 ) -> dict[str, Fit]:
     """By source, what of its samples is trained under the budgets and ratings."""
-    data = config.data
-    text, images = data.text_tokens - RESERVED, data.image_tokens - RESERVED
-    return {n: Fit(split, processor, text, images, data.ratings) for n, split in splits.items()}
+    budget, ratings = Budget.of(config.data).for_samples(), config.data.ratings
+    return {name: Fit(split, processor, budget, ratings) for name, split in splits.items()}
 
 
 def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
@@ -347,15 +321,4 @@ def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
         sources[name] = PlanSource(
             text, images, size, split.modality, counts["shortened"], counts["ratings"]
         )
-    settings = PlanSettings(
-        text_budget=data.text_tokens,
-        image_budget=data.image_tokens,
-        packs_per_step=data.packs_per_step,
-        seed=config.seed,
-        open_packs=data.open_packs,
-        balance_block=data.balance_block,
-        balance_group=data.balance_group,
-        video_share=data.video_share,
-        locality=data.locality,
-    )
-    return Planner(sources, settings)
+    return Planner(sources, data, config.seed)

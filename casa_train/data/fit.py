@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from casa_train.data.budget import Budget
 from casa_train.data.prepared.plan import VIDEO
 from casa_train.data.prepared.ratings import carry_images, kept_images, kept_turns
 from casa_train.data.prepared.shards import Split
@@ -54,7 +55,7 @@ class Cut:
 class Fit:
     """Lengths of a split's samples under two budgets, and how each is cut.
 
-    :param text_budget: text tokens of the largest sample; :param image_budget: its image tokens.
+    :param budget: of the largest sample.
     :param ratings: the least rating of a turn, by name of the rating; see `sample.filter_turns`.
     """
 
@@ -62,12 +63,11 @@ class Fit:
         self,
         split: Split,
         processor: CasaProcessor,
-        text_budget: int,
-        image_budget: int,
+        budget: Budget,
         ratings: Mapping[str, int] | None = None,
     ) -> None:
         self.split = split
-        self.budgets = text_budget, image_budget
+        self.budget = budget
         self.ratings = dict(ratings or {})
         self.max_pixels = processor.max_pixels
         self.min_pixels = processor.min_pixels
@@ -110,7 +110,7 @@ class Fit:
         text, images, turn_counts = (values[:count] for values in (text, images, turn_counts))
         empty = turn_counts == 0
         text[empty] = NEVER
-        over = np.flatnonzero(((text > self.budgets[0]) | (images > self.budgets[1])) & ~empty)
+        over = np.flatnonzero(~self.budget.holds(text, images) & ~empty)
         shortened = 0
         for start in range(0, len(over), ROWS):
             rows = over[start : start + ROWS]
@@ -126,7 +126,7 @@ class Fit:
         for count in range(len(turns), 0, -1):  # the longest beginning that fits
             sizes = [size for _, shown in turns[:count] for size in shown]
             fixed = self.base + sum(text for text, _ in turns[:count])
-            fitted = self._fit_images(sizes, self.budgets[0] - fixed, spare=count == 1)
+            fitted = self._fit_images(sizes, self.budget.text - fixed, spare=count == 1)
             if fitted is not None:
                 kept, max_pixels = fitted
                 tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
@@ -179,7 +179,7 @@ class Fit:
         )
         fixed += self.base
         only = kept & (_sums_within(kept, firsts, counts) == 1)
-        possible, frames, shrunk = self._fit_many(number, whole, self.budgets[0] - fixed, only)
+        possible, frames, shrunk = self._fit_many(number, whole, self.budget.text - fixed, only)
         # The longest beginning that fits.
         last = np.maximum.reduceat(np.where(possible & kept, np.arange(len(at)), -1), firsts)
         fitted = last >= 0
@@ -202,7 +202,7 @@ class Fit:
             what stands around them; :param only: whether the beginning has one turn.
         :return: whether they can be made fit, how many images stay, and whether they are shrunk.
         """
-        budget = self.budgets[1]
+        budget = self.budget.images
         possible = room >= self.per_image * number
         frames = number
         if self.video and self.frames_may_go and self.per_image:
@@ -234,7 +234,7 @@ class Fit:
         final = (place == frames[row] - 1) & (place > 0)
         even[final] = number[row[final]] - 1
         at = images_at[firsts[row] + even]
-        each = np.minimum(self.max_pixels // SIDE**2, self.budgets[1] // frames)
+        each = np.minimum(self.max_pixels // SIDE**2, self.budget.images // frames)
         widths, heights = (self.split.list_column(name)[0][at] for name in ("widths", "heights"))
         tokens = token_counts(widths, heights, (each * SIDE**2)[row], self.min_pixels)
         return np.bincount(row, tokens, len(frames)).astype(np.int64)
@@ -247,7 +247,7 @@ class Fit:
         :param room: text tokens that are left for what stands around images.
         :param spare: frames may go for lack of text tokens, since no turn is left to go.
         """
-        count, budget = len(sizes), self.budgets[1]
+        count, budget = len(sizes), self.budget.images
         if room < self.per_image * count:
             if not (self.video and spare and self.frames_may_go and room >= self.per_image):
                 return None

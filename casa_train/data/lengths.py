@@ -1,20 +1,10 @@
-"""How long samples will be: those of a split from its index alone, one sample from its bytes."""
+"""How long a sample will be, from its bytes."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from casa_train.data.fit import NEVER, Fit
-from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
 from casa_train.modeling.image_processing_casa import read_header
 from casa_train.modeling.processing_casa import CasaProcessor
-
-
-def sample_lengths(split: Split, processor: CasaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """Text and image tokens of every whole sample of a split, two (samples,) int32 arrays."""
-    text, images, _ = Fit(split, processor, NEVER, NEVER).lengths()
-    return text, images
 
 
 def measure(sample: Sample, processor: CasaProcessor) -> tuple[int, int]:

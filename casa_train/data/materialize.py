@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from casa_train.data.budget import Budget
 from casa_train.data.fit import Fit, processor_for
 from casa_train.data.prepared.plan import Pack
 from casa_train.data.prepared.shards import Split
@@ -152,13 +153,12 @@ def build_batch(
     index: int,
     entries: Iterable[Entry],
     processor: CasaProcessor,
-    text_budget: int,
-    image_budget: int,
+    budget: Budget,
     count_work: CountWork | None = None,
 ) -> PackedBatch:
     """Reads and encodes the samples of one pack; a bad sample leaves a hole.
 
-    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param budget: of a whole pack.
     :param count_work: counts the pack's work here, where it delays nobody.
     :raises UserError: the data is gone.
     :raises RuntimeError: a sample that fails in a way that is no known kind of bad data.
@@ -166,15 +166,14 @@ def build_batch(
     with warnings.catch_warnings():
         # Of odd files, which `python -W error` would turn into failures.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _build(index, entries, processor, text_budget, image_budget, count_work)
+        return _build(index, entries, processor, budget, count_work)
 
 
 def _build(
     index: int,
     entries: Iterable[Entry],
     processor: CasaProcessor,
-    text_budget: int,
-    image_budget: int,
+    budget: Budget,
     count_work: CountWork | None,
 ) -> PackedBatch:
     samples: list[EncodedSample] = []
@@ -241,7 +240,7 @@ def _build(
         sources=[source for source, _ in names],
         text_tokens=text_tokens,
         image_tokens=image_tokens,
-        fills=(text_tokens / text_budget, image_tokens / image_budget),
+        fills=budget.fills(text_tokens, image_tokens),
         pairs=pairs,
         failures=failures,
         operations=0 if count_work is None else count_work(chunks, len(rows)),
@@ -251,7 +250,7 @@ def _build(
 class Materializer(torch.utils.data.Dataset[PackedBatch]):
     """Turns packs into tensors; `loader[pack]` may run in any process.
 
-    :param text_budget: text tokens of a full pack; :param image_budget: its image tokens.
+    :param budget: of a whole pack.
     :param fits: by source, what of its samples is trained; the same as for the plan.
     :param count_work: counts the floating-point work of a pack.
     """
@@ -260,22 +259,19 @@ class Materializer(torch.utils.data.Dataset[PackedBatch]):
         self,
         splits: Mapping[str, Split],
         processor: CasaProcessor,
-        text_budget: int,
-        image_budget: int,
+        budget: Budget,
         fits: Mapping[str, Fit] | None = None,
         count_work: CountWork | None = None,
     ) -> None:
         self.splits = splits
         self.processor = processor
-        self.text_budget = text_budget
-        self.image_budget = image_budget
+        self.budget = budget
         self.fits = dict(fits or {})
         self.count_work = count_work
 
     def __getitem__(self, pack: Pack) -> PackedBatch:
         entries = (self._entry(*item) for item in pack.items)
-        budgets = self.text_budget, self.image_budget
-        return build_batch(pack.index, entries, self.processor, *budgets, self.count_work)
+        return build_batch(pack.index, entries, self.processor, self.budget, self.count_work)
 
     def _entry(self, name: str, row: int, text: int, images: int) -> Entry:
         split, fit = self.splits[name], self.fits.get(name)

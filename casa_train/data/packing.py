@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from casa_train.data.budget import Budget
+
 
 @dataclass(slots=True)
 class Bin:
@@ -23,21 +25,16 @@ class BestFitPacker:
     A sample goes to the pack that fits it and is fullest afterwards, by the fuller of its two
     budgets. Where none fits, the fullest pack is finished and a new one opened. A pack older than
     `max_age` samples is finished too, so that no sample waits long.
+
+    :param budget: what the samples of a pack may fill.
     """
 
-    def __init__(
-        self, text_budget: int, image_budget: int, open_packs: int = 24, max_age: int = 4096
-    ) -> None:
-        self.text_budget = text_budget
-        self.image_budget = image_budget
+    def __init__(self, budget: Budget, open_packs: int = 24, max_age: int = 4096) -> None:
+        self.budget = budget
         self.open_packs = open_packs
         self.max_age = max_age
         self.bins: list[Bin] = []  # oldest first
         self.seen = 0
-
-    def fits(self, text: Any, images: Any) -> Any:
-        """Whether a sample fits into an empty pack; for arrays of lengths, which of them do."""
-        return (text <= self.text_budget) & (images <= self.image_budget)
 
     def add(self, item: Any, text: int, images: int) -> list[Bin]:
         """Places one sample that fits; returns the packs this finishes, mostly none or one."""
@@ -45,7 +42,7 @@ class BestFitPacker:
         finished: list[Bin] = []
         if self.bins and self.seen - self.bins[0].born > self.max_age:
             finished.append(self.bins.pop(0))
-        most_text, most_images = self.text_budget, self.image_budget
+        most_text, most_images = self.budget.text, self.budget.images
         best, best_fill = None, -1
         # Planning spends its time here, so the loop calls nothing. Fills are compared as whole
         # numbers: text / text budget against images / image budget, times both budgets.
@@ -90,4 +87,4 @@ class BestFitPacker:
         ]
 
     def _fill(self, pack: Bin) -> int:
-        return max(pack.text * self.image_budget, pack.images * self.text_budget)
+        return max(pack.text * self.budget.images, pack.images * self.budget.text)

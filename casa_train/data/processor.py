@@ -47,7 +47,6 @@ def tokenizer_name(config: Config) -> str:
     if named is None:
         raise UserError(
             "model.tokenizer has no value and there is no pretrained backbone to take it from; "
-            "set it "
-            "to a directory or a hub id."
+            "set it to a directory or a hub id."
         )
     return named

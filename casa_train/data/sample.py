@@ -65,7 +65,7 @@ class Sample:
     :param source: the subset it came from; metrics and mixtures go by this name.
     :param images: original file bytes (JPEG, PNG or WebP).
     :param video: whether the images are the frames of one video, in order.
-    :param mended: short names of what a schema had to put right; recipes count them.
+    :param repaired: short names of what a schema had to put right; recipes count them.
     """
 
     key: str
@@ -93,16 +93,16 @@ def messages_of(
     """
     messages: list[dict[str, Any]] = []
 
-    def log(role: str) -> list[dict[str, Any]]:
+    def begin(role: str) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = []
         messages.append({"role": role, "content": content})
         return content
 
     def fill(role: str, parts: tuple[Part, ...]) -> None:
-        content = None if parts and isinstance(parts[0], Begin) else log(role)
+        content = None if parts and isinstance(parts[0], Begin) else begin(role)
         for part in parts:
             if isinstance(part, Begin):
-                content = log(part.role)
+                content = begin(part.role)
                 continue
             assert content is not None
             if isinstance(part, str):

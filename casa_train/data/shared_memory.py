@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
+from casa_train.config.micro_steps import micro_steps
 from casa_train.data.loader import PREFETCH
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
@@ -51,7 +52,7 @@ def check_shared_memory(
     if not data.workers or not where.is_dir():
         return
     pack = data.image_tokens * SIDE * SIDE * 3 + data.text_tokens * TEXT_BYTES
-    held = 1 if pinned else data.packs_per_step // world
+    held = 1 if pinned else micro_steps(data, world)
     need = beside * (data.workers * PREFETCH + held) * pack
     free = shutil.disk_usage(where).free
     if free >= need:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,11 @@ def derive(
     def text(messages: Messages, **options: Any) -> str:
         return render(own, tokenizer, messages, **options)
 
-    def around(rendered: str, *words: str) -> list[str]:
-        """What stands before, between and behind these words."""
-        out, rest = [], rendered
-        for word in words:
-            before, found, rest = rest.partition(word)
-            if not found:
-                raise ValueError(f"the text {word!r} of a probe is not in {rendered!r}")
-            out.append(before)
-        return [*out, rest]
-
     question, answer = _user(ASKED), _assistant(SAID)
     try:
-        opening, user_end = around(text([question]), ASKED)
-        first, between, assistant_end = around(text([question, answer]), ASKED, SAID)
-        _, _, inner, _, _ = around(
+        opening, user_end = _around(text([question]), ASKED)
+        first, between, assistant_end = _around(text([question, answer]), ASKED, SAID)
+        _, _, inner, _, _ = _around(
             text([question, answer, _user(AGAIN), _assistant(MORE)]), ASKED, SAID, AGAIN, MORE
         )
         if not (first == opening and between.startswith(user_end)):
@@ -181,25 +171,7 @@ def derive(
         "assistant_end": assistant_end,
         **_images(own, tokenizer, left_out),
     }
-    default = opening[len(bos) :]
-    try:
-        before, after, _ = around(text([_system(SYSTEM), question]), SYSTEM, ASKED)
-        if not (before.startswith(bos) and after.endswith(user_start)):
-            raise ValueError("a system message does not stand in a turn of its own")
-        start, end = before[len(bos) :], after[: len(after) - len(user_start)]
-        pieces |= {"system_start": start, "system_end": end}
-        with contextlib.suppress(Exception):  # many templates refuse it
-            later = text([question, answer, _system(SYSTEM), _user(AGAIN)])
-            if around(later, SAID, SYSTEM)[1] != assistant_end + start:
-                left_out.append("another opening of later system messages")
-        if default.startswith(start) and default[len(start) :].endswith(end):
-            words = default[len(start) : len(default) - len(end)]
-            pieces |= {"system": words, "system_always": bool(default) and not words}
-        elif default:
-            left_out.append(f"what opens a conversation without a system message ({default!r})")
-    except Exception:  # as above
-        left_out.append(NO_SYSTEM)
-        pieces["system"] = default
+    pieces |= _system_turn(text, opening[len(bos) :], pieces, left_out)
     pieces["trim"] = tuple(
         role
         for role, messages in (
@@ -210,6 +182,53 @@ def derive(
         if _trims(own, tokenizer, role, messages)
     )
     return ChatTemplate(**pieces), tuple(left_out)
+
+
+def _around(rendered: str, *words: str) -> list[str]:
+    """What stands before, between and behind these words.
+
+    :raises ValueError: one of them is not there.
+    """
+    out, rest = [], rendered
+    for word in words:
+        before, found, rest = rest.partition(word)
+        if not found:
+            raise ValueError(f"the text {word!r} of a probe is not in {rendered!r}")
+        out.append(before)
+    return [*out, rest]
+
+
+def _system_turn(
+    text: Callable[..., str], default: str, turns: Mapping[str, Any], left_out: list[str]
+) -> dict[str, Any]:
+    """The pieces of a system turn.
+
+    :param text: renders messages.
+    :param default: what opens a conversation without a system message, but for `bos`.
+    :param turns: the pieces of the others; :param left_out: what they leave out is added.
+    """
+    bos, user_start, assistant_end = (turns[n] for n in ("bos", "user_start", "assistant_end"))
+    question, answer = _user(ASKED), _assistant(SAID)
+    pieces: dict[str, Any] = {}
+    try:
+        before, after, _ = _around(text([_system(SYSTEM), question]), SYSTEM, ASKED)
+        if not (before.startswith(bos) and after.endswith(user_start)):
+            raise ValueError("a system message does not stand in a turn of its own")
+        start, end = before[len(bos) :], after[: len(after) - len(user_start)]
+        pieces |= {"system_start": start, "system_end": end}
+        with contextlib.suppress(Exception):  # many templates refuse it
+            later = text([question, answer, _system(SYSTEM), _user(AGAIN)])
+            if _around(later, SAID, SYSTEM)[1] != assistant_end + start:
+                left_out.append("another opening of later system messages")
+        if default.startswith(start) and default[len(start) :].endswith(end):
+            words = default[len(start) : len(default) - len(end)]
+            pieces |= {"system": words, "system_always": bool(default) and not words}
+        elif default:
+            left_out.append(f"what opens a conversation without a system message ({default!r})")
+    except Exception:  # jinja's own, or what a template raises
+        left_out.append(NO_SYSTEM)
+        pieces["system"] = default
+    return pieces
 
 
 def render(own: str, tokenizer: Any, messages: Messages, **options: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
+from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config, ParallelConfig
 from casa_train.distributed.random_state import seed_all
 from casa_train.distributed.ranks import Ranks
@@ -12,6 +12,7 @@ from casa_train.engine.engine import Engine, shard
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.optim import build_groups, build_optimizer, describe
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import Start, start_weights
 
 
@@ -24,9 +25,8 @@ def start_model(
     :param model: on the meta device.
     :param start: None: a checkpoint replaces everything, so nothing is read or drawn before.
     """
-    parallel = config.parallel
-    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
-    start_weights(model, start, config.seed, ranks.device, dtype, _Sharding(parallel))
+    dtype = DTYPES[config.parallel.precision]
+    start_weights(model, start, config.seed, ranks.device, dtype, _Sharding(config.parallel))
     for account in start.accounts if start is not None else []:
         ranks.log(account.line())
         if account.resized and not config.model.backbone.trainable:
@@ -59,7 +59,7 @@ def build_engine(
         ranks,
         config.parallel.zero_stage,
         config.parallel.precision,
-        config.data.packs_per_step // ranks.world,
+        micro_steps(config.data, ranks.world),
         config.optim.clip,
     )
     engine.train()

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from casa_train.config.compose import compose_onto, search_path
-from casa_train.config.schema import Config, SourceConfig, flatten
+from casa_train.config.data_schema import SourceConfig
+from casa_train.config.schema import Config, flatten
 from casa_train.data.prepared.shards import Split
 from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError, named

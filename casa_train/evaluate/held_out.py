@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from casa_train.config.schema import Config
+from casa_train.data.budget import Budget
 from casa_train.data.build import build_fits, open_splits
 from casa_train.data.fit import Fit
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.packing import BestFitPacker
-from casa_train.data.prepared.plan import RESERVED, Item, Pack
+from casa_train.data.prepared.plan import Item, Pack
 from casa_train.data.prepared.shards import Split
 from casa_train.data.transfer import to_device
 from casa_train.distributed.ranks import Ranks
@@ -95,7 +96,7 @@ def open_held_out(
         limit = sources[name].limit
         text, images, _ = fit.lengths(limit)
         lengths[name] = text, images
-        fitting[name] = np.flatnonzero((text <= fit.budgets[0]) & (images <= fit.budgets[1]))
+        fitting[name] = np.flatnonzero(fit.budget.holds(text, images))
     rows_of = by_source(splits, fitting)
     labels = source_labels(list(rows_of))
     groups = {labels[key]: (key[0], rows) for key, rows in rows_of.items()}
@@ -112,13 +113,13 @@ def open_held_out(
             f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens; expected "
             "at least one. Raise the budgets, name other splits, or set evaluation.every=0."
         )
-    data = config.data
+    budget = Budget.of(config.data)
     return HeldOut(
         splits,
         groups,
         labels,
-        pack_all(items, fits, data.text_tokens, data.image_tokens, world),
-        Materializer(splits, processor, data.text_tokens, data.image_tokens, fits),
+        pack_all(items, fits, budget.for_samples(), world),
+        Materializer(splits, processor, budget, fits),
         _digest(items, splits),
         processor.answer_end_token,
         [n for n, split in splits.items() if split.fingerprint in (trained or {}).values()],
@@ -126,19 +127,18 @@ def open_held_out(
 
 
 def pack_all(
-    items: Iterable[Item],
-    fits: Mapping[str, Fit],
-    text_budget: int,
-    image_budget: int,
-    world: int,
+    items: Iterable[Item], fits: Mapping[str, Fit], budget: Budget, world: int
 ) -> list[Pack]:
-    """Packs of every item, of one modality each, the fullest first; filled up with empty packs."""
+    """Packs of every item, of one modality each, the fullest first; filled up with empty packs.
+
+    :param budget: what the samples of a pack may fill.
+    """
     by_modality: dict[bool, list[Item]] = {}
     for item in items:
         by_modality.setdefault(fits[item[0]].video, []).append(item)
     bins = []
     for members in by_modality.values():
-        packer = BestFitPacker(text_budget - RESERVED, image_budget - RESERVED)
+        packer = BestFitPacker(budget)
         for item in members:
             bins += packer.add(item, item[2], item[3])
         bins += packer.bins

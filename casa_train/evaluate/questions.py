@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from casa_train.config.schema import Config
+from casa_train.data.budget import Budget
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import BadRow
 from casa_train.evaluate.exact_match import Question, matches, question_of
@@ -55,7 +56,7 @@ class Questions:
         self.processor = processor
         self.ends = {held_out.end, processor.tokenizer.eos_token_id}
         self.max_new_tokens = config.evaluation.max_new_tokens
-        self.budgets = config.data.text_tokens, config.data.image_tokens
+        self.budget = Budget.of(config.data)
         self.skipped: Counter[str] = Counter()
         splits = held_out.splits
         candidates = {
@@ -112,7 +113,7 @@ class Questions:
             return None
         text = batch["input_ids"].shape[1] + self.max_new_tokens
         images = sum(p.shape[1] * p.shape[2] // SIDE**2 for p in batch["pixel_values"])
-        if text > self.budgets[0] or images > self.budgets[1]:
+        if not self.budget.holds(text, images):
             self.skipped["over_budget"] += 1
             return None
         return Asked(question, messages, name, row, text, images)
@@ -123,7 +124,7 @@ class Questions:
         text = images = 0
         for asked in self.asked:
             text, images = text + asked.text_tokens, images + asked.image_tokens
-            if not batches or text > self.budgets[0] or images > self.budgets[1]:
+            if not batches or not self.budget.holds(text, images):
                 batches.append([])
                 text, images = asked.text_tokens, asked.image_tokens
             batches[-1].append(asked)

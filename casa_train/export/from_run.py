@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
@@ -25,14 +24,14 @@ from casa_train.export.gate import check_export
 from casa_train.export.model_card import model_card
 from casa_train.export.writer import check_target, write_export
 from casa_train.io.caches import check_cache
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import CHECKPOINTS, PROCESSOR
 from casa_train.run.resume_fields import plan_record
 from casa_train.setup.model import build_model
 from casa_train.setup.own_mechanisms import own_class
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from casa_train.setup.precision import DTYPES
 
 
 def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> str:
@@ -126,7 +125,7 @@ def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
 
 def gate_conversations(config: Config) -> list[Any]:
     """Fixed inputs: one image, two images with text between, and text alone."""
-    side = 28 * max(1, min(8, int(config.data.max_pixels**0.5) // 28))
+    side = SIDE * max(1, min(8, int(config.data.max_pixels**0.5) // SIDE))
     pictures = []
     for colour, box in (("crimson", (4, 4, side - 8, side - 12)), ("navy", (0, 9, 15, side))):
         picture = Image.new("RGB", (side, side), "ivory")

@@ -43,8 +43,7 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     if not worst <= TOLERANCE:
         raise UserError(
             f"export gate: reloaded logits differ from the trained model's by {worst:.2e}, more "
-            "than "
-            f"{TOLERANCE:.0e}. The export was left in {directory} for inspection."
+            f"than {TOLERANCE:.0e}. The export was left in {directory} for inspection."
         )
     gap = max(
         _generation_gap(model, dict(processor.tokenize_messages(messages)))
@@ -52,9 +51,8 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     )
     if not gap <= TOLERANCE:
         raise UserError(
-            f"export gate: cached greedy generation picks a token whose logit in the full forward "
-            "is "
-            f"{gap:.2e} below the best. The export was left in {directory} for inspection."
+            "export gate: cached greedy generation picks a token whose logit in the full forward "
+            f"is {gap:.2e} below the best. The export was left in {directory} for inspection."
         )
     trained.train(was_training)
     return (

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.config.places import shown
 from casa_train.config.schema import Config
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.setup.parts import part_sizes
 
 # What is known of licences; anything else is left to the base model's own card.
@@ -59,7 +60,7 @@ out = model.generate_from_image(**batch, max_new_tokens=32)
 print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Images are resized as in training: aspect kept, sides multiples of 28, at most {max_pixels:,}
+Images are resized as in training: aspect kept, sides multiples of {side}, at most {max_pixels:,}
 pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at most 896x896 instead.
 
 ## Base models and licences
@@ -112,6 +113,7 @@ def model_card(config: Config, step: int, model: Any) -> str:
         tokens="Image tokens join the text stream and the KV cache."
         if inserts
         else "Only text enters the KV cache.",
+        side=SIDE,
         max_pixels=config.data.max_pixels,
         least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
         layers=text.num_hidden_layers,

@@ -113,8 +113,7 @@ def check_target(out: Path) -> None:
     if "." in out.resolve().name:
         raise UserError(
             f"--out {out}: the directory's name must not contain a dot, because transformers "
-            "imports "
-            "the model code under that name."
+            "imports the model code under that name."
         )
     ours = (out / EXPORT_MARKER).is_file()
     if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure, Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack
 from casa_train.modeling.windows import Window, split_windows
@@ -121,8 +122,7 @@ class PackView:
     index: int
     text_tokens: int
     image_tokens: int
-    text_budget: int
-    image_budget: int
+    budget: Budget
     planned: tuple[int, int]
     samples: list[SampleView]
     text: list[Stretch]
@@ -205,20 +205,17 @@ class Planned:
 def view_packs(packs: Sequence[Pack], materializer: Materializer) -> list[PackView]:
     """Materialises packs and looks at what came out."""
     planned = [Planned(materializer[pack], _named(pack, materializer)) for pack in packs]
-    budgets = materializer.text_budget, materializer.image_budget
-    return view_batches(planned, materializer.processor.tokenizer, budgets)
+    return view_batches(planned, materializer.processor.tokenizer, materializer.budget)
 
 
-def view_batches(
-    planned: Sequence[Planned], tokenizer: Any, budgets: tuple[int, int]
-) -> list[PackView]:
+def view_batches(planned: Sequence[Planned], tokenizer: Any, budget: Budget) -> list[PackView]:
     """Looks at batches.
 
-    :param budgets: text and image tokens of a full pack.
+    :param budget: of a whole pack.
     """
     side = side_for(sum(len(one.batch.inputs.images) for one in planned))
     texts = TokenTexts(tokenizer)
-    return [_view(one, budgets, texts, side) for one in planned]
+    return [_view(one, budget, texts, side) for one in planned]
 
 
 def side_for(images: int) -> int:
@@ -228,7 +225,7 @@ def side_for(images: int) -> int:
     return max(24, round(pictures.SIDE * math.sqrt(FULL_SIZE / images)))
 
 
-def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: int) -> PackView:
+def _view(planned: Planned, budget: Budget, texts: TokenTexts, side: int) -> PackView:
     batch = planned.batch
     chunks = batch.inputs.chunks
     tokens = _tokens(batch, texts)
@@ -278,8 +275,7 @@ def _view(planned: Planned, budgets: tuple[int, int], texts: TokenTexts, side: i
         index=batch.index,
         text_tokens=batch.text_tokens,
         image_tokens=batch.image_tokens,
-        text_budget=budgets[0],
-        image_budget=budgets[1],
+        budget=budget,
         planned=planned.lengths,
         samples=samples,
         text=text,

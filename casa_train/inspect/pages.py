@@ -18,21 +18,18 @@ from casa_train.config.compose import (
     compose_onto,
     experiment_names,
 )
-from casa_train.config.schema import Config, SourceConfig, TemplateConfig
-from casa_train.data.build import (
-    MIB,
-    build_fits,
-    build_planner,
-    list_streams,
-    open_splits,
-    retries_of,
-    stream_settings,
-)
+from casa_train.config.data_schema import SourceConfig
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
+from casa_train.config.model_schema import TemplateConfig
+from casa_train.config.schema import Config
+from casa_train.data.budget import Budget
+from casa_train.data.build import build_fits, build_planner, list_streams, open_splits
 from casa_train.data.materialize import Materializer
 from casa_train.data.prepared.plan import Pack, Planner
 from casa_train.data.prepared.shards import META_FILE, Split
 from casa_train.data.processor import build_processor
 from casa_train.data.schemas.rows import BadRow
+from casa_train.data.stream.lanes import block_packs
 from casa_train.data.stream.stream_loader import check_lanes, draw_packs
 from casa_train.errors import UserError
 from casa_train.inspect.data_page import MessageView, OneSample, Page, Part
@@ -124,12 +121,8 @@ def inspect_plan(target: Target, packs: int, first: int | None) -> Page:
     :param packs: how many are drawn; :param first: the first of them, None: spread over the plan.
     """
     config = target.config
-    world = config.world_size or 1
-    if config.data.packs_per_step % world:
-        raise UserError(
-            f"data.packs_per_step is {config.data.packs_per_step}, which world_size={world} does "
-            "not divide; expected a multiple of it. Set one of them."
-        )
+    world = config.planned_ranks or 1
+    micro_steps(config.data, world, PLANNED_RANKS)
     if not config.data.sources:
         return inspect_stream(target, packs, first or 0)
     planner, splits, materializer = open_data(config, target.kept)
@@ -156,23 +149,21 @@ def inspect_stream(target: Target, packs: int, first: int) -> Page:
 
     :param packs: how many are drawn; :param first: the first of them.
     """
-    config = target.config
+    config, data = target.config, target.config.data
     processor = build_processor(config, target.kept)
     streams = list_streams(config, lambda line: print(line, file=sys.stderr, flush=True))
-    settings, world = stream_settings(config), config.world_size or 1
-    check_lanes(settings.lanes, world)
-    lanes = min(packs, settings.lanes)
+    world = config.planned_ranks or 1
+    check_lanes(data.stream.lanes, world)
+    lanes = min(packs, data.stream.lanes)
     print(
-        f"reading {packs} packs: {lanes} of {settings.lanes} lanes, each with "
-        f"{settings.open_units} row groups and {settings.block} packs in the making",
+        f"reading {packs} packs: {lanes} of {data.stream.lanes} lanes, each with "
+        f"{data.stream.open_units} row groups and {block_packs(data)} packs in the making",
         file=sys.stderr,
         flush=True,
     )
-    memory = config.data.stream.memory_mib * MIB
     numbers = range(first, first + packs)
-    drawn = draw_packs(streams, settings, processor, retries_of(config), memory, numbers)
-    budgets = settings.text_budget, settings.image_budget
-    view, shown = view_stream(drawn, streams, settings.lanes, processor.tokenizer, budgets)
+    drawn = draw_packs(streams, data, config.seed, processor, numbers)
+    view, shown = view_stream(drawn, streams, data, processor.tokenizer)
     return Page(
         title=target.title,
         settings=_settings(config, ChatTemplate(**processor.template)),
@@ -256,8 +247,8 @@ def open_data(
         )
     splits = open_splits(config.data.sources, processor)
     fits = build_fits(config, splits, processor)
-    budgets = config.data.text_tokens, config.data.image_tokens
-    return build_planner(config, fits), splits, Materializer(splits, processor, *budgets, fits)
+    materializer = Materializer(splits, processor, Budget.of(config.data), fits)
+    return build_planner(config, fits), splits, materializer
 
 
 def _messages(split: Split, row: int) -> list[MessageView] | None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture
-from casa_train.data.prepared.plan import IMAGE, RESERVED, VIDEO, Pack, Planner
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner
 from casa_train.data.prepared.shards import Split
-from casa_train.report import histograms
-from casa_train.report.drawing import GROUP_COLOURS, WEAK, Plot
+from casa_train.report.html import SERIES
 
-COLOURS = len(GROUP_COLOURS)  # series of a chart; further sources share the last one
+if TYPE_CHECKING:
+    from casa_train.report.drawing import Plot
+
+COLOURS = len(SERIES)  # series of a chart; further sources share the last one
 LEFT_OUT = 12  # samples that are named
 
 
@@ -117,8 +121,7 @@ def view_plan(
     modalities = {source.modality for source in planner.sources.values()}
     text = np.array([pack.text_tokens for pack in packs])
     images = np.array([pack.image_tokens for pack in packs])
-    settings = planner.settings
-    fills = text / settings.text_budget, images / settings.image_budget
+    fills = Budget.of(planner.data).fills(text, images)
     return PlanView(
         packs=len(packs),
         samples=sum(map(len, drawn.values())),
@@ -127,7 +130,7 @@ def view_plan(
         sources=_rows(planner, splits, drawn, tokens, run_packs and run_packs / len(packs)),
         left_out=left_out,
         dropped=dropped,
-        balance=_balances(images, settings.packs_per_step, world),
+        balance=_balances(images, planner.data.packs_per_step, world),
         charts=_charts(packs, planner, splits, drawn, fills),
     )
 
@@ -162,7 +165,7 @@ def _rows(
     for modality in (IMAGE, VIDEO):
         sizes = {n: s.size for n, s in planner.sources.items() if s.modality == modality}
         if sizes:
-            asked |= Mixture(sizes, planner.settings.seed).rates
+            asked |= Mixture(sizes, planner.seed).rates
             members |= dict.fromkeys(sizes, sum(len(drawn[name]) for name in sizes))
     text, images = np.sum(list(tokens.values()), axis=0).tolist()
     samples = sum(map(len, drawn.values()))
@@ -207,27 +210,23 @@ def _subsets(split: Split, rows: np.ndarray) -> list[tuple[str, int]]:
 
 def _over(planner: Planner, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Which samples of a source exceed the text and which the image budget."""
-    source, settings = planner.sources[name], planner.settings
-    return (
-        source.text > settings.text_budget - RESERVED,
-        source.images > settings.image_budget - RESERVED,
-    )
+    source, budget = planner.sources[name], planner.budget
+    return source.text > budget.text, source.images > budget.images
 
 
 def _left_out(planner: Planner, splits: Mapping[str, Split]) -> tuple[list[LeftOut], int]:
     """Samples that fit no pack, a few of each source, and how many there are."""
-    budgets = planner.settings.text_budget, planner.settings.image_budget
     named: list[LeftOut] = []
     sources = [name for name, (dropped, _) in planner.dropped().items() if dropped]
     for name in sources:
         source, split, over = planner.sources[name], splits[name], _over(planner, name)
         for row in np.flatnonzero(over[0] | over[1])[: max(1, LEFT_OUT // len(sources))].tolist():
             reasons = [
-                f"{length:,} {kind} tokens, {budget - RESERVED:,} at most"
-                for kind, length, budget, exceeds in zip(
+                f"{length:,} {kind} tokens, {most:,} at most"
+                for kind, length, most, exceeds in zip(
                     ("text", "image"),
                     (int(source.text[row]), int(source.images[row])),
-                    budgets,
+                    (planner.budget.text, planner.budget.images),
                     over,
                     strict=True,
                 )
@@ -245,6 +244,9 @@ def _charts(
     drawn: Mapping[str, np.ndarray],
     fills: tuple[np.ndarray, np.ndarray],
 ) -> list[Plot]:
+    # Half a second of matplotlib, which pages of streams and of one sample need not wait for.
+    from casa_train.report import drawing, histograms
+
     names = list(planner.sources)
     groups = [names[i : i + 1] for i in range(COLOURS - 1)] + [names[COLOURS - 1 :]]
     lists = {name: _Lists(splits[name], drawn[name]) for name in names}
@@ -266,7 +268,7 @@ def _charts(
         by_source("Images", {n: lists[n].counts("widths") for n in names}),
         by_source("Turns", {n: lists[n].counts("user_tokens") for n in names}),
         histograms.sizes("Image sizes", widths, heights),
-        histograms.histogram("Samples in a pack", [counts], [WEAK]),
+        histograms.histogram("Samples in a pack", [counts], [drawing.WEAK]),
         histograms.shares("Text fill of packs", fills[0]),
         histograms.shares("Image fill of packs", fills[1]),
     ]

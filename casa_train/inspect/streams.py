@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure
-from casa_train.data.stream.lanes import StreamSource
 from casa_train.data.stream.stream_loader import Drawn
+from casa_train.data.stream.stream_source import StreamSource
 from casa_train.inspect.packs import PackView, Planned, view_batches
 
 
@@ -54,9 +56,8 @@ class StreamView:
 def view_stream(
     drawn: Sequence[Drawn],
     sources: Mapping[str, StreamSource],
-    lanes: int,
+    data: DataConfig,
     tokenizer: Any,
-    budgets: tuple[int, int],
 ) -> tuple[StreamView, list[PackView]]:
     """Counts the packs and looks at them."""
     counts = Counter(name for one in drawn for name, _ in one.batch.answer_sources)
@@ -65,7 +66,7 @@ def view_stream(
     view = StreamView(
         packs=len(drawn),
         samples=samples,
-        lanes=lanes,
+        lanes=data.stream.lanes,
         fills=(_mean([d.batch.fills[0] for d in drawn]), _mean([d.batch.fills[1] for d in drawn])),
         subsets=[
             SubsetRow(
@@ -74,7 +75,7 @@ def view_stream(
                 counts[name] / max(1, samples),
                 counts[name],
                 source.rows,
-                len(source.units),
+                len(source.row_groups),
                 source.repeats,
             )
             for name, source in sources.items()
@@ -92,7 +93,7 @@ def view_stream(
         )
         for d in drawn
     ]
-    return view, view_batches(planned, tokenizer, budgets)
+    return view, view_batches(planned, tokenizer, Budget.of(data))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -83,9 +84,10 @@ def plot(
 
 def canvas(rows: int = 1, size: tuple[float, float] = CARD) -> tuple[Figure, list[Axes]]:
     """A figure with `rows` panels above each other, with short round numbers at both axes."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained", frameon=False)
     panels = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
+        axes.patch.set_visible(False)
         axes.tick_params(length=0)
         axes.yaxis.set_major_locator(MaxNLocator(6 if rows == 1 else 4, steps=ROUND))
         axes.xaxis.set_major_locator(MaxNLocator(7, steps=ROUND))
@@ -217,7 +219,8 @@ def svg(figure: Figure, title: str, label: str) -> Markup:
     """
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    # Not savefig, which would draw everything once more to find sizes that are known.
+    FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href=", "href=")
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)  # they repeat what texts say

@@ -94,7 +94,7 @@ def sizes(title: str, widths: np.ndarray, heights: np.ndarray) -> Plot | None:
                 f"{pixels[i]:.0f}–{pixels[i + 1]:.0f} wide, "
                 f"{pixels[j]:.0f}–{pixels[j + 1]:.0f} high: {counts[i, j]:,.0f}",
             )
-            axes.add_patch(cell)
+            _add(axes, cell)
         axes.set(xlim=(low, high), ylim=(low, high))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -139,12 +139,18 @@ def _bars(
             bar = Rectangle(place, width - gap, own[i], facecolor=colour, clip_on=False)
             share = totals[i] / totals.sum()
             drawing.hover(bar, f"{names[i]}: {totals[i]:,} ({percent(share)})")
-            axes.add_patch(bar)
+            _add(axes, bar)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.02 * totals.max()))
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", pad=5)
     axes.spines["left"].set_visible(False)
     axes.yaxis.set_major_locator(MaxNLocator(3, steps=drawing.ROUND, integer=True))
+
+
+def _add(axes: Axes, bar: Rectangle) -> None:
+    """Limits and layout do not look at single bars, which would take most of the time."""
+    bar.set_in_layout(False)
+    axes.add_artist(bar)
 
 
 def _range(low: float, high: float) -> str:

@@ -57,9 +57,8 @@ def check_same_run(stored: Path, config: Config) -> None:
         but = f" (not {', '.join(kept)}: a run with a checkpoint keeps it)" if kept else ""
         raise UserError(
             f"{stored.parent} belongs to another configuration: {'; '.join(differing)}. Choose "
-            "another "
-            "name=..., start over with checkpoint.resume=never, or allow the fields by name with "
-            f"checkpoint.resume_allow=[...]{but}."
+            "another name=..., start over with checkpoint.resume=never, or allow the fields by "
+            f"name with checkpoint.resume_allow=[...]{but}."
         )
 
 

@@ -1,74 +1,28 @@
 """What may differ when a run goes on, as far as the order of its samples depends on it.
 
-The state of a plan or a stream holds positions: how many samples of every source were drawn, and
-which samples lie in packs under way, with their lengths. A field may change where these still mean
-the same under its new value. `config.FREE_FIELDS` names fields that have no part in what a run
-computes; every other field of the data is decided here, and a test asks for a decision on new ones.
+It is decided beside the fields, in `config/data_schema.py`. A checkpoint tells of those that its
+plan or stream depends on; here two such records are compared.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from casa_train.config.schema import Config, flatten
+from casa_train.config.resume_marks import Kept
+from casa_train.config.schema import Config, flatten, resume_mark
 from casa_train.data.tokens import tokenizer_fingerprint
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 
-_ORDER = "positions in the epoch under way are counted along the order that it draws"
-_LENGTHS = "the packs under way hold samples as they were cut and measured with it"
-_RATES = "rates hold over all draws of the run, so the mixture would first make up for its past"
-_PASS = "positions are counted along an order of as many samples"
 _TOKENS = "the packs under way hold samples as many tokens long as it gave them"
-
-# By field, `*` standing for any name: why a run that has a checkpoint keeps it.
-KEPT: dict[str, str] = {
-    "seed": _ORDER,
-    "data.locality": _ORDER,
-    "data.text_tokens": _LENGTHS,
-    "data.image_tokens": _LENGTHS,
-    "data.max_pixels": _LENGTHS,
-    "data.min_pixels": _LENGTHS,
-    "data.ratings.*": _LENGTHS,
-    "data.sources.*.weight": _RATES,
-    "data.sources.*.repeats": _RATES,
-    "data.sources.*.limit": _PASS,
-    "data.stream.lanes": "every lane has a position of its own, in row groups dealt to as many",
-    "data.stream.datasets.*.schema": _LENGTHS,
-    "data.stream.datasets.*.repeats.*": _RATES,
-}
-
-_BLOCK = "the block of packs under way is used up as it was begun, the next one is made with it"
-_DIGEST = "the digests of the data are compared, whatever names it"
-
-# Why it may change, if `checkpoint.resume_allow` names it.
-CHANGEABLE: dict[str, str] = {
-    "data.packs_per_step": _BLOCK,
-    "data.balance_block": _BLOCK,
-    "data.balance_group": _BLOCK,
-    "data.video_share": _BLOCK,
-    "data.open_packs": "of too many open packs the fullest are finished first",
-    "data.stream.open_units": "of too many open row groups none is opened before they are read",
-    "data.sources.*.path": _DIGEST,
-    "data.stream.datasets.*.source": _DIGEST,
-    "data.stream.datasets.*.subsets": _DIGEST,
-    "data.stream.datasets.*.exclude": _DIGEST,
-    "data.stream.datasets.*.split": _DIGEST,
-    "data.stream.datasets.*.revision": _DIGEST,
-}
 
 
 def reason_to_keep(name: str) -> str | None:
     """Why a run with a checkpoint keeps this field; None where `resume_allow` can let it differ."""
-    return next((reason for pattern, reason in KEPT.items() if matches(pattern, name)), None)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a dotted name is, or lies below, what a pattern names."""
-    return re.match(re.escape(pattern).replace(r"\*", r"[^.]+") + r"(\.|$)", name) is not None
+    mark = resume_mark(name)
+    return mark.why if isinstance(mark, Kept) else None
 
 
 def plan_record(config: Config, processor: CasaProcessor) -> str:

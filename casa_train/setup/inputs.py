@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config
 from casa_train.data.processor import open_processor
 from casa_train.data.templates import verdict
@@ -35,12 +36,7 @@ def check_inputs(config: Config, world: int, kept: Path | None = None) -> Checke
     :param kept: where a run that goes on has kept its tokenizer, in case its source is gone.
     :raises UserError: whatever the user can mend.
     """
-    if config.data.packs_per_step % world:
-        raise UserError(
-            f"data.packs_per_step is {config.data.packs_per_step}, which {world} ranks do not "
-            f"divide; expected a multiple of the number of ranks. Set data.packs_per_step={world} "
-            "or a multiple of it, or start another number of ranks."
-        )
+    micro_steps(config.data, world)
     notes = []
     try:
         processor, resolved = open_processor(config)

@@ -198,7 +198,6 @@ def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
     model.visual.set_trainable(config.model.vision.train_last_blocks)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
-            f"nothing trains: model.backbone.trainable is false, model.vision.train_last_blocks "
-            "is 0 "
-            f"and the mechanism {config.fusion['mechanism']!r} adds no parameters."
+            "nothing trains: model.backbone.trainable is false, model.vision.train_last_blocks is "
+            f"0 and the mechanism {config.fusion['mechanism']!r} adds no parameters."
         )

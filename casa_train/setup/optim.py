@@ -45,8 +45,7 @@ def build_groups(
         if not members[name] and group.required:
             raise UserError(
                 f"optim.groups.{name}: patterns {group.patterns} match no trainable parameter. "
-                "Mend "
-                f"them, or set optim.groups.{name}.required=false."
+                f"Mend them, or set optim.groups.{name}.required=false."
             )
         # Norm weights and biases are vectors; only they are.
         for decayed in (True, False):

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from casa_train import __version__
+from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
 from casa_train.io.numbers import count
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import fit_schedule
+from casa_train.setup.precision import DTYPES
 
 
 def part_of(name: str) -> str:
@@ -41,9 +43,8 @@ def banner(
 ) -> list[str]:
     """What the run is, in a few lines; `notes` are those of its data."""
     vision, backbone = model.config.vision_config, model.config.text_config
-    accumulation = config.data.packs_per_step // ranks.world
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    backend = choose_backend("auto", ranks.device, dtype)
+    accumulation = micro_steps(config.data, ranks.world)
+    backend = choose_backend("auto", ranks.device, DTYPES[config.parallel.precision])
     sizes = part_sizes(model)
     adapter = vision.out_hidden_size != backbone.hidden_size
     lines = [

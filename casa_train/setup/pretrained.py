@@ -133,8 +133,7 @@ class Pretrained:
             if missing:
                 raise UserError(
                     f"{self.setting}: {self.directory} lacks {missing}, which {INDEX} names. Copy "
-                    "or "
-                    "download them again."
+                    "or download them again."
                 )
             return files
         if not (self.directory / SINGLE).is_file():
@@ -152,8 +151,7 @@ class Pretrained:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.setting}: {path} is missing or not JSON ({type(error).__name__}); "
-                "expected a "
-                "Hugging Face model directory."
+                "expected a Hugging Face model directory."
             ) from error
         return content
 
@@ -176,8 +174,7 @@ def _resolve(name: str, setting: str) -> Path:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"{setting}: {name!r} cannot be fetched from the hub ({first}). Download it where "
-            "there is "
-            "a network and give its directory."
+            "there is a network and give its directory."
         ) from error
 
 

@@ -12,21 +12,21 @@ import pytest
 from transformers import PretrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from casa_train.config.bounds import Bound, Leaf, leaves, values
-from casa_train.config.compose import check, compose_config
-from casa_train.config.schema import (
-    SIZES,
-    Config,
-    GroupConfig,
-    SourceConfig,
-    StreamDatasetConfig,
-    flatten,
-)
+from casa_train.config.bounds import Bound, Leaf, Sizes, leaves, values
+from casa_train.config.checks import check
+from casa_train.config.compose import compose_config
+from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
+from casa_train.config.schema import Config, GroupConfig, flatten
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import BACKBONES
 from casa_train.modeling.mechanisms import MECHANISMS, build_mechanism
 
+SIZES = {
+    ".".join(leaf.path[:-1]): leaf.kind.numbers
+    for leaf in leaves(Config)
+    if isinstance(leaf.kind, Sizes)
+}
 NUMBERS = [leaf for leaf in leaves(Config) if leaf.type in (int, float)]
 BASE = compose_config([])
 # The entries that dicts of the configuration may hold, so that each of their fields has a value.
@@ -37,7 +37,6 @@ ENTRIES = {
     "data.ratings": {"relevance": 3},
     "optim.groups": {"a": GroupConfig(["x"])},
 }
-OPTIONAL = ("world_size", "metrics.peak_tflops")
 
 
 def filled() -> Config:
@@ -46,7 +45,7 @@ def filled() -> Config:
     for name, entry in ENTRIES.items():
         for found in values(config, tuple(name.split("."))):
             found.set(copy.deepcopy(entry))
-    config.world_size, config.metrics.peak_tflops = 1, 1.0
+    config.planned_ranks, config.metrics.peak_tflops = 1, 1.0
     return config
 
 

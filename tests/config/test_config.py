@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -14,16 +17,20 @@ from omegaconf import OmegaConf, open_dict
 
 from casa_train.__main__ import options_first, run
 from casa_train.bench.step import Arm
-from casa_train.config.compose import CONF_DIR, compose_config, compose_onto, to_config
-from casa_train.config.schema import Config, TemplateConfig, fingerprint, flatten, run_fields
+from casa_train.config.compose import compose_config, compose_onto, to_config
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.model_schema import TemplateConfig
+from casa_train.config.schema import Config, fingerprint, flatten, run_fields
 from casa_train.data.processor import build_processor
 from casa_train.errors import UserError
 from casa_train.inspect.__main__ import main as inspect
 from casa_train.inspect.pages import find_target
 from casa_train.modeling.processing_casa import ChatTemplate
+from casa_train.run.configuration import load_run_config
 from launch.submit import compose_jobs
 from launch.submit import main as submit
 from tests.helpers.commands import ROOT, TEMPLATE, TINY, on_data
+from tests.helpers.config_reads import fields_read
 
 
 def composed(*overrides: str) -> Config:
@@ -43,26 +50,61 @@ def test_every_mechanism_composes(path: Path) -> None:
     assert path.stem.startswith(composed(f"fusion={path.stem}").fusion["mechanism"])
 
 
-def test_every_field_is_documented_and_read() -> None:
-    source = (ROOT / "casa_train" / "config" / "schema.py").read_text()
-    code = "".join(
-        p.read_text()
-        for p in (ROOT / "casa_train").rglob("*.py")
-        if p.name not in ("schema.py", "compose.py")
+ROOM = CONF_DIR.parent / "config"
+SCHEMAS = [ROOM / name for name in ("schema.py", "model_schema.py", "data_schema.py")]
+
+
+def sections(kind: Any = Config) -> Iterator[Any]:
+    """The dataclasses that make up the configuration."""
+    yield kind
+    for hint in get_type_hints(kind).values():
+        for part in (hint, *get_args(hint)):
+            if is_dataclass(part):
+                yield from sections(part)
+
+
+def test_every_field_is_documented() -> None:
+    source = "\n".join(path.read_text() for path in SCHEMAS)
+    for cls in sections():
+        tree = next(
+            node
+            for node in ast.parse(source.replace("from __future__ import annotations", "")).body
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+        )
+        for node, following in itertools.pairwise([*tree.body, None]):
+            if isinstance(node, ast.AnnAssign):
+                documented = isinstance(following, ast.Expr) and isinstance(
+                    following.value, ast.Constant
+                )
+                assert documented, f"{cls.__name__}.{ast.unparse(node.target)} has no docstring"
+
+
+def test_every_field_is_read() -> None:
+    """By type, so that `options.name` is no read of a run's name. The template's fields go to the
+    processor together (`test_a_template_has_the_same_fields_everywhere`).
+    """
+    own = {*SCHEMAS, ROOM / "compose.py", ROOM / "checks.py"}
+    package = sorted((ROOT / "casa_train").rglob("*.py"))
+    read = fields_read(package, unread=own)
+    whole = {(cls.__name__, f.name) for cls in sections() for f in fields(cls)}
+    template = {("TemplateConfig", f.name) for f in fields(TemplateConfig)}
+    assert len(whole) > 90 and whole - read - template == set()
+
+
+def test_a_field_that_nobody_reads_is_found(tmp_path: Path) -> None:
+    """A common name counts as read only where the value is of the configuration."""
+    (tmp_path / "a.py").write_text(
+        "class Inner:\n    every: int\n    name: str\n    split: str\n"
+        "class Outer:\n    inner: Inner\n    others: dict[str, Inner]\n    name: str\n"
     )
-
-    def walk(cls: Any) -> None:
-        lines = source.split(f"class {cls.__name__}:")[1].split("\n@dataclass")[0].splitlines()
-        for f in fields(cls):
-            at = next(i for i, line in enumerate(lines) if line.startswith(f"    {f.name}:"))
-            assert lines[at + 1].startswith('    """'), f"{cls.__name__}.{f.name} has no docstring"
-            read = f".{f.name}" in code or f'_pieces["{f.name}"]' in code  # of a template
-            assert read, f"{cls.__name__}.{f.name} is never read"
-            nested = f.default_factory() if callable(f.default_factory) else None
-            if is_dataclass(nested):
-                walk(type(nested))
-
-    walk(Config)
+    (tmp_path / "b.py").write_text(
+        "def f(outer: Outer, path: Path, words: str):\n"
+        "    path.name, words.split()\n"
+        "    for key, other in outer.others.items():\n"
+        "        print(other.every)\n"
+    )
+    paths = sorted(tmp_path.glob("*.py"))
+    assert fields_read(paths) == {("Outer", "others"), ("Inner", "every")}
 
 
 def test_fingerprint_ignores_only_what_does_not_change_the_run() -> None:
@@ -334,6 +376,25 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> 
     (tmp_path / "run" / "checkpoints").mkdir()
     start()
     assert (tmp_path / "run" / "previous_2" / "checkpoints").is_dir()
+
+
+def test_the_name_of_an_earlier_version_is_understood(tmp_path: Path) -> None:
+    """Of `planned_ranks`: in what a run stored, in a user's own experiment, on the command line."""
+    stored = OmegaConf.to_container(OmegaConf.structured(composed("planned_ranks=8")))
+    assert isinstance(stored, dict)
+    stored["world_size"] = stored.pop("planned_ranks")
+    stored["checkpoint"]["resume_allow"] = ["trainer.steps"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(stored)))
+    assert load_run_config(tmp_path).planned_ranks == 8
+    (tmp_path / "experiment").mkdir()
+    own = "# @package _global_\ndefaults: [demo]\nworld_size: 4\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(own)
+    assert compose_config(["+experiment=mine"], tmp_path).planned_ranks == 4
+    assert compose_config(["+experiment=mine", "planned_ranks=2"], tmp_path).planned_ranks == 2
+    for override in ("world_size=2", "+world_size=2", "planned_ranks=2"):
+        assert compose_config(["+experiment=demo", override]).planned_ranks == 2
+    with pytest.raises(UserError, match="planned_ranks is 0; expected at least 1"):
+        compose_config(["world_size=0"])
 
 
 @pytest.fixture

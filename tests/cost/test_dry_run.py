@@ -13,7 +13,9 @@ import huggingface_hub
 import pytest
 from hydra import compose, initialize_config_dir
 
-from casa_train.config.compose import CONF_DIR, explain, to_config
+from casa_train.config.compose import to_config
+from casa_train.config.conf_dir import CONF_DIR
+from casa_train.config.explain import explain
 from casa_train.config.schema import Config
 from casa_train.cost.dry_run import dry_run
 from casa_train.cost.memory import logits_bytes, state_bytes
@@ -172,8 +174,8 @@ def test_rows_of_added_tokens_count(tmp_path: Path) -> None:
             ["model.backbone.pretrained=owner/unknown"],
             ["owner/unknown", "HF_HUB_OFFLINE", "kyutai"],
         ),
-        (["world_size=48"], ["data.packs_per_step is 128", "world_size=48"]),
-        (["world_size=0"], ["world_size is 0"]),
+        (["planned_ranks=48"], ["data.packs_per_step is 128", "planned_ranks=48"]),
+        (["planned_ranks=0"], ["planned_ranks is 0"]),
         (["parallel.activation_checkpointing=some"], ["is 'some'", "none, decoder, vision or all"]),
         (["fusion.placement=replace"], ["placement"]),
         (["model.vision.train_last_blocks=33"], ["train_last_blocks is 33"]),

@@ -15,6 +15,7 @@ from casa_train.cost.sizes import size_model
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.model import meta_model, set_trainable
+from casa_train.setup.precision import DTYPES
 from casa_train.training.loss import answer_losses
 from tests.cost.test_flops import FUSIONS, frozen_model, names, shapes
 from tests.helpers.tiny import Layout, tiny_text_config, tiny_vision_config
@@ -84,7 +85,7 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     memory = memory_of_rank(config, meta_model(config, model_config), world=1)
     model = CasaForConditionalGeneration(model_config).train()
     set_trainable(model, config)
-    model.to(torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32)
+    model.to(DTYPES[config.parallel.precision])
     measured = sum(saved(model, full_pack(config)).values())
     estimate = sum(memory.activations.values()) - memory.activations["logits"]
     # 37 small images: here the CPU pads, by 3 to 7 % of everything.

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from casa_train.data.lengths import sample_lengths
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.mixture import SourceSize
-from casa_train.data.prepared.plan import Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import Planner, PlanSource
 from casa_train.data.prepared.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.modeling.image_processing_casa import (
@@ -41,7 +42,7 @@ from tests.helpers.bad_images import (
     zeros,
 )
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import writer_for
+from tests.helpers.counting import sample_lengths, writer_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 MEMORY = Path("/proc/self/status")
@@ -188,9 +189,11 @@ def overwrite(split: Split, row: int, member: str, data: bytes) -> None:
 
 def make_loader(split: Split, processor: CasaProcessor, workers: int) -> PackLoader:
     source = PlanSource(*sample_lengths(split, processor), SourceSize(len(split)))
-    plan = PlanSettings(TEXT, IMAGES, G, seed=3, balance_block=2, balance_group=2)
-    materializer = Materializer({"s": split}, processor, TEXT, IMAGES)
-    return PackLoader(Planner({"s": source}, plan), materializer, G, workers=workers)
+    plan = DataConfig(
+        text_tokens=TEXT, image_tokens=IMAGES, packs_per_step=G, balance_block=2, balance_group=2
+    )
+    materializer = Materializer({"s": split}, processor, Budget.of(plan))
+    return PackLoader(Planner({"s": source}, plan, 3), materializer, G, workers=workers)
 
 
 def read(split: Split, processor: CasaProcessor, workers: int, steps: int) -> list[PackedBatch]:

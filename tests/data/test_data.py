@@ -11,19 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from casa_train.data.lengths import sample_lengths
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer, encode_sample
 from casa_train.data.mixture import SourceSize
-from casa_train.data.prepared.plan import Pack, Planner, PlanSettings, PlanSource
-from casa_train.data.prepared.shards import ShardWriter, Split
+from casa_train.data.prepared.plan import Pack, Planner, PlanSource
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas.rows import BadRow, finevision
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import FINGERPRINTS, texts_by
+from tests.helpers.counting import FINGERPRINTS, ShardWriter, sample_lengths, texts_by
 
 MAX_PIXELS = 7056
 WORDS = texts_by(lambda text: len(text.split()))
@@ -52,8 +53,10 @@ def row(*turns: tuple[str, str]) -> dict[str, object]:
 def planner(split: Split, processor: CasaProcessor, text: int = 160, images: int = 64) -> Planner:
     size = SourceSize(len(split))
     source = PlanSource(*sample_lengths(split, processor), size)
-    plan = PlanSettings(text, images, packs_per_step=4, seed=1, balance_block=4, balance_group=2)
-    return Planner({"s": source}, plan)
+    plan = DataConfig(
+        text_tokens=text, image_tokens=images, packs_per_step=4, balance_block=4, balance_group=2
+    )
+    return Planner({"s": source}, plan, seed=1)
 
 
 # ------------------------------------------------------------------------------------- schema
@@ -204,7 +207,7 @@ def test_a_budget_below_every_image_is_refused(split: Split, processor: CasaProc
 
 
 def test_batch_matches_its_samples(split: Split, processor: CasaProcessor) -> None:
-    materializer = Materializer({"s": split}, processor, 160, 64)
+    materializer = Materializer({"s": split}, processor, Budget(160, 64))
     pack = next(planner(split, processor))
     batch = materializer[pack]
     assert batch.text_tokens <= 160 - 1 and batch.image_tokens <= 64 - 1
@@ -236,7 +239,7 @@ def test_a_pack_without_images_gets_the_dummy(split: Split, processor: CasaProce
     rows = [i for i in range(len(split)) if split.source(i) == "synthetic_text"][:2]
     text, images = sample_lengths(split, processor)
     pack = Pack(0, tuple(("s", r, int(text[r]), int(images[r])) for r in rows), 100, 0)
-    batch = Materializer({"s": split}, processor, 160, 64)[pack]
+    batch = Materializer({"s": split}, processor, Budget(160, 64))[pack]
     assert batch.inputs.chunks[-1].images == (1,)
     assert batch.inputs.chunks[-1].text == 1
     assert len(batch.inputs.images) == 1
@@ -265,8 +268,8 @@ def test_a_corrupt_image_leaves_a_hole(
     pack = next(planner(good, processor))
     with_image = [r for _, r, _, _ in pack.items if good.index["image_offsets"][r].as_py()]
     broken = corrupt_copy(data_dir, tmp_path / "broken", with_image[:1])
-    whole = Materializer({"s": good}, processor, 160, 64)[pack]
-    holed = Materializer({"s": broken}, processor, 160, 64)[pack]
+    whole = Materializer({"s": good}, processor, Budget(160, 64))[pack]
+    holed = Materializer({"s": broken}, processor, Budget(160, 64))[pack]
     lost = f"{good.source(with_image[0])}/{good.key(with_image[0])}"
     assert [i for i in whole.sample_ids if i != lost] == holed.sample_ids
     assert [(f.reason, f.key) for f in holed.failures] == [
@@ -278,7 +281,7 @@ def test_a_sample_unlike_its_index_leaves_a_hole(split: Split, processor: CasaPr
     pack = next(planner(split, processor))
     (name, row, text, images), *others = pack.items
     lied = Pack(0, ((name, row, text + 1, images), *others), pack.text_tokens, pack.image_tokens)
-    batch = Materializer({"s": split}, processor, 160, 64)[lied]
+    batch = Materializer({"s": split}, processor, Budget(160, 64))[lied]
     assert [(f.reason, f.key) for f in batch.failures] == [("index_mismatch", split.key(row))]
     assert len(batch.sample_ids) == len(others)
 
@@ -288,7 +291,7 @@ def test_workers_and_ranks_keep_one_order(split: Split, processor: CasaProcessor
         loaders = [
             PackLoader(
                 planner(split, processor),
-                Materializer({"s": split}, processor, 160, 64),
+                Materializer({"s": split}, processor, Budget(160, 64)),
                 packs_per_step=4,
                 rank=rank,
                 world=world,

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from casa_train.data.budget import Budget
 from casa_train.data.fit import (
     LEAST_FRAME_TOKENS,
     NEVER,
@@ -125,7 +126,7 @@ def test_lengths_are_those_of_what_is_trained(
     budgets: tuple[int, int],
     ratings: dict[str, int],
 ) -> None:
-    fit = Fit(conversations, processor, *budgets, ratings)
+    fit = Fit(conversations, processor, Budget(*budgets), ratings)
     text, images, counts = fit.lengths()
     shortened = empty = 0
     for row in range(len(conversations)):
@@ -138,12 +139,12 @@ def test_lengths_are_those_of_what_is_trained(
             assert fit.cut(row) is None
             continue
         assert (text[row], images[row]) == trained(fit, row, processor)[:2]
-        uncut = Fit(conversations, processor, 10**6, 10**6, ratings).apply(row, whole)[0]
+        uncut = Fit(conversations, processor, Budget(10**6, 10**6), ratings).apply(row, whole)[0]
         sample = fit.apply(row, whole)[0]
         assert sample.turns == uncut.turns[: len(sample.turns)]
         shortened += len(sample.turns) < len(uncut.turns)
         if len(sample.turns) < len(uncut.turns):  # one turn more would not have fitted
-            longer = Fit(conversations, processor, 10**6, 10**6, ratings)
+            longer = Fit(conversations, processor, Budget(10**6, 10**6), ratings)
             longer_text = [t for t, _ in longer._turns(row)][: len(sample.turns) + 1]
             assert len(longer_text) == len(sample.turns) + 1
     assert counts == {"shortened": shortened, "ratings": empty}
@@ -158,7 +159,7 @@ def test_lengths_hold_for_messages_of_one_side_in_a_row(
 ) -> None:
     processor = CasaProcessor(processor.tokenizer, MAX_PIXELS, template)
     split = Split(write_talks(tmp_path, processor, 40))
-    fit = Fit(split, processor, *budgets)
+    fit = Fit(split, processor, Budget(*budgets))
     text, images, counts = fit.lengths()
     assert (counts["shortened"] > 0) == (budgets[0] < 1000)
     fitting = 0
@@ -174,7 +175,7 @@ def test_lengths_hold_for_messages_of_one_side_in_a_row(
 def test_a_single_turn_over_budget_is_left_out_by_the_plan(
     conversations: Split, processor: CasaProcessor
 ) -> None:
-    fit = Fit(conversations, processor, 100, 100)
+    fit = Fit(conversations, processor, Budget(100, 100))
     text, _, _ = fit.lengths()
     assert fit.cut(len(conversations) - 1) is None and text[-1] > 400
 
@@ -185,7 +186,7 @@ def test_frames_shrink_together_then_go_evenly(
 ) -> None:
     """With room for 64 tokens a frame they shrink; with less, some go."""
     big = CasaProcessor(processor.tokenizer, 280 * 280, BRACKETS)  # 100 tokens a frame at most
-    fit = Fit(videos, big, 10_000, budget)
+    fit = Fit(videos, big, Budget(10_000, budget))
     text, images, _ = fit.lengths()
     for row in range(len(videos)):
         frames = len(videos.read(row).images)
@@ -212,9 +213,9 @@ def test_lengths_are_those_of_enlarged_images(
     plain = CasaProcessor(processor.tokenizer, **bounds)
     enlarged = 0
     for split in (conversations, videos):
-        fit = Fit(split, large, *budgets)
+        fit = Fit(split, large, Budget(*budgets))
         text, images, _ = fit.lengths()
-        _, before, _ = Fit(split, plain, *budgets).lengths()
+        _, before, _ = Fit(split, plain, Budget(*budgets)).lengths()
         fitting = np.flatnonzero((text <= budgets[0]) & (images <= budgets[1])).tolist()
         assert fitting
         for row in fitting:
@@ -230,7 +231,7 @@ def test_frames_are_shrunk_below_the_bound_of_small_images(
 ) -> None:
     least = 280 * 280  # 100 tokens; forty frames get 65 each
     large = CasaProcessor(processor.tokenizer, 2 * least, BRACKETS, min_pixels=least)
-    fit = Fit(videos, large, 10_000, 65 * 40)
+    fit = Fit(videos, large, Budget(10_000, 65 * 40))
     row = len(videos) - 1
     text, images, frames = trained(fit, row, large)
     assert frames == 40 and images <= 65 * 40
@@ -239,7 +240,7 @@ def test_frames_are_shrunk_below_the_bound_of_small_images(
 
 def test_frames_go_for_lack_of_text_tokens_too(videos: Split, processor: CasaProcessor) -> None:
     """Two tokens stand around every frame; with one turn nothing else can go."""
-    fit = Fit(videos, processor, 40, 100_000)
+    fit = Fit(videos, processor, Budget(40, 100_000))
     text, images, counts = fit.lengths()
     assert (text <= 40).all() and counts["shortened"] >= 1
     for row in range(len(videos)):
@@ -247,7 +248,7 @@ def test_frames_go_for_lack_of_text_tokens_too(videos: Split, processor: CasaPro
 
 
 def test_conversations_never_shrink_images(conversations: Split, processor: CasaProcessor) -> None:
-    fit = Fit(conversations, processor, 10_000, 30)
+    fit = Fit(conversations, processor, Budget(10_000, 30))
     for row in range(len(conversations)):
         cut = fit.cut(row)
         assert cut is None or cut.max_pixels == MAX_PIXELS
@@ -261,7 +262,7 @@ def test_ratings_that_do_not_exist_are_refused(
     conversations: Split, processor: CasaProcessor, ratings: dict[str, int], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        Fit(conversations, processor, 100, 100, ratings).lengths()
+        Fit(conversations, processor, Budget(100, 100), ratings).lengths()
 
 
 # ------------------------------------------------------------------------------ all at once
@@ -346,7 +347,7 @@ def slowly(fit: Fit) -> tuple[list[int], list[int], dict[str, int]]:
         if not turns:
             counts["ratings"] += 1
             whole = NEVER, whole[1]
-        elif whole[0] > fit.budgets[0] or whole[1] > fit.budgets[1]:
+        elif not fit.budget.holds(*whole):
             cut = fit.cut(row)
             if cut is not None:
                 counts["shortened"] += 1
@@ -368,7 +369,7 @@ def fits(draw: st.DrawFn, processor: Any) -> Fit:
     rows = draw(st.lists(st.lists(turn, max_size=5), min_size=1, max_size=12))
     budgets = draw(st.tuples(st.integers(1, 300), st.integers(0, 1500)))
     ratings = draw(st.sampled_from([{}, {"relevance": 3}, {"relevance": 5}]))
-    fit = Fit(Columns(rows, schema), processor, *budgets, ratings)  # type: ignore[arg-type]
+    fit = Fit(Columns(rows, schema), processor, Budget(*budgets), ratings)  # type: ignore[arg-type]
     fit.max_pixels = draw(st.sampled_from([784, 19_600, 400 * 400]))
     fit.per_image = draw(st.integers(0, 3))
     return fit
@@ -392,7 +393,7 @@ def test_lengths_of_all_samples_are_those_of_each(
         expected = slowly(fit)
         assert (text.tolist(), images.tolist(), counts) == expected
         assert fit.lengths(2)[0].tolist() == text[:2].tolist()
-        unfit = ((text > fit.budgets[0]) | (images > fit.budgets[1])).sum()
+        unfit = (~fit.budget.holds(text, images)).sum()
         met["shortened"] += counts["shortened"]
         met["ratings"] += counts["ratings"]
         met["unfit"] += int(unfit) - counts["ratings"]

@@ -13,16 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture, SourceSize
 from casa_train.data.packing import BestFitPacker
-from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner, PlanSource
 from casa_train.errors import UserError
 
-SETTINGS = PlanSettings(
-    text_budget=201,
-    image_budget=101,
+SEED = 5
+SETTINGS = DataConfig(
+    text_tokens=201,
+    image_tokens=101,
     packs_per_step=6,
-    seed=5,
     open_packs=4,
     balance_block=4,
     balance_group=3,
@@ -89,7 +91,7 @@ def test_weights_for_some_sources_only_are_refused() -> None:
 def test_packs_keep_both_budgets_and_lose_nothing(
     sizes: list[tuple[int, int]], open_packs: int, max_age: int
 ) -> None:
-    packer = BestFitPacker(40, 60, open_packs, max_age)
+    packer = BestFitPacker(Budget(40, 60), open_packs, max_age)
     finished = []
     for i, (text, images) in enumerate(sizes):
         finished += packer.add((str(i), i), text, images)
@@ -103,7 +105,7 @@ def test_packs_keep_both_budgets_and_lose_nothing(
 
 
 def test_best_fit_takes_the_fullest_pack_that_fits() -> None:
-    packer = BestFitPacker(10, 100, open_packs=3)
+    packer = BestFitPacker(Budget(10, 100), open_packs=3)
     for text in (6, 7, 8):
         packer.add(("s", text), text, 0)
     packer.add(("s", 3), 3, 0)
@@ -145,33 +147,33 @@ def test_a_rate_of_zero_is_refused() -> None:
 
 @pytest.mark.parametrize("sources", [SOURCES, MIXED], ids=["images", "mixed"])
 def test_plan_is_a_pure_function_and_resumes_anywhere(sources: dict[str, PlanSource]) -> None:
-    reference = first(130, Planner(sources, SETTINGS))
+    reference = first(130, Planner(sources, SETTINGS, SEED))
     assert [p.index for p in reference] == list(range(130))
     for consumed, ahead in ((0, 0), (0, 9), (1, 1), (23, 60), (24, 24), (72, 80), (100, 130)):
-        running = Planner(sources, SETTINGS)
+        running = Planner(sources, SETTINGS, SEED)
         first(ahead, running)
         state = json.loads(json.dumps(running.state_dict(consumed)))
-        second = Planner(sources, SETTINGS)
+        second = Planner(sources, SETTINGS, SEED)
         second.load_state_dict(state)
         again = json.loads(json.dumps(second.state_dict(consumed)))  # save right after restore
-        third = Planner(sources, SETTINGS)
+        third = Planner(sources, SETTINGS, SEED)
         third.load_state_dict(again)
         for resumed in (second, third):
             assert first(130 - consumed, resumed) == reference[consumed:]
 
 
 def test_saving_while_planning_ahead_after_a_resume() -> None:
-    reference = first(60, Planner(SOURCES, SETTINGS))
-    running = Planner(SOURCES, SETTINGS)
-    running.load_state_dict(Planner(SOURCES, SETTINGS).state_dict(20))
+    reference = first(60, Planner(SOURCES, SETTINGS, SEED))
+    running = Planner(SOURCES, SETTINGS, SEED)
+    running.load_state_dict(Planner(SOURCES, SETTINGS, SEED).state_dict(20))
     first(30, running)
-    second = Planner(SOURCES, SETTINGS)
+    second = Planner(SOURCES, SETTINGS, SEED)
     second.load_state_dict(running.state_dict(26))
     assert next(second) == reference[26]
 
 
 def test_state_does_not_grow() -> None:
-    planner = Planner(MIXED, SETTINGS)
+    planner = Planner(MIXED, SETTINGS, SEED)
     sizes = []
     for block in range(12):
         first(BLOCK, planner)
@@ -181,7 +183,7 @@ def test_state_does_not_grow() -> None:
 
 def test_every_sample_that_fits_is_planned_once_an_epoch() -> None:
     """Over-sampling included; the last few samples are still in open packs."""
-    packs = first(600, Planner(SOURCES, SETTINGS))
+    packs = first(600, Planner(SOURCES, SETTINGS, SEED))
     for name, plan_source in SOURCES.items():
         drawn = Counter(row for pack in packs for n, row, _, _ in pack.items if n == name)
         fits = (plan_source.text <= 200) & (plan_source.images <= 100)
@@ -194,7 +196,7 @@ def test_every_sample_that_fits_is_planned_once_an_epoch() -> None:
 
 
 def test_packs_say_what_they_hold_and_keep_the_budgets() -> None:
-    for pack in first(100, Planner(MIXED, SETTINGS)):
+    for pack in first(100, Planner(MIXED, SETTINGS, SEED)):
         for name, row, text, images in pack.items:
             assert (MIXED[name].text[row], MIXED[name].images[row]) == (text, images)
         assert pack.text_tokens == sum(item[2] for item in pack.items) <= 200
@@ -210,21 +212,21 @@ def modalities(packs: Sequence[Pack]) -> list[str]:
 @pytest.mark.parametrize(("share", "every"), [(0.25, 4), (0.5, 2), (1 / 3, 3)])
 def test_every_nth_group_is_video_and_stays_so_after_a_resume(share: float, every: int) -> None:
     plan = replace(SETTINGS, video_share=share)
-    packs = first(144, Planner(MIXED, plan))
+    packs = first(144, Planner(MIXED, plan, SEED))
     kinds = modalities(packs)
     groups = [kinds[i : i + 3] for i in range(0, 144, 3)]
     expected = [VIDEO if (g + 1) % every == 0 else IMAGE for g in range(48)]
     assert groups == [[kind] * 3 for kind in expected]
-    running = Planner(MIXED, plan)
+    running = Planner(MIXED, plan, SEED)
     first(90, running)
-    resumed = Planner(MIXED, plan)
+    resumed = Planner(MIXED, plan, SEED)
     resumed.load_state_dict(running.state_dict(77))
     assert modalities(first(40, resumed)) == kinds[77:117]
 
 
 def test_a_block_is_sorted_into_groups_of_like_size_in_random_order() -> None:
     plan = replace(SETTINGS, balance_block=8, balance_group=6)
-    packs = first(48 * 6, Planner(SOURCES, plan))
+    packs = first(48 * 6, Planner(SOURCES, plan, SEED))
     orders = []
     for start in range(0, len(packs), 48):
         block = [p.image_tokens for p in packs[start : start + 48]]
@@ -239,7 +241,7 @@ def test_a_block_is_sorted_into_groups_of_like_size_in_random_order() -> None:
 
 def test_balance_evens_the_load_of_ranks() -> None:
     plan = replace(SETTINGS, packs_per_step=16, balance_block=32, balance_group=8)
-    images = np.array([p.image_tokens for p in first(16 * 64, Planner(SOURCES, plan))])
+    images = np.array([p.image_tokens for p in first(16 * 64, Planner(SOURCES, plan, SEED))])
 
     def slowest(loads: np.ndarray) -> float:
         ranks = loads.reshape(-1, 8)
@@ -251,4 +253,4 @@ def test_balance_evens_the_load_of_ranks() -> None:
 
 def test_groups_that_do_not_divide_a_block_are_refused() -> None:
     with pytest.raises(UserError, match=r"balance_group is 5.*divisor of 24"):
-        Planner(SOURCES, replace(SETTINGS, balance_group=5))
+        Planner(SOURCES, replace(SETTINGS, balance_group=5), SEED)

@@ -12,18 +12,12 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import encode_sample
 from casa_train.data.prepared import ratings
+from casa_train.data.prepared.recount import recount
 from casa_train.data.prepared.shard_index import INDEX_FILE
-from casa_train.data.prepared.shards import (
-    Shard,
-    ShardWriter,
-    Split,
-    finish_split,
-    finished_shard,
-    recount,
-)
+from casa_train.data.prepared.shard_writer import Shard, finish_split, finished_shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import filter_turns
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.tokens import TurnCounter, load_tokenizer
@@ -31,7 +25,7 @@ from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.counting import FINGERPRINTS, texts_by, writer_for
+from tests.helpers.counting import FINGERPRINTS, ShardWriter, sample_lengths, texts_by, writer_for
 from tests.helpers.published import live_line, picture, video_row
 
 WORDS = texts_by(lambda text: len(text.split()))

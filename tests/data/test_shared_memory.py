@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from casa_train.config.schema import DataConfig
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.shared_memory import check_shared_memory, ranks_beside
 from casa_train.errors import UserError
 from tests.helpers.commands import ROOT, TINY, environment, on_data

@@ -18,21 +18,25 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from casa_train.config.compose import check
-from casa_train.config.schema import Config, StreamConfig, StreamDatasetConfig
+from casa_train.config.checks import check
+from casa_train.config.data_schema import StreamConfig, StreamDatasetConfig
+from casa_train.config.schema import Config
 from casa_train.data.build import list_streams, open_data
 from casa_train.data.lengths import measure
 from casa_train.data.schemas.rows import finevision
-from casa_train.data.stream.lanes import StreamSource
+from casa_train.data.stream.lanes import block_packs
 from casa_train.data.stream.row_groups import Retries, list_files, read_row_group
 from casa_train.data.stream.stream_loader import StreamLoader
+from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import open_subset
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from tests.helpers.commands import ROOT, TINY, environment, run, train_command
 from tests.helpers.fake_hub import serving
 from tests.helpers.stream_data import (
+    SEED,
     SETTINGS,
+    changed,
     loaders,
     open_all,
     png,
@@ -47,7 +51,7 @@ from tests.helpers.stream_data import (
 
 STEPS = 8
 # Every pack holds one sample of `row`, in the order in which a lane draws them.
-ALONE = replace(SETTINGS, text_budget=32, open_packs=1, block=1)
+ALONE = changed(SETTINGS, text_tokens=32, open_packs=1, balance_block=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +79,11 @@ def single(root: Path, rows: list[dict[str, Any]], group: int) -> dict[str, Stre
 
 def by_lane(sources: dict[str, StreamSource], samples: int, **changes: Any) -> list[list[str]]:
     """The first ids that every lane draws."""
-    settings = replace(ALONE, **changes)
-    ranks = loaders(sources, settings=settings, packs_per_step=settings.lanes)
+    settings = changed(ALONE, **changes)
+    ranks = loaders(sources, settings=settings, packs_per_step=settings.stream.lanes)
     steps = [read_step(ranks) for _ in range(samples)]
     assert all(len(pack) == 1 for step in steps for pack in step)
-    return [[step[lane][0] for step in steps] for lane in range(settings.lanes)]
+    return [[step[lane][0] for step in steps] for lane in range(settings.stream.lanes)]
 
 
 # --------------------------------------------------------------------------------------- order
@@ -101,7 +105,7 @@ def test_steps_and_lanes_need_not_divide_each_other(
     sources: dict[str, StreamSource], packs_per_step: int, lanes: int
 ) -> None:
     """Two ranks divide both; the order is that of the lanes, pack i from lane i mod L."""
-    settings = replace(SETTINGS, lanes=lanes)
+    settings = changed(SETTINGS, lanes=lanes, packs_per_step=packs_per_step)
     one = loaders(sources, 1, 0, settings, packs_per_step)
     packs = [pack for _ in range(5) for pack in read_step(one)]
     two = loaders(sources, 2, 0, settings, packs_per_step)
@@ -111,14 +115,15 @@ def test_steps_and_lanes_need_not_divide_each_other(
     for loader in two:
         loader.load_state_dict(state)
     assert [*found, *(pack for _ in range(2) for pack in read_step(two))] == packs
-    by_rows = loaders(sources, 1, 0, settings, lanes)
+    same_blocks = changed(settings, balance_block=block_packs(settings))
+    by_rows = loaders(sources, 1, 0, same_blocks, lanes)
     rounds = [pack for _ in range(-(-len(packs) // lanes)) for pack in read_step(by_rows)]
     assert rounds[: len(packs)] == packs
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_refused(sources: dict[str, StreamSource]) -> None:
     with pytest.raises(UserError, match=r"data.stream.lanes is 12, which 5 ranks do not divide"):
-        StreamLoader(sources, SETTINGS, processor(), 10, 0, 5)
+        StreamLoader(sources, changed(SETTINGS, packs_per_step=10), SEED, processor(), 0, 5)
 
 
 def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(tmp_path: Path) -> None:
@@ -130,7 +135,7 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(tmp_path: P
     assert sorted(first) == sorted(second) == every
     assert first != second
     groups = [int(lane[0].rpartition("_")[2]) // 3 for lane in lanes]
-    assert groups != sorted(groups)  # units are shuffled, and so are their rows
+    assert groups != sorted(groups)  # row groups are shuffled, and so are their rows
     assert any(lane[:3] != sorted(lane[:3]) for lane in lanes)
 
 
@@ -138,7 +143,7 @@ def test_sources_keep_their_rates_and_no_lane_is_without_one(
     sources: dict[str, StreamSource],
 ) -> None:
     """20 rows six times over against 90 rows; over all lanes, off by what they have open."""
-    ranks = loaders(sources, settings=replace(SETTINGS, lanes=2), packs_per_step=2)
+    ranks = loaders(sources, settings=changed(SETTINGS, lanes=2), packs_per_step=2)
     lanes: list[Counter[str]] = [Counter(), Counter()]
     for _ in range(100):
         for lane, pack in enumerate(read_step(ranks)):
@@ -153,7 +158,7 @@ def test_neighbouring_lanes_give_packs_of_like_size(tmp_path: Path) -> None:
     only = single(tmp_path / "hub", rows, group=10)
 
     def slowest(block: int) -> float:
-        settings = replace(SETTINGS, block=block, open_packs=1)
+        settings = changed(SETTINGS, balance_block=block, open_packs=1)
         (loader,) = loaders(only, settings=settings)
         loads = [[b.image_tokens for b in loader.next_step()] for _ in range(16)]
         return sum(map(max, loads)) * 12 / sum(map(sum, loads))
@@ -184,7 +189,7 @@ def test_resume_at_any_step_goes_on_as_if_nothing_had_happened(
         for loader in ranks:
             loader.load_state_dict(again)
         assert read_step(ranks) == undisturbed[step]
-    sizes = [len(json.dumps(state)) / SETTINGS.lanes for state in states[1:]]
+    sizes = [len(json.dumps(state)) / SETTINGS.stream.lanes for state in states[1:]]
     assert max(sizes) < 2000  # bytes a lane: rows are named, not stored
 
 
@@ -206,7 +211,7 @@ def test_ranks_and_workers_change_on_the_way(
 
 def test_another_number_of_lanes_is_refused(sources: dict[str, StreamSource]) -> None:
     state = saved(loaders(sources)[0])
-    other = loaders(sources, settings=replace(SETTINGS, lanes=6))[0]
+    other = loaders(sources, settings=changed(SETTINGS, lanes=6))[0]
     with pytest.raises(UserError, match=r"holds 12 lanes, data.stream.lanes is 6"):
         other.load_state_dict(state)
 
@@ -223,12 +228,12 @@ def test_memory_decides_only_how_often_row_groups_are_read(
         reads[file.url, group] += 1
         return read_row_group(file, group, retries)
 
-    monkeypatch.setattr("casa_train.data.stream.lanes.read_row_group", counting)
-    settings = replace(SETTINGS, lanes=2)
+    monkeypatch.setattr("casa_train.data.stream.row_reader.read_row_group", counting)
+    settings = changed(SETTINGS, lanes=2)
     enough = read_step(loaders(sources, 1, 0, settings, 8))
     once = reads.total()
     reads.clear()
-    assert read_step(loaders(sources, 1, 0, settings, 8, memory=1)) == enough
+    assert read_step(loaders(sources, 1, 0, settings, 8, memory_mib=0)) == enough
     assert reads.total() > 3 * once
 
 
@@ -275,7 +280,7 @@ def test_bad_rows_are_counted_by_reason_and_nothing_stops(tmp_path: Path) -> Non
     bad = broken_rows()
     rows = [row("only", i) for i in range(18)] + [r for r in bad.values()]
     only = single(tmp_path / "hub", rows, group=2)
-    (loader,) = loaders(only, settings=replace(ALONE, lanes=1, open_units=1), packs_per_step=1)
+    (loader,) = loaders(only, settings=changed(ALONE, lanes=1, open_units=1), packs_per_step=1)
     batches = [loader.next_step()[0] for _ in range(18)]
     reasons = Counter(f.reason for b in batches for f in b.failures)
     good = {sample for b in batches for sample in b.sample_ids}
@@ -286,7 +291,7 @@ def test_bad_rows_are_counted_by_reason_and_nothing_stops(tmp_path: Path) -> Non
 
 def test_a_subset_of_bad_rows_alone_reaches_the_trainer_as_failures(tmp_path: Path) -> None:
     only = single(tmp_path / "hub", [broken_rows()["no_texts"]] * 8, group=4)
-    (loader,) = loaders(only, settings=replace(ALONE, lanes=1), packs_per_step=1)
+    (loader,) = loaders(only, settings=changed(ALONE, lanes=1), packs_per_step=1)
     (batch,) = loader.next_step()
     assert batch.sample_ids == [] and len(batch.failures) >= 500
     assert batch.inputs.chunks  # the dummy sample
@@ -300,7 +305,7 @@ def test_a_long_conversation_drops_trailing_turns_and_a_long_turn_is_counted(
     endless["texts"][0]["assistant"] = "word " * 400
     rows = [long, endless, *(row("only", i) for i in range(4))]
     only = single(tmp_path / "hub", rows, group=6)
-    settings = replace(ALONE, lanes=1, text_budget=100)
+    settings = changed(ALONE, lanes=1, text_tokens=100)
     (loader,) = loaders(only, settings=settings, packs_per_step=1)
     batches = [loader.next_step()[0] for _ in range(6)]
     assert sum(b.left_out for b in batches) >= 1 and not any(b.failures for b in batches)
@@ -313,7 +318,7 @@ def test_a_long_conversation_drops_trailing_turns_and_a_long_turn_is_counted(
 
 def test_budgets_that_nothing_fits_are_named(tmp_path: Path) -> None:
     only = single(tmp_path / "hub", [row("only", i) for i in range(6)], group=3)
-    (loader,) = loaders(only, settings=replace(ALONE, text_budget=9))
+    (loader,) = loaders(only, settings=changed(ALONE, text_tokens=9))
     with pytest.raises(UserError, match=r"data.text_tokens is 9.*Raise the budgets"):
         loader.next_step()
 
@@ -384,7 +389,7 @@ def flaky(published: Path) -> Callable[[int], str]:
 def test_a_failed_read_is_tried_again(
     flaky: Callable[[int], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    retries = Retries(attempts=3, seconds=0.01)
+    retries = Retries(attempts=3, retry_seconds=0.01)
     (file,) = list_files([flaky(2)], retries)
     assert file.rows == (4, 4, 4, 4, 4)
     flaky(2)
@@ -394,7 +399,7 @@ def test_a_failed_read_is_tried_again(
 
 
 def test_a_read_that_keeps_failing_is_named(flaky: Callable[[int], str]) -> None:
-    retries = Retries(attempts=3, seconds=0.01)
+    retries = Retries(attempts=3, retry_seconds=0.01)
     (file,) = list_files([flaky(0)], retries)
     flaky(3)
     with pytest.raises(UserError, match=r"flaky://.*could not be read in 3 attempts.*hung up"):
@@ -407,7 +412,7 @@ def test_an_outage_in_a_worker_reaches_the_trainer_as_one_message(
     source = open_all(published)["small"]
     flaky_files = tuple(list_files([flaky(0)], Retries(1, 0)))
     broken = {"small": replace(source, files=flaky_files)}
-    (loader,) = loaders(broken, workers=1, retries=Retries(2, 0.01))
+    (loader,) = loaders(broken, workers=1, attempts=2, retry_seconds=0.01)
     flaky(10_000)
     with pytest.raises(UserError, match=r"could not be read in 2 attempts") as error:
         loader.next_step()
@@ -435,13 +440,13 @@ def test_a_file_that_changed_under_way_is_named(tmp_path: Path) -> None:
 HUB_PROGRAM = """
 import json
 from casa_train.data.stream.row_groups import Retries
-from casa_train.data.stream import open_subset, subset_names
+from casa_train.data.stream.subsets import open_subset, subset_names
 from tests.helpers.stream_data import loaders, read_step
 retries, name = Retries(4, 0.01), "HuggingFaceM4/FineVision"
 names = subset_names(name, None, retries)
 sources = {s: open_subset(name, s, "finevision", 6 if s == "small" else 1, retries=retries)
            for s in names}
-ranks = loaders(sources, world=2, workers=1, retries=retries)
+ranks = loaders(sources, world=2, workers=1, attempts=4, retry_seconds=0.01)
 print(json.dumps([[s.fingerprint for s in sources.values()], read_step(ranks)]))
 """
 

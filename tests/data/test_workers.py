@@ -15,18 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from casa_train.data.lengths import sample_lengths
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.loader import PackLoader, dead_workers_named
 from casa_train.data.materialize import Materializer, in_one_storage
 from casa_train.data.mixture import SourceSize
-from casa_train.data.prepared.plan import Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import Planner, PlanSource
 from casa_train.data.prepared.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import RankError
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.bad_images import encoded, noise
 from tests.helpers.commands import ROOT, TEMPLATE, TINY, environment, on_data, train_command
-from tests.helpers.counting import writer_for
+from tests.helpers.counting import sample_lengths, writer_for
 
 SOON = 10  # seconds within which the trainer must know
 
@@ -49,10 +50,16 @@ def make_split(directory: Path, processor: CasaProcessor, images: int, samples: 
 
 def make_loader(split: Split, processor: CasaProcessor, workers: int = 2) -> PackLoader:
     lengths = sample_lengths(split, processor)
-    budgets = int(lengths[0].max()) + 1, int(lengths[1].max()) + 1  # a sample a pack
-    settings = PlanSettings(*budgets, 1, seed=0, balance_block=2, balance_group=2)
-    planner = Planner({"s": PlanSource(*lengths, SourceSize(len(split)))}, settings)
-    return PackLoader(planner, Materializer({"s": split}, processor, *budgets), 1, workers=workers)
+    data = DataConfig(
+        text_tokens=int(lengths[0].max()) + 1,  # a sample a pack
+        image_tokens=int(lengths[1].max()) + 1,
+        packs_per_step=1,
+        balance_block=2,
+        balance_group=2,
+    )
+    planner = Planner({"s": PlanSource(*lengths, SourceSize(len(split)))}, data, seed=0)
+    materializer = Materializer({"s": split}, processor, Budget.of(data))
+    return PackLoader(planner, materializer, 1, workers=workers)
 
 
 def worker_ids(loader: PackLoader) -> list[int]:

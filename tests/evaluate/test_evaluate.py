@@ -28,7 +28,7 @@ from tests.helpers.tiny_export import write_tiny_export
 
 def write(directory: Path, families: dict[str, int], answer: str = "yes") -> Split:
     """So many samples of each family, one after another, a text-only sample after each."""
-    from casa_train.data.prepared.shards import ShardWriter
+    from tests.helpers.counting import ShardWriter
 
     writer = ShardWriter(directory, "finevision", texts_by(len), FINGERPRINTS, 7)
     for family, count in families.items():

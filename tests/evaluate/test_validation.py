@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from casa_train.config.compose import compose_config
-from casa_train.config.schema import Config, SourceConfig
+from casa_train.config.data_schema import SourceConfig
+from casa_train.config.schema import Config
 from casa_train.data.processor import build_processor
 from casa_train.data.sample import Sample
 from casa_train.distributed.ranks import Ranks

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from casa_train.data.prepared.shards import ShardWriter
+from casa_train.data.budget import Budget
+from casa_train.data.fit import NEVER, Fit
+from casa_train.data.prepared.shard_writer import Count, Shard, finish_split, finished_shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Part, Sample
 from casa_train.data.tokens import TurnCounter, TurnTokens
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -59,6 +64,67 @@ def write_talks(directory: Path, processor: CasaProcessor, samples: int = 20) ->
         assert writer.write(f"k-{i}", talk(i), [buffer.getvalue()])
     writer.close()
     return directory
+
+
+class ShardWriter:
+    """Writes the rows of one split, one after the other, as shards; `close` makes the index.
+
+    In a directory where an unfinished writer was ended, it goes on after the last finished shard.
+
+    :ivar consumed: rows given to `write` that the finished shards cover; skip as many.
+    :param count: the tokens of a sample; `tokens.TurnCounter`.
+    :param fingerprints: of what counts; training refuses others.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        schema: str,
+        count: Count,
+        fingerprints: Mapping[str, str],
+        samples_per_shard: int = 2000,
+    ) -> None:
+        self.directory, self.schema = directory, schema
+        self.count, self.fingerprints = count, fingerprints
+        self.samples_per_shard = samples_per_shard
+        self._skipped: Counter[str] = Counter()
+        self.consumed = number = 0
+        while (shard := finished_shard(directory, number)) is not None:
+            self.consumed = int(shard["consumed"]["rows"])
+            self._skipped.update(shard["skipped"])
+            number += 1
+        self._seen = self.consumed
+        self._shard = Shard(directory, number, schema, count)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows that could not be used, by reason."""
+        return self._skipped + self._shard.skipped
+
+    def write(self, key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> bool:
+        """Adds one row; see `Shard.write`."""
+        self._seen += 1
+        written = self._shard.write(key, row, images)
+        if len(self._shard) >= self.samples_per_shard:
+            self._next_shard()
+        return written
+
+    def close(self) -> int:
+        """Finishes the last shard, writes index and meta; returns the number of samples."""
+        self._next_shard()
+        meta = finish_split(self.directory, self._shard.number, self.schema, self.fingerprints)
+        return int(meta["samples"])
+
+    def _next_shard(self) -> None:
+        self._shard.finish({"rows": self._seen})
+        self._skipped.update(self._shard.skipped)
+        self._shard = Shard(self.directory, self._shard.number + 1, self.schema, self.count)
+
+
+def sample_lengths(split: Split, processor: CasaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Text and image tokens of every whole sample of a split, two (samples,) int32 arrays."""
+    text, images, _ = Fit(split, processor, Budget(NEVER, NEVER)).lengths()
+    return text, images
 
 
 def writer_for(

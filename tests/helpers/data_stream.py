@@ -12,22 +12,27 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from casa_train.data.lengths import sample_lengths
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.loader import PackLoader
 from casa_train.data.materialize import Materializer
 from casa_train.data.mixture import SourceSize
-from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSettings, PlanSource
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource
 from casa_train.data.prepared.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.io.files import write_atomic
 from casa_train.modeling.processing_casa import CasaProcessor
 from tests.helpers.commands import TEMPLATE
+from tests.helpers.counting import sample_lengths
 
 G = 12
 TEXT, IMAGES = 160, 64
 # One dataset plays three sources: plain, over-sampled six times, and video.
 SOURCES = {"plain": (IMAGE, 1), "six": (IMAGE, 6), "film": (VIDEO, 1)}
-SETTINGS = PlanSettings(TEXT, IMAGES, packs_per_step=G, seed=7, balance_block=2, balance_group=6)
+SEED = 7
+SETTINGS = DataConfig(
+    text_tokens=TEXT, image_tokens=IMAGES, packs_per_step=G, balance_block=2, balance_group=6
+)
 
 
 def loaders(data: Path, world: int, workers: int, packs_per_step: int = G) -> list[PackLoader]:
@@ -43,8 +48,8 @@ def loaders(data: Path, world: int, workers: int, packs_per_step: int = G) -> li
     splits = dict.fromkeys(SOURCES, split)
     return [
         PackLoader(
-            Planner(sources, settings),
-            Materializer(splits, processor, TEXT, IMAGES),
+            Planner(sources, settings, SEED),
+            Materializer(splits, processor, Budget(TEXT, IMAGES)),
             packs_per_step,
             rank,
             world,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from casa_train.data.stream.lanes import StreamSettings, StreamSource
+from casa_train.config.data_schema import DataConfig, StreamConfig
 from casa_train.data.stream.stream_loader import StreamLoader
+from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import open_subset
 from casa_train.modeling.processing_casa import CasaProcessor
 from data_recipes.synthetic import build_tokenizer
@@ -38,8 +40,23 @@ SCHEMA = pa.schema(
     ]
 )
 
-SETTINGS = StreamSettings(
-    text_budget=120, image_budget=40, seed=3, lanes=12, open_units=2, open_packs=4, block=2
+OF_STREAM = {field.name for field in fields(StreamConfig)}
+
+
+def changed(data: DataConfig, **changes: Any) -> DataConfig:
+    """With other values of fields, of those of `data.stream`, too."""
+    stream = {name: changes.pop(name) for name in [*changes] if name in OF_STREAM}
+    return replace(data, **changes, stream=replace(data.stream, **stream))
+
+
+SEED = 3
+# Twelve packs a step over twelve lanes: a lane's block is as long as `balance_block` says.
+SETTINGS = changed(
+    DataConfig(text_tokens=120, image_tokens=40, packs_per_step=12, balance_block=2, open_packs=4),
+    lanes=12,
+    open_units=2,
+    attempts=1,
+    retry_seconds=0,
 )
 
 
@@ -111,30 +128,19 @@ def loaders(
     sources: Mapping[str, StreamSource],
     world: int = 1,
     workers: int = 0,
-    settings: StreamSettings = SETTINGS,
+    settings: DataConfig = SETTINGS,
     packs_per_step: int = 12,
-    **options: Any,
+    **changes: Any,
 ) -> list[StreamLoader]:
     """The loader of every rank; `gather` is what all of them would send."""
+    data = changed(settings, workers=workers, packs_per_step=packs_per_step, **changes)
     ranks: list[StreamLoader] = []
 
     def gather(_: Any) -> list[Any]:
         return [loader.lane_states for loader in ranks]
 
     for rank in range(world):
-        ranks.append(
-            StreamLoader(
-                sources,
-                settings,
-                processor(),
-                packs_per_step,
-                rank,
-                world,
-                workers,
-                gather=gather,
-                **options,
-            )
-        )
+        ranks.append(StreamLoader(sources, data, SEED, processor(), rank, world, gather=gather))
     return ranks
 
 

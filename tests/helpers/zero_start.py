@@ -16,7 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
-from casa_train.config.compose import CONF_DIR, to_config
+from casa_train.config.compose import to_config
+from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import Engine, init_processes, leave_processes

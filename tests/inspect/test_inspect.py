@@ -177,7 +177,7 @@ def test_rates_asked_and_drawn(data_dir: Path, tmp_path: Path) -> None:
         f"+data.sources.b.path={data_dir}/validation",
         "+data.sources.synthetic.weight=3",
         "+data.sources.b.weight=1",
-        "world_size=2",
+        "planned_ranks=2",
     ]
     html, page = look(tmp_path, "demo", *overrides, "--packs", "1")
     rows = re.findall(r'<tr data-source="(\w+)">(.*?)</tr>', html, re.DOTALL)
@@ -193,7 +193,7 @@ def test_rates_asked_and_drawn(data_dir: Path, tmp_path: Path) -> None:
     counts = re.findall(r'class="number">([\d,.]+)', cells)
     assert counts[0] == f"{len(numbers):,}" and counts[1] == "24"
     assert int(counts[3]) == max(np.bincount(numbers))
-    assert "2 ranks, world_size" in page.text and "rank 0" in page.text
+    assert "2 ranks, planned_ranks" in page.text and "rank 0" in page.text
     (ratio,) = re.findall(r"<b>([\d.]+)</b><small>2 ranks", html)
     loads = np.array([pack.image_tokens for pack in packs])
     assert ratio == f"{slowest_rank(loads, 2):.3f}"
@@ -265,7 +265,7 @@ def test_a_run_directory_is_looked_at_with_its_own_configuration(
         (["demo", "--experiment", "demo"], "--experiment says"),
         (["{data}/train", "--out", "{data}/summary.json/page.html"], "cannot be written"),
         (["{data}/train", "data.text_tokens=3"], "fits a pack"),
-        (["{data}/train", "world_size=3"], "world_size=3 does not divide"),
+        (["{data}/train", "planned_ranks=3"], "planned_ranks=3 does not divide"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(

@@ -116,7 +116,7 @@ def test_bad_rows_and_holes_are_named(source: Path, data_dir: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (["--sample", "x/y"], "streams its data, which has no index to find a sample by"),
-        (["world_size=3"], "data.stream.lanes is 4, which 3 ranks do not divide"),
+        (["planned_ranks=3"], "data.stream.lanes is 4, which 3 ranks do not divide"),
         (["+data.stream.datasets.finevision.subsets=[bigg]"], r"names \['bigg'\]"),
         (["+data.ratings.relevance=3"], "streams do not filter by"),
         (["data.text_tokens=3", "data.stream.open_units=1"], "gave nothing to a pack"),

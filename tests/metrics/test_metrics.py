@@ -21,6 +21,7 @@ from casa_train.config.schema import Config
 from casa_train.cost.peak import peak_tflops
 from casa_train.cost.sizes import work_counter
 from casa_train.cost.work import count_operations
+from casa_train.data.budget import Budget
 from casa_train.data.materialize import Entry, build_batch, encode_sample
 from casa_train.data.sample import ImageSlot, Sample, Turn
 from casa_train.data.tokens import load_tokenizer
@@ -95,7 +96,7 @@ def test_the_work_of_a_real_batch_is_counted_where_it_is_loaded(
     config.model.vision.train_last_blocks = -1
     counter = pickle.loads(pickle.dumps(work_counter(config, model)))  # as workers get it
     entries = [entry(sample, processor) for sample in samples]
-    batch = build_batch(0, entries, processor, 400, 400, counter)
+    batch = build_batch(0, entries, processor, Budget(400, 400), counter)
 
     shapes = [
         Chunk.of_grids(c.text, c.points, ((8, 8),) * len(c.images), c.follows)

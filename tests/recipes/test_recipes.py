@@ -20,9 +20,9 @@ import pyarrow as pa
 import pytest
 from omegaconf import OmegaConf
 
-from casa_train.config.schema import SourceConfig
+from casa_train.config.data_schema import SourceConfig
+from casa_train.data.budget import Budget
 from casa_train.data.build import open_splits
-from casa_train.data.lengths import sample_lengths
 from casa_train.data.materialize import Materializer
 from casa_train.data.overlap import IN_FINEVISION, LACKING_IN_FINEVISION, refuse_double_counting
 from casa_train.data.prepared.plan import Pack
@@ -32,7 +32,8 @@ from casa_train.data.prepared.shard_index import (
     open_index,
     write_index,
 )
-from casa_train.data.prepared.shards import Shard, Split
+from casa_train.data.prepared.shard_writer import Shard
+from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import RATINGS, ImageSlot
 from casa_train.data.tokens import load_tokenizer, tokenizer_fingerprint
 from casa_train.errors import UserError
@@ -45,7 +46,7 @@ from data_recipes.pipeline import Progress, slug
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers import published
 from tests.helpers.commands import ROOT, TEMPLATE, environment
-from tests.helpers.counting import texts_by, write_talks
+from tests.helpers.counting import sample_lengths, texts_by, write_talks
 
 FOUR_FILES = [[published.fine_row(10 * file + i) for i in range(10)] for file in range(4)]
 
@@ -575,7 +576,7 @@ def check_lengths(path: Path, processor: CasaProcessor) -> None:
     text, images = sample_lengths(split, processor)
     for row in range(len(split)):
         pack = Pack(0, (("a", row, int(text[row]), int(images[row])),), 0, 0)
-        batch = Materializer({"a": split}, processor, 10_000, 10_000)[pack]
+        batch = Materializer({"a": split}, processor, Budget(10_000, 10_000))[pack]
         assert not batch.failures and batch.sample_ids == [f"{split.source(row)}/{split.key(row)}"]
         assert (batch.text_tokens, batch.image_tokens) == (text[row], images[row])
 

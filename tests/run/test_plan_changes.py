@@ -13,29 +13,21 @@ import pytest
 
 from casa_train.checkpoint.resume import check_resume
 from casa_train.checkpoint.saved import SavedCheckpoint
-from casa_train.config.schema import (
-    FREE_FIELDS,
-    Config,
-    SourceConfig,
-    StreamDatasetConfig,
-    flatten,
-)
+from casa_train.config.data_schema import DataConfig, SourceConfig, StreamDatasetConfig
+from casa_train.config.resume_marks import Changeable, Free, Kept, marks, matches
+from casa_train.config.schema import Config, flatten
 from casa_train.data.mixture import Mixture
-from casa_train.data.prepared.plan import Pack, Planner, PlanSettings, PlanSource
-from casa_train.data.stream.lanes import (
-    Lane,
-    Rows,
-    StreamSettings,
-    StreamSource,
-    packer,
-    unit_mixture,
-)
-from casa_train.data.stream.row_groups import Retries
+from casa_train.data.prepared.plan import Pack, Planner, PlanSource
+from casa_train.data.stream.lanes import Lane
+from casa_train.data.stream.row_reader import Rows
+from casa_train.data.stream.stream_source import StreamSource, row_group_mixture
 from casa_train.errors import UserError
-from casa_train.run.resume_fields import CHANGEABLE, KEPT, matches, plan_record, refuse_changes
-from tests.data.test_plan import MIXED, SETTINGS, SOURCES
+from casa_train.run.resume_fields import plan_record, refuse_changes
+from tests.data.test_plan import MIXED, SEED, SETTINGS, SOURCES
+from tests.helpers.stream_data import SEED as STREAM_SEED
 from tests.helpers.stream_data import SETTINGS as STREAM
 from tests.helpers.stream_data import (
+    changed,
     loaders,
     open_all,
     processor,
@@ -47,7 +39,7 @@ from tests.helpers.stream_data import (
 # --------------------------------------------------------------------------- prepared data
 
 # By field: before and after the change.
-PLANS: dict[str, tuple[PlanSettings, PlanSettings]] = {
+PLANS: dict[str, tuple[DataConfig, DataConfig]] = {
     "data.packs_per_step": (SETTINGS, replace(SETTINGS, packs_per_step=9)),
     "data.balance_block": (SETTINGS, replace(SETTINGS, balance_block=7)),
     "data.balance_group": (SETTINGS, replace(SETTINGS, balance_group=8)),
@@ -85,9 +77,9 @@ def account(
         found.update((name, row) for items in waiting for name, row, _, _ in items)
         for name, count in stream["drawn"].items():
             source = sources[name]
-            _, rows = Mixture({name: source.size}, SETTINGS.seed).take(count)
-            fits = (source.text <= SETTINGS.text_budget - 1) & (
-                source.images <= SETTINGS.image_budget - 1
+            _, rows = Mixture({name: source.size}, SEED).take(count)
+            fits = (source.text <= SETTINGS.text_tokens - 1) & (
+                source.images <= SETTINGS.image_tokens - 1
             )
             drawn.update((name, row) for row in rows.tolist() if fits[row])
     return found, drawn
@@ -101,13 +93,13 @@ def test_a_changed_plan_loses_and_repeats_nothing(
     """At every pack of a block; saved again before the block is used up, and twice changed."""
     before, after = PLANS[field]
     for consumed in (0, 1, 23, 24, 25, 36, 95):
-        running = Planner(sources, before)
+        running = Planner(sources, before, SEED)
         reference = [next(running) for _ in range(consumed + 30)]
         state = through_json(running.state_dict(consumed))
         packs = reference[:consumed]
         end = state["block"]["first"] + state["block"]["packs"]
         for settings in (after, after, before, after):
-            planner = Planner(dict(reversed(sources.items())), settings)
+            planner = Planner(dict(reversed(sources.items())), settings, SEED)
             planner.load_state_dict(state)
             packs += [next(planner) for _ in range(3)]
             state = through_json(planner.state_dict(len(packs)))
@@ -116,7 +108,7 @@ def test_a_changed_plan_loses_and_repeats_nothing(
         # The block that was begun is used up as it was.
         same = min(end, len(reference), len(packs))
         assert packs[:same] == reference[:same]
-        planner = Planner(sources, after)
+        planner = Planner(sources, after, SEED)
         planner.load_state_dict(state)
         while len(packs) < 200 or state["block"]["first"] != len(packs):
             packs.append(next(planner))
@@ -157,29 +149,29 @@ def test_steps_of_another_size_go_on_at_the_next_pack(data_dir: Path) -> None:
 
 
 def test_the_order_in_which_sources_are_named_does_not_matter() -> None:
-    one, other = (Planner(s, SETTINGS) for s in (MIXED, dict(reversed(MIXED.items()))))
+    one, other = (Planner(s, SETTINGS, SEED) for s in (MIXED, dict(reversed(MIXED.items()))))
     assert [next(one) for _ in range(100)] == [next(other) for _ in range(100)]
 
 
 def test_a_state_of_an_earlier_version_is_refused() -> None:
     """It had the number of its block alone, in units of what may have changed since."""
-    state = Planner(SOURCES, SETTINGS).state_dict(0)
+    state = Planner(SOURCES, SETTINGS, SEED).state_dict(0)
     with pytest.raises(UserError, match="plan of samples is of an older version"):
-        Planner(SOURCES, SETTINGS).load_state_dict({**state, "block": 0})
+        Planner(SOURCES, SETTINGS, SEED).load_state_dict({**state, "block": 0})
     with pytest.raises(UserError, match="other kinds of sources"):
-        Planner(MIXED, SETTINGS).load_state_dict(state)
+        Planner(MIXED, SETTINGS, SEED).load_state_dict(state)
 
 
 # --------------------------------------------------------------------------------- streams
 
 STREAMS: dict[str, dict[str, Any]] = {
-    "data.packs_per_step": {},  # alone: blocks stay as long as they were
-    "data.balance_block": {"block": 5},
-    "shorter blocks": {"block": 1},
+    "data.packs_per_step": {},
+    "data.balance_block": {"balance_block": 5},
+    "shorter blocks": {"balance_block": 1},
     "data.open_packs": {"open_packs": 2},
     "data.stream.open_units": {"open_units": 1},
-    "more open units": {"open_units": 3},
-    "all of them": {"block": 3, "open_packs": 7, "open_units": 4},
+    "more open row groups": {"open_units": 3},
+    "all of them": {"balance_block": 3, "open_packs": 7, "open_units": 4},
 }
 
 
@@ -189,31 +181,31 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StreamSource
 
 
 def drawn_rows(
-    sources: Mapping[str, StreamSource], settings: StreamSettings, states: list[Any]
+    sources: Mapping[str, StreamSource], settings: DataConfig, states: list[Any]
 ) -> Counter[tuple[str, int, int]]:
-    """Rows that the lanes have drawn: of closed units all, of open ones as many as were taken."""
-    rows = Rows(sources, processor(), packer(settings).fits, Retries(1, 0), 1 << 30)
-    mixture = unit_mixture(sources, settings.seed)
+    """Rows that the lanes have drawn: all of closed row groups, of open ones what was taken."""
+    rows = Rows(sources, settings, processor())
+    mixture = row_group_mixture(sources, STREAM_SEED)
     drawn: Counter[tuple[str, int, int]] = Counter()
     for number, state in enumerate(states):
-        lane = Lane(number, rows, mixture, settings)
+        lane = Lane(number, rows, mixture, settings, STREAM_SEED)
         for _ in range(state["opened"]):
-            lane._open_unit()
+            lane._open_row_group()
         taken = {serial: count for _, _, serial, count in state["units"]}
-        for unit in lane._units:
-            order = unit.order[: taken.get(unit.serial, len(unit.order))].tolist()
-            drawn.update((unit.source, unit.unit, row) for row in order)
+        for group in lane._open:
+            order = group.order[: taken.get(group.serial, len(group.order))].tolist()
+            drawn.update((group.source, group.row_group, row) for row in order)
     return drawn
 
 
-@pytest.mark.parametrize("changed", STREAMS)
+@pytest.mark.parametrize("field", STREAMS)
 def test_a_changed_stream_loses_and_repeats_nothing(
-    streamed: dict[str, StreamSource], changed: str
+    streamed: dict[str, StreamSource], field: str
 ) -> None:
     """12 packs a step, then 8 on 4 ranks, which begins within a round of lanes, then 6 on 2."""
-    before = replace(STREAM, lanes=4, open_packs=5)
-    after = replace(before, **STREAMS[changed])
-    rows = Rows(streamed, processor(), packer(before).fits, Retries(1, 0), 1 << 30)
+    before = changed(STREAM, lanes=4, open_packs=5)
+    after = changed(before, **STREAMS[field])
+    rows = Rows(streamed, before, processor())
     ranks = loaders(streamed, 1, 0, before, 3)
     packs = [pack for _ in range(3) for pack in read_step(ranks)]
     state = saved(ranks[0])
@@ -233,12 +225,12 @@ def test_a_changed_stream_loses_and_repeats_nothing(
     for lane in state["lanes"]:
         held = [pack["items"] for pack in lane["packer"]["bins"]]
         held += [pack[0] for name in ("finished", "arrived", "ordered") for pack in lane[name]]
-        waiting.update((n, unit, row) for items in held for n, unit, row, _, _ in items)
+        waiting.update((n, group, row) for items in held for n, group, row, _, _ in items)
     drawn = drawn_rows(streamed, after, state["lanes"])
     assert drawn.total() > 150
-    expected = Counter({f"{n}/{rows.key(n, u, r)}": 0 for n, u, r in drawn})
-    for (name, unit, row), count in (drawn - waiting).items():
-        expected[f"{name}/{rows.key(name, unit, row)}"] += count
+    expected = Counter({f"{n}/{rows.key(n, g, r)}": 0 for n, g, r in drawn})
+    for (name, group, row), count in (drawn - waiting).items():
+        expected[f"{name}/{rows.key(name, group, row)}"] += count
     assert Counter(i for pack in packs for i in pack) == +expected
     assert not waiting - drawn
 
@@ -248,14 +240,14 @@ def test_lanes_go_on_making_the_same_blocks(
     streamed: dict[str, StreamSource], consumed: int
 ) -> None:
     """Saved where one lane is a block ahead, or behind; later all are in the same one again."""
-    before = replace(STREAM, lanes=4, block=3)
+    before = changed(STREAM, lanes=4, balance_block=12)
     (loader,) = loaders(streamed, 1, 0, before, 1)
     for _ in range(consumed):
         loader.next_step()
     state = saved(loader)
     blocks = [lane["block"] for lane in state["lanes"]]
     assert state["sizes"] == [[0, 3]] and len(set(blocks)) == 2
-    (loader,) = loaders(streamed, 1, 0, replace(before, block=5), 1)
+    (loader,) = loaders(streamed, 1, 0, changed(before, balance_block=20), 1)
     loader.load_state_dict(state)
     assert loader.sizes == [(0, 3), (max(blocks) + 1, 5)]
     for _ in range(4 * (3 * (max(blocks) + 1) + 5) - consumed):
@@ -287,16 +279,47 @@ def example() -> Config:
     return config
 
 
-def decided() -> list[str]:
-    return [*FREE_FIELDS, *KEPT, *CHANGEABLE]
+MARKS = marks(Config)
+KEPT = {name: mark.why for name, mark in MARKS.items() if isinstance(mark, Kept)}
+CHANGEABLE = {name: mark.why for name, mark in MARKS.items() if isinstance(mark, Changeable)}
+# Which fields have no part in what a run computes: the fingerprints of stored checkpoints are made
+# without them, so the list changes with new fields alone.
+FREE_FIELDS = {
+    "name",
+    "run_dir",
+    "dry_run",
+    "planned_ranks",
+    "parallel.activation_checkpointing",
+    "data.workers",
+    "data.max_bad_share",
+    "data.stream.memory_mib",
+    "data.stream.attempts",
+    "data.stream.retry_seconds",
+    "trainer.log_every",
+    "trainer.audit",
+    "trainer.worst_case",
+    "trainer.gc_every",
+    "trainer.max_hours",
+    "trainer.watchdog_minutes",
+    "trainer.max_skipped_steps",
+    "checkpoint",
+    "evaluation",
+    "export",
+    "data.validation",
+    "metrics",
+}
+
+
+def test_what_is_free_is_what_earlier_fingerprints_left_out() -> None:
+    assert {name for name, mark in MARKS.items() if isinstance(mark, Free)} == FREE_FIELDS
 
 
 def test_every_field_of_the_data_is_decided_once() -> None:
-    """A new field: may it change under a plan's state? See casa_train/run/resume_fields.py."""
+    """A new field: may it change under a plan's state? See casa_train/config/data_schema.py."""
     names = [n for n in flatten(example()) if n == "seed" or n.startswith("data.")]
     assert len(names) > 30
     for name in names:
-        assert sum(matches(pattern, name) for pattern in decided()) == 1, name
+        assert sum(matches(pattern, name) for pattern in MARKS) == 1, name
     patterns = {*KEPT, *CHANGEABLE}
     assert {p for p in patterns if not any(matches(p, name) for name in names)} == set()
 

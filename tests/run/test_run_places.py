@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from casa_train.checkpoint.resume import check_resume
 from casa_train.config.bounds import Place, leaves
 from casa_train.config.compose import compose_config
+from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
 from casa_train.config.places import absolute, as_before, places, relocated, same_place, shown
-from casa_train.config.schema import Config, SourceConfig, StreamDatasetConfig, fingerprint
+from casa_train.config.schema import Config, fingerprint
 from casa_train.errors import UserError
 from casa_train.evaluate import __main__ as evaluate
 from casa_train.export import __main__ as export

@@ -24,7 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from casa_train.config.compose import CONF_DIR, to_config
+from casa_train.config.compose import to_config
+from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.schema import Config
 from casa_train.data.processor import build_processor
 from casa_train.data.tokens import load_tokenizer, save_tokenizer

@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture, SourceSize, philox
 from casa_train.data.packing import BestFitPacker, Bin
 from casa_train.errors import UserError
 
-# The dummy sample of a pack without any window: one text token, one image token (casa.md section
-# 2).
-RESERVED = 1
 CHUNK = 1024  # samples that a stream draws at once
 IMAGE, VIDEO = "image", "video"
 Item = tuple[str, int, int, int]  # source, row, text tokens, image tokens
@@ -62,28 +61,6 @@ class PlanSource:
 
 
 @dataclass(frozen=True)
-class PlanSettings:
-    """The part of the configuration that the order of packs depends on.
-
-    :param packs_per_step: G.
-    :param balance_block: steps whose packs are sorted together.
-    :param balance_group: packs of about the same size that stay together.
-    :param video_share: share of packs that are video, where there are sources of both modalities.
-    :param locality: see `Mixture`.
-    """
-
-    text_budget: int
-    image_budget: int
-    packs_per_step: int
-    seed: int
-    open_packs: int = 24
-    balance_block: int = 32
-    balance_group: int = 64
-    video_share: float = 0.25
-    locality: int = 0
-
-
-@dataclass(frozen=True)
 class _Block:
     """A block of packs: where it stands in the order, and how it is made.
 
@@ -103,13 +80,11 @@ class _Block:
 class _Stream:
     """The packs of one modality, endlessly, in the order in which they fill up."""
 
-    def __init__(self, sources: Mapping[str, PlanSource], settings: PlanSettings) -> None:
+    def __init__(self, sources: Mapping[str, PlanSource], data: DataConfig, seed: int) -> None:
         self.sources = dict(sources)
         sizes = {name: source.size for name, source in sources.items()}
-        self.mixture = Mixture(sizes, settings.seed, settings.locality)
-        self.packer = BestFitPacker(
-            settings.text_budget - RESERVED, settings.image_budget - RESERVED, settings.open_packs
-        )
+        self.mixture = Mixture(sizes, seed, data.locality)
+        self.packer = BestFitPacker(Budget.of(data).for_samples(), data.open_packs)
         self._finished: deque[Bin] = deque()
         # Drawn and not yet packed: sources, and the items they gave.
         self._sources = np.zeros(0, np.int64)
@@ -120,7 +95,7 @@ class _Stream:
         while not self._finished:
             if self._position == len(self._items):
                 self._refill()
-            packer, fits = self.packer, self.packer.fits
+            packer, fits = self.packer, self.packer.budget.holds
             item = self._items[self._position]
             self._position += 1
             if fits(item[2], item[3]):  # `dropped` counts the others; the start says how many
@@ -162,27 +137,26 @@ class _Stream:
 class Planner:
     """Iterates over packs, endlessly.
 
+    :param data: budgets, `packs_per_step` and what else the order of packs depends on.
     :raises UserError: a budget that no sample fits, or a block that groups do not divide.
     """
 
-    def __init__(self, sources: Mapping[str, PlanSource], settings: PlanSettings) -> None:
+    def __init__(self, sources: Mapping[str, PlanSource], data: DataConfig, seed: int) -> None:
         self.sources = dict(sources)
-        self.settings = settings
-        self._fits = BestFitPacker(
-            settings.text_budget - RESERVED, settings.image_budget - RESERVED
-        ).fits
+        self.data, self.seed = data, seed
+        self.budget = Budget.of(data).for_samples()  # of samples
         self._check_budgets()
         by_modality = {
             modality: {n: s for n, s in sources.items() if s.modality == modality}
             for modality in (IMAGE, VIDEO)
         }
-        self._streams = {m: _Stream(s, settings) for m, s in by_modality.items() if s}
-        self.block_packs = settings.balance_block * settings.packs_per_step
-        if self.block_packs % settings.balance_group:
+        self._streams = {m: _Stream(s, data, seed) for m, s in by_modality.items() if s}
+        self.block_packs = data.balance_block * data.packs_per_step
+        if self.block_packs % data.balance_group:
             raise UserError(
-                f"data.balance_group is {settings.balance_group}, which does not divide a block of "
-                f"data.balance_block x data.packs_per_step = {settings.balance_block} x "
-                f"{settings.packs_per_step} packs; expected a divisor of {self.block_packs}. Set "
+                f"data.balance_group is {data.balance_group}, which does not divide a block of "
+                f"data.balance_block x data.packs_per_step = {data.balance_block} x "
+                f"{data.packs_per_step} packs; expected a divisor of {self.block_packs}. Set "
                 "data.balance_group to one."
             )
         self._start(self._block_at(0, 0, 0))
@@ -203,7 +177,7 @@ class Planner:
         """By source: samples that fit no pack, and all samples; those rated out not counted."""
         return {
             name: (
-                int((~self._fits(source.text, source.images)).sum()) - source.rated_out,
+                int((~self.budget.holds(source.text, source.images)).sum()) - source.rated_out,
                 len(source.text),
             )
             for name, source in self.sources.items()
@@ -240,15 +214,15 @@ class Planner:
 
     def _block_at(self, number: int, first: int, groups: int) -> _Block:
         """A block with the settings that are in force now."""
-        settings = self.settings
+        data = self.data
         return _Block(
             number,
             first,
             groups,
             self.block_packs,
-            settings.balance_group,
-            settings.video_share,
-            settings.open_packs,
+            data.balance_group,
+            data.video_share,
+            data.open_packs,
         )
 
     def _start(self, block: _Block) -> None:
@@ -291,7 +265,7 @@ class Planner:
 
     def _order(self) -> list[Pack]:
         block, size = self._block, self._block.group
-        generator = philox(f"{self.settings.seed}/block/{block.number}")
+        generator = philox(f"{self.seed}/block/{block.number}")
         groups: dict[str, list[list[Bin]]] = {}
         for modality, packs in self._arrived.items():
             packs = sorted(packs, key=lambda pack: pack.images)  # stable: ties as they arrived
@@ -305,17 +279,16 @@ class Planner:
         return ordered
 
     def _check_budgets(self) -> None:
-        settings = self.settings
         for name, source in self.sources.items():
             text, images = source.text, source.images
-            fits = self._fits(text, images)
+            fits = self.budget.holds(text, images)
             # Without its images a source would train on its text alone, unseen.
             for kind, chosen in (("sample with an image", images > 0), ("sample", images >= 0)):
                 if chosen.any() and not (fits & chosen).any():
                     least = int(text[chosen].min()), int(images[chosen].min())
                     raise UserError(
                         f"no {kind} of source {name!r} fits a pack: data.text_tokens is "
-                        f"{settings.text_budget}, data.image_tokens is {settings.image_budget} "
+                        f"{self.data.text_tokens}, data.image_tokens is {self.data.image_tokens} "
                         f"(one of each is reserved), the smallest samples need {least[0]} text and "
                         f"{least[1]} image tokens. Raise the budgets or lower data.max_pixels."
                     )

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from casa_train.config.data_schema import StreamConfig
 from casa_train.data.schemas.rows import BadRow
 from casa_train.errors import UserError
 from casa_train.io.caches import permanent, unwritable_cache
@@ -41,7 +42,12 @@ class Retries:
     """
 
     attempts: int
-    seconds: float
+    retry_seconds: float
+
+    @classmethod
+    def of(cls, stream: StreamConfig) -> Retries:
+        """As the configuration of a stream says."""
+        return cls(stream.attempts, stream.retry_seconds)
 
     def run(self, what: str, work: Callable[[], T]) -> T:
         """Does `work` until it succeeds; what is missing or forbidden is not tried again.
@@ -69,7 +75,7 @@ class Retries:
                         "command again: it goes on from the last checkpoint. For longer outages "
                         "raise data.stream.attempts or data.stream.retry_seconds."
                     ) from error
-                wait = min(self.seconds * 2 ** (attempt - 1), LONGEST_WAIT)
+                wait = min(self.retry_seconds * 2 ** (attempt - 1), LONGEST_WAIT)
                 print(
                     f"{what}: {_short(error)}; attempt {attempt + 1} of {self.attempts} in "
                     f"{wait:.1f} s",

@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 
+from casa_train.config.data_schema import DataConfig
+from casa_train.data.budget import Budget
 from casa_train.data.loader import PREFETCH, dead_workers_named
 from casa_train.data.materialize import CountWork, PackedBatch, build_batch
-from casa_train.data.stream.lanes import (
-    Lane,
-    LanePack,
-    Rows,
-    Sizes,
-    StreamSettings,
-    StreamSource,
-    packer,
-    unit_mixture,
-)
-from casa_train.data.stream.row_groups import Retries
+from casa_train.data.stream.lanes import Lane, LanePack, Sizes, block_packs
+from casa_train.data.stream.row_reader import Rows
+from casa_train.data.stream.stream_source import StreamSource, row_group_mixture
 from casa_train.errors import RankError, UserError
 from casa_train.modeling.processing_casa import CasaProcessor
 
@@ -60,10 +54,9 @@ class Drawn:
 
 def draw_packs(
     sources: Mapping[str, StreamSource],
-    settings: StreamSettings,
+    data: DataConfig,
+    seed: int,
     processor: CasaProcessor,
-    retries: Retries,
-    memory: int,
     numbers: range,
 ) -> list[Drawn]:
     """Some packs of a stream's beginning as training gets them, read in this process.
@@ -71,16 +64,16 @@ def draw_packs(
     :param numbers: of the packs; packs before them in the same lanes are drawn, too.
     :raises UserError: files that cannot be read, or budgets that nothing fits.
     """
-    rows = Rows(sources, processor, packer(settings).fits, retries, memory)
-    mixture = unit_mixture(sources, settings.seed)
-    budgets = settings.text_budget, settings.image_budget
+    rows = Rows(sources, data, processor)
+    mixture = row_group_mixture(sources, seed)
+    lanes = data.stream.lanes
     found = {}
-    for number in sorted({index % settings.lanes for index in numbers}):
-        lane = Lane(number, rows, mixture, settings)
-        for index in range(number, numbers.stop, settings.lanes):
+    for number in sorted({index % lanes for index in numbers}):
+        lane = Lane(number, rows, mixture, data, seed)
+        for index in range(number, numbers.stop, lanes):
             pack = lane.next_pack()
             if index in numbers:
-                batch = build_batch(index, pack.entries, processor, *budgets)
+                batch = build_batch(index, pack.entries, processor, Budget.of(data))
                 found[index] = Drawn(pack, batch)
     return [found[index] for index in numbers]
 
@@ -95,18 +88,16 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
     def __init__(
         self,
         sources: Mapping[str, StreamSource],
-        settings: StreamSettings,
+        data: DataConfig,
+        seed: int,
         processor: CasaProcessor,
-        retries: Retries,
-        memory: int,
         lanes: Mapping[int, State | None],
         first: Mapping[int, int],
         sizes: Sizes,
         count_work: CountWork | None,
     ) -> None:
-        self.sources, self.settings = sources, settings
-        self.processor = processor
-        self.retries, self.memory = retries, memory
+        self.sources, self.processor = sources, processor
+        self.data, self.seed = data, seed
         self.lanes, self.first, self.sizes = lanes, first, sizes
         self.count_work = count_work
 
@@ -118,15 +109,15 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
             yield error
 
     def _packs(self) -> Iterator[Streamed]:
-        settings = self.settings
-        rows = Rows(self.sources, self.processor, packer(settings).fits, self.retries, self.memory)
-        mixture = unit_mixture(self.sources, settings.seed)
+        rows = Rows(self.sources, self.data, self.processor)
+        mixture = row_group_mixture(self.sources, self.seed)
+        budget = Budget.of(self.data)
         lanes: dict[int, Lane] = {}
         following = dict(self.first)
         while True:
             number = min(following, key=lambda lane: following[lane])
             if number not in lanes:  # read as late as possible
-                lanes[number] = Lane(number, rows, mixture, settings, self.sizes)
+                lanes[number] = Lane(number, rows, mixture, self.data, self.seed, self.sizes)
                 state = self.lanes[number]
                 if state is not None:
                     lanes[number].load_state_dict(state)
@@ -135,13 +126,12 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
                 following[number],
                 pack.entries,
                 self.processor,
-                settings.text_budget,
-                settings.image_budget,
+                budget,
                 self.count_work,
             )
             batch.failures = [*pack.failures, *batch.failures]
             batch.left_out = pack.left_out
-            following[number] += settings.lanes
+            following[number] += self.data.stream.lanes
             yield Streamed(number, batch, lanes[number].state_dict())
 
 
@@ -156,9 +146,7 @@ def _alone(value: Any) -> Sequence[Any]:
 class StreamLoader:
     """Endless micro-batches of one rank, in the same order whatever the number of workers.
 
-    :param packs_per_step: packs of an optimiser step over all ranks; a multiple of `world`.
-    :param workers: processes that read and materialise; 0 does it in the training process.
-    :param memory: bytes that one worker may keep, see `Rows`.
+    :param data: `packs_per_step` is a multiple of `world`; `stream.memory_mib` is of each worker.
     :param gather: the value of every rank, in rank order; `state_dict` calls it.
     :param count_work: counts the floating-point work of a pack.
     :raises UserError: ranks that do not divide the lanes.
@@ -167,29 +155,25 @@ class StreamLoader:
     def __init__(
         self,
         sources: Mapping[str, StreamSource],
-        settings: StreamSettings,
+        data: DataConfig,
+        seed: int,
         processor: CasaProcessor,
-        packs_per_step: int,
         rank: int = 0,
         world: int = 1,
-        workers: int = 0,
         prefetch: int = PREFETCH,
-        retries: Retries | None = None,
-        memory: int = 1 << 31,
         gather: Callable[[Any], Sequence[Any]] = _alone,
         count_work: CountWork | None = None,
     ) -> None:
-        check_lanes(settings.lanes, world)
-        self.sources, self.settings, self.processor = sources, settings, processor
-        self.packs_per_step = packs_per_step
+        check_lanes(data.stream.lanes, world)
+        self.sources, self.processor = sources, processor
+        self.data, self.seed = data, seed
         self.rank, self.world = rank, world
-        self.retries, self.memory = retries or Retries(1, 0), memory
         self.gather, self.count_work = gather, count_work
         self.prefetch = prefetch
-        self._own = range(rank, settings.lanes, world)
-        self.workers = min(workers, len(self._own))
+        self._own = range(rank, data.stream.lanes, world)
+        self.workers = min(data.workers, len(self._own))
         self.packs_consumed = 0
-        self.sizes: Sizes = [(0, settings.block)]
+        self.sizes: Sizes = [(0, block_packs(data))]
         # By lane of this rank, the state after its last consumed pack; None before its first.
         self.lane_states: dict[int, State | None] = dict.fromkeys(self._own)
         self._iterators: list[Iterator[Streamed | UserError]] = []
@@ -202,15 +186,15 @@ class StreamLoader:
         if not self._iterators:
             self._iterators = self._start()
         batches = []
-        for pack in self._next_packs(self.packs_per_step):
-            place = pack % self.settings.lanes // self.world  # of its lane among this rank's
+        for pack in self._next_packs(self.data.packs_per_step):
+            place = pack % self.data.stream.lanes // self.world  # of its lane among this rank's
             with dead_workers_named(self.rank):
                 item = next(self._iterators[place % len(self._iterators)])
             if isinstance(item, UserError):
                 raise RankError(f"rank {self.rank}: {item}")
             self.lane_states[item.lane] = item.state
             batches.append(item.batch)
-        self.packs_consumed += self.packs_per_step
+        self.packs_consumed += self.data.packs_per_step
         return batches
 
     def _next_packs(self, count: int) -> range:
@@ -226,7 +210,7 @@ class StreamLoader:
         return {
             "consumed": self.packs_consumed,
             "sizes": [list(pair) for pair in self.sizes],
-            "lanes": [lanes[number] for number in range(self.settings.lanes)],
+            "lanes": [lanes[number] for number in range(self.data.stream.lanes)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -239,10 +223,10 @@ class StreamLoader:
         """
         if self._iterators:
             raise RuntimeError("load_state_dict after data was read: make a new StreamLoader")
-        if len(state["lanes"]) != self.settings.lanes:
+        if len(state["lanes"]) != self.data.stream.lanes:
             raise UserError(
                 f"the checkpoint holds {len(state['lanes'])} lanes, data.stream.lanes is "
-                f"{self.settings.lanes}; expected the same number. Set it back."
+                f"{self.data.stream.lanes}; expected the same number. Set it back."
             )
         if "sizes" not in state:
             raise UserError(
@@ -253,25 +237,24 @@ class StreamLoader:
         self.packs_consumed = int(state["consumed"])
         begun = max((lane["block"] for lane in state["lanes"] if lane), default=-1)
         sizes = [(int(number), int(packs)) for number, packs in state["sizes"]]
-        if sizes[-1][1] != self.settings.block:
+        if sizes[-1][1] != (packs := block_packs(self.data)):
             sizes = [pair for pair in sizes if pair[0] <= begun]
-            sizes.append((begun + 1, self.settings.block))
+            sizes.append((begun + 1, packs))
         self.sizes = sizes
         self.lane_states = {number: state["lanes"][number] for number in self._own}
 
     def _start(self) -> list[Iterator[Streamed | UserError]]:
         """One iterator a worker; the lane at place p of this rank belongs to p modulo workers."""
-        lanes, consumed = self.settings.lanes, self.packs_consumed
+        lanes, consumed = self.data.stream.lanes, self.packs_consumed
         first = {number: consumed + (number - consumed) % lanes for number in self._own}
         iterators: list[Iterator[Streamed | UserError]] = []
         for worker in range(max(1, self.workers)):
             mine = self._own[worker :: max(1, self.workers)]
             dataset = _Lanes(
                 self.sources,
-                self.settings,
+                self.data,
+                self.seed,
                 self.processor,
-                self.retries,
-                self.memory,
                 {number: self.lane_states[number] for number in mine},
                 {number: first[number] for number in mine},
                 self.sizes,
@@ -287,7 +270,7 @@ class StreamLoader:
                 prefetch_factor=self.prefetch,
                 collate_fn=_as_is,
                 # Its own generator: otherwise making the loader advances torch's.
-                generator=torch.Generator().manual_seed(self.settings.seed),
+                generator=torch.Generator().manual_seed(self.seed),
                 pin_memory=torch.cuda.is_available(),
             )
             iterators.append(iter(loader))

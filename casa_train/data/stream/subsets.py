@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from casa_train.data.stream.lanes import (
+from casa_train.data.stream.row_groups import Retries, list_files
+from casa_train.data.stream.stream_source import (
     StreamSource,
 )
-from casa_train.data.stream.row_groups import Retries, list_files
 from casa_train.errors import UserError
 
 

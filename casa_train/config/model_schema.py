@@ -1,0 +1,128 @@
+"""The fields of `model`: backbone, vision tower, chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from casa_train.config.bounds import MOST_COUNT, Bound, PathOrHubId, Sizes
+
+_COUNT = Bound(1, MOST_COUNT, "at least 1")
+_DEPTH = Bound(1, 1000, "1 to 1000")
+_POSITIVE = Bound(0, words="a positive number", open_least=True)
+_NOT_NEGATIVE = Bound(0, words="0 or more")
+
+BackboneFields = Annotated[
+    dict[str, Any],
+    Sizes(
+        {
+            **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), _COUNT),
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _COUNT),
+            **dict.fromkeys(
+                ("max_position_embeddings", "sliding_window", "pretraining_tp"), _COUNT
+            ),
+            "num_hidden_layers": _DEPTH,
+            "rms_norm_eps": _POSITIVE,
+            "rope_theta": _POSITIVE,
+            "max_window_layers": Bound(0, MOST_COUNT, "0 or more"),
+            "initializer_range": _NOT_NEGATIVE,
+            "attention_dropout": Bound(0, 1, "0 or more, below 1", open_most=True),
+        }
+    ),
+]
+VisionFields = Annotated[
+    dict[str, Any],
+    Sizes(
+        {
+            **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), _COUNT),
+            **dict.fromkeys(("num_heads", "in_channels", "window_size"), _COUNT),
+            **dict.fromkeys(("patch_size", "spatial_merge_size", "temporal_patch_size"), _COUNT),
+            "tokens_per_second": _COUNT,
+            "depth": _DEPTH,
+            "initializer_range": _NOT_NEGATIVE,
+        }
+    ),
+]
+
+
+@dataclass
+class BackboneConfig:
+    """The text decoder."""
+
+    pretrained: PathOrHubId | None = None
+    """Directory or hub id to start from; its configuration gives the sizes. Of a Qwen2.5-VL
+    checkpoint the language model is taken. null: random."""
+    config: BackboneFields = field(default_factory=dict)
+    """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
+    qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
+    trainable: bool = True
+    """Whether embeddings, decoder layers and head train; fusion layers always do."""
+    resize_embeddings: bool = False
+    """Where the tokenizer has more tokens than the pretrained backbone has rows, give the new ones
+    rows of embedding and head that start as the mean of the others."""
+
+
+@dataclass
+class VisionConfig:
+    """The Qwen2.5-VL vision tower."""
+
+    pretrained: PathOrHubId | None = None
+    """Directory or hub id of a Qwen2.5-VL checkpoint with the tower. null: random weights."""
+    config: VisionFields = field(default_factory=dict)
+    """Fields of `Qwen2_5_VLVisionConfig`."""
+    train_last_blocks: Annotated[int, Bound(-1, MOST_COUNT, "-1, 0 or more")] = 4
+    """How many of the last blocks train, the merger with them; 0 none, -1 everything."""
+
+
+@dataclass
+class TemplateConfig:
+    """The chat template. What is null is taken from the tokenizer's own, and where that has none,
+    empty; `model/template=NAME` or `model.template=NAME` chooses a ready file of
+    `conf/model/template`, `model.template=auto` the tokenizer's own. On the command line `\\n`,
+    `\\t` and `\\\\` are a line break, a tab and a backslash."""
+
+    bos: str | None = None
+    """What every conversation begins with."""
+    system: str | None = None
+    """Text of the system turn of a conversation that brings none of its own; empty: no such turn.
+    """
+    system_start: str | None = None
+    """Before a system text, default or given."""
+    system_end: str | None = None
+    """After it."""
+    system_always: bool | None = None
+    """Whether such a conversation has a system turn even where `system` is empty."""
+    user_start: str | None = None
+    """Before a question."""
+    user_end: str | None = None
+    """After it."""
+    assistant_start: str | None = None
+    """Before an answer; where it ends, a model begins to generate."""
+    answer_start: str | None = None
+    """What an answer begins with that the model generates, such as a space."""
+    assistant_end: str | None = None
+    """After an answer. Its first token is learned with the answer and ends generation; what stands
+    behind that token is context."""
+    image_start: str | None = None
+    """Before an image."""
+    image_end: str | None = None
+    """After it."""
+    trim: list[str] | None = None
+    """Roles out of system, user and assistant whose texts lose their outer white space."""
+
+
+@dataclass
+class ModelConfig:
+    """What is assembled."""
+
+    tokenizer: PathOrHubId | None = None
+    """Directory or hub id of a fast tokenizer. null: the pretrained backbone's."""
+    init_from: PathOrHubId | None = None
+    """An export to start a later stage from: every weight, the fusion's too. Beside it `pretrained`
+    loads nothing: it only says where the earlier stage began."""
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    """Literal text around turns and images."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The text decoder."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The vision tower."""

@@ -25,10 +25,8 @@ def start_model(
     :param model: on the meta device.
     :param start: None: a checkpoint replaces everything, so nothing is read or drawn before.
     """
-    parallel = config.parallel
-    start_weights(
-        model, start, config.seed, ranks.device, DTYPES[parallel.precision], _Sharding(parallel)
-    )
+    dtype = DTYPES[config.parallel.precision]
+    start_weights(model, start, config.seed, ranks.device, dtype, _Sharding(config.parallel))
     for account in start.accounts if start is not None else []:
         ranks.log(account.line())
         if account.resized and not config.model.backbone.trainable:

@@ -29,6 +29,7 @@ from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
 from casa_train.io.tensors import save_tensors
 from casa_train.setup.optim import set_rates
+from casa_train.setup.precision import DTYPES
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import HARD_PACK, Sample, fill, tiny_model
 from tests.helpers.tiny_run import tiny_settings
@@ -60,7 +61,7 @@ def make_engine(ranks: Ranks, stage: int, precision: str, frozen: bool, seed: in
         for name, parameter in model.named_parameters():
             if ".fusion." not in name and "visual" not in name:
                 parameter.requires_grad = False
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.to(DTYPES[precision])
     # What a GPU would take by itself: its count of updates lies elsewhere.
     fused = precision == "bf16" and not frozen
     return build_engine(tiny_settings(OPTIM, stage, precision, PACKS), model, ranks, fused)

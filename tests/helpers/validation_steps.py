@@ -29,6 +29,7 @@ from casa_train.evaluate.held_out import open_held_out, score
 from casa_train.evaluate.questions import Questions
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.setup.inputs import check_inputs
+from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from casa_train.train import build_run
 from tests.helpers.commands import TINY, on_data
@@ -87,7 +88,7 @@ def life(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[s
         weights = {n: engine.full_parameter(p).clone() for n, p in model.named_parameters()}
         plain = check_inputs(config, ranks.world).model
         start = find_weights(plain, open_sources(config))
-        dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        dtype = DTYPES[config.parallel.precision]
         start_weights(plain, start, config.seed, ranks.device, dtype, lambda block: None)
         plain.load_state_dict(weights, strict=False)
         plain.eval()

@@ -458,7 +458,7 @@ def print_summary(label: object, splits: Mapping[str, Mapping[str, Any]]) -> Non
         print(
             f"  {name}: {found['samples']} samples, {found['images']} images, "
             f"{found['text_tokens']} text tokens; skipped: {reasons(found['skipped'])}; "
-            f"mended: {reasons(found['mended'])}"
+            f"repaired: {reasons(found['mended'])}"
         )
 
 

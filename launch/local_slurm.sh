@@ -76,7 +76,7 @@ start() {
     munged --key-file="$state/munge.key" --socket="$state/munge.socket" \
         --pid-file="$state/munged.pid" --log-file="$state/munged.log" \
         --seed-file="$state/munged.seed"
-    slurmctld -c # without memories of an earlier life
+    slurmctld -c # without memories of an earlier start
     slurmd -N n0
     slurmd -N n1
     for _ in $(seq 60); do

@@ -64,7 +64,7 @@ def build_turns(
     instead; any other number of placeholders is noise and is removed, as are those in answers.
     Turns without question or answer are dropped.
 
-    :param mended: receives the names of what was put right.
+    :param repaired: receives the names of what was put right.
     :raises BadRow: without a single non-empty turn.
     """
     placeholders = sum(exchange.count(PLACEHOLDER) for exchange in exchanges)
@@ -144,7 +144,7 @@ def exchanges_of(key: str, conversations: Any, repaired: set[str]) -> list[Excha
 
     Every message stays one of its own, also several of one side in a row.
 
-    :param mended: receives the names of what was put right.
+    :param repaired: receives the names of what was put right.
     :raises BadRow: no list of messages, or an unknown role.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from casa_train.io.environment import set_environment
 
-set_environment()  # before anything imports torch
+set_environment(training=True)  # before anything imports torch
 
 import contextlib
 import gc

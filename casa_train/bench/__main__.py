@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from casa_train.io.environment import set_environment
 
-set_environment(quiet_torch=True)  # before anything imports torch
+set_environment(training=True, quiet_torch=True)  # before anything imports torch
 
 import argparse
 import json

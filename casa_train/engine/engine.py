@@ -30,12 +30,6 @@ from casa_train.io.quiet import quiet_deepspeed
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
 quiet_deepspeed()
-# Every pack has other shapes, which would leave holes in blocks of fixed size; read when CUDA
-# allocates for the first time. torch 2.9 renamed the variable.
-if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-    name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
-    os.environ[name] = "expandable_segments:True"
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 

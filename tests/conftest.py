@@ -18,6 +18,9 @@ from casa_train.io.environment import set_environment
 set_environment()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As in `environment`, so that what the project starts with its own environment can be a fork too.
+os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch.distributed as dist  # noqa: E402
 

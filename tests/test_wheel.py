@@ -16,6 +16,9 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_sdist(s
 MINE = "# @package _global_\ndefaults:\n  - demo\nname: mine\ntrainer: {steps: 77}\n"
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.fresh]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder into which pip installed the wheel of a copy of this checkout."""
@@ -71,7 +74,6 @@ def files(folder: Path) -> set[str]:
     }
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_every_file(site: Path) -> None:
     for here, there in (
         ("casa_train", "casa_train"),
@@ -89,7 +91,6 @@ def test_a_wheel_holds_every_file(site: Path) -> None:
     ]
 
 
-@pytest.mark.slow
 def test_an_installed_project_starts_in_any_folder(site: Path, elsewhere: Path) -> None:
     where = "import casa_train, launch.submit; print(casa_train.__file__, launch.submit.__file__)"
     env = {**environment(), "PYTHONPATH": str(site)}

@@ -105,7 +105,7 @@ def visible(fusion: dict[str, Any], sample: Chunk) -> tuple[int, int]:
         tokens += [("text", window, t) for t in range(done, point)]
         if i == 0 or point > sample.points[i - 1]:
             window += 1
-            frames = frames if sample.follows[i] else window
+            frames = frames if any(sample.follows[i : i + 1]) else window
             scopes.append(frames)
         done = point
         rows, columns = sample.grids[i]

@@ -47,7 +47,8 @@ def probed(tmp_path: Path, command: Sequence[str], policy: str | None = None) ->
     answer = tmp_path / "threads.txt"
     answer.unlink(missing_ok=True)
     env = environment()
-    env.pop("OMP_WAIT_POLICY", None)  # the suite set it
+    for name in ("OMP_WAIT_POLICY", "TORCH_CPP_LOG_LEVEL"):
+        env.pop(name, None)  # the suite and commands called in it set them
     env |= {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
         "PROBE": str(answer),

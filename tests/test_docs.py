@@ -8,7 +8,7 @@ import argparse
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -50,9 +50,8 @@ def named(some: Sequence[Block]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("docs")) as opened:
-        yield opened
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return open_world(tmp_path_factory.mktemp("docs"))
 
 
 @pytest.mark.parametrize("block", named([b for b in COMMANDS if not b.marked]))

@@ -7,13 +7,12 @@ again for another README.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForCo
 
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import ROOT, TINY, environment
-from tests.helpers.docs_server import ForkServer, fork_server
 from tests.helpers.readmes import blocks
 from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
 
@@ -57,9 +55,8 @@ class World:
     :param folder: where everything lies that the READMEs take for granted.
     """
 
-    def __init__(self, folder: Path, server: ForkServer) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.server = server
         self.ran: set[str] = set()
 
     def run(self, words: Sequence[str]) -> None:
@@ -73,21 +70,18 @@ class World:
         elif words[0] == "make":
             assert any("pytest" in line for line in make_lines(words[1])), command
         elif words[:2] == ["python", "-m"]:
-            more = small(words[2:])
-            done = self.server.run(*words[2:], *more)
-            assert done.code == 0, f"{command} {shlex.join(more)}\n{done.output[-3000:]}"
+            self._start([sys.executable, *words[1:], *small(words[2:])])
         else:
-            self._in_a_shell([*words, *RUN])
+            self._start([*words, *RUN])
         self.ran.add(command)
 
     def python(self, code: str) -> None:
         """Runs a block of Python once."""
         if code not in self.ran:
-            done = self.server.run("-c", code)
-            assert done.code == 0, f"{code}\n{done.output[-3000:]}"
+            self._start([sys.executable, "-c", code])
             self.ran.add(code)
 
-    def _in_a_shell(self, words: Sequence[str]) -> None:
+    def _start(self, words: Sequence[str]) -> None:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
             words,
@@ -101,22 +95,20 @@ class World:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}"
 
 
-@contextlib.contextmanager
-def open_world(folder: Path) -> Iterator[World]:
+def open_world(folder: Path) -> World:
     """A world after `make demo` and the first page's "your data"."""
     (folder / "launch").symlink_to(ROOT / "launch")
     Image.new("RGB", (56, 56), "orange").save(folder / "picture.png")
     save_model(folder / "my_model")
     save_tower(folder / "my_tower")
-    with fork_server(folder) as server:
-        world = World(folder, server)
-        world.run(["make", "demo"])
-        (own,) = [b for b in blocks(ROOT / "data_recipes" / "README.md") if b.language == "python"]
-        world.python(own.text)
-        (first,) = [b for b in blocks(ROOT / "README.md") if "# your data" in b.text]
-        for words in first.commands():
-            world.run(words)
-        yield world
+    world = World(folder)
+    world.run(["make", "demo"])
+    (own,) = [b for b in blocks(ROOT / "data_recipes" / "README.md") if b.language == "python"]
+    world.python(own.text)
+    (first,) = [b for b in blocks(ROOT / "README.md") if "# your data" in b.text]
+    for words in first.commands():
+        world.run(words)
+    return world
 
 
 def small(words: Sequence[str]) -> list[str]:

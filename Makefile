@@ -41,7 +41,7 @@ demo: setup  ## data, training, export, evaluation and report of a tiny model on
 test: setup  ## the whole test suite
 	$(BIN)/python $(PYTEST)
 
-test-fast: setup  ## the tests for daily work, in three minutes on two cores
+test-fast: setup  ## the tests for daily work
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slurm: setup  ## the batch scripts on a SLURM of two nodes on this machine (slurm-wlm, munge)

@@ -26,24 +26,8 @@ from tests.helpers.readmes import MARK, Block, anchors, blocks, inline_code, lin
 FILES = readmes()
 BLOCKS = [block for path in FILES for block in blocks(path)]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
-SECONDS = (  # these take many: two processes, several trainings, models of real size
-    "launch/torchrun.sh",
-    "+sweep=",
-    "+experiment=helium_casa dry_run=true",
-    "casa_train.bench step",
-    "casa_train.bench faults",
-)
 ON_CLUSTERS = {"sbatch", "squeue", "scancel", "eval"}
 """Commands of a cluster, and the shell's own; what is ours among their words is checked."""
-
-
-def is_slow(block: Block) -> bool:
-    return not block.marked and any(words in block.text for words in SECONDS)
-
-
-def named(some: Sequence[Block]) -> list[Any]:
-    marks = [[pytest.mark.slow] if is_slow(block) else [] for block in some]
-    return [pytest.param(b, id=str(b), marks=m) for b, m in zip(some, marks, strict=True)]
 
 
 # --------------------------------------------------------------------------------------- running
@@ -54,18 +38,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return open_world(tmp_path_factory.mktemp("docs"))
 
 
-@pytest.mark.parametrize("block", named([b for b in COMMANDS if not b.marked]))
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in COMMANDS if not b.marked], ids=str)
 def test_an_unmarked_command_runs(block: Block, world: World) -> None:
     for words in block.commands():
         world.run(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({b.file for b in BLOCKS if b.language == "python"}))
 def test_python_runs(file: str, world: World) -> None:
     """The blocks of a file continue each other."""
     world.python("\n".join(b.text for b in BLOCKS if (b.file, b.language) == (file, "python")))
 
 
+@pytest.mark.slow
 def test_the_model_card_runs(world: World) -> None:
     """The card of an export, on that export."""
     card = (world.folder / "runs" / "demo" / "export" / "README.md").read_text()
@@ -77,13 +64,10 @@ def test_the_model_card_runs(world: World) -> None:
 # ------------------------------------------------------------------------- checked without running
 
 
-UNRUN = [pytest.param(b, id=str(b)) for b in COMMANDS if b.marked or is_slow(b)]
-
-
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("block", UNRUN)
+@pytest.mark.parametrize("block", [b for b in COMMANDS if b.marked], ids=str)
 def test_a_command_is_spelt_right(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the fast half of the tests, for what does not run there."""
+    """As far as that can be told without a hub, a GPU or a cluster."""
     for words in block.commands():
         while words and re.match(r"[A-Z_]+=", words[0]):
             words = words[1:]

@@ -56,6 +56,7 @@ def number(text: str, row: str, column: int) -> float:
     return float(numbers[column].replace(",", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_dry_runs(name: str) -> None:
     text = report(f"+experiment={name}")

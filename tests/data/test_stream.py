@@ -89,6 +89,7 @@ def by_lane(sources: dict[str, StreamSource], samples: int, **changes: Any) -> l
 # --------------------------------------------------------------------------------------- order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 0), (4, 2)])
 def test_the_order_depends_on_neither_ranks_nor_workers(
     sources: dict[str, StreamSource],
@@ -329,6 +330,7 @@ def test_budgets_that_nothing_fits_are_named(tmp_path: Path) -> None:
         loader.next_step()
 
 
+@pytest.mark.slow
 def test_llava_onevision_streams_beside_it(tmp_path: Path) -> None:
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -434,6 +436,7 @@ def test_a_missing_file_and_a_cut_file_are_named_at_once(tmp_path: Path, publish
         list_files([str(path)], Retries(5, 60))
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_under_way_is_named(tmp_path: Path) -> None:
     only = single(tmp_path / "hub", [row("only", i) for i in range(6)], group=3)
     shutil.rmtree(tmp_path / "hub")

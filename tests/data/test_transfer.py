@@ -67,6 +67,7 @@ def test_the_batch_itself_stays_where_it_is() -> None:
     assert not given.targets.is_meta and not given.inputs.images[0].is_meta
 
 
+@pytest.mark.slow
 def test_digests_see_every_bit_and_place() -> None:
     values = torch.randn(PIECE + 100, generator=torch.Generator().manual_seed(0))
     plain = digest(values)

@@ -96,6 +96,7 @@ def test_a_shard_that_disappears_is_named(
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unknown_failure_is_an_error_that_names_the_sample(
     tmp_path: Path, data_dir: Path, workers: int

@@ -124,6 +124,7 @@ def test_who_asks_for_spinning_gets_it(tmp_path: Path) -> None:
     assert not spins(probed(tmp_path, loads, policy="active")[1]) & {"0", "0ms"}
 
 
+@pytest.mark.slow
 def test_a_library_leaves_torch_as_it_is(tmp_path: Path) -> None:
     imports = "import casa_train, casa_train.bench.step, casa_train.train, os"
     absent = "assert not {'OMP_WAIT_POLICY', 'TORCH_CPP_LOG_LEVEL'} & os.environ.keys()"

@@ -275,6 +275,7 @@ def test_no_file_of_an_export_is_trusted(export: Path, tmp_path: Path, bomb: str
         assert not trace.exists(), name
 
 
+@pytest.mark.slow
 def test_prepared_data_is_not_trusted(data_dir: Path, tmp_path: Path) -> None:
     copy, trace = tmp_path / "data", tmp_path / "ran"
     shutil.copytree(data_dir, copy)

@@ -202,6 +202,7 @@ def test_left_padded_batches_of_sixteen(
         assert torch.equal(together[row, -STEPS:], alone[0, -STEPS:]), row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 @torch.no_grad()
 def test_a_compiled_tower_reads_frames_of_one_size(

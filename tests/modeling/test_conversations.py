@@ -107,6 +107,7 @@ def plain(template: CasaProcessor, messages: Messages) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPRESSED)
 @PROPERTY
 @given(messages=conversations(), prompt=st.booleans())
@@ -232,6 +233,7 @@ def media(messages: Messages, kind: str) -> list[Any]:
     return [part[kind] for part in parts if part["type"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @PROPERTY
 @given(messages=illustrated(), prompt=st.booleans())
@@ -415,6 +417,7 @@ def test_nothing_to_take_turns_from_is_said() -> None:
         resolve({}, tokenizer, "t", "model.template")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_pickled_processor_keeps_typed_tokens_text(name: str) -> None:
     """Loader processes that are spawned get it pickled."""

@@ -42,6 +42,7 @@ def test_copies_beside_a_frozen_text_backbone_are_named(
     assert "frozen llama backbone" in told  # what Helium1-2B's configuration calls itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "overrides"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,16 +75,4 @@ def describe_machine(facts: dict[str, Any]) -> str:
     return (
         f"{facts['device']}, {said}, {facts['dtype']}, "
         f"torch {facts['torch']}, transformers {facts['transformers']}"
-    )
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Cells as columns, the first `left` of them flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     )

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
-    aligned,
     describe_machine,
     device_and_dtype,
     machine,
 )
 from casa_train.bench._timing import interleaved, peak_bytes, tensor_bytes
 from casa_train.errors import UserError
+from casa_train.io.tables import aligned
 from casa_train.modeling.attention import BACKENDS, choose_backend, sdpa_kernels, varlen_attention
 from casa_train.modeling.segments import Segments
 from casa_train.modeling.windows import Range

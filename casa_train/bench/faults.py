@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from casa_train.bench._benchmark import Benchmark, Report, aligned
+from casa_train.bench._benchmark import Benchmark, Report
 from casa_train.checkpoint.manager import DELETED, CheckpointManager
 from casa_train.checkpoint.saved import MANIFEST, STATE
 from casa_train.checkpoint.slices import read_weights
@@ -30,6 +30,7 @@ from casa_train.config.bounds import local_path
 from casa_train.config.schema import CheckpointConfig
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
+from casa_train.io.tables import aligned
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.layout import CHECKPOINTS, METRICS_FILE
 from casa_train.run.starts import STARTS_FILE, read_starts

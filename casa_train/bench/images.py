@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers.utils import is_torchvision_available, logging
 
-from casa_train.bench._benchmark import Benchmark, Report, aligned, describe_machine, machine
+from casa_train.bench._benchmark import Benchmark, Report, describe_machine, machine
 from casa_train.bench._timing import interleaved
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
+from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import (
     MAX_PIXELS,
     SIDE,

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from casa_train.bench._benchmark import Benchmark, Report, aligned
+from casa_train.bench._benchmark import Benchmark, Report
 from casa_train.config.data_schema import DataConfig
 from casa_train.data.budget import RESERVED, Budget
 from casa_train.data.fit import Fit
 from casa_train.data.mixture import Mixture, SourceSize
 from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource
+from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import MAX_PIXELS, SIDE, target_size
 
 TURNS = 3.7  # a sample, on average, in FineVision: 89M turns of 24.3M samples

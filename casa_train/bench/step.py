@@ -16,7 +16,6 @@ from torch import Tensor
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
-    aligned,
     describe_machine,
     machine,
 )
@@ -31,6 +30,7 @@ from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.numbers import count
+from casa_train.io.tables import aligned
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.precision import DTYPES

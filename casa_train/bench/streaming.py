@@ -18,7 +18,6 @@ from transformers.generation.streamers import BaseStreamer
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
-    aligned,
     describe_machine,
     device_and_dtype,
     machine,
@@ -28,6 +27,7 @@ from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
 from casa_train.export.loading import load_model
 from casa_train.io.quiet import quiet_libraries
+from casa_train.io.tables import aligned
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration

@@ -19,6 +19,7 @@ from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
 from casa_train.io.numbers import count, duration, rate, short, with_unit
+from casa_train.io.tables import aligned
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -70,14 +71,11 @@ def _table(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> list[str
 
     :param rules: rows above which a line is drawn.
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for index, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        if index in rules:
-            lines.append("  " + "-" * (sum(widths) + 3 * (len(widths) - 1)))
-        lines.append(("  " + "   ".join(cells)).rstrip())
-    return lines
+    lines = aligned(rows, gap="   ").splitlines()
+    rule = "-" * max(map(len, lines))
+    for index in sorted(rules, reverse=True):
+        lines.insert(index, rule)
+    return ["  " + line for line in lines]
 
 
 def _headline(

@@ -18,6 +18,7 @@ from casa_train.config.compose import add_config_dir
 from casa_train.errors import UserError
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
 from casa_train.io.quiet import quiet_libraries
+from casa_train.io.tables import aligned
 
 
 def table(result: dict[str, Any]) -> str:
@@ -27,14 +28,7 @@ def table(result: dict[str, Any]) -> str:
         shares = (scores[k] for k in ("exact_match", "blind", "guess"))
         values = ("-" if share is None else f"{share:.3f}" for share in shares)
         rows.append((name, *values, str(scores["questions"])))  # type: ignore[arg-type]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

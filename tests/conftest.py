@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +26,17 @@ os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch.distributed as dist  # noqa: E402
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter  # noqa: E402
 
 from tests.helpers.commands import prepare_data  # noqa: E402
 from tests.helpers.fork_server import STARTED, available, install  # noqa: E402
 from tests.helpers.once import once  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """A collection by a test, or by Python in one, need not go through all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +59,24 @@ def fresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Under `@pytest.mark.fresh` every command is a new process."""
     if request.node.get_closest_marker("fresh"):
         monkeypatch.setattr(subprocess, "Popen", STARTED)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A DataLoader that ends as garbage waits five seconds for each of its workers: the collector
+    first ends the thread that would tell them to leave.
+    """
+    started: weakref.WeakSet[Any] = weakref.WeakSet()
+    start = _MultiProcessingDataLoaderIter.__init__
+
+    def noted(self: Any, loader: Any) -> None:
+        started.add(self)
+        start(self, loader)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__init__", noted)
+    yield
+    for iterator in started:
+        iterator._shutdown_workers()
 
 
 @pytest.fixture(autouse=True)

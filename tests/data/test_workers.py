@@ -104,7 +104,6 @@ def test_an_unknown_failure_is_an_error_that_names_the_sample(
     processor = CasaProcessor(load_tokenizer(str(data_dir / "tokenizer")), 7056, TEMPLATE)
     loader = make_loader(make_split(tmp_path, processor, 1), processor, workers)
     processor.encode = None  # type: ignore[method-assign]
-    gc.collect()  # joins the workers that the tests before have left, for seconds
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"sample unit/k-\d+ of pack 0: TypeError"):
         loader.next_step()
@@ -125,6 +124,7 @@ resource_sharer.stop(timeout=10)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["started", "bare"])
 def test_a_trainer_that_leaves_during_a_delivery_gets_no_traceback(how: str) -> None:
     command = [sys.executable, "-c", LEAVES_DURING_A_DELIVERY, how]
@@ -143,6 +143,7 @@ def test_images_of_a_pack_share_one_storage_with_the_same_pixels() -> None:
     assert in_one_storage([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the kernel's lists")
 def test_a_pack_of_many_images_needs_few_file_descriptors(
     tmp_path: Path, processor: CasaProcessor
@@ -157,6 +158,7 @@ def test_a_pack_of_many_images_needs_few_file_descriptors(
     assert len(os.listdir(f"/proc/{worker}/fd")) - before < images
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account")
 def test_a_worker_s_memory_stays_flat(tmp_path: Path, processor: CasaProcessor) -> None:
     loader = make_loader(make_split(tmp_path, processor, 4), processor, workers=1)
@@ -170,13 +172,10 @@ def test_a_worker_s_memory_stays_flat(tmp_path: Path, processor: CasaProcessor) 
     sizes = []
     gc.collect()
     gc.freeze()  # else the worker's collector copies this whole process, page by page
-    try:
-        for _ in range(60):
-            (batch,) = loader.next_step()
-            assert len(batch.inputs.images) == 4
-            sizes.append(held())
-    finally:
-        gc.unfreeze()
+    for _ in range(60):
+        (batch,) = loader.next_step()
+        assert len(batch.inputs.images) == 4
+        sizes.append(held())
     one_pack = sum(image.nbytes for image in batch.inputs.images)
     # 40 packs leave less than 8 behind, whatever the allocator keeps for itself.
     assert max(sizes[40:]) - max(sizes[:20]) < 8 * one_pack, sizes

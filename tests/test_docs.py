@@ -20,7 +20,8 @@ from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config
 from launch.submit import compose_jobs
 from tests.helpers.commands import ROOT
-from tests.helpers.docs_world import World, open_world
+from tests.helpers.docs_world import World, make_world, open_world
+from tests.helpers.once import once
 from tests.helpers.readmes import MARK, Block, anchors, blocks, inline_code, links, readmes
 
 FILES = readmes()
@@ -33,9 +34,10 @@ ON_CLUSTERS = {"sbatch", "squeue", "scancel", "eval"}
 # --------------------------------------------------------------------------------------- running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return open_world(tmp_path_factory.mktemp("docs"))
+    shared = once(tmp_path_factory, "world", make_world)
+    return open_world(shared, tmp_path_factory.mktemp("docs") / "world")
 
 
 @pytest.mark.slow
@@ -64,6 +66,7 @@ def test_the_model_card_runs(world: World) -> None:
 # ------------------------------------------------------------------------- checked without running
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("block", [b for b in COMMANDS if b.marked], ids=str)
 def test_a_command_is_spelt_right(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:

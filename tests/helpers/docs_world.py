@@ -7,12 +7,14 @@ again for another README.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ SMALL: list[tuple[str, list[str]]] = [
 ]
 """What is added to a command, `MODULE ARGUMENTS`, by the first pattern that it begins with."""
 
+RAN = "ran.json"
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
@@ -53,11 +56,12 @@ class World:
     """The folder in which commands run.
 
     :param folder: where everything lies that the READMEs take for granted.
+    :param ran: the commands and code that made it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ran: Iterable[str] = ()) -> None:
         self.folder = folder
-        self.ran: set[str] = set()
+        self.ran = set(ran)
 
     def run(self, words: Sequence[str]) -> None:
         """Runs a command of a README once; fails with its output."""
@@ -95,8 +99,18 @@ class World:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}"
 
 
-def open_world(folder: Path) -> World:
+def open_world(shared: Path, folder: Path) -> World:
+    """A copy of a world.
+
+    :param shared: made by `make_world`.
+    """
+    shutil.copytree(shared, folder, symlinks=True)
+    return World(folder, json.loads((folder / RAN).read_text()))
+
+
+def make_world(folder: Path) -> None:
     """A world after `make demo` and the first page's "your data"."""
+    folder.mkdir()
     (folder / "launch").symlink_to(ROOT / "launch")
     Image.new("RGB", (56, 56), "orange").save(folder / "picture.png")
     save_model(folder / "my_model")
@@ -108,7 +122,7 @@ def open_world(folder: Path) -> World:
     (first,) = [b for b in blocks(ROOT / "README.md") if "# your data" in b.text]
     for words in first.commands():
         world.run(words)
-    return world
+    (folder / RAN).write_text(json.dumps(sorted(world.ran)))
 
 
 def small(words: Sequence[str]) -> list[str]:

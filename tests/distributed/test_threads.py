@@ -83,19 +83,18 @@ def test_every_command_obeys_the_run(data_dir: Path, tmp_path: Path) -> None:
     assert found == OWN
     assert spins(printed) <= {"0", "0ms"}
     assert re.findall(r"fp32, (\d+) threads", printed) == ["3", str(OWN)]
-    for asked, wanted in ((3, 3), (0, OWN)):
-        (job,) = tmp_path.glob(f"job,*threads={asked},*")
-        for command in (
-            module("casa_train.export", job, "--out", job / "export"),
-            module("casa_train.evaluate", job),
-            module("casa_train.inspect", job, "--out", tmp_path / "page.html"),
-        ):
-            found, printed = probed(tmp_path, command)
-            assert found == wanted, command
-            assert spins(printed) <= {"0", "0ms"}, command
+    (three,) = tmp_path.glob("job,*threads=3,*")
+    (own,) = tmp_path.glob("job,*threads=0,*")
+    for wanted, *command in (
+        (3, "casa_train.export", three, "--out", three / "export"),
+        (3, "casa_train.evaluate", three),
+        (OWN, "casa_train.inspect", own, "--out", tmp_path / "page.html"),
+    ):
+        found, printed = probed(tmp_path, module(*command))
+        assert found == wanted, command
+        assert spins(printed) <= {"0", "0ms"}, command
     # Both jobs in one process, each with its own number; the one of three threads comes last.
-    for path in tmp_path.glob("job,*/evaluation.json"):
-        path.unlink()
+    (three / "evaluation.json").unlink()
     again = module("casa_train.evaluate", "--sweep", tmp_path, "--only", "job,*")
     found, printed = probed(tmp_path, again)
     assert found == 3 and printed.count("step 1, exact match") == 2

@@ -9,6 +9,7 @@ Python files of an export are run by design, where they are marked as this proje
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from casa_train.checkpoint.frozen import FROZEN_DIRECTORY, FrozenFile, write_frozen
@@ -37,8 +38,8 @@ from casa_train.checkpoint.slices import (
     read_weights,
     write_slices,
 )
-from casa_train.config.compose import compose_config
-from casa_train.config.schema import CheckpointConfig
+from casa_train.config.compose import compose_config, to_config
+from casa_train.config.schema import CheckpointConfig, Config
 from casa_train.data.prepared.shard_index import INDEX_FILE, open_index
 from casa_train.data.prepared.shards import META_FILE, Split
 from casa_train.data.processor import build_processor
@@ -57,6 +58,7 @@ from casa_train.modeling.image_processing_casa import ImageError, read_header
 from casa_train.report import pictures
 from casa_train.report.jobs import read_sweep
 from casa_train.report.run_report import report
+from casa_train.run import configuration
 from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory, record_run
 from casa_train.run.layout import METRICS_FILE
@@ -218,7 +220,22 @@ def run_readers(run: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
+@pytest.fixture
+def checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reader reads the stored configuration; one text is checked once, which takes longer."""
+    checked: dict[str, Config] = {}
+
+    def check(raw: DictConfig) -> Config:
+        text = OmegaConf.to_yaml(raw)
+        if text not in checked:
+            checked[text] = to_config(raw)
+        return copy.deepcopy(checked[text])
+
+    monkeypatch.setattr(configuration, "to_config", check)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("checked_once")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_file_of_a_run_is_trusted(run: Path, tmp_path: Path, bomb: str) -> None:
     copy, trace = tmp_path / "runs" / "run", tmp_path / "ran"

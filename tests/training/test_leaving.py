@@ -49,6 +49,7 @@ def test_a_second_job_is_told_who_holds_the_directory(tmp_path: Path) -> None:
     RunLock(tmp_path).close()
 
 
+@pytest.mark.fresh  # which takes less than the first fork
 def test_a_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from casa_train.run.lock import RunLock;"
@@ -158,7 +159,7 @@ def test_a_stalled_rank_ends_the_others_with_their_stacks(data_dir: Path, tmp_pa
 
 @pytest.mark.slow
 def test_the_time_limit_saves_and_leaves(data_dir: Path, tmp_path: Path) -> None:
-    more = ["trainer.steps=100000", "optim.decay_steps=0", "trainer.max_hours=0.006"]
+    more = ["trainer.steps=100000", "optim.decay_steps=0", "trainer.max_hours=0.002"]
     command = train_command(leaving_run(data_dir, tmp_path / "late", *more))
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200

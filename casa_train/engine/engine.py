@@ -26,12 +26,12 @@ from casa_train.cost.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.zero_state import ZeroState
 from casa_train.errors import RankError, UserError
-from casa_train.io.quiet import quiet_deepspeed
+from casa_train.io.quiet import deepspeed_imported_quietly
 
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
-quiet_deepspeed()
-import deepspeed  # noqa: E402
-from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
+with deepspeed_imported_quietly():
+    import deepspeed
+    from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.

@@ -60,10 +60,10 @@ HEAVY = (
 IMPORT_TIME = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH")
 IMPORT_TIME += ("CUDA", "NVIDIA", "HF_", "HUGGINGFACE", "TRANSFORMERS", "DS_", "XDG_")
 IMPORT_TIME += ("HOME", "MPL", "ARROW", "TOKENIZERS")
-# What torchrun sets for its ranks, the compiler for its processes, a benchmark for less to read and
-# a training for a GPU's memory.
+# What torchrun sets for its ranks, the compiler for its processes, and commands, for less to read
+# and for a GPU's memory.
 LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCHINDUCTOR", "TORCH_CPP_LOG_LEVEL")
-LATER += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+LATER += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR")
 # Asks the kernel to end it with its parent, which a fork of the server's is not a child of.
 AFRESH = {"casa_train.export.child"}
 STARTED = subprocess.Popen

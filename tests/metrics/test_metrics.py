@@ -122,6 +122,7 @@ def test_the_work_of_a_real_batch_is_counted_where_it_is_loaded(
         assert total == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_field_is_documented_and_every_documented_field_is_written(tmp_path: Path) -> None:
     """Two real ranks; the values that can be checked from outside are right."""
     out = tmp_path / "lines"

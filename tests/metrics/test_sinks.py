@@ -17,6 +17,7 @@ import pytest
 
 from casa_train.config.schema import Config, MetricsConfig
 from casa_train.metrics.fields import FIELDS, scalars
+from casa_train.metrics.sinks import wandb as wandb_sink
 from casa_train.metrics.sinks.console import ConsoleSink
 from casa_train.metrics.sinks.guarded import Guarded
 from casa_train.metrics.sinks.jsonl import JsonlSink, last_step, read_metrics
@@ -75,6 +76,7 @@ def test_a_resumed_run_continues_its_curves(
     assert "switched off" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_switched_off_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.metrics.test_sinks import config, start;"
@@ -98,6 +100,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
     return monkeypatch
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_writes_one_run_into_files(
     tmp_path: Path, nobody: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +133,7 @@ def test_wandb_does_not_wait_for_a_server_that_does_not_answer(
         server.bind(("127.0.0.1", 0))
         if listens:
             server.listen(50)  # and says nothing, ever
+            nobody.setattr(wandb_sink, "INIT_SECONDS", 3.0)
         address = f"127.0.0.1:{server.getsockname()[1]}"
         nobody.setenv("WANDB_BASE_URL", f"http://{address}")
         nobody.setenv("WANDB_API_KEY", "0" * 40)
@@ -153,6 +157,7 @@ def test_a_sink_that_fails_is_switched_off_with_one_warning(
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_switches_tensorboard_off_without_a_traceback(tmp_path: Path) -> None:
     code = (
         "import resource, sys, time; from pathlib import Path;"

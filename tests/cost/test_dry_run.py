@@ -121,6 +121,7 @@ def test_switches_cost_what_they_should() -> None:
     assert "256 packs on 64 ranks, 4 on each" in inserted
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_shows_in_memory_and_work() -> None:
     plain = report("+experiment=helium_casa")
     every = report("+experiment=helium_casa", "parallel.activation_checkpointing=all")
@@ -157,6 +158,7 @@ def test_a_directory_comes_before_recorded_sizes(tmp_path: Path) -> None:
     assert "casa in 3 of 3 blocks" in told and f"{tmp_path}:fromits" in words
 
 
+@pytest.mark.slow
 def test_rows_of_added_tokens_count(tmp_path: Path) -> None:
     sizes = json.loads(RECORDED.read_text())["kyutai/helium-1-2b"]
     (tmp_path / "base").mkdir()

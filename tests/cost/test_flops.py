@@ -32,8 +32,20 @@ from tests.helpers.tiny import (
 PACK = [Layout(14, (2, 8), ((8, 8), (8, 8)))] * 2
 
 
-@pytest.mark.parametrize("trained", [0, 1, -1], ids=lambda n: f"vision{n}")
-@pytest.mark.parametrize("trainable", [True, False], ids=["trained", "frozen"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("trainable", "trained"),
+    [
+        pytest.param(True, -1, id="trained, whole tower"),
+        pytest.param(True, 1, id="trained, a block of the tower", marks=SLOW),
+        pytest.param(True, 0, id="trained, frozen tower", marks=SLOW),
+        pytest.param(False, -1, id="frozen, whole tower", marks=SLOW),
+        pytest.param(False, 1, id="frozen, a block of the tower"),
+        pytest.param(False, 0, id="frozen, frozen tower", marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("fusion", FUSIONS, ids=names)
 def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trained: int) -> None:
     model = frozen_model(

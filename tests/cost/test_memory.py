@@ -39,8 +39,11 @@ def outside_attention(found: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("trainable", "trained", "dtype"),
-    [(True, -1, torch.float32), (False, 1, torch.bfloat16), (True, 0, torch.bfloat16)],
-    ids=["trained", "frozen-bf16", "frozen-vision-bf16"],
+    [
+        pytest.param(True, -1, torch.float32, id="trained", marks=pytest.mark.slow),
+        pytest.param(False, 1, torch.bfloat16, id="frozen-bf16"),
+        pytest.param(True, 0, torch.bfloat16, id="frozen-vision-bf16", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("fusion", FUSIONS, ids=names)
 def test_activations_are_what_autograd_saves(
@@ -64,6 +67,7 @@ def test_activations_are_what_autograd_saves(
         assert outside_attention(counted) == outside_attention(measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -92,6 +96,7 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_recomputed_block_is_counted_beside_what_all_blocks_keep() -> None:
     def parts(blocks: str) -> dict[str, int]:
         setting = f"parallel.activation_checkpointing={blocks}"

@@ -34,6 +34,7 @@ def test_the_stream_keeps_its_rates(undisturbed: list[list[list[str]]]) -> None:
     assert len(ids) == 24 and max(ids.values()) <= 1.3 * min(ids.values())
 
 
+@pytest.mark.slow
 def test_ranks_and_workers_change_and_the_order_stays(
     data_dir: Path, undisturbed: list[list[list[str]]]
 ) -> None:

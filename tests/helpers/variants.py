@@ -128,7 +128,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hyper_attention-biased": {"mechanism": "hyper_attention", "backbone": "biased"},
 }
 MECHANISMS = sorted({variant["mechanism"] for variant in VARIANTS.values()})
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
+# For daily work every mechanism, and one model each with parameters of the backbone, without
+# self-attention, with positions of three axes and with image tokens that change.
+DAILY = {*MECHANISMS, "casa-shared-biased", "casa-replace-every2", "casa-qwen2_5_vl"}
+DAILY |= {"cross_attention-ffn"}
+
+
+def case(variant: str, *values: Any) -> Any:
+    """A variant, and other values behind it, as a test's parameters; most variants are slow."""
+    return pytest.param(variant, *values, marks=[] if variant in DAILY else pytest.mark.slow)
+
+
+every_variant = pytest.mark.parametrize("variant", [case(variant) for variant in VARIANTS])
 every_mechanism = pytest.mark.parametrize("mechanism", MECHANISMS)
 
 

@@ -15,7 +15,7 @@ from casa_train.cost.memory import saved_bytes
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.tiny import HARD_PACK, fill
 from tests.helpers.tiny_export import write_tiny_export
-from tests.helpers.variants import MECHANISMS, VARIANTS, build, gradients_of, packed_logits
+from tests.helpers.variants import MECHANISMS, VARIANTS, build, case, gradients_of, packed_logits
 
 
 def trained(model: CasaForConditionalGeneration, blocks: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -28,7 +28,8 @@ def trained(model: CasaForConditionalGeneration, blocks: str) -> tuple[Tensor, d
 
 
 @pytest.mark.parametrize(
-    ("variant", "frozen"), [*((v, False) for v in VARIANTS), *((m, True) for m in MECHANISMS)]
+    ("variant", "frozen"),
+    [*(case(v, False) for v in VARIANTS), *((m, True) for m in MECHANISMS)],
 )
 def test_gradients_are_the_same_bit_for_bit(variant: str, frozen: bool) -> None:
     model = build(variant)

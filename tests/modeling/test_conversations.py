@@ -335,6 +335,7 @@ def test_an_end_of_plain_text_is_the_same_tokens_everywhere() -> None:
 # ------------------------------------------------------------------------ templates and tokenizers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [
@@ -358,6 +359,7 @@ def test_what_turns_cannot_express_is_named(name: str, left_out: tuple[str, ...]
     assert derive(PUBLISHED[name].jinja, published(name))[1] == left_out
 
 
+@pytest.mark.slow
 def test_a_date_does_not_change_from_day_to_day() -> None:
     """Llama 3.2's template writes today's, which would change every sample over night."""
     assert "26 Jul 2024" in own_processor("llama3_2")._template.system_start
@@ -369,6 +371,7 @@ def test_a_template_without_system_turns_is_otherwise_its_own(name: str) -> None
     assert first_difference(PUBLISHED[name].jinja, published(name), reader) is None
 
 
+@pytest.mark.slow
 def test_the_start_says_whose_template_it_is() -> None:
     tokenizer = published("qwen2_5")
     tokenizer.chat_template = PUBLISHED["qwen2_5"].jinja
@@ -449,6 +452,7 @@ def test_a_boundary_adds_no_space_where_line_breaks_are_tokens() -> None:
     assert tokenizer.decode(reader.encode(turn).ids[:-1]).endswith("Assistant: Red")
 
 
+@pytest.mark.slow
 def test_words_of_a_vocabulary_are_no_special_tokens() -> None:
     """</s> is a word in some byte-level vocabularies, which no text is read as."""
     tokenizer = copy.deepcopy(published("chatml"))
@@ -477,6 +481,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
         CasaProcessor(Slow())
 
 
+@pytest.mark.slow
 def test_ids_that_a_caller_sets_replace_the_templates() -> None:
     """As clients of the published models do for one long answer, and undo."""
     reader = own_processor("qwen2_5_vl")

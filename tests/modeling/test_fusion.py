@@ -32,6 +32,7 @@ from tests.helpers.variants import (
     VARIANTS,
     assert_gradients_close,
     build,
+    case,
     changed_rows,
     every_mechanism,
     every_variant,
@@ -143,7 +144,7 @@ def fusion_additions(model: CasaForConditionalGeneration, samples: list[Sample])
 
 @pytest.mark.parametrize(
     "variant",
-    [n for n in VARIANTS if n.startswith(("casa", "cross", "gated")) and "shared" not in n],
+    [case(n) for n in VARIANTS if n.startswith(("casa", "cross", "gated")) and "shared" not in n],
 )
 def test_fusion_adds_what_the_reference_adds(variant: str) -> None:
     """Block by block, and exactly nothing to text that has nothing to read."""

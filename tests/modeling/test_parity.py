@@ -33,7 +33,7 @@ from tests.helpers.tiny import (
     tiny_text_config,
 )
 from tests.helpers.twins import TOWARDS_INSERTION, insertion_twins
-from tests.helpers.variants import VARIANTS, packed_logits, shared_model
+from tests.helpers.variants import VARIANTS, case, packed_logits, shared_model
 
 # The last ids of the tiny vocabulary; random text uses the ids before them.
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = range(VOCABULARY - 4, VOCABULARY)
@@ -205,7 +205,7 @@ def library_logits(
 # Text alone
 
 # Blocks without self-attention are no longer the backbone's.
-WITH_SELF_ATTENTION = [name for name in VARIANTS if "replace" not in name]
+WITH_SELF_ATTENTION = [case(name) for name in VARIANTS if "replace" not in name]
 
 
 @functools.cache

@@ -102,14 +102,11 @@ def test_an_installed_project_starts_in_any_folder(site: Path, elsewhere: Path) 
     done = run_installed(site, elsewhere, "casa_train", "+experiment=demo", "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert "casa_train dry run: demo" in done.stdout
-    own = ["--config-dir", "mine", "+experiment=mine", "dry_run=true"]
+    # A ready template, too, which the package reads by itself.
+    own = ["--config-dir", "mine", "+experiment=mine", "model.template=chatml", "dry_run=true"]
     done = run_installed(site, elsewhere, "casa_train", *own)
     assert done.returncode == 0, done.stderr
     assert "casa_train dry run: mine" in done.stdout and "77" in done.stdout
-    # A ready template, which the data folder reads by itself.
-    own = ["+experiment=demo", "model.template=chatml", "dry_run=true"]
-    done = run_installed(site, elsewhere, "casa_train", *own)
-    assert done.returncode == 0, done.stderr
     done = run_installed(site, elsewhere, "casa_train", "+experiment=demo")
     assert done.returncode == 2
     assert "tokenizer 'demo_data/tokenizer'" in done.stderr and "Traceback" not in done.stderr

@@ -29,7 +29,9 @@ from tests.helpers.tiny import (
     tiny_text_config,
 )
 from tests.helpers.variants import (
+    DAILY,
     VARIANTS,
+    case,
     every_mechanism,
     every_variant,
     follows_of,
@@ -214,8 +216,10 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
     model.reset_ca_streaming_states()
 
 
-@pytest.mark.parametrize("answer_end", [None, 17])
-@every_variant
+@pytest.mark.parametrize(
+    ("variant", "answer_end"),
+    [*(case(v, None) for v in VARIANTS), *(case(v, 17) for v in sorted(DAILY))],
+)
 def test_a_row_that_ends_first_goes_on_as_it_does_alone(
     variant: str, answer_end: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

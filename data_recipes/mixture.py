@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
 def prepared_mixture(data: Path, exclude: Sequence[str], out: Path) -> str:
     """The mixture of the image subsets prepared below `data`.
 
-    :raises UserError: nothing prepared, a pattern of nothing, or nothing left.
+    :raises UserError: nothing prepared, two folders of one subset, a pattern of nothing, or nothing
+        left.
     """
     found, others = prepared(data)
     if not found:
@@ -97,14 +98,25 @@ def prepared_mixture(data: Path, exclude: Sequence[str], out: Path) -> str:
 def prepared(data: Path) -> tuple[dict[str, tuple[Origin, Path]], list[str]]:
     """Source name -> (origin, path of the split) of the image subsets prepared below `data`, and
     the folders of other prepared data.
+
+    :raises UserError: two folders would be one source; names both.
     """
-    found, others = {}, []
+    found: dict[str, tuple[Origin, Path]] = {}
+    others = []
     for meta_file in sorted([*data.glob("*/train/meta.json"), *data.glob("*/*/train/meta.json")]):
         meta = json.loads(meta_file.read_text())
         origin = meta.get("origin") or {}
         if meta.get("modality") == "image" and origin:
             pair = (origin["dataset"], origin["subset"])
-            found[source_name(pair)] = pair, meta_file.parent.absolute()
+            name, path = source_name(pair), meta_file.parent.absolute()
+            if name in found:
+                raise UserError(
+                    f"{found[name][1].parent} ({' '.join(found[name][0])}) and {path.parent} "
+                    f"({' '.join(pair)}) would both be the source {name}; expected one folder. "
+                    "Name a directory without the other with --data, or move the other out of "
+                    f"{data}: data that 'retokenize' counted again belong into a tree of their own."
+                )
+            found[name] = pair, path
         else:
             others.append(str(meta_file.parent.parent.relative_to(data)))
     return found, others

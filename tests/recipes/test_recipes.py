@@ -493,6 +493,24 @@ def test_a_mixture_of_what_is_prepared(
     assert "holds no finished dataset" in capsys.readouterr().err
 
 
+def test_a_mixture_refuses_a_subset_that_lies_in_two_folders(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it does when the data were counted a second time beside the first."""
+    data, out = tmp_path / "data", tmp_path / "mine.yaml"
+    data.mkdir()
+    for name in ("finevision", "finevision_qwen"):
+        (data / name).symlink_to(prepared / "out")
+    assert main(["mixture", "--data", str(data), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    for name in ("finevision", "finevision_qwen"):
+        assert f"{data / name / 'chartqa'} " in said, said
+    assert "--data" in said
+    assert not out.exists()
+    assert main(["mixture", "--data", str(data / "finevision_qwen"), "--out", str(out)]) == 0
+    assert "finevision_qwen/chartqa/train" in out.read_text()
+
+
 def test_a_second_index_for_another_tokenizer(
     prepared: Path, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

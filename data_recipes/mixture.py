@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=local_path,
         metavar="DIR",
-        help="take what is prepared here: the directory that holds the --out directories of "
-        "recipes (default: everything published, wherever CASA_DATA will point)",
+        help="take what is prepared here: an --out directory of a recipe, or one that holds "
+        "several (default: everything published, wherever CASA_DATA will point)",
     )
     parser.add_argument(
         "--exclude",

@@ -15,12 +15,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config
 from launch.submit import compose_jobs
 from tests.helpers.commands import ROOT
-from tests.helpers.docs_world import World, make_world, open_world
+from tests.helpers.docs_world import World, leading_variables, make_world, open_world
 from tests.helpers.once import once
 from tests.helpers.readmes import MARK, Block, anchors, blocks, inline_code, links, readmes
 
@@ -72,8 +73,7 @@ def test_the_model_card_runs(world: World) -> None:
 def test_a_command_is_spelt_right(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as that can be told without a hub, a GPU or a cluster."""
     for words in block.commands():
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            words = words[1:]
+        _, words = leading_variables(words)
         check_files(words)
         if words[0] == "make":
             makefile = (ROOT / "Makefile").read_text()
@@ -84,6 +84,10 @@ def test_a_command_is_spelt_right(block: Block, monkeypatch: pytest.MonkeyPatch)
             check_module(words[2], words[3:], monkeypatch)
         elif words[0] == "launch/torchrun.sh":
             compose_config(words[1:])
+        elif words[0] == "torchrun":
+            started = torchrun_parser().parse_args(words[1:])
+            assert started.module, words
+            check_module(started.training_script, started.training_script_args, monkeypatch)
         else:
             assert words[0] in ON_CLUSTERS or words[0].startswith("launch/"), words
             assert block.marked, f"{block}: {words[0]} cannot run here; expected a mark"
@@ -259,8 +263,15 @@ def test_the_first_page_names_every_mechanism() -> None:
 
 
 def test_every_experiment_and_sweep_is_named() -> None:
-    code = " ".join(inline_code(ROOT / "conf" / "README.md"))
-    code += " ".join(b.text for b in blocks(ROOT / "conf" / "README.md"))
-    for group in ("experiment", "sweep"):
-        for file in (ROOT / "conf" / group).glob("*.yaml"):
-            assert re.search(rf"\b{file.stem}\b", code), f"{group} {file.stem}"
+    """An experiment in the table's first column, a sweep as one types it in the text."""
+    page = ROOT / "conf" / "README.md"
+    (table,) = re.findall(r"^\| `\+experiment=` .*\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+    rows = [row.split("|")[1] for row in table.splitlines()]
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == stems("experiment")
+    sweeps = [re.fullmatch(r"\+sweep=(\w+)", code) for code in inline_code(page)]
+    assert {found[1] for found in sweeps if found} == stems("sweep")
+
+
+def stems(group: str) -> set[str]:
+    """The names of a group's files in `conf/`."""
+    return {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,20 +25,28 @@ from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import ROOT, TINY, environment
 from tests.helpers.readmes import blocks
 from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
+from tests.helpers.toy_mechanism import write_toy
 
 RUN = [*TINY, "trainer.steps=2", "data.max_pixels=3136"]
 OWN_SIZES = [override for override in RUN if ".config." not in override]
+BUDGETS = [override for override in RUN if override.startswith("data.")]
+VALIDATED = [override for override in RUN if not override.startswith("evaluation.every=")]
+# A world is as a user of an installed package has it: commands read the package's conf/, not the
+# folder's, which a README's command wrote data/mine.yaml into. "Installed" in conf/README.md says
+# that this takes the option that is added here; a checkout's own conf/ does not need it.
+OWN_CONF = ["--config-dir", "conf"]
 SMALL: list[tuple[str, list[str]]] = [
     ("data_recipes synthetic", ["--samples", "240", "--validation", "24", "--workers", "1"]),
     ("casa_train .*dry_run=true", []),
-    ("casa_train .*data=mine", ["--config-dir", "conf", *OWN_SIZES]),
+    ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
+    ("casa_train .*export.best=true", VALIDATED),
     ("casa_train ", RUN),
     ("casa_train.evaluate ", ["evaluation.max_samples=6"]),
     ("casa_train.bench streaming", ["--turns", "3", "--size", "tiny", "--image-size", "56"]),
     ("casa_train.bench attention", ["--scale", "0.004", "--repeats", "1"]),
     ("casa_train.bench packing", ["--samples", "4000", "--steps", "16", "--sources", "0"]),
     ("casa_train.bench images", ["--images", "1", "--repeats", "1"]),
-    ("casa_train.bench step", ["--steps", "1", "--warm-up", "1", "--set", *OWN_SIZES[5:]]),
+    ("casa_train.bench step", ["--steps", "1", "--warm-up", "1", "--set", *BUDGETS]),
     ("casa_train.bench faults", ["--kills", "1", "--processes", "1"]),
 ]
 """What is added to a command, `MODULE ARGUMENTS`, by the first pattern that it begins with."""
@@ -68,15 +76,16 @@ class World:
         command = shlex.join(words)
         if command in self.ran:
             return
+        variables, words = leading_variables(words)
         if words[:2] == ["make", "demo"]:
             for line in make_lines("demo"):
                 self.run(line)
         elif words[0] == "make":
             assert any("pytest" in line for line in make_lines(words[1])), command
         elif words[:2] == ["python", "-m"]:
-            self._start([sys.executable, *words[1:], *small(words[2:])])
+            self._start([sys.executable, *words[1:], *small(words[2:])], variables)
         else:
-            self._start([*words, *RUN])
+            self._start([*words, *RUN], variables)
         self.ran.add(command)
 
     def python(self, code: str) -> None:
@@ -85,12 +94,12 @@ class World:
             self._start([sys.executable, "-c", code])
             self.ran.add(code)
 
-    def _start(self, words: Sequence[str]) -> None:
+    def _start(self, words: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
             words,
             cwd=self.folder,
-            env={**environment(), "PATH": path},
+            env={**environment(), "PATH": path, **(variables or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -115,6 +124,7 @@ def make_world(folder: Path) -> None:
     Image.new("RGB", (56, 56), "orange").save(folder / "picture.png")
     save_model(folder / "my_model")
     save_tower(folder / "my_tower")
+    write_toy(folder / "mine")
     world = World(folder)
     world.run(["make", "demo"])
     (own,) = [b for b in blocks(ROOT / "data_recipes" / "README.md") if b.language == "python"]
@@ -123,6 +133,18 @@ def make_world(folder: Path) -> None:
     for words in first.commands():
         world.run(words)
     (folder / RAN).write_text(json.dumps(sorted(world.ran)))
+
+
+def leading_variables(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes a command apart: what it sets before it begins, as in `NPROC=4 launch/...`, and the
+    rest.
+    """
+    rest = list(words)
+    variables = {}
+    while rest and (match := re.fullmatch(r"([A-Z_]+)=(.*)", rest[0])):
+        variables[match[1]] = match[2]
+        del rest[0]
+    return variables, rest
 
 
 def small(words: Sequence[str]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,9 @@ HOMES = {
     "matplotlib": "report/",
     "av": "no room: recipes alone",
 }
+TOPS = ("casa_train", "conf", "data_recipes", "launch", "tests")
+# Files that a user writes, which explanations name as examples.
+NO_FILES = {"mine/toy.py", "mechanisms/toy.py"}
 MODELING_MAY = {"torch", "transformers", "tokenizers", "einops", "PIL", "numpy", "flash_attn"}
 
 
@@ -201,7 +206,12 @@ def test_every_room_tells_its_story_in_its_init_and_nothing_else() -> None:
         if path.parent == PACKAGE:
             continue
         tree = ast.parse(path.read_text())
-        assert ast.get_docstring(tree), f"{path.parent.name} tells nothing"
+        story = ast.get_docstring(tree)
+        assert story, f"{path.parent.name} tells nothing"
+        sentences = len(re.findall(r"[.?!](?=\s|$)", story))
+        assert 1 <= sentences <= 3, (
+            f"{path.relative_to(ROOT)} has {sentences} sentences, not 1 to 3"
+        )
         assert len(tree.body) == 1, f"{path.relative_to(ROOT)} holds more than its story"
     rooms = {path.parent for path in sources(PACKAGE)} - {PACKAGE}
     assert all((room / "__init__.py").is_file() for room in rooms)
@@ -211,7 +221,35 @@ def test_no_two_modules_have_one_name() -> None:
     # A benchmark may be named after what it measures.
     paths = [p for p in sources(PACKAGE) if room_of(p) != "bench" and "__" not in p.stem]
     names = [path.stem for path in paths]
-    assert {name for name in names if names.count(name) > 1} <= {"wandb"} & set(), names
+    assert len(set(names)) == len(names), sorted(names)
+
+
+def explanations(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of every comment, docstring and text of several lines in a file."""
+    source = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(source)):
+        docstring = isinstance(node, ast.Expr)
+        text = getattr(node.value if isinstance(node, ast.Expr) else node, "value", None)
+        if isinstance(text, str) and (docstring or "\n" in text):
+            found.append((node.lineno, text))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["casa_train", "data_recipes", "launch", "tests"])
+def test_explanations_name_files_that_exist(folder: str) -> None:
+    # By its name, or by the end of its path.
+    files = [file for top in TOPS for file in (ROOT / top).rglob("*.*")]
+    ends = {"/".join(file.parts[-n:]) for file in files for n in range(1, len(file.parts))}
+    missing = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sources(ROOT / folder)
+        for line, text in explanations(path)
+        for name in re.findall(r"\w[\w./-]*\.(?:py|md)\b", text)
+        if name not in ends | NO_FILES
+    ]
+    assert not missing, missing
 
 
 def test_heavy_libraries_have_one_home() -> None:

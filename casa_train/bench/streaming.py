@@ -43,7 +43,7 @@ last are medians over up to eight turns, last/first their ratio; cache tokens, b
 those of the long stream's first and last turn. Streaming state: the keys and values of the open
 window, and the ids of the stream.
 
-The published sessions (casa.md, section 7), with random weights of the published sizes:
+The sessions that CASA (arXiv 2512.19535) publishes, with random weights of the published sizes:
     python -m casa_train.bench streaming --size helium1-2b --image-size 896 --turns 256
 It takes about 45 GiB of GPU memory.
 """

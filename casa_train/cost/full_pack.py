@@ -1,6 +1,7 @@
 """A pack with both budgets full: its shapes, its tensors, and the memory of a rank that trains it.
 
-`dry_run` prints the estimate, and `worst_case` runs such a pack before the first step.
+`dry_run` prints the estimate, and `training/memory_probe.py` runs such a pack before the first
+step.
 """
 
 from __future__ import annotations

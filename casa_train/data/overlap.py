@@ -36,8 +36,8 @@ LACKING_IN_FINEVISION = (
     "visual_chat",
     "wit",
 )
-"""Subsets of LLaVA-OneVision-1.5-Instruct that FineVision does not have (casa.md section 6), under
-the names that the dataset gives them."""
+"""Subsets of LLaVA-OneVision-1.5-Instruct that FineVision does not have, under the names that
+the dataset gives them."""
 
 # Subset of LLaVA-OneVision-1.5-Instruct -> where FineVision has it; where the names differ only in
 # case, signs or a suffix in brackets, `_plain` finds it.

@@ -76,7 +76,7 @@ class Sample:
     repaired: tuple[str, ...] = ()
 
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
-        """The conversation as the processor's messages (casa.md section 8).
+        """The conversation as the processor's messages.
 
         :param images: what to put into the image slots, by index; None leaves every slot empty.
         """
@@ -142,7 +142,7 @@ def filter_turns(sample: Sample, minimum: Mapping[str, int]) -> Sample:
 
     A turn that is not rated stays. The images of a dropped turn move to the next kept turn if that
     shows none of its own, since it asks about what was shown last; otherwise they go with their
-    turn. `data.ratings` computes the same from an index.
+    turn. `data.prepared.ratings` computes the same from an index.
 
     :param minimum: by name of the rating, out of `RATINGS`.
     """

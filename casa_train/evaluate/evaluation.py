@@ -1,6 +1,4 @@
-"""python -m casa_train.evaluate RUN [--export DIR] [overrides ...]: exact match of an export on the
-validation sets; with --sweep DIR of every job of a sweep, exported first where it is not.
-"""
+"""The evaluation of a run, or of every job of a sweep: its export answers the validation sets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""python -m casa_train.export RUN [--step N] --out DIR: a checkpoint as a Hugging Face
-directory.
-"""
+"""A checkpoint of a run as a Hugging Face directory that has passed the gate."""
 
 from __future__ import annotations
 

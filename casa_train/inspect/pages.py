@@ -1,7 +1,4 @@
-"""python -m casa_train.inspect TARGET [overrides ...]: a page of the data as training sees it.
-
-TARGET is a prepared split, a run directory or an experiment, also one that streams its data.
-"""
+"""What a page shows: packs of a prepared split, of a run or of an experiment, or one sample."""
 
 from __future__ import annotations
 

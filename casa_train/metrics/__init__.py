@@ -1,1 +1,1 @@
-"""What a run reports: sinks take one record a step; `report.py` draws the HTML page."""
+"""What a step reports: its counts, the fields of its record, and the sinks that take records."""

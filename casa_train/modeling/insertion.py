@@ -1,4 +1,4 @@
-"""Token insertion: image tokens join the stream, as in LLaVA and Qwen2.5-VL (casa.md section 3).
+"""Token insertion: image tokens join the stream, as in LLaVA and Qwen2.5-VL.
 
 SA_ins(x_T) = MHA(x_T | x_1..x_K, y_1..y_N, x_K+1..x_T). Every later token attends to them, they
 pass through every feed-forward network and stay in the KV cache.

@@ -2,6 +2,11 @@
 
 The entry file of an export. Both transformers generations copy only an entry file's direct relative
 imports, so it names every file it reaches.
+
+Shapes, here and in the other files of this folder: B batch, T text tokens, N image tokens, S stream
+tokens (T, or T + N where images are inserted), W windows, H heads, D head width, C model width.
+Samples of a batch or pack are concatenated along the token axis; there is no padding inside the
+model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""python -m casa_train.report RUN, or --sweep DIR: one self-contained HTML page about a run, or
-about the jobs of a sweep.
-"""
+"""What a run left in its directory, read and drawn as one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of a run: configuration, environment and quarantine files; whose run it holds."""
+"""The directory of a run: whose run it holds, and what is written there before its first step."""
 
 from __future__ import annotations
 

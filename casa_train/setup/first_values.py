@@ -18,7 +18,7 @@ MEAN_ROWS = 1024  # that are added up at a time
 
 
 class Values(Protocol):
-    """Stored values by parameter name; see `warm_start.Stored`."""
+    """Stored values by parameter name; see `pretrained.Stored`."""
 
     def __contains__(self, name: str) -> bool: ...
 

@@ -1,4 +1,4 @@
-"""How a run leaves before its last step: signals, a time limit, and a watchdog for hangs."""
+"""How a run is asked to leave before its last step: signals and a time limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this process was asked to stop; ranks then agree on a step (`Trainer`).
+    """Whether this process was asked to stop; ranks then agree on a step (`Stopping`).
 
     The handlers only set a flag, so that a signal never falls into the middle of a save.
 

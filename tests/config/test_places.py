@@ -56,7 +56,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_places_of_the_configuration_are_known() -> None:
-    """A new field that holds a path belongs here, and gets a kind in config.py."""
+    """A new field that holds a path belongs here, and is annotated with a `Place`."""
     assert {leaf.name for leaf in leaves(Config) if isinstance(leaf.kind, Place)} == PLACES
 
 

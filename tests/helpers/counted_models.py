@@ -45,7 +45,7 @@ def shapes(pack: list[Layout]) -> list[Chunk]:
 
 
 def frozen_model(config: CasaConfig, trainable: bool, trained: int) -> CasaForConditionalGeneration:
-    """A model frozen as `assemble.set_trainable` does it."""
+    """A model frozen as `setup.model.set_trainable` does it."""
     model = CasaForConditionalGeneration(config)
     for part in (model.model, model.lm_head):
         part.requires_grad_(trainable)

@@ -1,6 +1,6 @@
 """Training with and without a worst-case pack before it, and one that a rank has no memory for.
 
-Started by test_worst_case.py under torchrun on two ranks. Prints one JSON line a case.
+Started by test_memory_probe.py under torchrun on two ranks. Prints one JSON line a case.
 """
 
 from __future__ import annotations

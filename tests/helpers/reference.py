@@ -1,8 +1,9 @@
-"""An independent float64 model of every fusion mechanism of casa.md, one sample at a time.
+"""An independent float64 model of every fusion mechanism, one sample at a time.
 
-Written from the equations and for reading: no packing, no cache, no kernels, and nothing imported
-from the project or from transformers. Which query sees which key is decided pair by pair. It is
-differentiable: where the parameters or the images require gradients, so does what it returns.
+Written from the equations of CASA (arXiv 2512.19535) and for reading: no packing, no cache, no
+kernels, and nothing imported from the project or from transformers. Which query sees which key is
+decided pair by pair. It is differentiable: where the parameters or the images require gradients, so
+does what it returns.
 """
 
 from __future__ import annotations

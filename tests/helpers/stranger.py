@@ -2,10 +2,11 @@
 
     python tests/helpers/stranger.py EXPORT [SAVE_TO]
 
-Needs torch, transformers, einops, pillow and numpy only. Runs casa.md's contract and the ordinary
-interface of a Hugging Face VLM; SAVE_TO is where `save_pretrained` writes, to be tried again with
-another version of transformers. A parameter is given another value than the export and the library
-have by themselves, and what it does is looked at: one that is dropped in silence fails here.
+Needs torch, transformers, einops, pillow and numpy only. Calls what clients of the published CASA
+models call, and the ordinary interface of a Hugging Face VLM; SAVE_TO is where `save_pretrained`
+writes, to be tried again with another version of transformers. A parameter is given another value
+than the export and the library have by themselves, and what it does is looked at: one that is
+dropped in silence fails here.
 """
 
 from __future__ import annotations

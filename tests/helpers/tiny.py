@@ -153,7 +153,7 @@ def use_exact_norms(model: CasaForConditionalGeneration) -> None:
 
 
 def reference_settings(model: CasaForConditionalGeneration) -> Settings:
-    """The hyper-parameters that `reference.py` needs, with the defaults casa.md gives."""
+    """The hyper-parameters that `reference.py` needs, with the mechanisms' defaults once more."""
     text = model.config.text_config
     rope = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta}
     multimodal = text.model_type.startswith("qwen2_5_vl")

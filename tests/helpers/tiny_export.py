@@ -44,7 +44,7 @@ def write_tiny_export(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = tiny_model(mechanism, text_config=text)
-    # As assemble.build_model does.
+    # As setup.model.build_model does.
     model.config.pre_image_tokens = processor.pre_image_tokens
     model.config.post_image_tokens = processor.post_image_tokens
     model.config.answer_end_token = processor.answer_end_token

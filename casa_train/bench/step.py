@@ -44,8 +44,9 @@ optimiser, precision and ZeRO stage. Every pack is full in both budgets, with im
 size and a loss on every text token; the packs are made before the clock starts, so nothing waits
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
 (planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
-all steps after the warm-up. Work counts attended pairs and nothing recomputed (cost/work.py).
-Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
+all steps after the warm-up. Work counts attended pairs and nothing that activation checkpointing
+repeats (cost/work.py). Sizes come from config.json where it can be read, from recorded_sizes.json
+otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
     python -m casa_train.bench step helium_casa helium_insertion
@@ -228,9 +229,9 @@ def run(arguments: argparse.Namespace) -> Report:
     for name in ("device", "dtype"):
         if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{name} is {getattr(arguments, name)!r}; expected none: a step runs as a "
-                "run would. Hide the GPUs with CUDA_VISIBLE_DEVICES, or write --set "
-                "parallel.precision=fp32."
+                f"--{name} is {getattr(arguments, name)!r}; expected none: a step runs as a run "
+                "would. Hide the GPUs with CUDA_VISIBLE_DEVICES, or write "
+                "--set parallel.precision=fp32."
             )
     ranks = init_processes()
     try:

@@ -205,8 +205,8 @@ def _assumptions(config: Config, pack: Sequence[Chunk], notes: Sequence[str]) ->
         f"full packs: {len(pack)} images of up to {rows * SIDE}x{columns * SIDE} pixels "
         f"({rows * columns:,} tokens), each a sample with an even share of the text behind it",
         "every text token needs logits, though only answers do",
-        f"work: attended pairs alone, nothing recomputed; an H100's peak is {H100_TFLOPS:.0f} "
-        "TFLOP/s in bf16, and its hours include what activation checkpointing repeats",
+        "work: attended pairs alone, and nothing that activation checkpointing repeats; an H100's "
+        f"peak is {H100_TFLOPS:.0f} TFLOP/s in bf16, and its hours include what is repeated",
         "state: the tensors of DeepSpeed's ZeRO, its reduction bucket at most the default of "
         "500 million elements; fragmentation and communication buffers come on top",
         "estimates: what eager code saves for the backward pass, counted on the model itself; "

@@ -108,7 +108,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
         activations["logits"] = logits
     else:  # what belongs to the logits is gone when a block runs again
         block = _largest_block(everything, BLOCKS[blocks])
-        activations["logits, or a recomputed block"] = max(logits, block)
+        activations["logits, or a checkpointed block"] = max(logits, block)
     return MemoryOfRank(state, dict(activations))
 
 

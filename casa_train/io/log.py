@@ -20,7 +20,7 @@ class LineFile:
     The file is opened for every write, so that it also survives a disk that comes back.
 
     :param path: made with the first line.
-    :param tell: told once when the disk begins to refuse, and when it no longer does.
+    :param log: told once when the disk begins to refuse, and when it no longer does.
     :param most: so many lines wait at most; then the oldest are dropped.
     """
 

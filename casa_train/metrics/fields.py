@@ -36,8 +36,8 @@ SECTIONS: dict[str, dict[str, str]] = {
             "samples of the run so far that could not be used; quarantine_R.jsonl has them"
         ),
         "left_out": (
-            "samples of the run so far that exceed the budgets; prepared data says so at the start "
-            "instead"
+            "samples of the run so far that exceed the budgets; prepared data says so "
+            "at the start instead"
         ),
         "fill_text": "used share of the text budget, mean over packs",
         "fill_image": "used share of the image budget, mean over packs",
@@ -57,7 +57,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "image_tokens_per_second": "over all ranks",
         "operations": (
             "floating-point operations of the step over all ranks, forward and backward, attended "
-            "pairs only, nothing recomputed; dummy samples count, for they run"
+            "pairs only, without what activation checkpointing repeats; dummy samples count, for "
+            "they run"
         ),
         "tflops": "operations per second and rank, in 10^12",
         "mfu": (

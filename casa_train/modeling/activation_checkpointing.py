@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# What may be recomputed: nothing, the decoder's blocks with their fusion, the trained blocks of the
+# Which blocks may be checkpointed: none, the decoder's with their fusion, the trained ones of the
 # vision tower, or both.
 CHECKPOINTED = ("none", "decoder", "vision", "all")
 

@@ -91,10 +91,10 @@ class Trainer:
                 self._save(step, leaving=reason is not None)
             if reason is not None:
                 return reason
-        self._tell_what_was_left_out()
+        self._log_what_was_left_out()
         return None
 
-    def _tell_what_was_left_out(self) -> None:
+    def _log_what_was_left_out(self) -> None:
         bad, good = self.state.progress.bad_samples, self.state.progress.samples
         if bad:
             self.state.log.log(
@@ -103,8 +103,8 @@ class Trainer:
             )
         if left_out := self.state.progress.left_out:
             self.state.log.log(
-                f"{left_out} samples exceeded the budgets and were left out; to keep "
-                "them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+                f"{left_out} samples exceeded the budgets and were left out; to keep them raise "
+                "data.text_tokens or data.image_tokens, or lower data.max_pixels"
             )
 
     def _save(self, step: int, leaving: bool) -> None:
@@ -220,7 +220,7 @@ class Trainer:
             raise UserError(
                 f"{progress.bad_samples} of {seen} samples could not be used"
                 + (", and none of this step's" if nothing else "")
-                + f"; expected at most a share of data.max_bad_share = {most}. See "
-                "the quarantine files in the run directory, mend the data, or raise the limit."
+                + f"; expected at most a share of data.max_bad_share = {most}. See the quarantine "
+                "files in the run directory, mend the data, or raise the limit."
             )
         return counts

@@ -400,7 +400,7 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path) -> 
     config.checkpoint.resume = "never"
     start()
     assert (tmp_path / "run" / "previous_1" / "config.yaml").is_file()
-    # Without its configuration an earlier life is moved aside all the same.
+    # Without its configuration an earlier attempt is moved aside all the same.
     (tmp_path / "run" / "config.yaml").unlink()
     (tmp_path / "run" / "checkpoints").mkdir()
     start()

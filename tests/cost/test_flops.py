@@ -75,7 +75,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
 
 
 def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
-    """Operations of both passes, what is recomputed included, as torch counts them."""
+    """Operations of both passes as torch counts them, with what checkpointed blocks repeat."""
     model.zero_grad()
     model.checkpoint_activations(blocks)
     inputs = packed_inputs(fill(PACK))

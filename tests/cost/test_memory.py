@@ -97,7 +97,7 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
 
 
 @pytest.mark.slow
-def test_a_recomputed_block_is_counted_beside_what_all_blocks_keep() -> None:
+def test_a_checkpointed_block_is_counted_beside_what_all_blocks_keep() -> None:
     def parts(blocks: str) -> dict[str, int]:
         setting = f"parallel.activation_checkpointing={blocks}"
         config = compose_config(["+experiment=helium_casa", "dry_run=true", setting])
@@ -109,7 +109,7 @@ def test_a_recomputed_block_is_counted_beside_what_all_blocks_keep() -> None:
     assert text + images < everything["text backbone"] < 1.2 * (text + images)
     assert "fusion" not in everything
     assert 4 * patches < everything["vision tower"] < none["vision tower"] / 5
-    block = everything["logits, or a recomputed block"]
+    block = everything["logits, or a checkpointed block"]
     assert block == pytest.approx(none["vision tower"] / 4, rel=0.2) and block > none["logits"]
 
 

@@ -170,7 +170,7 @@ def test_what_a_kill_or_a_signal_cut_off_is_made_up_for(
     assert code == 75, output
     assert json.loads((run_dir / "requeue.json").read_text())["step"] == 20
     assert "step_20" in checkpoints(run_dir) and 20 not in exported(run_dir).values()
-    # The last life finishes everything; nobody can tell it from the undisturbed run.
+    # The last attempt finishes everything; nobody can tell it from the undisturbed run.
     output = run(arguments).stdout
     assert "resuming from" in output and not (run_dir / "requeue.json").exists()
     assert exported(run_dir) == {"step_10": 10, "step_20": 20}

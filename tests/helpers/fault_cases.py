@@ -1,7 +1,7 @@
 """Runs of two ranks to which something happens: kills in a save, damaged checkpoints, full disks.
 
 `python -m tests.helpers.fault_cases KINDS DIR [DISK]` prints one JSON line a case of these kinds
-(kill,damage,...); DISK is a small file system of its own. Every life of a run is a pair of
+(kill,damage,...); DISK is a small file system of its own. Every attempt of a run is a pair of
 processes forked from here, since loading the libraries takes longer than any case. They train a
 tiny model, whose backbone is frozen, in a run that `train.build_run` puts together.
 """
@@ -49,7 +49,7 @@ Save = Callable[[Path], Any]
 
 
 @dataclass
-class Life:
+class Attempt:
     """What one rank meets between a start and its end.
 
     :param phase: told by the checkpoints what comes next.
@@ -96,29 +96,29 @@ class SignalAfter:
 
 
 class Checkpoints(CheckpointManager):
-    """Checkpoints of a life: they are written as it will have it."""
+    """Checkpoints of an attempt: they are written as it will have it."""
 
-    life = Life()
+    attempt = Attempt()
 
     def save(self, step: int, write: Save, state: dict[str, Any]) -> Path:
-        return super().save(step, functools.partial(self.life.write, write), state)
+        return super().save(step, functools.partial(self.attempt.write, write), state)
 
 
 class AfterSaves(Hook):
-    """Tells a life of every save."""
+    """Tells an attempt of every save."""
 
-    def __init__(self, life: Life) -> None:
-        self.life = life
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
 
     def after_save(self, step: int) -> None:
-        self.life.after_save(step)
+        self.attempt.after_save(step)
 
     def after_failed_save(self, step: int) -> None:
-        self.life.after_save(step)
+        self.attempt.after_save(step)
 
 
-def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
-    """One rank's life, from its start to the last step; returns what came of it."""
+def train(run: Path, attempt: Attempt, stage: int = 2) -> dict[str, Any]:
+    """One rank's attempt, from its start to the last step; returns what came of it."""
     said: list[str] = []
     ranks = replace(init_processes(), out=said.append)
     result: dict[str, Any] = {"rank": ranks.rank, "said": said, "error": None, "resumed": 0}
@@ -126,15 +126,15 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     config.trainer = replace(config.trainer, steps=STEPS, log_every=4, audit=False)
     config.checkpoint = replace(config.checkpoint, every=EVERY)
     checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, {}, ranks)
-    checkpoints.life = life
-    checkpoints.watched_by(life.phase)
+    checkpoints.attempt = attempt
+    checkpoints.watched_by(attempt.phase)
     model = tiny_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".fusion." in name)
     model.visual.set_trainable(1)
     engine = build_engine(config, model, ranks)
     seed_all(ranks.rank)
-    packs = Packs(ranks.rank, life.answers)
+    packs = Packs(ranks.rank, attempt.answers)
     run.mkdir(parents=True, exist_ok=True)
     try:
         found = checkpoints.latest()
@@ -147,9 +147,9 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
             run,
             checkpoints,
             found,
-            stop=SignalAfter(packs, life.stop),
+            stop=SignalAfter(packs, attempt.stop),
             sinks=[Lines(said)] if ranks.first else [],
-            hooks=[AfterSaves(life)],
+            hooks=[AfterSaves(attempt)],
         )
         result["left"] = built.trainer.run()
     except UserError as error:
@@ -166,7 +166,7 @@ def live(run: Path, life: Life, stage: int = 2) -> dict[str, Any]:
     return result
 
 
-def pair(run: Path, lives: Sequence[Life], grace: float = 3.0, **options: Any) -> list[Any]:
+def pair(run: Path, attempts: Sequence[Attempt], grace: float = 3.0, **options: Any) -> list[Any]:
     """Two ranks, forked; when one is killed, the other gets the same, as srun would do it.
 
     :param grace: how long the other one may take to end by itself; then it counts as hanging.
@@ -178,7 +178,7 @@ def pair(run: Path, lives: Sequence[Life], grace: float = 3.0, **options: Any) -
     out = run.parent / f"{run.name}.results"
     out.mkdir(parents=True, exist_ok=True)
     pids = []
-    for rank, life in enumerate(lives):
+    for rank, attempt in enumerate(attempts):
         (out / str(rank)).unlink(missing_ok=True)
         pid = os.fork()
         if not pid:
@@ -186,7 +186,7 @@ def pair(run: Path, lives: Sequence[Life], grace: float = 3.0, **options: Any) -
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             code = 1
             try:
-                result = live(run, life, **options)
+                result = train(run, attempt, **options)
                 (out / str(rank)).write_text(json.dumps(result))
                 code = 0
             except BaseException:
@@ -239,9 +239,11 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(name: str) -> Life:
+def at(name: str) -> Attempt:
     """Killed when the save of step 6 is about to do this."""
-    return Life(phase=lambda phase: die() if phase.startswith(f"saving step 6: {name}") else None)
+    return Attempt(
+        phase=lambda phase: die() if phase.startswith(f"saving step 6: {name}") else None
+    )
 
 
 def half_a_file(save: Save, path: Path) -> None:
@@ -268,17 +270,19 @@ def half_the_frozen(save: Any, path: Path) -> None:
     save(path)
 
 
-def at_first(name: str) -> Life:
+def at_first(name: str) -> Attempt:
     """Killed when the first save, of step 2, is about to do this."""
-    return Life(phase=lambda phase: die() if phase.startswith(f"saving step 2: {name}") else None)
+    return Attempt(
+        phase=lambda phase: die() if phase.startswith(f"saving step 2: {name}") else None
+    )
 
 
 # By name: who is killed where, and the step that the next start must find.
-KILLS: dict[str, tuple[int, Life, tuple[int, ...]]] = {
+KILLS: dict[str, tuple[int, Attempt, tuple[int, ...]]] = {
     "writing": (0, at("writing"), (4,)),
     "writing, rank 1": (1, at("writing"), (4,)),
-    "half a shard": (0, Life(write=half_a_file), (4,)),
-    "half a shard, rank 1": (1, Life(write=half_a_file), (4,)),
+    "half a shard": (0, Attempt(write=half_a_file), (4,)),
+    "half a shard, rank 1": (1, Attempt(write=half_a_file), (4,)),
     "hashing": (0, at("hashing"), (4,)),
     "hashing, rank 1": (1, at("hashing"), (4,)),
     "after hashing": (0, at("committing"), (4,)),
@@ -287,18 +291,18 @@ KILLS: dict[str, tuple[int, Life, tuple[int, ...]]] = {
     "after the rename": (0, at("pruning"), (6,)),
     "after the rename, rank 1": (1, at("pruning"), (6,)),
     "between deletions": (0, at("deleting"), (6,)),
-    "half the frozen weights": (0, Life(write=half_the_frozen), (0,)),
+    "half the frozen weights": (0, Attempt(write=half_the_frozen), (0,)),
     "frozen weights without a checkpoint": (0, at_first("hashing"), (0,)),
 }
 
 
 def kill_case(name: str, run: Path, whole: dict[str, Any]) -> dict[str, Any]:
-    rank, life, expected = KILLS[name]
-    lives = [Life(), Life()]
-    lives[rank] = life
-    ends = pair(run, lives)
+    rank, attempt, expected = KILLS[name]
+    attempts = [Attempt(), Attempt()]
+    attempts[rank] = attempt
+    ends = pair(run, attempts)
     left, frozen_left = held(run), frozen(run)
-    again = pair(run, [Life(), Life()])
+    again = pair(run, [Attempt(), Attempt()])
     return {
         "killed": ends[rank] == -signal.SIGKILL,
         "other_left": ends[1 - rank],
@@ -352,10 +356,10 @@ def lost_frozen(damage: Callable[[Path], None], run: Path, whole: dict[str, Any]
     (file,) = (run / "checkpoints" / FROZEN_DIRECTORY).iterdir()
     content = file.read_bytes()
     damage(file)
-    refused = [result["error"] for result in pair(run, [Life(), Life()])]
+    refused = [result["error"] for result in pair(run, [Attempt(), Attempt()])]
     left = held(run)
     file.write_bytes(content)
-    results = pair(run, [Life(), Life()])
+    results = pair(run, [Attempt(), Attempt()])
     more = {"file": str(file), "refused": refused, "left": left, "resumed": results[0]["resumed"]}
     return {**more, **compare(run, results, whole)}
 
@@ -375,11 +379,11 @@ def slow_writer(run: Path, whole: dict[str, Any]) -> dict[str, Any]:
         early.extend(names & {"manifest.json", path.stem})
         (run / "early").write_text(json.dumps(early))
 
-    results = pair(run, [Life(), Life(write=write)])
+    results = pair(run, [Attempt(), Attempt(write=write)])
     return {"early": json.loads((run / "early").read_text()), **compare(run, results, whole)}
 
 
-def full(disk: Path, step: int = 4) -> list[Life]:
+def full(disk: Path, step: int = 4) -> list[Attempt]:
     """The disk is full when a step is saved, and has room again after that."""
     filler = Filler(disk)
 
@@ -387,10 +391,10 @@ def full(disk: Path, step: int = 4) -> list[Life]:
         if name == f"saving step {step}: writing":
             filler.fill()
 
-    return [Life(phase=phase, after_save=lambda step: filler.empty()), Life(phase=phase)]
+    return [Attempt(phase=phase, after_save=lambda step: filler.empty()), Attempt(phase=phase)]
 
 
-def full_for_one(disk: Path, steps: Sequence[int]) -> list[Life]:
+def full_for_one(disk: Path, steps: Sequence[int]) -> list[Attempt]:
     """Rank 1 finds the disk full once rank 0 has written all of its part in these steps."""
     filler = Filler(disk)
 
@@ -403,10 +407,10 @@ def full_for_one(disk: Path, steps: Sequence[int]) -> list[Life]:
             filler.fill()
         save(path)
 
-    return [Life(), Life(write=write, after_save=lambda step: filler.empty())]
+    return [Attempt(), Attempt(write=write, after_save=lambda step: filler.empty())]
 
 
-def remounts(disk: Path) -> Life:
+def remounts(disk: Path) -> Attempt:
     """The disk turns read-only during the save of step 4, and comes back after it."""
 
     def phase(name: str) -> None:
@@ -417,17 +421,17 @@ def remounts(disk: Path) -> Life:
         if step == 4:
             remount(disk, "rw")
 
-    return Life(phase=phase, after_save=after)
+    return Attempt(phase=phase, after_save=after)
 
 
-DISKS: dict[str, Callable[[Path], list[Life]]] = {
+DISKS: dict[str, Callable[[Path], list[Attempt]]] = {
     "full during a save": full,
     "full during the first save": lambda disk: full(disk, step=2),
     "full during the first save, ZeRO-3": lambda disk: full(disk, step=2),
     "full for rank 1 alone": lambda disk: full_for_one(disk, [2, 4]),
     "full at the last step": lambda disk: full_for_one(disk, [STEPS]),
-    "full when leaving": lambda disk: [Life(stop=7), full_for_one(disk, [7])[1]],
-    "read-only during a save": lambda disk: [remounts(disk), Life()],
+    "full when leaving": lambda disk: [Attempt(stop=7), full_for_one(disk, [7])[1]],
+    "read-only during a save": lambda disk: [remounts(disk), Attempt()],
 }
 
 
@@ -443,8 +447,8 @@ def disk_case(name: str, run: Path, disk: Path, whole: dict[str, Any]) -> dict[s
 
 def no_answers(run: Path, stage: int) -> dict[str, Any]:
     """Rank 1 has no answer token in step 2, nobody has one in step 3."""
-    zero = Life(answers=lambda step: 0 if step == 3 else 4)
-    one = Life(answers=lambda step: 0 if step in (2, 3) else 4)
+    zero = Attempt(answers=lambda step: 0 if step == 3 else 4)
+    one = Attempt(answers=lambda step: 0 if step in (2, 3) else 4)
     results = pair(run, [zero, one], stage=stage)
     records = read_metrics(run / "metrics.jsonl")
     return {
@@ -465,7 +469,7 @@ def main() -> None:
     kinds, base = sys.argv[1].split(","), Path(sys.argv[2])
     disk = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     undisturbed = base / "undisturbed"
-    first = pair(undisturbed, [Life(), Life()])
+    first = pair(undisturbed, [Attempt(), Attempt()])
     whole = {
         "weights": first[0]["weights"],
         "metrics": exact(undisturbed),
@@ -486,7 +490,7 @@ def main() -> None:
         shutil.copytree(undisturbed, run)
         for name in names:
             damage(rank_1_shard(run / "checkpoints" / name))
-        results = pair(run, [Life(), Life()])
+        results = pair(run, [Attempt(), Attempt()])
         return {"resumed": results[0]["resumed"], **compare(run, results, whole)}
 
     def without_frozen(damage: Callable[[Path], None], run: Path) -> dict[str, Any]:

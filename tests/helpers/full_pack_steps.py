@@ -44,7 +44,7 @@ CASES = {
     "stage 2, one micro-step": ["data.packs_per_step=2"],
     "stage 1, one micro-step": ["data.packs_per_step=2", "parallel.zero_stage=1"],
     "stage 3, one micro-step": ["data.packs_per_step=2", "parallel.zero_stage=3"],
-    "stage 3, recomputed": ["parallel.zero_stage=3", "parallel.activation_checkpointing=all"],
+    "stage 3, checkpointed": ["parallel.zero_stage=3", "parallel.activation_checkpointing=all"],
 }
 
 

@@ -1,7 +1,7 @@
 """Training with and without validations on two ranks, in every ZeRO stage.
 
 `python -m tests.helpers.validation_steps DATA OUT`, under torchrun: each case trains the same tiny
-model on the same data twice, validating in one life only, and compares. One launch runs all cases,
+model on the same data twice, validating in one run only, and compares. One launch runs all cases,
 since starting DeepSpeed takes longer than any of them. Prints one JSON line a case.
 """
 
@@ -43,7 +43,7 @@ CASES = {
     "stage 2, bf16": ["parallel.zero_stage=2", "parallel.precision=bf16"],
 }
 STEPS = 4
-# What two lives must have in common, bit for bit.
+# What both runs must have in common, bit for bit.
 EXACT = ("loss", "gradient_norm", "rates", "samples_digest", "answer_tokens", "sources")
 
 
@@ -59,7 +59,7 @@ class Alone(Ranks):
         return [value]
 
 
-def life(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[str, Any]:
+def train(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[str, Any]:
     """One run of a few steps, with validations or without.
 
     :return: the records of its steps, its random generators at the end, and what its last
@@ -115,8 +115,8 @@ def main() -> None:
         config = compose_config(
             ["+experiment=demo", *TINY, *on_data(data), "data.packs_per_step=4", *settings, *more]
         )
-        with_it = life(config, ranks, out / name, validates=True)
-        without = life(config, ranks, out / f"{name}, without", validates=False)
+        with_it = train(config, ranks, out / name, validates=True)
+        without = train(config, ranks, out / f"{name}, without", validates=False)
         generators = (with_it["generators"], without["generators"])
         same = {
             "records": with_it["records"] == without["records"],

@@ -96,14 +96,14 @@ CASES = {
     "casa, frozen": Case({"mechanism": "casa", "every": 2}, clip=0.1, frozen=True),
     "casa, not clipped": Case({"mechanism": "casa"}, clip=0.0),
     **{
-        f"{name}, recomputed": Case(MODELS[name], checkpointed="all")
+        f"{name}, checkpointed": Case(MODELS[name], checkpointed="all")
         for name in ("casa", "casa shared, images updated", "gated_cross_attention", "insertion")
     },
-    "casa, frozen and recomputed": Case(
+    "casa, frozen and checkpointed": Case(
         {"mechanism": "casa", "every": 2}, clip=0.1, checkpointed="all", frozen=True
     ),
-    "casa, wide and recomputed": Case({"mechanism": "casa", "width": WIDE}, checkpointed="all"),
-    "casa, wide, frozen and recomputed": Case(
+    "casa, wide and checkpointed": Case({"mechanism": "casa", "width": WIDE}, checkpointed="all"),
+    "casa, wide, frozen and checkpointed": Case(
         {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, checkpointed="all", frozen=True
     ),
 }

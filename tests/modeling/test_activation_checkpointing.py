@@ -63,7 +63,7 @@ def test_what_is_kept_shrinks_where_it_was_asked(mechanism: str) -> None:
     assert held(model, "decoder")[0] < 0.5 * decoder and held(model, "decoder")[1] == vision
     assert held(model, "vision")[0] == decoder and held(model, "vision")[1] < 0.6 * vision
     assert held(model, "all") == (held(model, "decoder")[0], held(model, "vision")[1])
-    # In evaluation nothing is recomputed, and frozen blocks of the tower never are.
+    # In evaluation no block runs twice, and frozen blocks of the tower never are.
     assert held(model.eval(), "all") == held(model, "none")
     model.train().visual.set_trainable(0)
     assert held(model, "vision") == held(model, "none")

@@ -90,7 +90,9 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_fine_tuning_accumulates_recomputes_saves_and_reloads(export: str, tmp_path: Path) -> None:
+def test_fine_tuning_accumulates_checkpoints_blocks_saves_and_reloads(
+    export: str, tmp_path: Path
+) -> None:
     whole, processor, trainer = train(export, tmp_path / "whole", batch=4)
     with torch.no_grad():
         before, _ = stranger.load(export)

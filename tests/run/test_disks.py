@@ -259,7 +259,7 @@ def test_a_run_whose_disk_is_full(data_dir: Path, tmp_path: Path) -> None:
         filler = Filler(disk)
         log = disk / "log"  # the console is a file on the same disk
 
-        def life(full_after: int | None, signalled: bool = False) -> list[int]:
+        def attempt(full_after: int | None, signalled: bool = False) -> list[int]:
             """Exit codes of two ranks whose disk is full once a step has been saved."""
             with log.open("w") as console:
                 ranks = start_ranks(command, console)
@@ -273,16 +273,16 @@ def test_a_run_whose_disk_is_full(data_dir: Path, tmp_path: Path) -> None:
             return codes
 
         filler.path.write_bytes(bytes(7_000_000))
-        assert life(None) == [2, 2], log.read_text()
+        assert attempt(None) == [2, 2], log.read_text()
         assert "bytes are free" in log.read_text() and "step 1/" not in log.read_text()
 
-        assert life(5, signalled=True) == [EXIT_REQUEUE] * 2
+        assert attempt(5, signalled=True) == [EXIT_REQUEUE] * 2
         asked = json.loads((run_dir / "requeue.json").read_text())
         assert asked == {"step": 5, "reason": "signal"}
         assert len(read_metrics(run_dir / "metrics.jsonl")) > 5
         assert [p.name for p in disk.glob("step_*")] == ["step_5"]
 
-        assert life(10) == [2, 2]
+        assert attempt(10) == [2, 2]
         assert sorted(p.name for p in disk.glob("step_*")) == ["step_10", "step_5"]
         assert len(read_metrics(run_dir / "metrics.jsonl")) == 14
 

@@ -225,13 +225,13 @@ def test_a_linked_directory_stays_linked_when_a_run_starts_over(tmp_path: Path) 
     run.mkdir()
     disk.mkdir()
     (run / "checkpoints").symlink_to("../disk")
-    for life in (1, 2):
-        (disk / f"step_{life}").mkdir()
+    for attempt in (1, 2):
+        (disk / f"step_{attempt}").mkdir()
         prepare_run_directory(run, config)
         assert (run / "checkpoints").resolve() == disk
         assert [p.name for p in disk.iterdir() if p.name.startswith("step")] == []
-        assert (run / f"previous_{life}" / "checkpoints" / f"step_{life}").is_dir()
-        assert (disk / f"previous_{life}" / f"step_{life}").is_dir()
+        assert (run / f"previous_{attempt}" / "checkpoints" / f"step_{attempt}").is_dir()
+        assert (disk / f"previous_{attempt}" / f"step_{attempt}").is_dir()
 
 
 # ------------------------------------------------------------------------------ make

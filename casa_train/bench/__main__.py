@@ -8,7 +8,6 @@ set_environment(training=True, quiet_torch=True)  # before anything imports torc
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,8 +21,6 @@ if TYPE_CHECKING:  # it imports torch
 
 def benchmarks() -> dict[str, Benchmark]:
     """All benchmarks by name."""
-    # Read once, when torch is imported: its profiler warns of every tensor from before it began.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from casa_train.bench import attention, faults, images, packing, step, streaming
 
     modules = attention, faults, images, packing, step, streaming

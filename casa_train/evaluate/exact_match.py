@@ -23,7 +23,6 @@ from casa_train.data.schemas.rows import BadRow
 from casa_train.evaluate.shares import by_source, show_image_first, spread
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 
-Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
 GUESS_SAMPLES = 100_000
 """Training samples that the image-free guess is from, at most: some seconds of reading."""
 

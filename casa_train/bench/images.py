@@ -188,8 +188,8 @@ def _measure(arguments: argparse.Namespace) -> Report:
         [
             describe_machine(facts),
             f"{count} {'files' if arguments.files else 'rendered images'} of "
-            f"{found['encoded_bytes'] / 1e3:,.0f} kB each, to at most {arguments.max_pixels:,} "
-            "pixels",
+            f"{found['encoded_bytes'] / 1e3:,.0f} kB each, "
+            f"to at most {arguments.max_pixels:,} pixels",
             f"transformers: {theirs.note}",
             "",
             _table(found),

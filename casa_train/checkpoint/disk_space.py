@@ -82,8 +82,8 @@ def check_room(
         raise UserError(
             f"{directory}: {free:,} bytes are free, but the checkpoints that this run holds at "
             f"once need {new * size + once:,} more: {new} of {size:,} bytes each, since "
-            f"checkpoint.keep_last is {keep.keep_last} and a new one is written before the oldest "
-            "goes"
+            f"checkpoint.keep_last is {keep.keep_last} and a new one is written "
+            "before the oldest goes"
             + (f", and once {once:,} bytes of frozen weights" if once else "")
             + ". Make room, lower checkpoint.keep_last, or choose another run_dir=..."
         )

@@ -129,6 +129,6 @@ def _resume_allow(config: Config) -> None:
 def refused(name: str, value: Any, expected: str) -> UserError:
     """What to say of a field's value that cannot be."""
     return UserError(
-        f"{name} is {value!r}; expected {expected}. Set it on the command line or in the "
-        "experiment."
+        f"{name} is {value!r}; expected {expected}. "
+        "Set it on the command line or in the experiment."
     )

@@ -250,8 +250,8 @@ def _chosen(
     chosen = [subset for subset in dict.fromkeys(wanted) if subset not in dataset.exclude]
     if not chosen:
         raise UserError(
-            f"{field} leaves every subset of {dataset.source} out; expected at "
-            "least one. Shorten exclude, or delete the dataset."
+            f"{field} leaves every subset of {dataset.source} out; expected at least one. "
+            "Shorten exclude, or delete the dataset."
         )
     return chosen
 
@@ -291,8 +291,8 @@ def open_splits(
                 else "before lengths had the chat template in them"
             )
             raise UserError(
-                f"{section}.{name} ({source.path}) was counted {found}: count "
-                f"it anew with\n  {shlex.join(count)}\n(images stay where they are) and set "
+                f"{section}.{name} ({source.path}) was counted {found}: count it anew with\n"
+                f"  {shlex.join(count)}\n(images stay where they are) and set "
                 f"{section}.{name}.path=NEW, or choose the template it was counted with."
             )
     origins = {f"{section}.{name}": split.origin for name, split in splits.items()}

@@ -72,8 +72,8 @@ def _lost_worker(rank: int, how: str) -> RankError:
     return RankError(
         f"rank {rank} lost a process that prepares its data: {how}. Unless somebody ended it, the "
         "machine ran out of memory (see its kernel log) or of shared memory (df /dev/shm). Lower "
-        "data.workers, or give the job more memory; the same command goes on from the last "
-        "checkpoint."
+        "data.workers, or give the job more memory; the same command goes on "
+        "from the last checkpoint."
     )
 
 

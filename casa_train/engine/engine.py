@@ -60,8 +60,8 @@ def init_processes(timeout_minutes: float = 30) -> Ranks:
                 f"SLURM_NTASKS is {env['SLURM_NTASKS']} and SLURM_PROCID {env['SLURM_PROCID']}, so "
                 f"this process is one of {env['SLURM_NTASKS']} tasks of srun, but {absent} are not "
                 "set: expected launch/slurm.sbatch, which sets them. In a shell that an allocation "
-                "left these variables in, `unset SLURM_NTASKS SLURM_PROCID` first: then it runs "
-                "alone."
+                "left these variables in, `unset SLURM_NTASKS SLURM_PROCID` first: "
+                "then it runs alone."
             )
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")

@@ -238,9 +238,9 @@ def open_data(
     if not config.data.sources:
         raise UserError(
             f"run {config.name} streams its data, which has no index to find a sample by; expected "
-            "prepared sources (data.sources). Leave --sample out to see packs of the stream, or "
-            "prepare a part of it with 'python -m data_recipes NAME --limit N' and inspect that "
-            "directory."
+            "prepared sources (data.sources). Leave --sample out to see packs of the stream, "
+            "or prepare a part of it with 'python -m data_recipes NAME --limit N' "
+            "and inspect that directory."
         )
     splits = open_splits(config.data.sources, processor)
     fits = build_fits(config, splits, processor)

@@ -160,8 +160,8 @@ def frames_of(video: Any) -> list[Any]:
     if not (isinstance(video, (list, tuple)) or are_frames(video)) or len(video) == 0:
         raise ValueError(
             f"a video is {type(video).__name__}; expected a list of frames (whatever an image may "
-            "be) or an array or tensor (F, H, W, 3) or (F, 3, H, W): video files are not decoded "
-            "here"
+            "be) or an array or tensor (F, H, W, 3) or (F, 3, H, W): "
+            "video files are not decoded here"
         )
     return list(video)
 

@@ -76,8 +76,8 @@ def padded_inputs(
             raise ValueError(
                 "pixel_values without image_embeds_insertion_points would stand behind the last "
                 "token, where nothing reads them: pass the points, as the processor returns them, "
-                "or pre_image_tokens and post_image_tokens, between which the image is then "
-                "appended"
+                "or pre_image_tokens and post_image_tokens, between which the image is "
+                "then appended"
             )
         ids, mask, columns = append_images(ids, mask, len(images), *around)
     return PaddedInputs(ids, mask, columns, images)

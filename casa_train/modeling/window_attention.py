@@ -81,8 +81,8 @@ class WindowAttention(WindowedMechanism):
         self.check_every()
         if self.shared and options["init"] != "from_self_attention":
             raise ValueError(
-                f"fusion.init is {options['init']!r}, but with fusion.share_parameters=true "
-                "there is nothing to initialise: leave one of them out"
+                f"fusion.init is {options['init']!r}, but with fusion.share_parameters=true there "
+                "is nothing to initialise: leave one of them out"
             )
         if self.history and self.all_frames:
             raise ValueError(

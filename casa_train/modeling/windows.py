@@ -63,8 +63,8 @@ class Chunk:
             )
         if self.points and not 0 <= self.points[0] <= self.points[-1] <= self.text:
             raise ValueError(
-                f"insertion points {list(self.points)} lie outside 0..{self.text}, the "
-                f"text tokens of the sample"
+                f"insertion points {list(self.points)} lie outside 0..{self.text}, the text tokens "
+                "of the sample"
             )
 
     @classmethod

@@ -181,7 +181,7 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
         raise UserError(str(error)) from error
     except (ArithmeticError, RuntimeError, TypeError) as error:  # sizes that torch cannot make
         raise UserError(
-            f"a model with the sizes of model.backbone.config and model.vision.config cannot be "
+            "a model with the sizes of model.backbone.config and model.vision.config cannot be "
             f"built: {str(error).splitlines()[0]}. Mend them in conf/model or on the command line."
         ) from error
     return model

@@ -101,8 +101,8 @@ class Pretrained:
         absent = sorted(set(self._files) - set(shapes))
         if absent:
             raise UserError(
-                f"{self.setting}: {self.directory} lacks tensors that {INDEX} names: "
-                f"{absent[:5]}. Copy or download it again."
+                f"{self.setting}: {self.directory} lacks tensors that {INDEX} names: {absent[:5]}. "
+                "Copy or download it again."
             )
         return shapes
 

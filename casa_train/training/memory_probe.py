@@ -146,7 +146,7 @@ class MemoryProbe(Hook):
         if parallel.zero_stage < 3:
             advice.append("set parallel.zero_stage=3 and start more ranks")
         return (
-            f"out of memory before the first step: a pack with both budgets full "
+            "out of memory before the first step: a pack with both budgets full "
             f"(data.text_tokens={data.text_tokens}, data.image_tokens={data.image_tokens}) does "
             f"not fit on {'rank' if len(failed) == 1 else 'ranks'} "
             f"{', '.join(map(str, failed[:8]))}{', ...' if len(failed) > 8 else ''}. Measured up "

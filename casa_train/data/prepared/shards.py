@@ -164,9 +164,9 @@ class Split:
             self._files[shard] = path.open("rb")
         except OSError as error:
             raise UserError(
-                f"{path} cannot be opened any more: {error.strerror}; it was there when this "
-                "run started. Put it back and give the same command again: the run goes on "
-                "from its last checkpoint."
+                f"{path} cannot be opened any more: {error.strerror}; it was there when this run "
+                "started. Put it back and give the same command again: the run goes on from its "
+                "last checkpoint."
             ) from error
         if len(self._files) > OPEN_SHARDS:
             self._files.popitem(last=False)[1].close()
@@ -252,6 +252,6 @@ class Split:
         if found != f"{key}.json":
             raise UserError(
                 f"index and shards of {self.directory} do not match: the index expects "
-                f"{key}.json in {path.name}, found is {found[:60]!r}. Copy the shard "
-                "again or run the recipe again."
+                f"{key}.json in {path.name}, found is {found[:60]!r}. Copy the shard again or run "
+                "the recipe again."
             )

@@ -226,8 +226,8 @@ class Lane:
             raise UserError(
                 f"the last {FRUITLESS} rows of a lane gave nothing to a pack; the last one needs "
                 f"{text} text and {images} image tokens, data.text_tokens is "
-                f"{self.data.text_tokens}, data.image_tokens is {self.data.image_tokens} "
-                "(one of each is reserved). Raise the budgets or lower data.max_pixels."
+                f"{self.data.text_tokens}, data.image_tokens is {self.data.image_tokens} (one of "
+                "each is reserved). Raise the budgets or lower data.max_pixels."
             )
 
 

@@ -24,6 +24,7 @@ from casa_train.bench._benchmark import (
 )
 from casa_train.bench._timing import interleaved, peak_bytes, tensor_bytes
 from casa_train.errors import UserError
+from casa_train.io.numbers import MIB
 from casa_train.io.tables import aligned
 from casa_train.modeling.attention import BACKENDS, choose_backend, sdpa_kernels, varlen_attention
 from casa_train.modeling.segments import Segments
@@ -268,7 +269,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['queries']:,} x {row['keys']:,}",
                 *(f"{row[f'{path}_seconds'] * 1e3:.1f}" for path in ("linear", "dense")),
                 f"{row['time_ratio']:.1f}",
-                *(f"{row[f'{path}_bytes'] / 2**20:,.1f}" for path in ("linear", "dense")),
+                *(f"{row[f'{path}_bytes'] / MIB:,.1f}" for path in ("linear", "dense")),
                 f"{row['memory_ratio']:.1f}",
                 f"{row['difference']:.0e}",
             ]

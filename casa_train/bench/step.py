@@ -29,7 +29,7 @@ from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
-from casa_train.io.numbers import count
+from casa_train.io.numbers import GIB, count
 from casa_train.io.tables import aligned
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
@@ -57,7 +57,6 @@ Helium1-2B with its whole optimiser fits on one GPU of 80 GB by the estimate of 
 """
 
 DEFAULT = ["helium_casa", "helium_insertion"]
-GIB = 1 << 30
 
 
 class FullPacks:

@@ -35,6 +35,7 @@ from casa_train.distributed.random_state import rng_state
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 from casa_train.io.files import sha256, sync_directory, write_atomic
+from casa_train.io.numbers import GIB
 from casa_train.io.tensors import save_tensors
 
 DELETED = ".deleted"
@@ -341,7 +342,7 @@ class CheckpointManager:
         newest = f"The newest one is step_{steps[-1]}" if steps else "There is no older one"
         free = ""
         with contextlib.suppress(OSError):
-            free = f" ({shutil.disk_usage(self.directory).free / 2**30:.2f} GiB are free)"
+            free = f" ({shutil.disk_usage(self.directory).free / GIB:.2f} GiB are free)"
         return (
             f"the checkpoint of step {step} could not be saved in {self.directory}{free}: {error}. "
             f"{newest}. Make room there, or lower checkpoint.keep_last."

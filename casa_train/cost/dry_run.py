@@ -18,7 +18,7 @@ from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
-from casa_train.io.numbers import count, duration, rate, short, with_unit
+from casa_train.io.numbers import GIB, count, duration, rate, short, with_unit
 from casa_train.io.tables import aligned
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.image_processing_casa import SIDE
@@ -31,7 +31,6 @@ from casa_train.setup.parts import part_of
 H100_TFLOPS = dict(PEAK_TFLOPS)["H100"]
 H100_BYTES = 79 << 30  # what torch sees of the 80 GB
 UTILISATION = 0.4
-GIB = 1 << 30
 
 
 def dry_run(config: Config) -> list[str]:

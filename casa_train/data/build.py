@@ -21,13 +21,13 @@ from casa_train.data.prepared.plan import Planner, PlanSource
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import MODALITIES
 from casa_train.data.stream.row_groups import Retries
-from casa_train.data.stream.row_reader import MIB
 from casa_train.data.stream.stream_loader import StreamLoader, check_lanes
 from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import copied_subsets, is_local, open_subset, subset_names
 from casa_train.data.tokens import tokenizer_fingerprint, turns_fingerprint
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError, named
+from casa_train.io.numbers import GIB, MIB
 from casa_train.modeling.processing_casa import CasaProcessor
 
 STREAMED = [schema for schema, modality in MODALITIES.items() if modality == "image"]
@@ -196,7 +196,7 @@ def _notes(data: DataConfig, streams: Mapping[str, StreamSource], world: int) ->
     given = data.stream.memory_mib
     lines = [
         f"streaming {len(streams)} subsets: {rows:,} rows in {len(sizes):,} row groups of "
-        f"{len(files):,} files, {sum(sizes) / 2**30:,.1f} GiB, through {data.stream.lanes} lanes",
+        f"{len(files):,} files, {sum(sizes) / GIB:,.1f} GiB, through {data.stream.lanes} lanes",
         f"the {per_process} lanes of a loader process keep about {need:,} MiB of row groups open, "
         f"{max(sizes) // MIB:,} MiB the largest; data.stream.memory_mib is {given:,}",
     ]

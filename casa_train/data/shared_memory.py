@@ -19,11 +19,11 @@ from casa_train.config.micro_steps import micro_steps
 from casa_train.data.loader import PREFETCH
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
+from casa_train.io.numbers import MIB
 from casa_train.modeling.image_processing_casa import SIDE
 
 SHARED = Path("/dev/shm")
 TEXT_BYTES = 64  # of a text token: its id, its target and what is counted about it
-MIB = 1 << 20
 
 
 def check_shared_memory_of(data: DataConfig, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 MISSING = "–"
+MIB, GIB = 2**20, 2**30  # bytes
 PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 DURATIONS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -46,7 +47,7 @@ def with_unit(value: float, unit: str) -> str:
 
 def memory_unit(value: float) -> tuple[int, str]:
     """Bytes of the unit in which so many bytes are written, and its name."""
-    sizes = ((2**30, "GiB"), (2**20, "MiB"))
+    sizes = ((GIB, "GiB"), (MIB, "MiB"))
     return next((unit for unit in sizes if value >= 0.9995 * unit[0]), (2**10, "KiB"))
 
 

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from casa_train.io.numbers import memory_unit, percent, with_unit
 from casa_train.metrics.sinks.base import Record
@@ -94,7 +94,7 @@ def _work(run: Columns) -> Plot | None:
     if np.isfinite(mfu).any():
         drawing.draw(axes, run.steps, mfu, BLUE, "MFU")
         drawing.crop(axes, mfu, " %")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.yaxis.set_major_formatter(drawing.percents())
         usual = with_unit(1e12 * series.median(tflops), "FLOP/s")
         note = f"of the device's peak; median {usual} a rank"
         return drawing.plot("Model FLOPs utilisation", note, figure, [mfu])

@@ -101,6 +101,11 @@ def numbers() -> FuncFormatter:
     return FuncFormatter(lambda value, _: short(value, 4))
 
 
+def percents(scale: float = 1) -> FuncFormatter:
+    """Ticks in percent, of values that are percentages once they are multiplied by `scale`."""
+    return FuncFormatter(lambda value, _: f"{scale * value:g} %")
+
+
 def figure(steps: Array, rows: int = 1, marks: Iterable[float] = ()) -> tuple[Figure, list[Axes]]:
     """A figure over steps.
 
@@ -192,7 +197,7 @@ def log_scale(axes: Axes, subs: tuple[float, ...], of_x: bool = False) -> None:
 def percent_axis(axes: Axes) -> None:
     """From 0 to 100 %, for values that are percentages."""
     axes.set_ylim(0, 105)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.yaxis.set_major_formatter(percents())
 
 
 def crop(axes: Axes, values: Array, unit: str) -> None:

@@ -65,7 +65,7 @@ def shares(title: str, values: np.ndarray) -> Plot | None:
         figure, (axes,) = drawing.canvas(size=drawing.SMALL)
         _bars(axes, [values], SHARES, names, [WEAK])
         axes.xaxis.set_major_locator(FixedLocator(np.linspace(0, 1, 5).tolist()))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.xaxis.set_major_formatter(drawing.percents(100))
         middle, mean, most = map(percent, (np.median(values), values.mean(), values.max()))
         note = f"median {middle}, mean {mean}, most {most}"
         return drawing.plot(title, note, figure, [values], by="")

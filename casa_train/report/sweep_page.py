@@ -307,7 +307,7 @@ def _quality(jobs: Sequence[Job], cost: Column) -> Plot | None:
         _spread(axes.get_ylim, axes.set_ylim, 5)
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.yaxis.set_major_formatter(drawing.percents())
     title = f"{'Loss' if by_loss else 'Exact match'} against {cost.title}"
     note = "lower is better" if by_loss else "higher is better"
     return drawing.plot(title, note, figure, [qualities], by="")

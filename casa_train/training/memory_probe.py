@@ -22,13 +22,13 @@ from casa_train.config.schema import Config
 from casa_train.cost.full_pack import full_inputs, full_pack, memory_of_rank
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import RankError, UserError
+from casa_train.io.numbers import GIB
 from casa_train.metrics.meter import memory_bytes, reset_peak
 from casa_train.setup.model import meta_model
 from casa_train.training.hooks import Hook
 from casa_train.training.loss import answer_losses
 from casa_train.training.state import Progress
 
-GIB = 1 << 30
 # A rank that ran out of memory waits so long for the others, who may hang in a collective. One that
 # did not waits as long as it takes: the watchdog ends what never comes.
 PATIENCE = timedelta(seconds=60)

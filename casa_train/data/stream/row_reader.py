@@ -18,9 +18,8 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import SCHEMAS, BadRow
 from casa_train.data.stream.row_groups import Retries, read_row_group
 from casa_train.data.stream.stream_source import StreamSource
+from casa_train.io.numbers import MIB
 from casa_train.modeling.processing_casa import CasaProcessor
-
-MIB = 1 << 20
 
 
 class Rows:

@@ -179,7 +179,7 @@ def build_run(
     # Before whoever has something to say: the sinks are open as long as anybody may.
     watching.append(Reporting(config, every_sink, run_dir and run_dir / METRICS_FILE))
     if run_dir is not None and checkpoints is not None:
-        state.quarantine = Quarantine(run_dir / f"quarantine_{ranks.rank}.jsonl")
+        state.quarantine = Quarantine(run_dir, ranks.rank)
         if ranks.first:
             exports = BackgroundExports(run_dir, config.export, every_sink.log, best)
         checkpoints.watched_by(heartbeat, exports)

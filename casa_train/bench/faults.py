@@ -32,8 +32,8 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.io.tables import aligned
 from casa_train.metrics.sinks.jsonl import read_metrics
-from casa_train.run.layout import CHECKPOINTS, METRICS_FILE
-from casa_train.run.starts import STARTS_FILE, read_starts
+from casa_train.run.layout import CHECKPOINTS, METRICS_FILE, STARTS_FILE
+from casa_train.run.starts import read_starts
 
 METHOD = """\
 Renders a few pictures, trains a tiny model on them without disturbance, and then trains it again

@@ -35,6 +35,13 @@ DIGEST = "the digests of the data are compared, whatever names it"
 OPEN_PACKS = "of too many open packs the fullest are finished first"
 OPEN_ROW_GROUPS = "of too many open row groups none is opened before they are read"
 
+# Of images, as in modeling/image_processing_casa.py, which the configuration may not import.
+TOKEN_SIDE = 28
+MAX_PIXELS = 952 * 952
+ONE_TOKEN = Bound(
+    TOKEN_SIDE**2, MOST_COUNT, f"at least {TOKEN_SIDE**2} ({TOKEN_SIDE}x{TOKEN_SIDE})"
+)
+
 Rating = Annotated[int, Bound(1, 5, "a rating 1..5")]
 
 
@@ -109,9 +116,7 @@ class DataConfig:
     """Text budget of a packed sequence."""
     image_tokens: Annotated[int, Bound(2, MOST_COUNT, "at least 2"), Kept(LENGTHS)] = 20480
     """Image-token budget of a packed sequence."""
-    max_pixels: Annotated[int, Bound(784, MOST_COUNT, "at least 784 (28x28)"), Kept(LENGTHS)] = (
-        952 * 952
-    )
+    max_pixels: Annotated[int, ONE_TOKEN, Kept(LENGTHS)] = MAX_PIXELS
     """Upper bound on the pixels of an image; larger ones are shrunk, aspect kept."""
     min_pixels: Annotated[NonNegativeInt, Kept(LENGTHS)] = 0
     """Smaller images are enlarged to so many pixels at least, aspect kept, by the rule of

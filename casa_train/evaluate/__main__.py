@@ -19,6 +19,7 @@ from casa_train.errors import UserError
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
 from casa_train.io.quiet import quiet_libraries
 from casa_train.io.tables import aligned
+from casa_train.run.layout import EXPORT
 
 
 def table(result: dict[str, Any]) -> str:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (sweep := arguments.sweep) is not None:
             return 2 if evaluate_sweep(sweep, arguments.only, overrides, config_dir) else 0
-        result = evaluate_run(run, arguments.export or run / "export", overrides, config_dir)
+        result = evaluate_run(run, arguments.export or run / EXPORT, overrides, config_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

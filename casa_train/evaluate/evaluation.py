@@ -31,7 +31,7 @@ from casa_train.export.from_run import find_checkpoint
 from casa_train.export.loading import load_model, load_processor
 from casa_train.io.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.run.configuration import load_run_config
-from casa_train.run.layout import EVALUATION_FILE
+from casa_train.run.layout import EVALUATION_FILE, EXPORT, EXPORTS
 from casa_train.run.sweep import run_directories
 
 OVERRIDES = (
@@ -105,7 +105,7 @@ def evaluate_run(
     if not (export / EXPORT_MARKER).is_file():
         raise UserError(
             f"{export} is not an export; name one with --export (a run keeps its own in "
-            f"{run / 'exports'}), or write one with 'python -m casa_train.export {run} --out "
+            f"{run / EXPORTS}), or write one with 'python -m casa_train.export {run} --out "
             f"{export}'."
         )
     held_out = config.data.validation
@@ -191,12 +191,12 @@ def evaluate_sweep(
     for run in run_directories(sweep, only):
         try:
             step = find_checkpoint(run, None).step
-            if _read(run / "export" / EXPORT_MARKER, "step") != step:
-                write_export(run, run / "export")
+            if _read(run / EXPORT / EXPORT_MARKER, "step") != step:
+                write_export(run, run / EXPORT)
             done = "already evaluated"
             there = run / EVALUATION_FILE
             if _read(there, "step") != step or (_read(there, "overrides") or []) != [*overrides]:
-                result = evaluate_run(run, run / "export", overrides, config_dir)
+                result = evaluate_run(run, run / EXPORT, overrides, config_dir)
                 done = f"exact match {result['exact_match']:.3f}, blind {result['blind']:.3f}"
             print(f"{run.name}: step {step}, {done}", flush=True)
         except UserError as error:

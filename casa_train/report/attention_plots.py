@@ -10,18 +10,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from casa_train.modeling.image_attention import (
+    ATTENTION_GATE,
+    FFN_GATE,
+    IMAGE_GATE,
+    IMAGE_SHARE,
+)
 from casa_train.report import drawing, series
 from casa_train.report.drawing import GREY, GROUP_COLOURS, INK, Plot
 from casa_train.report.series import Array
 
 SOURCES = len(GROUP_COLOURS)  # lines that can be told apart
 TITLES = {
-    "image share": ("Attention to the image", "share of the attention of answers, by layer"),
-    "image gate": ("Gate to the image", "0 % reads text alone, by layer"),
-    "attention gate": ("Gate of cross-attention", "tanh, by layer: 0 is closed"),
-    "feed-forward gate": ("Gate of the feed-forward network", "tanh, by layer: 0 is closed"),
+    IMAGE_SHARE: ("Attention to the image", "share of the attention of answers, by layer"),
+    IMAGE_GATE: ("Gate to the image", "0 % reads text alone, by layer"),
+    ATTENTION_GATE: ("Gate of cross-attention", "tanh, by layer: 0 is closed"),
+    FFN_GATE: ("Gate of the feed-forward network", "tanh, by layer: 0 is closed"),
 }
-SHARES = ("image share", "image gate")
+SHARES = (IMAGE_SHARE, IMAGE_GATE)
 
 
 def draw_image_attention(evaluation: Mapping[str, Any] | None) -> list[Plot]:

@@ -24,14 +24,15 @@ from casa_train.run.layout import (
     EVALUATION_FILE,
     FAILURE_FILE,
     METRICS_FILE,
+    REPORT_FILE,
+    STARTS_FILE,
     VALIDATION_FILE,
 )
-from casa_train.run.starts import STARTS_FILE, read_starts
+from casa_train.run.starts import read_starts
 from casa_train.run.sweep import run_directories
 from casa_train.setup.model import meta_model
 from casa_train.setup.parts import part_sizes
 
-REPORT_FILE = "report.html"
 # What a file that was cut short, edited or written by another version raises.
 BROKEN = (
     UserError,

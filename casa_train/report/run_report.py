@@ -19,13 +19,21 @@ from casa_train.io.log import read_json_lines
 from casa_train.metrics.sinks.base import Record
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.modeling.image_processing_casa import ImageError
-from casa_train.report.jobs import REPORT_FILE
 from casa_train.report.run_data import RunData
 from casa_train.report.run_page import write_report
 from casa_train.report.samples import choose_answers
 from casa_train.run.configuration import load_run_config
-from casa_train.run.layout import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, VALIDATION_FILE
-from casa_train.run.starts import STARTS_FILE, read_starts
+from casa_train.run.layout import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+    REPORT_FILE,
+    STARTS_FILE,
+    VALIDATION_FILE,
+)
+from casa_train.run.starts import read_starts
 
 
 def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
@@ -40,7 +48,7 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
     evaluation: dict[str, Any] | None = None
     if (run / EVALUATION_FILE).is_file():
         evaluation = _json(run / EVALUATION_FILE)
-    environment = run / "environment.json"
+    environment = run / ENVIRONMENT_FILE
     validations: list[Record] = []
     if (run / VALIDATION_FILE).is_file():
         validations = read_metrics(run / VALIDATION_FILE)
@@ -94,7 +102,7 @@ def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[byte
 def _quarantine(run: Path) -> list[dict[str, Any]]:
     """What all ranks quarantined, each sample once: a resume may meet it again."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(run.glob("quarantine_*.jsonl")):
+    for path in sorted(run.glob(QUARANTINE_FILE.format(rank="*"))):
         for line in read_json_lines(path):
             found.setdefault(json.dumps(line, sort_keys=True), line)
     return list(found.values())

@@ -23,6 +23,7 @@ from casa_train.run.configuration import check_same_run
 from casa_train.run.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
+    ENVIRONMENT_FILE,
     FAILURE_FILE,
     LOCK_FILE,
     LOST_METRICS_FILE,
@@ -127,7 +128,7 @@ def record_run(run_dir: Path, config: Config, model_config: str) -> None:
     try:
         write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_atomic(run_dir / MODEL_CONFIG_FILE, model_config)
-        write_atomic(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomic(run_dir / ENVIRONMENT_FILE, json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(unwritable(run_dir, error)) from error
 

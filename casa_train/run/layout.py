@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 CONFIG_FILE = "config.yaml"
-
-
-METRICS_FILE = "metrics.jsonl"
-
-
-LOST_METRICS_FILE = "metrics_lost.jsonl"
-
-
 MODEL_CONFIG_FILE = "model_config.json"
-
-
-REQUEUE_FILE = "requeue.json"
-
-
-FAILURE_FILE = "failure.txt"
-
-
-EVALUATION_FILE = "evaluation.json"
-
-
-LOCK_FILE = "lock"
-
-
-CHECKPOINTS = "checkpoints"
-
-
-EXPORTS = "exports"
-
-
+ENVIRONMENT_FILE = "environment.json"
 PROCESSOR = "processor"
-
-
-EXPORT_LOG = "exports.log"
-
-
+LOCK_FILE = "lock"
+STARTS_FILE = "starts.jsonl"
+METRICS_FILE = "metrics.jsonl"
+LOST_METRICS_FILE = "metrics_lost.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+QUARANTINE_FILE = "quarantine_{rank}.jsonl"
+REQUEUE_FILE = "requeue.json"
+FAILURE_FILE = "failure.txt"
+CHECKPOINTS = "checkpoints"
+# What a run exports itself, by step, and its log; the one that is written for an evaluation.
+EXPORTS = "exports"
+EXPORT_LOG = "exports.log"
+EXPORT = "export"
+EVALUATION_FILE = "evaluation.json"
+REPORT_FILE = "report.html"

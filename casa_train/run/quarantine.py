@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.io.log import LineFile, warn
+from casa_train.run.layout import QUARANTINE_FILE
 
 
 class Quarantine:
     """Appends samples that could not be used to a file of this rank.
 
-    :param path: made with the first failure.
+    :param run_dir: gets the file with the first failure.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path, warn)
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._file = LineFile(run_dir / QUARANTINE_FILE.format(rank=rank), warn)
 
     def add(self, failures: Sequence[Any]) -> None:
         self._file.add([json.dumps(dataclasses.asdict(failure)) for failure in failures])

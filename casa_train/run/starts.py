@@ -16,9 +16,8 @@ from typing import Any, Protocol
 from casa_train.distributed.ranks import Ranks
 from casa_train.io.log import read_json_lines
 from casa_train.metrics.sinks.jsonl import last_step
-from casa_train.run.layout import METRICS_FILE
+from casa_train.run.layout import METRICS_FILE, STARTS_FILE
 
-STARTS_FILE = "starts.jsonl"
 FINISHED = "finished"
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf, open_dict
 
 from casa_train.__main__ import options_first, run
 from casa_train.bench.step import Arm
+from casa_train.config import data_schema
 from casa_train.config.compose import compose_config, compose_onto, to_config
 from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.model_schema import TemplateConfig
@@ -26,6 +27,7 @@ from casa_train.engine.engine import leave_processes
 from casa_train.errors import UserError
 from casa_train.inspect.__main__ import main as inspect
 from casa_train.inspect.pages import find_target
+from casa_train.modeling import image_processing_casa
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.run.configuration import load_run_config
 from casa_train.train import train
@@ -52,6 +54,13 @@ def test_every_experiment_composes(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONF_DIR / "fusion").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_mechanism_composes(path: Path) -> None:
     assert path.stem.startswith(composed(f"fusion={path.stem}").fusion["mechanism"])
+
+
+def test_the_sizes_of_images_are_those_of_the_model() -> None:
+    assert data_schema.TOKEN_SIDE == image_processing_casa.SIDE
+    assert data_schema.MAX_PIXELS == image_processing_casa.MAX_PIXELS
+    with pytest.raises(UserError, match=r"at least 784 \(28x28\)"):
+        compose_config(["+experiment=demo", f"data.max_pixels={28 * 28 - 1}"])
 
 
 ROOM = CONF_DIR.parent / "config"

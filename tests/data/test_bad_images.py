@@ -228,8 +228,8 @@ def test_bad_samples_leave_holes_and_nothing_else_changes(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="PIL")  # as under `python -W error`
         found = read(Split(split.directory), processor, workers, steps)
-    path = tmp_path / "quarantine_0.jsonl"
-    quarantine = Quarantine(path)
+    path = tmp_path / "quarantine_3.jsonl"
+    quarantine = Quarantine(tmp_path, 3)
     for before, after in zip(clean, found, strict=True):
         kept = [i for i in before.sample_ids if i.split("/")[1] not in reasons]
         assert after.sample_ids == kept

@@ -61,8 +61,8 @@ from casa_train.report.run_report import report
 from casa_train.run import configuration
 from casa_train.run.configuration import check_same_run, load_model_config, load_run_config
 from casa_train.run.directory import prepare_run_directory, record_run
-from casa_train.run.layout import METRICS_FILE
-from casa_train.run.starts import STARTS_FILE, StartLog, read_starts
+from casa_train.run.layout import METRICS_FILE, STARTS_FILE
+from casa_train.run.starts import StartLog, read_starts
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.pretrained import Pretrained
 from casa_train.setup.weights import open_sources

@@ -59,9 +59,6 @@ class FusionMechanism:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Whether image tokens enter the decoder's own stream and so its KV cache.
     inserts: ClassVar[bool] = False
-    # Whether new layers begin as the block's self-attention a second time, so that what they read
-    # in images changes the text's stream from the first step.
-    repeats_attention: bool = False
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         unknown = sorted(set(fusion) - {"mechanism"} - set(self.options))
@@ -82,6 +79,15 @@ class FusionMechanism:
         self.text_config = text_config
         # Whether positions have the three axes of Qwen2.5-VL's multimodal RoPE.
         self.multimodal = mrope_section(text_config) is not None
+
+    def start_advice(self) -> tuple[str, str] | None:
+        """Of options with which new layers begin as the block's self-attention a second time, so
+        that what they read in images changes the text's stream from the first step: the options
+        that were chosen, and those with which the layers begin at the text's own loss.
+
+        None: no layer begins that way.
+        """
+        return None
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
         """The `fusion` child of a decoder layer, or None where the layer stays as it is.

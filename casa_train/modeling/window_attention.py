@@ -75,9 +75,6 @@ class WindowAttention(WindowedMechanism):
         self.images_attend = self.update == "ffn_and_attention"
         self.history = options["history"] == "all"
         self.all_frames = options["window_scope"] == "all_frames"
-        self.repeats_attention = (
-            options["init"] == "from_self_attention" and self.placement != "replace"
-        )
         self.check_every()
         if self.shared and options["init"] != "from_self_attention":
             raise ValueError(
@@ -99,6 +96,15 @@ class WindowAttention(WindowedMechanism):
                 "fusion.placement=replace with every=1 and without text keys leaves text with no "
                 "way to see other text: set fusion.every=2 or fusion.text_in_window=true"
             )
+
+    def start_advice(self) -> tuple[str, str] | None:
+        if self.fusion["init"] != "from_self_attention" or self.placement == "replace":
+            return None
+        instead = "fusion.init=zero_output"
+        if self.shared:
+            unshared = f"fusion.share_parameters=false with {instead}"
+            return "fusion.share_parameters=true", unshared
+        return "fusion.init=from_self_attention", instead
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
         if not self.has_fusion(layer_idx):

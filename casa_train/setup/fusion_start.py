@@ -19,13 +19,10 @@ def start_warning(config: Config, model: CasaForConditionalGeneration) -> str | 
     later = config.model.init_from is not None
     if config.model.backbone.trainable or later or mechanism.multimodal:
         return None
-    if not mechanism.repeats_attention:
+    advice = mechanism.start_advice()
+    if advice is None:
         return None
-    shared = mechanism.fusion["share_parameters"]
-    chosen, instead = "fusion.init=from_self_attention", "fusion.init=zero_output"
-    if shared:
-        chosen = "fusion.share_parameters=true"
-        instead = f"fusion.share_parameters=false with {instead}"
+    chosen, instead = advice
     return (
         f"warning: {chosen} reads images with the weights of a frozen "
         f"{model.config.text_config.model_type} backbone's self-attention, which never learned to: "

@@ -8,6 +8,7 @@ import pytest
 
 from casa_train.config.compose import compose_config
 from casa_train.cost.sizes import size_model
+from casa_train.modeling.fusion import FusionMechanism
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.model import meta_model
 from tests.helpers.commands import TINY, on_data, run, train_command
@@ -40,6 +41,29 @@ def test_copies_beside_a_frozen_text_backbone_are_named(
     told = warning("helium_casa", FROZEN, *overrides)
     assert told is not None and told.startswith(f"warning: {said} ") and advice in told
     assert "frozen llama backbone" in told  # what Helium1-2B's configuration calls itself
+
+
+class Repeating(FusionMechanism):
+    """A mechanism of a user's own, with options of its own."""
+
+    name = "repeating"
+    options = {"copies": 1}
+
+    def start_advice(self) -> tuple[str, str] | None:
+        copies = self.fusion["copies"]
+        return (f"fusion.copies={copies}", "fusion.copies=0") if copies else None
+
+
+def test_a_mechanism_of_a_users_own_is_named_by_its_own_options() -> None:
+    config = compose_config(["+experiment=helium_casa", "dry_run=true", FROZEN])
+    model = meta_model(config, size_model(config, []))
+    text = model.config.text_config
+    model.mechanism = Repeating({"mechanism": "repeating", "copies": 2}, text)
+    told = start_warning(config, model)
+    assert told is not None and told.startswith("warning: fusion.copies=2 reads ")
+    assert " fusion.copies=0 begins " in told
+    model.mechanism = Repeating({"mechanism": "repeating", "copies": 0}, text)
+    assert start_warning(config, model) is None
 
 
 @pytest.mark.slow

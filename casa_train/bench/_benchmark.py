@@ -14,7 +14,7 @@ import transformers
 
 from casa_train.config.bounds import local_path
 from casa_train.io.numbers import count
-from casa_train.setup.precision import DTYPES as PRECISIONS
+from casa_train.io.precision import DTYPES as PRECISIONS
 
 DTYPES = {**PRECISIONS, "fp16": torch.float16}
 

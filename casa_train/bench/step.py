@@ -30,10 +30,10 @@ from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.numbers import GIB, count
+from casa_train.io.precision import DTYPES
 from casa_train.io.tables import aligned
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
-from casa_train.setup.precision import DTYPES
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start
 from casa_train.train import Run, build_run

@@ -13,10 +13,9 @@ from casa_train.checkpoint.saved import SavedCheckpoint
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
+from casa_train.io.precision import DTYPES, FP32
 from casa_train.run.layout import CHECKPOINTS
 from casa_train.run.lock import unwritable
-
-FP32 = 4
 
 
 def check_disk(
@@ -100,7 +99,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], precision: str) -> tupl
         else:
             frozen += parameter.numel()
     # fp32 masters and Adam's two moments; frozen weights as they are.
-    return 3 * FP32 * trained, (2 if precision == "bf16" else FP32) * frozen
+    return 3 * FP32 * trained, DTYPES[precision].itemsize * frozen
 
 
 def saves_left(step: int, steps: int, every: int) -> int:

@@ -16,13 +16,13 @@ import torch
 
 from casa_train.config.schema import Config
 from casa_train.cost.memory import logits_bytes, saved_bytes, state_bytes
+from casa_train.io.precision import DTYPES
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.optim import build_groups
 from casa_train.setup.parts import part_of
-from casa_train.setup.precision import DTYPES
 
 # Modules that activation checkpointing may run again, by its setting.
 BLOCKS = {"decoder": r"model\.layers\.\d+", "vision": r"visual\.blocks\.\d+"}
@@ -82,12 +82,12 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
 
     :param model: on the meta device, frozen as the run does it; its precision becomes the run's.
     """
-    bf16 = config.parallel.precision == "bf16"
-    model.to(DTYPES[config.parallel.precision]).train()
+    precision = config.parallel.precision
+    model.to(DTYPES[precision]).train()
     groups = build_groups(model.named_parameters(), config.optim.groups)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
-    state = state_bytes(sizes, frozen, config.parallel.zero_stage, world, bf16)
+    state = state_bytes(sizes, frozen, config.parallel.zero_stage, world, precision)
 
     inputs = full_inputs(full_pack(config), "meta")
 
@@ -103,7 +103,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     for name, size in kept.items():
         activations[part_of(f"{name}.")] += size  # a module is part of itself
     vocabulary: int = model.config.text_config.vocab_size
-    logits = logits_bytes(config.data.text_tokens, vocabulary, bf16)
+    logits = logits_bytes(config.data.text_tokens, vocabulary, precision)
     if blocks == "none":
         activations["logits"] = logits
     else:  # what belongs to the logits is gone when a block runs again

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casa_train.io.precision import DTYPES, FP32
+
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET = 500_000_000
 PERSISTENT_BELOW = 100_000  # ZeRO-3 keeps smaller tensors whole; the engine sets it
 MAX_LIVE = 1_000_000_000  # parameters that ZeRO-3 holds gathered at once
 ALIGNMENT = 2  # partitions of ZeRO 1 and 2 start at multiples of this
-
-FP32 = 4
 
 
 def bucket_elements(trained: int) -> int:
@@ -34,16 +34,17 @@ def bucket_elements(trained: int) -> int:
 
 
 def state_bytes(
-    groups: Sequence[Sequence[int]], frozen: Sequence[int], stage: int, world: int, bf16: bool
+    groups: Sequence[Sequence[int]], frozen: Sequence[int], stage: int, world: int, precision: str
 ) -> dict[str, int]:
     """Bytes of parameters, gradients and optimiser on each of `world` ranks, by what they hold.
 
     :param groups: for each parameter group of the optimiser, the sizes of its tensors.
     :param frozen: sizes of the tensors that do not train.
     :param stage: ZeRO stage, 1 to 3.
-    :param bf16: parameters in bf16 with fp32 masters and accumulation; otherwise all in fp32.
+    :param precision: bf16, with fp32 masters and accumulation, or fp32, where all values are.
     """
-    width = 2 if bf16 else FP32
+    width = DTYPES[precision].itemsize
+    flat_sums = stage == 1 and precision == "bf16"
     trainable = [size for group in groups for size in group]
     total = sum(trainable)
     if stage == 3:
@@ -61,7 +62,7 @@ def state_bytes(
     own = sum(ALIGNMENT * ceil(sum(group) / (ALIGNMENT * world)) for group in groups)
     # Stage 1 accumulates whole gradients in fp32; its bf16 optimiser, which has no bucket, does so
     # in flat tensors that are padded like the masters.
-    whole = own * world if bf16 else total
+    whole = own * world if flat_sums else total
     gradients = FP32 * (own if stage == 2 else whole)
     return {
         "parameters that train": width * total,
@@ -69,13 +70,13 @@ def state_bytes(
         "gradients": gradients,
         "fp32 masters": FP32 * own,
         "Adam's moments": 2 * FP32 * own,
-        "reduction bucket": 0 if stage == 1 and bf16 else width * bucket_elements(total),
+        "reduction bucket": 0 if flat_sums else width * bucket_elements(total),
     }
 
 
-def logits_bytes(answers: int, vocabulary: int, bf16: bool) -> int:
+def logits_bytes(answers: int, vocabulary: int, precision: str) -> int:
     """Logits, their fp32 log-softmax and the gradients of both, as the backward pass starts."""
-    return answers * vocabulary * ((2 if bf16 else FP32) + 3 * FP32)
+    return answers * vocabulary * (DTYPES[precision].itemsize + 3 * FP32)
 
 
 class _Held:

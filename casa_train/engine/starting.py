@@ -9,10 +9,10 @@ from casa_train.config.schema import Config, ParallelConfig
 from casa_train.distributed.random_state import seed_all
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import Engine, shard
+from casa_train.io.precision import DTYPES
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.optim import build_groups, build_optimizer, describe
-from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import Start, start_weights
 
 

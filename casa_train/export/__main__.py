@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
 from casa_train.export.from_run import export
+from casa_train.io.precision import DTYPES
 from casa_train.io.quiet import quiet_libraries
-from casa_train.setup.precision import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

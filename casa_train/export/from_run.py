@@ -7,7 +7,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
@@ -24,6 +23,7 @@ from casa_train.export.gate import check_export
 from casa_train.export.model_card import model_card
 from casa_train.export.writer import check_target, write_export
 from casa_train.io.caches import check_cache
+from casa_train.io.precision import DTYPES
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.run.configuration import load_model_config, load_run_config
@@ -31,8 +31,6 @@ from casa_train.run.layout import CHECKPOINTS, PROCESSOR
 from casa_train.run.resume_fields import plan_record
 from casa_train.setup.model import build_model
 from casa_train.setup.own_mechanisms import own_class
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> str:

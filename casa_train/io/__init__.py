@@ -1,1 +1,1 @@
-"""Whole files, tensors in files, log lines, caches and the chatter of libraries."""
+"""Whole files, tensors and their precisions, log lines, caches and the chatter of libraries."""

@@ -12,10 +12,10 @@ from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config
 from casa_train.distributed.ranks import Ranks
 from casa_train.io.numbers import count
+from casa_train.io.precision import DTYPES
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import fit_schedule
-from casa_train.setup.precision import DTYPES
 
 
 def part_of(name: str) -> str:

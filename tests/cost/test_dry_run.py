@@ -243,7 +243,7 @@ def test_state_is_what_deepspeed_holds() -> None:
 def test_state_by_hand() -> None:
     groups, frozen = [[10, 7], [400_000]], [200_001, 9]
     total = 400_017
-    one = state_bytes(groups, frozen, 2, 4, bf16=True)
+    one = state_bytes(groups, frozen, 2, 4, "bf16")
     # Each group is padded to a multiple of twice the ranks, then cut: 24 and 400,000 by four.
     own = 6 + 100_000
     assert one == {
@@ -254,11 +254,11 @@ def test_state_by_hand() -> None:
         "Adam's moments": 8 * own,
         "reduction bucket": 2 * total,
     }
-    assert state_bytes(groups, frozen, 1, 4, bf16=False)["gradients"] == 4 * total
-    large = state_bytes([[2_000_000_000]], [], 2, 4, bf16=True)
+    assert state_bytes(groups, frozen, 1, 4, "fp32")["gradients"] == 4 * total
+    large = state_bytes([[2_000_000_000]], [], 2, 4, "bf16")
     assert large["reduction bucket"] == 2 * 500_000_000  # DeepSpeed's default is the most
-    three = state_bytes(groups, frozen, 3, 4, bf16=True)
+    three = state_bytes(groups, frozen, 3, 4, "bf16")
     # Tensor by tensor: 3 + 2 + 100,000 of those that train.
     assert three["parameters that train"] == 2 * 100_005
     assert three["frozen parameters"] == 2 * (50_001 + 3)
-    assert logits_bytes(10, 100, bf16=True) == 14_000
+    assert logits_bytes(10, 100, "bf16") == 14_000

@@ -12,10 +12,10 @@ from casa_train.config.compose import compose_config
 from casa_train.cost.full_pack import full_inputs, full_pack, memory_of_rank
 from casa_train.cost.memory import saved_bytes
 from casa_train.cost.sizes import size_model
+from casa_train.io.precision import DTYPES
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.model import meta_model, set_trainable
-from casa_train.setup.precision import DTYPES
 from casa_train.training.loss import answer_losses
 from tests.helpers.counted_models import FUSIONS, frozen_model, names, shapes
 from tests.helpers.tiny import Layout, tiny_text_config, tiny_vision_config

@@ -27,9 +27,9 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import Engine
 from casa_train.engine.starting import build_engine
 from casa_train.errors import UserError
+from casa_train.io.precision import DTYPES
 from casa_train.io.tensors import save_tensors
 from casa_train.setup.optim import set_rates
-from casa_train.setup.precision import DTYPES
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import HARD_PACK, Sample, fill, tiny_model
 from tests.helpers.tiny_run import tiny_settings

@@ -27,9 +27,9 @@ from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.evaluate.held_out import open_held_out, score
 from casa_train.evaluate.questions import Questions
+from casa_train.io.precision import DTYPES
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.setup.inputs import check_inputs
-from casa_train.setup.precision import DTYPES
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from casa_train.train import build_run
 from tests.helpers.commands import TINY, on_data

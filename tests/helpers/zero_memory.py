@@ -65,7 +65,7 @@ def held(stage: int, ranks: Ranks) -> dict[str, tuple[int, int]]:
     engine.step()
     state = optimizer.optimizer.state.values()
     found["Adam's moments"] = size(v for s in state for k, v in s.items() if k.startswith("exp_"))
-    expected = state_bytes(sizes, frozen, stage, ranks.world, bf16=True)
+    expected = state_bytes(sizes, frozen, stage, ranks.world, "bf16")
     engine.close()
     return {name: (bytes_held, expected[name]) for name, bytes_held in found.items()}
 

@@ -6,3 +6,6 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """By `parallel.precision`, what weights and activations are; the optimiser's values are fp32."""
+
+FP32 = DTYPES["fp32"].itemsize
+"""Bytes of a value of the optimiser."""

@@ -21,6 +21,7 @@ from casa_train.bench._benchmark import (
 )
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
 from casa_train.config.compose import add_config_dir, compose_config
+from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.cost.full_pack import full_inputs, full_pack
 from casa_train.cost.sizes import size_model, work_counter
 from casa_train.data.materialize import PackedBatch
@@ -114,11 +115,13 @@ class Arm:
         more = [*overrides, *own, "dry_run=true"]
         self.name = name
         self.config = compose_config([f"+experiment={experiment}", *more], config_dir)
+        if planned := self.config.planned_ranks:
+            self.micro_steps = micro_steps(self.config.data, planned, PLANNED_RANKS)
+        else:
+            self.micro_steps = micro_steps(self.config.data, world)
         self.notes: list[str] = []
         self.model_config = size_model(self.config, self.notes)
         self.pack = full_pack(self.config)
-        packs, ranks = self.config.data.packs_per_step, self.config.planned_ranks or world
-        self.micro_steps = max(1, packs // ranks)
         model = meta_model(self.config, self.model_config)
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)
         self.parameters = sum(p.numel() for p in model.parameters())

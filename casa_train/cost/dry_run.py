@@ -40,7 +40,7 @@ def dry_run(config: Config) -> list[str]:
     """
     began = time.perf_counter()
     world = config.planned_ranks or 1
-    micro_steps(config.data, world, PLANNED_RANKS)
+    in_turn = micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
     model_config = size_model(config, notes)
     model = meta_model(config, model_config)
@@ -59,7 +59,7 @@ def dry_run(config: Config) -> list[str]:
         _parameters(config, model),
         _memory(config, memory_of_rank(config, model, world), world),
         _work(work, repeated),
-        _step(config, world, pack, sum(part.total for part in work.values()), repeated),
+        _step(config, world, in_turn, pack, sum(part.total for part in work.values()), repeated),
         _assumptions(config, pack, notes),
     ]
     return [line for section in sections for line in (*section, "")][:-1]
@@ -173,7 +173,12 @@ def _work(work: Mapping[str, Operations], repeated: int) -> list[str]:
 
 
 def _step(
-    config: Config, world: int, pack: Sequence[Chunk], operations: int, repeated: int
+    config: Config,
+    world: int,
+    in_turn: int,
+    pack: Sequence[Chunk],
+    operations: int,
+    repeated: int,
 ) -> list[str]:
     packs, steps = config.data.packs_per_step, config.trainer.steps
     warmup, decay = fit_schedule(steps, config.optim.warmup_steps, config.optim.decay_steps)
@@ -192,7 +197,7 @@ def _step(
     return [
         *_table(rows, rules=[1]),
         "",
-        f"  a step: {packs} packs on {count(world, 'rank')}, {packs // world} on each in turn",
+        f"  a step: {packs} packs on {count(world, 'rank')}, {in_turn} on each in turn",
         f"  the run: {steps:,} steps, {warmup:,} of warm-up, {decay:,} of decay at the end",
     ]
 

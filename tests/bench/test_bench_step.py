@@ -96,6 +96,10 @@ def test_more_than_two_experiments_stand_below_each_other() -> None:
         (["demo", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["demo", "--dtype", "bf16"], "--dtype is 'bf16'; expected none"),
         (["demo", "--set", "data.no_such=1"], "no_such"),
+        (
+            ["demo", "--set", "data.packs_per_step=10", "planned_ranks=4"],
+            "is 10, which planned_ranks=4",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(

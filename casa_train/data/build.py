@@ -162,11 +162,6 @@ def _streamed(
     count_work: CountWork | None,
 ) -> Data:
     data = config.data
-    if data.ratings:
-        raise UserError(
-            f"data.ratings is {data.ratings}, but a stream of unprepared data knows no ratings "
-            "before it reads; expected none. Prepare the data with its recipe, or leave it out."
-        )
     check_lanes(data.stream.lanes, world)
 
     def loader(rank: int) -> StreamLoader:

@@ -254,15 +254,11 @@ def test_conversations_never_shrink_images(conversations: Split, processor: Casa
         assert cut is None or cut.max_pixels == MAX_PIXELS
 
 
-@pytest.mark.parametrize(
-    ("ratings", "words"),
-    [({"beauty": 3}, "data.ratings.beauty is no rating"), ({"relevance": 9}, "expected .* 1 to 5")],
-)
 def test_ratings_that_do_not_exist_are_refused(
-    conversations: Split, processor: CasaProcessor, ratings: dict[str, int], words: str
+    conversations: Split, processor: CasaProcessor
 ) -> None:
-    with pytest.raises(UserError, match=words):
-        Fit(conversations, processor, Budget(100, 100), ratings).lengths()
+    with pytest.raises(UserError, match="data.ratings.beauty is no rating"):
+        Fit(conversations, processor, Budget(100, 100), {"beauty": 3}).lengths()
 
 
 # ------------------------------------------------------------------------------ all at once

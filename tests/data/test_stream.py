@@ -26,7 +26,6 @@ from casa_train.data.lengths import measure
 from casa_train.data.schemas.rows import finevision
 from casa_train.data.stream.lanes import block_packs
 from casa_train.data.stream.row_groups import Retries, list_files, read_row_group
-from casa_train.data.stream.stream_loader import StreamLoader
 from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import open_subset
 from casa_train.errors import UserError
@@ -34,7 +33,6 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from tests.helpers.commands import ROOT, TINY, environment, run, train_command
 from tests.helpers.fake_hub import serving
 from tests.helpers.stream_data import (
-    SEED,
     SETTINGS,
     changed,
     loaders,
@@ -124,8 +122,9 @@ def test_steps_and_lanes_need_not_divide_each_other(
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_refused(sources: dict[str, StreamSource]) -> None:
+    config = Config(data=changed(SETTINGS, packs_per_step=10))
     with pytest.raises(UserError, match=r"data.stream.lanes is 12, which 5 ranks do not divide"):
-        StreamLoader(sources, changed(SETTINGS, packs_per_step=10), SEED, processor(), 0, 5)
+        open_data(config, processor(), sources, 5, lambda value: [value])
 
 
 def test_an_epoch_shows_every_row_once_and_the_next_in_another_order(tmp_path: Path) -> None:

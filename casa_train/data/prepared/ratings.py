@@ -19,17 +19,14 @@ def kept_turns(split: Split, minimum: Mapping[str, int]) -> np.ndarray:
 
     A turn that is not rated stays.
 
-    :raises UserError: a name that is no rating, or a value that no rating has.
+    :param minimum: by name of the rating the least one, 1 to 5.
+    :raises UserError: a name that is no rating.
     """
     keep = np.ones(len(split.list_column("user_tokens")[0]), dtype=bool)
     for name, least in minimum.items():
         if name not in RATINGS:
             raise UserError(
                 f"data.ratings.{name} is no rating; expected one of {', '.join(RATINGS)}."
-            )
-        if not 1 <= least <= 5:
-            raise UserError(
-                f"data.ratings.{name} is {least}; expected the least rating of a turn, 1 to 5."
             )
         values = split.turn_ratings(name)[0]
         keep &= (values == 0) | (values >= least)

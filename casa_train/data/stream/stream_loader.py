@@ -9,7 +9,7 @@ every lane after its last consumed pack, so ranks and workers may change between
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,8 +129,8 @@ class _Lanes(torch.utils.data.IterableDataset[Streamed | UserError]):
                 budget,
                 self.count_work,
             )
-            batch.failures = [*pack.failures, *batch.failures]
-            batch.left_out = pack.left_out
+            failures = [*pack.failures, *batch.failures]
+            batch = replace(batch, failures=failures, left_out=pack.left_out)
             following[number] += self.data.stream.lanes
             yield Streamed(number, batch, lanes[number].state_dict())
 
@@ -146,10 +146,10 @@ def _alone(value: Any) -> Sequence[Any]:
 class StreamLoader:
     """Endless micro-batches of one rank, in the same order whatever the number of workers.
 
-    :param data: `packs_per_step` is a multiple of `world`; `stream.memory_mib` is of each worker.
+    :param data: `packs_per_step` and `stream.lanes` are multiples of `world`, see `check_lanes`;
+        `stream.memory_mib` is of each worker.
     :param gather: the value of every rank, in rank order; `state_dict` calls it.
     :param count_work: counts the floating-point work of a pack.
-    :raises UserError: ranks that do not divide the lanes.
     """
 
     def __init__(
@@ -164,7 +164,6 @@ class StreamLoader:
         gather: Callable[[Any], Sequence[Any]] = _alone,
         count_work: CountWork | None = None,
     ) -> None:
-        check_lanes(data.stream.lanes, world)
         self.sources, self.processor = sources, processor
         self.data, self.seed = data, seed
         self.rank, self.world = rank, world

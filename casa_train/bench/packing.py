@@ -12,10 +12,10 @@ import numpy as np
 
 from casa_train.bench._benchmark import Benchmark, Report
 from casa_train.config.data_schema import DataConfig
-from casa_train.data.budget import RESERVED, Budget
+from casa_train.data.budget import Budget
 from casa_train.data.fit import Fit
 from casa_train.data.mixture import Mixture, SourceSize
-from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource, slowest_rank
 from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import MAX_PIXELS, SIDE, target_size
 
@@ -103,12 +103,6 @@ def first_fit_decreasing(text: np.ndarray, images: np.ndarray, budget: Budget, b
     return packs
 
 
-def slowest_rank(images: np.ndarray, ranks: int) -> float:
-    """Sum over micro-steps of the largest load over the sum of means."""
-    whole = images[: len(images) // ranks * ranks].reshape(-1, ranks)
-    return float(whole.max(1).sum() / whole.mean(1).sum())
-
-
 def plan(sources: dict[str, PlanSource], budget: Budget, arguments: Any) -> dict[str, Any]:
     """Plans the steps of one stage; says how good the packs are and how long it took.
 
@@ -150,9 +144,10 @@ def plan(sources: dict[str, PlanSource], budget: Budget, arguments: Any) -> dict
 
 def _data(budget: Budget, arguments: Any) -> DataConfig:
     """Packs whose samples fill this budget, in steps as they are asked for."""
+    whole = budget.of_pack()
     return DataConfig(
-        text_tokens=budget.text + RESERVED,
-        image_tokens=budget.images + RESERVED,
+        text_tokens=whole.text,
+        image_tokens=whole.images,
         packs_per_step=arguments.packs_per_step,
         balance_group=arguments.ranks,
     )

@@ -26,7 +26,7 @@ from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, fit_schedule
-from casa_train.setup.parts import part_of
+from casa_train.setup.parts import PARTS, part_of
 
 H100_TFLOPS = dict(PEAK_TFLOPS)["H100"]
 H100_BYTES = 79 << 30  # what torch sees of the 80 GB
@@ -111,7 +111,7 @@ def _headline(
 def _parameters(config: Config, model: nn.Module) -> list[str]:
     groups = build_groups(model.named_parameters(), config.optim.groups)
     rates = {name: group["base_lr"] for group in groups for name in group["names"]}
-    counts = {part: [0, 0] for part in ("text backbone", "vision tower", "fusion")}
+    counts = {part: [0, 0] for part in PARTS}
     used: dict[str, set[float]] = {part: set() for part in counts}
     for name, parameter in model.named_parameters():
         counts[part_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()

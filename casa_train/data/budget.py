@@ -30,6 +30,10 @@ class Budget:
         """What samples may fill of a whole pack's budget; the rest is kept for its dummy."""
         return Budget(self.text - RESERVED, self.images - RESERVED)
 
+    def of_pack(self) -> Budget:
+        """The whole budget of a pack whose samples may fill this one; undoes `for_samples`."""
+        return Budget(self.text + RESERVED, self.images + RESERVED)
+
     def holds(self, text: Any, images: Any) -> Any:
         """Whether so many tokens fit; of arrays of lengths, which of them do."""
         return (text <= self.text) & (images <= self.images)

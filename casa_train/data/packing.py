@@ -36,6 +36,10 @@ class BestFitPacker:
         self.bins: list[Bin] = []  # oldest first
         self.seen = 0
 
+    def keep_open(self, packs: int) -> None:
+        """Holds so many packs open from the next sample on."""
+        self.open_packs = packs
+
     def add(self, item: Any, text: int, images: int) -> list[Bin]:
         """Places one sample that fits; returns the packs this finishes, mostly none or one."""
         self.seen += 1

@@ -29,6 +29,7 @@ from casa_train.evaluate.exact_match import (
 from casa_train.export.from_run import export as write_export
 from casa_train.export.from_run import find_checkpoint
 from casa_train.export.loading import load_model, load_processor
+from casa_train.export.writer import exported_step
 from casa_train.io.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.run.configuration import load_run_config
 from casa_train.run.layout import EVALUATION_FILE, EXPORT, EXPORTS
@@ -144,7 +145,7 @@ def evaluate_run(
     )
     result = {
         "export": str(export),
-        "step": _read(export / EXPORT_MARKER, "step"),
+        "step": exported_step(export),
         "overrides": list(overrides),
         "validation": {name: source.path for name, source in held_out.items()},
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
@@ -191,7 +192,7 @@ def evaluate_sweep(
     for run in run_directories(sweep, only):
         try:
             step = find_checkpoint(run, None).step
-            if _read(run / EXPORT / EXPORT_MARKER, "step") != step:
+            if exported_step(run / EXPORT) != step:
                 write_export(run, run / EXPORT)
             done = "already evaluated"
             there = run / EVALUATION_FILE

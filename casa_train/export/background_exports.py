@@ -7,7 +7,6 @@ until it is done. It ends with the run: what was not finished then, the next att
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -20,11 +19,12 @@ from typing import Protocol
 
 from casa_train.checkpoint.saved import saved_steps
 from casa_train.config.schema import ExportConfig
-from casa_train.io.files import EXPORT_MARKER
+from casa_train.export.writer import exported_step
 from casa_train.metrics.sinks.base import Record
 from casa_train.run.layout import CHECKPOINTS, EXPORT_LOG, EXPORTS
 from casa_train.training.hooks import Hook
 from casa_train.training.state import Progress
+from casa_train.training.stopping import StopFlags
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes a process a rank, or a part of this one's torch.
@@ -37,12 +37,6 @@ class BestStep(Protocol):
     """Knows the step of the best validation so far; 0: there was none."""
 
     step: int
-
-
-class StopFlags(Protocol):
-    """Whether this process was asked to stop, and whether its time is nearly up."""
-
-    def flags(self) -> tuple[bool, bool]: ...
 
 
 class BackgroundExports(Hook):
@@ -141,7 +135,7 @@ class BackgroundExports(Hook):
 
     def _ask(self, name: str, step: int) -> None:
         running = self._running is not None and self._running[:2] == (name, step)
-        if not running and _exported_step(self._target(name)) != step:
+        if not running and exported_step(self._target(name)) != step:
             self._waiting.pop(name, None)
             self._waiting[name] = step
 
@@ -163,15 +157,6 @@ class BackgroundExports(Hook):
                 env=_environment(),
                 start_new_session=True,
             )
-
-
-def _exported_step(target: Path) -> int | None:
-    """The step of the export that stands there; None where there is no export."""
-    try:
-        step = json.loads((target / EXPORT_MARKER).read_text())["step"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return int(step)
 
 
 def _environment() -> dict[str, str]:

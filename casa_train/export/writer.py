@@ -26,6 +26,14 @@ AUTO_MAP = {
 PROCESSOR_MAP = {"AutoProcessor": "processing_casa.CasaProcessor"}
 
 
+def exported_step(directory: Path) -> int | None:
+    """The step of the export that stands there; None where there is no export."""
+    try:
+        return int(json.loads((directory / EXPORT_MARKER).read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def write_export(
     out: Path,
     save_model: Callable[[Path], None],

@@ -14,7 +14,7 @@ import numpy as np
 
 from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture
-from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner
+from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner, slowest_rank
 from casa_train.data.prepared.shards import Split
 from casa_train.report.html import SERIES
 
@@ -133,16 +133,6 @@ def view_plan(
         balance=_balances(images, planner.data.packs_per_step, world),
         charts=_charts(packs, planner, splits, drawn, fills),
     )
-
-
-def slowest_rank(load: np.ndarray, world: int) -> float:
-    """Sum over micro-steps of the largest load over the sum of means.
-
-    :param load: (packs,) in plan order; a micro-step takes `world` packs that follow each other.
-    """
-    steps = load[: len(load) // world * world].reshape(-1, world)
-    mean = float(steps.mean(1).sum()) if len(steps) else 0.0
-    return float(steps.max(1).sum()) / mean if mean else 1.0
 
 
 def _balances(images: np.ndarray, packs_per_step: int, world: int) -> list[Balance]:

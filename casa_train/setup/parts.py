@@ -17,19 +17,23 @@ from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.optim import fit_schedule
 
+VISION, FUSION, TEXT = "vision tower", "fusion", "text backbone"
+PARTS = (TEXT, VISION, FUSION)
+"""In the order in which accounts of sizes list them."""
+
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to: the rows of every account of sizes."""
     if name.startswith("visual."):
-        return "vision tower"
+        return VISION
     if ".fusion." in name or name.startswith(("resampler.", "adapter.")):
-        return "fusion"
-    return "text backbone"
+        return FUSION
+    return TEXT
 
 
 def part_sizes(model: nn.Module) -> dict[str, int]:
     """Parameters of each part; tied ones count once."""
-    sizes = dict.fromkeys(("text backbone", "vision tower", "fusion"), 0)
+    sizes = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         sizes[part_of(name)] += parameter.numel()
     return sizes
@@ -50,15 +54,15 @@ def banner(
     lines = [
         f"casa_train {__version__}: run {config.name} in {config.run_dir}",
         f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
-        f"{backbone.hidden_size}, {sizes['text backbone']:,} parameters",
+        f"{backbone.hidden_size}, {sizes[TEXT]:,} parameters",
         f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, "
-        f"{sizes['vision tower']:,} parameters, {model.visual.frozen_blocks} frozen blocks"
+        f"{sizes[VISION]:,} parameters, {model.visual.frozen_blocks} frozen blocks"
         + (
             ", random at the start: neither model.vision.pretrained nor model.init_from is set"
             if config.model.vision.pretrained is None and config.model.init_from is None
             else ""
         ),
-        f"fusion {config.fusion['mechanism']}: {sizes['fusion']:,} parameters"
+        f"fusion {config.fusion['mechanism']}: {sizes[FUSION]:,} parameters"
         + (
             f", an adapter from width {vision.out_hidden_size} to {backbone.hidden_size} among them"
             if adapter

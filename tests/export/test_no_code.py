@@ -47,9 +47,9 @@ from casa_train.data.tokens import load_tokenizer
 from casa_train.distributed.random_state import load_rng_state, rng_state, set_rng_state
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
-from casa_train.export.background_exports import _exported_step
 from casa_train.export.from_run import find_checkpoint
 from casa_train.export.loading import load_model, load_processor
+from casa_train.export.writer import exported_step
 from casa_train.inspect.pages import find_target
 from casa_train.io.files import EXPORT_MARKER, sha256
 from casa_train.io.tensors import save_tensors
@@ -214,7 +214,7 @@ def run_readers(run: Path) -> dict[str, Callable[[], Any]]:
         "validations": lambda: read_metrics(run / "validation.jsonl"),
         "starts": lambda: read_starts(run / STARTS_FILE),
         "sweep": lambda: read_sweep(run.parent),
-        "background exports": lambda: _exported_step(run),
+        "background exports": lambda: exported_step(run),
         "report": lambda: report(run),
         "resume": resume,
     }
@@ -282,7 +282,7 @@ def test_no_file_of_an_export_is_trusted(export: Path, tmp_path: Path, bomb: str
         "processor": lambda: load_processor(copy),
         "model": lambda: load_model(copy, "auto"),
         "warm start": warm_start,
-        "background exports": lambda: _exported_step(copy),
+        "background exports": lambda: exported_step(copy),
     }
     assert read_all(readers) >= {"tokenizer", "processor", "model", "warm start"}
     names = [str(path.relative_to(export)) for path in files_of(export)]

@@ -14,14 +14,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from casa_train.data.materialize import Materializer, PackedBatch
-from casa_train.data.prepared.plan import Pack
+from casa_train.data.prepared.plan import Pack, slowest_rank
 from casa_train.data.prepared.shards import Split
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.inspect.__main__ import main
 from casa_train.inspect.packs import TokenTexts, _tokens, side_for, view_packs
 from casa_train.inspect.pages import Target, find_sample, find_target, open_data
-from casa_train.inspect.statistics import slowest_rank, view_plan
+from casa_train.inspect.statistics import view_plan
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import split_windows
 from casa_train.report import histograms, pictures

@@ -236,7 +236,7 @@ class Planner:
         self._in_block = 0
         self._arrived: dict[str, list[Bin]] = {modality: [] for modality in self._streams}
         for stream in self._streams.values():
-            stream.packer.open_packs = block.open_packs
+            stream.packer.keep_open(block.open_packs)
         self._remember()
 
     def _remember(self) -> None:
@@ -292,3 +292,14 @@ class Planner:
                         f"(one of each is reserved), the smallest samples need {least[0]} text and "
                         f"{least[1]} image tokens. Raise the budgets or lower data.max_pixels."
                     )
+
+
+def slowest_rank(load: np.ndarray, world: int) -> float:
+    """Sum over micro-steps of the largest load over the sum of means.
+
+    :param load: (packs,) in plan order; a micro-step takes `world` packs that follow each other.
+    :return: 1 is perfect, and what it is where there is no load or no whole micro-step.
+    """
+    steps = load[: len(load) // world * world].reshape(-1, world)
+    mean = float(steps.mean(1).sum()) if len(steps) else 0.0
+    return float(steps.max(1).sum()) / mean if mean else 1.0

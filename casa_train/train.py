@@ -170,7 +170,8 @@ def build_run(
     starts = open_starts(run_dir, ranks, facts)
     meter = Meter(ranks.device, facts["peak_tflops"], starts.number)
     every_sink, best, heartbeat = Sinks(ranks, sinks), Best(), Heartbeat()
-    state = State(engine, loader, every_sink, progress, checkpoints, meter=meter)
+    quarantine = None if run_dir is None else Quarantine(run_dir, ranks.rank)
+    state = State(engine, loader, every_sink, progress, checkpoints, quarantine, meter)
     exports = None
     # In the order in which they are asked; they are closed in reverse.
     watching: list[Hook] = []
@@ -179,7 +180,6 @@ def build_run(
     # Before whoever has something to say: the sinks are open as long as anybody may.
     watching.append(Reporting(config, every_sink, run_dir and run_dir / METRICS_FILE))
     if run_dir is not None and checkpoints is not None:
-        state.quarantine = Quarantine(run_dir, ranks.rank)
         if ranks.first:
             exports = BackgroundExports(run_dir, config.export, every_sink.log, best)
         checkpoints.watched_by(heartbeat, exports)

@@ -38,9 +38,6 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
 # Every process names its GPU before it joins (init_processes), which is what torch then guesses.
 warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
-if not torch.cuda.is_available():
-    # A C++ extension for CPU all-reduce, compiled at first use: gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 # What `init_processes` put into the environment of a process that runs alone.
@@ -83,6 +80,9 @@ def init_processes(timeout_minutes: float = 30) -> Ranks:
     local = int(env.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local)
+    else:
+        # A C++ extension for CPU all-reduce, compiled at first use: gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",

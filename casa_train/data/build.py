@@ -85,19 +85,9 @@ def list_streams(config: Config, log: Callable[[str], None]) -> dict[str, Stream
     )
     if chosen:
         log(f"listing the files of {len(chosen)} subsets of {', '.join(datasets)}")
-    streams = {}
-    for name, subset in chosen:
-        dataset = datasets[name]
-        streams[f"{name}/{subset}"] = open_subset(
-            dataset.source,
-            subset,
-            dataset.schema,
-            dataset.repeats.get(subset, 1),
-            dataset.revision,
-            dataset.split,
-            retries,
-        )
-    return streams
+    return {
+        f"{name}/{subset}": open_subset(datasets[name], subset, retries) for name, subset in chosen
+    }
 
 
 def ask_for_streams(config: Config, ranks: Ranks) -> dict[str, StreamSource]:
@@ -143,11 +133,8 @@ def open_data(
         return PackLoader(
             planner,
             Materializer(splits, processor, Budget.of(data), fits, count_work),
-            data.packs_per_step,
             rank,
             world,
-            data.workers,
-            seed=config.seed,
         )
 
     return Data({name: split.fingerprint for name, split in splits.items()}, notes, loader)

@@ -101,27 +101,23 @@ def start_worker(_: int) -> None:
 class PackLoader:
     """Endless micro-batches of one rank, in plan order whatever the number of workers.
 
-    :param packs_per_step: packs of an optimiser step over all ranks; a multiple of `world`.
-    :param workers: processes that materialise; 0 does it in the training process.
+    :param planner: of its data, `packs_per_step` is a multiple of `world`, and `workers` are the
+        processes that materialise; 0 does it in the training process.
     """
 
     def __init__(
         self,
         planner: Planner,
         materializer: Materializer,
-        packs_per_step: int,
         rank: int = 0,
         world: int = 1,
-        workers: int = 0,
         prefetch: int = PREFETCH,
-        seed: int = 0,
     ) -> None:
         self.planner = planner
         self.materializer = materializer
-        self.packs_per_step = packs_per_step
+        self.data = planner.data
         self.rank, self.world = rank, world
-        self.workers, self.prefetch = workers, prefetch
-        self.seed = seed
+        self.prefetch = prefetch
         self.packs_consumed = 0
         self._iterator: Iterator[PackedBatch | UserError] | None = None
 
@@ -131,25 +127,27 @@ class PackLoader:
         :raises RankError: the data is gone, or a worker died.
         """
         if self._iterator is None:
-            options: dict[str, Any] = {"prefetch_factor": self.prefetch} if self.workers else {}
+            options: dict[str, Any] = (
+                {"prefetch_factor": self.prefetch} if self.data.workers else {}
+            )
             self._iterator = iter(
                 torch.utils.data.DataLoader(
                     _Reporting(self.materializer),
                     sampler=_RankPacks(self.planner, self.rank, self.world),
                     batch_size=None,
-                    num_workers=self.workers,
+                    num_workers=self.data.workers,
                     collate_fn=_as_is,
                     worker_init_fn=start_worker,
                     # Its own generator: otherwise making the loader advances torch's, and a resumed
                     # run draws other random numbers than one that was never stopped.
-                    generator=torch.Generator().manual_seed(self.seed),
+                    generator=torch.Generator().manual_seed(self.planner.seed),
                     pin_memory=torch.cuda.is_available(),
                     **options,
                 )
             )
         batches = []
         with dead_workers_named(self.rank):
-            for _ in range(self.packs_per_step // self.world):
+            for _ in range(self.data.packs_per_step // self.world):
                 try:
                     batch = next(self._iterator)
                 except (EOFError, ConnectionError, FileNotFoundError) as error:
@@ -157,7 +155,7 @@ class PackLoader:
                 if isinstance(batch, UserError):
                     raise RankError(f"rank {self.rank}: {batch}")
                 batches.append(batch)
-        self.packs_consumed += self.packs_per_step
+        self.packs_consumed += self.data.packs_per_step
         return batches
 
     def state_dict(self) -> dict[str, Any]:

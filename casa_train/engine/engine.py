@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from casa_train.checkpoint.frozen import FrozenFile, write_frozen
 from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_slices
+from casa_train.config.schema import ParallelConfig
 from casa_train.cost.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.zero_state import ZeroState
@@ -120,31 +121,31 @@ def abandon_processes(code: int) -> None:
         os._exit(code)
 
 
-def shard(module: nn.Module, zero_stage: int, precision: str) -> None:
+def shard(module: nn.Module, parallel: ParallelConfig) -> None:
     """Leaves each rank its share of a module's parameters where ZeRO-3 will; collective.
 
     A model is sharded block by block while its values are made, so that no rank ever holds all of
     it; `Engine` shards whatever is left.
     """
-    if zero_stage == 3:
-        deepspeed.zero.Init(module=module, config_dict_or_path=_settings(zero_stage, precision))
+    if parallel.zero_stage == 3:
+        deepspeed.zero.Init(module=module, config_dict_or_path=_settings(parallel))
 
 
-def _settings(zero_stage: int, precision: str) -> dict[str, Any]:
+def _settings(parallel: ParallelConfig) -> dict[str, Any]:
     """DeepSpeed's configuration, as far as model and memory go."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": parallel.zero_stage},
         # It would wait for the GPU twice in each micro-step.
         "timers": {"throughput": {"enabled": False}},
     }
-    if zero_stage == 3:
+    if parallel.zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_BELOW
-    if precision == "bf16":
+    if parallel.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # bf16 accumulation costs seven times the rounding error over 32 micro-steps.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        if zero_stage == 1:
+        if parallel.zero_stage == 1:
             # Each gradient is added to its fp32 sum and freed at once, and the sums of all ranks
             # are added once a step: in fp32, since bf16 would cost 0.25 % of the gradient.
             settings["bf16"]["immediate_grad_update"] = True
@@ -163,14 +164,13 @@ class Engine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
-        zero_stage: int,
-        precision: str,
+        parallel: ParallelConfig,
         accumulation: int,
         clip: float,
     ) -> None:
-        self.ranks, self.zero_stage = ranks, zero_stage
+        self.ranks, self.zero_stage = ranks, parallel.zero_stage
         self._frozen: FrozenFile | None = None  # what rank 0 wrote or loaded
-        settings = _settings(zero_stage, precision)
+        settings = _settings(parallel)
         # Allocated whole on every rank, whatever the size of the model.
         settings["zero_optimization"]["reduce_bucket_size"] = bucket_elements(
             sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
 
 from casa_train.config.micro_steps import micro_steps
-from casa_train.config.schema import Config, ParallelConfig
+from casa_train.config.schema import Config
 from casa_train.distributed.random_state import seed_all
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import Engine, shard
@@ -26,7 +26,8 @@ def start_model(
     :param start: None: a checkpoint replaces everything, so nothing is read or drawn before.
     """
     dtype = DTYPES[config.parallel.precision]
-    start_weights(model, start, config.seed, ranks.device, dtype, _Sharding(config.parallel))
+    sharded = partial(shard, parallel=config.parallel)
+    start_weights(model, start, config.seed, ranks.device, dtype, sharded)
     for account in start.accounts if start is not None else []:
         ranks.log(account.line())
         if account.resized and not config.model.backbone.trainable:
@@ -57,20 +58,9 @@ def build_engine(
         model,
         build_optimizer(groups, config.optim, fused),
         ranks,
-        config.parallel.zero_stage,
-        config.parallel.precision,
+        config.parallel,
         micro_steps(config.data, ranks.world),
         config.optim.clip,
     )
     engine.train()
     return engine
-
-
-class _Sharding:
-    """Leaves each rank its share of a block that is complete."""
-
-    def __init__(self, parallel: ParallelConfig) -> None:
-        self.parallel = parallel
-
-    def __call__(self, block: nn.Module) -> None:
-        shard(block, self.parallel.zero_stage, self.parallel.precision)

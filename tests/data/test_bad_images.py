@@ -190,10 +190,15 @@ def overwrite(split: Split, row: int, member: str, data: bytes) -> None:
 def make_loader(split: Split, processor: CasaProcessor, workers: int) -> PackLoader:
     source = PlanSource(*sample_lengths(split, processor), SourceSize(len(split)))
     plan = DataConfig(
-        text_tokens=TEXT, image_tokens=IMAGES, packs_per_step=G, balance_block=2, balance_group=2
+        text_tokens=TEXT,
+        image_tokens=IMAGES,
+        packs_per_step=G,
+        balance_block=2,
+        balance_group=2,
+        workers=workers,
     )
     materializer = Materializer({"s": split}, processor, Budget.of(plan))
-    return PackLoader(Planner({"s": source}, plan, 3), materializer, G, workers=workers)
+    return PackLoader(Planner({"s": source}, plan, 3), materializer)
 
 
 def read(split: Split, processor: CasaProcessor, workers: int, steps: int) -> list[PackedBatch]:

@@ -50,11 +50,18 @@ def row(*turns: tuple[str, str]) -> dict[str, object]:
     return {"texts": [{"user": u, "assistant": a} for u, a in turns], "source": "unit"}
 
 
-def planner(split: Split, processor: CasaProcessor, text: int = 160, images: int = 64) -> Planner:
+def planner(
+    split: Split, processor: CasaProcessor, text: int = 160, images: int = 64, workers: int = 0
+) -> Planner:
     size = SourceSize(len(split))
     source = PlanSource(*sample_lengths(split, processor), size)
     plan = DataConfig(
-        text_tokens=text, image_tokens=images, packs_per_step=4, balance_block=4, balance_group=2
+        text_tokens=text,
+        image_tokens=images,
+        packs_per_step=4,
+        balance_block=4,
+        balance_group=2,
+        workers=workers,
     )
     return Planner({"s": source}, plan, seed=1)
 
@@ -290,12 +297,10 @@ def test_workers_and_ranks_keep_one_order(split: Split, processor: CasaProcessor
     def steps(world: int, workers: int) -> list[list[str]]:
         loaders = [
             PackLoader(
-                planner(split, processor),
+                planner(split, processor, workers=workers),
                 Materializer({"s": split}, processor, Budget(160, 64)),
-                packs_per_step=4,
-                rank=rank,
-                world=world,
-                workers=workers,
+                rank,
+                world,
             )
             for rank in range(world)
         ]

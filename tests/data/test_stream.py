@@ -355,7 +355,8 @@ def test_llava_onevision_streams_beside_it(tmp_path: Path) -> None:
     (root / "wit").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema), root / "wit" / "train-0.parquet")
     write_card(root)
-    (loader,) = loaders({"wit": open_subset(str(root), "wit", "llava_onevision")})
+    dataset = StreamDatasetConfig(source=str(root), schema="llava_onevision")
+    (loader,) = loaders({"wit": open_subset(dataset, "wit")})
     batches = [batch for _ in range(2) for batch in loader.next_step()]
     assert {s for b in batches for s in b.sources} == {"wit"}
     assert not any(b.failures for b in batches)
@@ -447,13 +448,14 @@ def test_a_file_that_changed_under_way_is_named(tmp_path: Path) -> None:
 
 HUB_PROGRAM = """
 import json
+from casa_train.config.data_schema import StreamDatasetConfig
 from casa_train.data.stream.row_groups import Retries
 from casa_train.data.stream.subsets import open_subset, subset_names
 from tests.helpers.stream_data import loaders, read_step
 retries, name = Retries(4, 0.01), "HuggingFaceM4/FineVision"
 names = subset_names(name, None, retries)
-sources = {s: open_subset(name, s, "finevision", 6 if s == "small" else 1, retries=retries)
-           for s in names}
+dataset = StreamDatasetConfig(source=name, repeats={"small": 6})
+sources = {s: open_subset(dataset, s, retries) for s in names}
 ranks = loaders(sources, world=2, workers=1, attempts=4, retry_seconds=0.01)
 print(json.dumps([[s.fingerprint for s in sources.values()], read_step(ranks)]))
 """

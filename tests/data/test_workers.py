@@ -56,10 +56,11 @@ def make_loader(split: Split, processor: CasaProcessor, workers: int = 2) -> Pac
         packs_per_step=1,
         balance_block=2,
         balance_group=2,
+        workers=workers,
     )
     planner = Planner({"s": PlanSource(*lengths, SourceSize(len(split)))}, data, seed=0)
     materializer = Materializer({"s": split}, processor, Budget.of(data))
-    return PackLoader(planner, materializer, 1, workers=workers)
+    return PackLoader(planner, materializer)
 
 
 def worker_ids(loader: PackLoader) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 
 from casa_train.bench._benchmark import describe_machine
 from casa_train.config.compose import compose_config
+from casa_train.config.data_schema import DataConfig
 from casa_train.data.loader import PackLoader
 from casa_train.data.prepared.plan import Pack
 from casa_train.distributed.threads import use_threads
@@ -202,6 +203,16 @@ def test_zero_gives_torchs_choice_back(threads: int) -> None:
         assert torch.get_num_threads() == (asked or threads)
 
 
+class Packs:
+    """In place of a planner: two packs."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data, self.seed = data, 3
+
+    def __iter__(self) -> Iterator[Pack]:
+        return (Pack(i, (), 0, 0) for i in range(2))
+
+
 class CountsThreads:
     """In place of a materializer."""
 
@@ -211,10 +222,11 @@ class CountsThreads:
 
 def test_loader_processes_have_one_thread(threads: int) -> None:
     use_threads(threads + 2)
-    packs: Any = [Pack(i, (), 0, 0) for i in range(2)]
     counts: Any = CountsThreads()
-    assert PackLoader(packs, counts, packs_per_step=2, workers=1).next_step() == [1, 1]
-    assert PackLoader(packs, counts, packs_per_step=1).next_step() == [threads + 2]
+    inside: Any = Packs(DataConfig(packs_per_step=2, workers=1))
+    assert PackLoader(inside, counts).next_step() == [1, 1]
+    alone: Any = Packs(DataConfig(packs_per_step=1, workers=0))
+    assert PackLoader(alone, counts).next_step() == [threads + 2]
 
 
 def test_an_export_in_the_background_takes_no_more_than_there_are_cores(

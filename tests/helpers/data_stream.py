@@ -37,7 +37,7 @@ SETTINGS = DataConfig(
 
 def loaders(data: Path, world: int, workers: int, packs_per_step: int = G) -> list[PackLoader]:
     """The loader of every rank."""
-    settings = replace(SETTINGS, packs_per_step=packs_per_step)
+    settings = replace(SETTINGS, packs_per_step=packs_per_step, workers=workers)
     processor = CasaProcessor(load_tokenizer(str(data / "tokenizer")), 7056, TEMPLATE)
     split = Split(data / "validation")
     lengths = sample_lengths(split, processor)
@@ -50,10 +50,8 @@ def loaders(data: Path, world: int, workers: int, packs_per_step: int = G) -> li
         PackLoader(
             Planner(sources, settings, SEED),
             Materializer(splits, processor, Budget(TEXT, IMAGES)),
-            packs_per_step,
             rank,
             world,
-            workers,
         )
         for rank in range(world)
     ]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from casa_train.config.data_schema import DataConfig, StreamConfig
+from casa_train.config.data_schema import DataConfig, StreamConfig, StreamDatasetConfig
 from casa_train.data.stream.stream_loader import StreamLoader
 from casa_train.data.stream.stream_source import StreamSource
 from casa_train.data.stream.subsets import open_subset
@@ -115,8 +115,8 @@ def write_finevision(root: Path) -> Path:
 
 def open_all(root: Path, repeats: Mapping[str, int] | None = None) -> dict[str, StreamSource]:
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
-    times = repeats or {}
-    return {name: open_subset(str(root), name, "finevision", times.get(name, 1)) for name in names}
+    dataset = StreamDatasetConfig(source=str(root), repeats=dict(repeats or {}))
+    return {name: open_subset(dataset, name) for name in names}
 
 
 @lru_cache

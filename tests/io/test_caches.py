@@ -31,12 +31,13 @@ except UserError as error:
 """
 STREAM = """
 import sys
+from casa_train.config.data_schema import StreamDatasetConfig
 from casa_train.data.stream.row_groups import Retries
 from casa_train.data.stream.subsets import open_subset, subset_names
 from casa_train.errors import UserError
 retries = Retries(8, 60.0)
 for work in (
-    lambda: open_subset(sys.argv[1], "chartqa", "finevision", retries=retries),
+    lambda: open_subset(StreamDatasetConfig(source=sys.argv[1]), "chartqa", retries),
     lambda: subset_names("owner/name", None, retries),
 ):
     try:

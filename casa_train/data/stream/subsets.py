@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from casa_train.config.data_schema import StreamDatasetConfig
 from casa_train.data.stream.row_groups import Retries, list_files
 from casa_train.data.stream.stream_source import (
     StreamSource,
@@ -93,22 +94,17 @@ def _named(source: str) -> str:
 
 
 def open_subset(
-    source: str,
-    subset: str,
-    schema: str,
-    repeats: int = 1,
-    revision: str | None = None,
-    split: str = "train",
-    retries: Retries | None = None,
+    dataset: StreamDatasetConfig, subset: str, retries: Retries | None = None
 ) -> StreamSource:
     """Lists the parquet files of one subset and their row groups.
 
-    :param source: hub id, or a directory in the published layout.
+    :param retries: None: what fails is not tried again.
     :raises UserError: an unknown subset or split, files of another format, no rows.
     """
     import datasets
 
     retries = retries or Retries(1, 0)
+    source, split = dataset.source, dataset.split
 
     def work() -> Any:
         place = os.path.expanduser(source)
@@ -116,7 +112,7 @@ def open_subset(
         if subset in card:
             return _files_of(place, card[subset])
         try:
-            builder = datasets.load_dataset_builder(place, subset, revision=revision)
+            builder = datasets.load_dataset_builder(place, subset, revision=dataset.revision)
         except ValueError as error:  # an unknown subset; the message lists the known ones
             raise UserError(
                 f"dataset {source} has no subset {subset!r} ({error}). Mend data.stream.datasets."
@@ -137,7 +133,12 @@ def open_subset(
             f"subset {subset} of dataset {source} holds {others[0]}; a stream reads parquet files "
             "only. Prepare this dataset with python -m data_recipes, or leave the subset out."
         )
-    found = StreamSource(schema, subset, tuple(list_files(urls, retries)), repeats)
+    found = StreamSource(
+        dataset.schema,
+        subset,
+        tuple(list_files(urls, retries)),
+        dataset.repeats.get(subset, 1),
+    )
     if not found.rows:
         raise UserError(
             f"subset {subset} of dataset {source} has no rows; leave it out of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from casa_train.config.schema import Config
@@ -13,7 +12,7 @@ from casa_train.metrics.sinks.console import ConsoleSink
 from casa_train.metrics.sinks.guarded import Guarded
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps
 from casa_train.metrics.sinks.tensorboard import TensorBoardSink
-from casa_train.metrics.sinks.wandb import WandbSink, run_name, switched_off
+from casa_train.metrics.sinks.wandb import WandbSink, switched_off
 
 
 class Sinks:
@@ -82,15 +81,7 @@ def open_sinks(config: Config, metrics: Path, after_step: int) -> list[Sink]:
         sinks.append(
             Guarded(
                 "metrics.wandb",
-                lambda: WandbSink(
-                    run_dir,
-                    run_name(config.name, run_dir),
-                    wanted.wandb_project,
-                    wanted.wandb_entity,
-                    wanted.wandb_tags,
-                    asdict(config),
-                    console.log,
-                ),
+                lambda: WandbSink(run_dir, config, console.log),
                 warn=console.log,
             )
         )

@@ -8,11 +8,13 @@ import socket
 import threading
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from casa_train.config.schema import Config
 from casa_train.metrics.fields import scalars
 from casa_train.metrics.sinks.base import Record
 
@@ -30,18 +32,14 @@ class WandbSink:
     It asks nobody for anything: without a login, without a way to the server, or where the server
     refuses, the run is written into `wandb/` in the run directory for `wandb sync`.
 
-    :param settings: the run's configuration, shown beside it.
+    :param config: of the whole run, shown beside it.
     :param log: prints a line for the user.
     """
 
     def __init__(
         self,
         run_dir: Path,
-        name: str,
-        project: str,
-        entity: str | None,
-        tags: Sequence[str],
-        settings: Mapping[str, Any],
+        config: Config,
         log: Callable[[str], None] = print,
     ) -> None:
         import wandb  # only where it is switched on
@@ -56,11 +54,11 @@ class WandbSink:
         options = {
             "dir": str(run_dir),
             "id": _run_id(run_dir / ID_FILE),
-            "name": name,
-            "project": project,
-            "entity": entity,
-            "tags": list(tags),
-            "config": dict(settings),
+            "name": run_name(config.name, run_dir),
+            "project": config.metrics.wandb_project,
+            "entity": config.metrics.wandb_entity,
+            "tags": list(config.metrics.wandb_tags),
+            "config": asdict(config),
             "settings": wandb.Settings(**{k: v for k, v in wanted.items() if k in known}),
         }
         self._run: Any = None

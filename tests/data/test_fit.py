@@ -6,6 +6,7 @@ import functools
 import io
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from casa_train.data.fit import (
 )
 from casa_train.data.lengths import measure
 from casa_train.data.prepared.shards import Split
+from casa_train.data.sample import Sample
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
@@ -112,7 +114,11 @@ def videos(processor: CasaProcessor, tmp_path_factory: pytest.TempPathFactory) -
 
 def trained(fit: Fit, row: int, processor: CasaProcessor) -> tuple[int, int, int]:
     """Text tokens, image tokens and images of the sample as it is trained."""
-    sample, max_pixels = fit.apply(row, fit.split.read(row))
+    return tokens_of(*fit.apply(row, fit.split.read(row)), processor)
+
+
+def tokens_of(sample: Sample, max_pixels: int, processor: CasaProcessor) -> tuple[int, int, int]:
+    """Text tokens, image tokens and images of a sample, each image of at most `max_pixels`."""
     encoded = processor.encode(sample.messages(list(sample.images)))
     images = [processor_for(processor, max_pixels).load(image) for image in encoded.images]
     return len(encoded.ids), sum(i.shape[1] * i.shape[2] // 784 for i in images), len(images)
@@ -144,9 +150,8 @@ def test_lengths_are_those_of_what_is_trained(
         assert sample.turns == uncut.turns[: len(sample.turns)]
         shortened += len(sample.turns) < len(uncut.turns)
         if len(sample.turns) < len(uncut.turns):  # one turn more would not have fitted
-            longer = Fit(conversations, processor, Budget(10**6, 10**6), ratings)
-            longer_text = [t for t, _ in longer._turns(row)][: len(sample.turns) + 1]
-            assert len(longer_text) == len(sample.turns) + 1
+            longer = replace(uncut, turns=uncut.turns[: len(sample.turns) + 1])
+            assert not fit.budget.holds(*tokens_of(longer, MAX_PIXELS, processor)[:2])
     assert counts == {"shortened": shortened, "ratings": empty}
     assert (shortened > 0) == (budgets[0] < 1000)
     assert (empty > 0) == (ratings != {})

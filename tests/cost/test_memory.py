@@ -59,11 +59,12 @@ def test_activations_are_what_autograd_saves(
     real = frozen_model(config, trainable, trained).to(dtype).train()
     with torch.device("meta"):
         meta = frozen_model(config, trainable, trained).to(dtype).train()
-    for blocks in ("none", "all"):
+    # What the CPU saves beyond this, see ATTENTION, goes where blocks are computed again.
+    for blocks, least in (("none", 0.9), ("all", 0.99)):
         real.checkpoint_activations(blocks)
         meta.checkpoint_activations(blocks)
         measured, counted = saved(real, pack), saved(meta, pack)
-        assert sum(counted.values()) == pytest.approx(sum(measured.values()), rel=0.15)
+        assert least <= sum(counted.values()) / sum(measured.values()) <= 1
         assert outside_attention(counted) == outside_attention(measured)
 
 
@@ -92,8 +93,8 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     model.to(DTYPES[config.parallel.precision])
     measured = sum(saved(model, full_pack(config)).values())
     estimate = sum(memory.activations.values()) - memory.activations["logits"]
-    # 37 small images: here the CPU pads, by 3 to 7 % of everything.
-    assert estimate == pytest.approx(measured, rel=0.15)
+    # 37 small images: the CPU pads, and 4 to 7 % of what it saves is masks and copies.
+    assert 0.93 <= estimate / measured <= 1
 
 
 @pytest.mark.slow

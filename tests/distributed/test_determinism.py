@@ -176,5 +176,5 @@ def test_two_hundred_steps_leave_nothing_behind(data_dir: Path, tmp_path: Path) 
     run(train_command(overrides))
     memory = [record["memory_bytes"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert len(memory) == 200
-    # Resident bytes of the process: the first quarter fills caches.
-    assert memory[-1] - memory[50] < 8 << 20, memory[::25]
+    # Resident bytes of the process; caches fill until then. 50 kB a step would be 2.5 MB.
+    assert memory[-1] - memory[149] < 2 << 20, memory[::25]

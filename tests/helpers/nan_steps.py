@@ -38,7 +38,7 @@ class Packs:
     def next_step(self) -> list[Any]:
         self.step += 1
         if self.rank == 1 and self.step == 5:
-            time.sleep(0.1)
+            time.sleep(2)
         sources = [("a", 3), (f"only rank {self.rank}", 1)]
         return [tiny_batch(self.rank, f"rank{self.rank}", sources, operations=1 + self.rank)]
 

@@ -139,12 +139,11 @@ def test_every_field_is_documented_and_every_documented_field_is_written(tmp_pat
     assert record["balance"] == pytest.approx(1.5 / 2)
     assert record["tflops"] == pytest.approx(1.5 / record["seconds"] / 1e12)
     assert record["mfu"] is None  # nobody knows what a CPU could do
-    assert record["slowest_rank"] in (0, 1)
     assert 0 < record["rank_seconds_min"] <= record["rank_seconds_max"] < record["seconds"]
-    # Rank 1's loader sleeps for 0.1 s in step 5: its wait is the step's, and it is the slowest.
+    # Rank 1's loader sleeps for 2 s in step 5: its wait is the step's, and it is the slowest.
     assert records[4]["slowest_rank"] == 1
-    assert records[4]["data_seconds"] >= 0.1
-    assert records[4]["rank_seconds_max"] - records[4]["rank_seconds_min"] > 0.05
+    assert records[4]["data_seconds"] >= 2
+    assert records[4]["rank_seconds_max"] - records[4]["rank_seconds_min"] > 1
     assert 1 << 20 < record["memory_bytes"] <= record["memory_peak_bytes"]
     assert len({record["samples_digest"] for record in records}) == 1  # the same names each step
     assert records[0]["start"] == 1 and records[0]["time"] <= records[1]["time"]

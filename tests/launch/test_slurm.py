@@ -160,6 +160,7 @@ def test_a_sweep_is_an_array_of_frozen_code(slurm: Slurm, data_dir: Path, tmp_pa
     job, logs = slurm.submit(tmp_path / "s", *on_data(data_dir), *sweep, array=True)
     code = logs.parent / "code"
     record = json.loads((logs.parent / "submission.json").read_text())
+    assert len(record["run_dirs"]) == 2
     for task, run_dir in enumerate(record["run_dirs"]):
         ended = slurm.finish(f"{job}_{task}")
         assert ended["JobState"] == "COMPLETED", (logs / f"{job}_{task}.out").read_text()

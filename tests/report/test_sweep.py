@@ -260,7 +260,10 @@ def test_costs_far_apart_stand_on_a_logarithmic_scale(tmp_path: Path) -> None:
         Job(f"j{i}", f"j{i}", exact_match=0.5 + 0.001 * i, work=10**i, metrics=[fake_record(1)])
         for i in (8, 9, 10)
     ]
-    assert "FLOP a pack" in write_sweep(jobs, "sweep", tmp_path).read_text()
+    html = write_sweep(jobs, "sweep", tmp_path).read_text()
+    (figure,) = (f for f in html.split("<figure") if "Exact match against FLOP a pack" in f)
+    ticks = re.findall(r">([\d.]+[MGT])</text>", figure)
+    assert ticks == ["100M", "300M", "1G", "3G", "10G", "30G"]
 
 
 def test_what_is_nearly_equal_looks_so(tmp_path: Path) -> None:

@@ -97,12 +97,9 @@ def casa_run(export_of: Callable[[str], Path]) -> Path:
     return export_of("casa")
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_stranger_can_use_it(
-    export_of: Callable[[str], Path], mechanism: str, tmp_path: Path
-) -> None:
-    run_dir = export_of(mechanism)
-    shutil.copytree(run_dir / "export", tmp_path / "downloaded")
+def test_a_stranger_can_use_it(casa_run: Path, tmp_path: Path) -> None:
+    """With no other packages; `test_interface.py` has the same for other mechanisms."""
+    shutil.copytree(casa_run / "export", tmp_path / "downloaded")
     (tmp_path / "script.py").write_text(STRANGER)
     shutil.copy(stranger.__file__, tmp_path / "stranger.py")
     strangers_packages(tmp_path / "site")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -135,12 +136,15 @@ def loaders(
     """The loader of every rank; `gather` is what all of them would send."""
     data = changed(settings, workers=workers, packs_per_step=packs_per_step, **changes)
     ranks: list[StreamLoader] = []
+    # Weakly: a loader in a cycle with itself would end as garbage, and wait for its workers.
+    known: weakref.WeakValueDictionary[int, StreamLoader] = weakref.WeakValueDictionary()
 
     def gather(_: Any) -> list[Any]:
-        return [loader.lane_states for loader in ranks]
+        return [known[rank].lane_states for rank in range(world)]
 
     for rank in range(world):
         ranks.append(StreamLoader(sources, data, SEED, processor(), rank, world, gather=gather))
+        known[rank] = ranks[rank]
     return ranks
 
 

@@ -99,8 +99,8 @@ def test_the_packs_are_those_that_training_gets(
 @pytest.mark.slow
 def test_bad_rows_and_holes_are_named(source: Path, data_dir: Path, tmp_path: Path) -> None:
     only = "+data.stream.datasets.finevision.subsets=[odd]"
-    small = "data.balance_block=2"  # else each lane draws a thousand rows for its first pack
-    html, page = look(tmp_path, "demo", *overrides(source, data_dir, only, small), "--packs", "4")
+    small = ["data.balance_block=2", "data.text_tokens=160"]  # a pack else holds 800 rows
+    html, page = look(tmp_path, "demo", *overrides(source, data_dir, only, *small), "--packs", "4")
     failures = re.findall(r'<tr class="failure"><th scope="row">(.*?)</th>.*?wrong">(\w+)<', html)
     file = "odd/train-00000-of-00001"
     assert set(failures) == {

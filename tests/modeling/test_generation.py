@@ -1,4 +1,6 @@
-"""Generation, streams and chunks through a cache, against the full forward, for every variant."""
+"""Generation, streams and chunks through a cache, against the full forward, for every variant;
+rows that end and buffers that grow, which no switch touches, for those of daily work.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,6 @@ from tests.helpers.tiny import (
 from tests.helpers.variants import (
     DAILY,
     VARIANTS,
-    case,
     every_mechanism,
     every_variant,
     follows_of,
@@ -217,8 +218,7 @@ def test_three_turn_stream_equals_the_full_forward(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "answer_end"),
-    [*(case(v, None) for v in VARIANTS), *(case(v, 17) for v in sorted(DAILY))],
+    ("variant", "answer_end"), [(v, end) for v in sorted(DAILY) for end in (None, 17)]
 )
 def test_a_row_that_ends_first_goes_on_as_it_does_alone(
     variant: str, answer_end: int | None, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +282,7 @@ def test_a_batch_of_which_a_row_has_ended_keeps_the_others(mechanism: str) -> No
     assert torch.equal(model.generate(**whole, past_key_values=cache, **options), expected)
 
 
-@every_variant
+@pytest.mark.parametrize("variant", sorted(DAILY))
 def test_a_stream_outgrows_its_buffers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "GROWTH_SLOTS", 3)
     test_three_turn_stream_equals_the_full_forward(variant)

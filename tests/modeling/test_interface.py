@@ -73,7 +73,7 @@ def loaded(export: str) -> tuple[Any, Any]:
 # ------------------------------------------------------------------------------- what strangers do
 
 
-@pytest.mark.parametrize("mechanism", ["casa", "insertion"])
+@pytest.mark.parametrize("mechanism", ["casa", "cross_attention", "insertion"])
 def test_the_contract_holds(
     export_of: Callable[[str], Path], mechanism: str, tmp_path: Path
 ) -> None:

@@ -272,7 +272,7 @@ def kill_after(process: subprocess.Popen[bytes], train: Path, shards: int) -> No
 def test_a_killed_recipe_goes_on_at_the_last_finished_shard(
     tmp_path: Path, tokenizer: str, workers: int, kills: tuple[int, ...]
 ) -> None:
-    rows = [[published.fine_row(100 * f + i) for i in range(80)] for f in range(20)]
+    rows = [[published.fine_row(100 * f + i) for i in range(40)] for f in range(20)]
     source = published.finevision(tmp_path / "source", rows)
     command = [sys.executable, "-m", "data_recipes", "finevision", "--source", str(source)]
     command += ["--tokenizer", tokenizer, "--template", "auto", "--workers", str(workers)]

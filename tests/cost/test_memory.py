@@ -60,7 +60,7 @@ def test_activations_are_what_autograd_saves(
     with torch.device("meta"):
         meta = frozen_model(config, trainable, trained).to(dtype).train()
     # What the CPU saves beyond this, see ATTENTION, goes where blocks are computed again.
-    for blocks, least in (("none", 0.9), ("all", 0.99)):
+    for blocks, least in (("none", 0.9), ("all", 0.98)):
         real.checkpoint_activations(blocks)
         meta.checkpoint_activations(blocks)
         measured, counted = saved(real, pack), saved(meta, pack)

@@ -25,12 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter  # noqa: E402
 
 from tests.helpers.commands import prepare_data  # noqa: E402
 from tests.helpers.fork_server import STARTED, available, install  # noqa: E402
 from tests.helpers.once import once  # noqa: E402
+
+OPTIONAL_PACKAGE = "flash-attn"
 
 
 def pytest_collection_finish() -> None:
@@ -40,6 +43,24 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where GPU_REQUIRED is 1 a test for a GPU that skips itself has failed, unless it wants
+    flash-attn, the one package that is optional.
+    """
+    report = (yield).get_result()  # type: ignore[misc]
+    if report.skipped and item.get_closest_marker("gpu") and os.environ.get("GPU_REQUIRED") == "1":
+        reason = str(report.longrepr[2])
+        if OPTIONAL_PACKAGE not in reason.replace("_", "-"):
+            report.outcome = "failed"
+            report.longrepr = f"GPU_REQUIRED is 1, but this skipped itself: {reason}"
 
 
 @pytest.fixture(scope="session")

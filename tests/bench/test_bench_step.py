@@ -62,7 +62,8 @@ def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
     assert float(row.split()[-1]) == pytest.approx(ratio, abs=0.006)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.slow
 def test_full_size_on_a_gpu(tmp_path: Path) -> None:
     """Helium1-2B at a quarter of its budgets, so that 80 GB hold its optimiser too."""
     small = ["data.text_tokens=512", "data.image_tokens=5120"]

@@ -114,7 +114,7 @@ def test_a_checkpointed_block_is_counted_beside_what_all_blocks_keep() -> None:
     assert block == pytest.approx(none["vision tower"] / 4, rel=0.2) and block > none["logits"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a measured peak needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("blocks", ["none", "all"])
 @pytest.mark.parametrize("fusion", ["casa", "insertion", "gated_cross_attention"])
 def test_the_estimate_is_near_a_gpus_peak(fusion: str, blocks: str) -> None:

@@ -58,7 +58,7 @@ def test_it_belongs_to_what_determines_a_run() -> None:
         assert free not in fields
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's algorithms need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["casa", "insertion", "gated_cross_attention"])
 def test_gradients_repeat_on_a_gpu(variant: str, dtype: torch.dtype) -> None:

@@ -265,10 +265,8 @@ def test_backends_that_cannot_run_are_refused_by_name() -> None:
 
 def need(backend: str) -> None:
     """Skips the test, saying what is missing here."""
-    if not torch.cuda.is_available():
-        pytest.skip(f"{backend}: no CUDA device")
     if backend == "flash_attn" and attention.flash_attn_varlen_func is None:
-        pytest.skip("flash_attn: the flash-attn package is not installed")
+        pytest.skip("the flash-attn package is not installed")
     if backend == "torch_varlen" and attention.varlen_attn is None:
         pytest.skip("torch_varlen: torch.nn.attention.varlen is not in this torch")
 
@@ -378,6 +376,7 @@ def test_cpu_attention_equals_dense_attention(
     check_kernel("sdpa", "cpu", case, heads, width=80, dtype=dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("width", [64, 80, 128])
 @pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "sdpa"])

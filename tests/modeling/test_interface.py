@@ -351,7 +351,7 @@ def test_layers_may_live_on_several_devices(mechanism: str, options: dict[str, A
     assert step.is_meta and step.shape == (2, 1, VOCABULARY)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_flash_attention_2_answers_as_sdpa(export: str) -> None:
     pytest.importorskip("flash_attn")
     answers = []

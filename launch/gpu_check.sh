@@ -9,7 +9,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 "$python" -c '
 import importlib.util, sys
-needed = "torch", "transformers", "deepspeed", "pyarrow", "hydra", "pytest"
+needed = "torch", "transformers", "deepspeed", "pyarrow", "hydra", "pytest", "hypothesis"
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     print(f"error: {sys.executable} has no {missing}: name one with the packages: PYTHON=...", file=sys.stderr)

@@ -114,7 +114,9 @@ def estimate(running: Running) -> str:
 def data(running: Running) -> str:
     """Pictures, and a tokenizer."""
     counts = ["--samples", str(running.sizes.samples), "--validation", "60"]
-    words = [*counts, "--seed", "0", "--tasks", "colour,shape,count", "--workers", "1"]
+    words = [*counts, "--seed", "0", "--tasks", "colour,shape,count"]
+    if running.check.card is None:
+        words += ["--workers", "1"]
     out = str(running.check.work / "data")
     running.run("-m", "data_recipes", "synthetic", "--out", out, *words)
     return f"{running.sizes.samples:,} samples"

@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.gpu_check import RESULT, main
 from launch.gpu_runner import Check, Failed, Result, Running, Stage
-from launch.gpu_stages import REHEARSAL, STAGES
+from launch.gpu_stages import FULL, REHEARSAL, STAGES, insertion
 from tests.helpers.commands import ROOT, environment
 
 Work = Callable[[Running], str]
@@ -126,6 +128,37 @@ def test_an_earlier_command_that_failed_for_another_reason_is_not_blamed(tmp_pat
         raise Failed(running.why("nothing of it", 1))
 
     assert checked(tmp_path, Stage("two", 60, work))["two"].said.endswith("two.log: nothing of it")
+
+
+@pytest.mark.parametrize(
+    ("card", "chosen"), [(139.8, "none"), (79.1, "vision"), (70.0, "all"), (23.5, "all")]
+)
+def test_steps_checkpoint_no_more_activations_than_the_card_asks_for(
+    card: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates of helium_insertion; eager and compiled stand beside each other."""
+    gib = 2**30
+    estimates = {"none": 81.3 * gib, "vision": 73.8 * gib, "all": 42.5 * gib}
+    asked: list[str] = []
+
+    def benchmark(self: Running, *words: str) -> dict[str, Any]:
+        asked.extend(words)
+        row = {"mfu": 0.234, "text_tokens_per_second": 1198.4, "peak_bytes": 36.9 * gib}
+        return {"results": [dict(row), {**row, "mfu": 0.4, "text_tokens_per_second": 2048.0}]}
+
+    monkeypatch.setattr(Running, "benchmark", benchmark)
+    stages = [stage for stage in STAGES if stage.name in ("estimate", "insertion")]
+    sizes = replace(FULL, compiled=True)
+    check = Check(stages, tmp_path, tmp_path, sizes, int(card * gib), {}, 60)
+    check.results["estimate"].figures["helium_insertion"] = estimates
+    said = insertion(Running(check, check.results["insertion"], end=0))
+    arm = f"helium_insertion,parallel.activation_checkpointing={chosen},parallel.compile="
+    assert asked == ["step", arm + "off", arm + "on", "--steps", "3", "--warm-up", "1"]
+    share = f"36.9 GiB ({36.9 * gib / estimates[chosen]:.2f} of the estimate)"
+    assert said == (
+        f"activation checkpointing {chosen}: eager 1,198 text tokens/s, 23.4% MFU, {share}; "
+        f"compiled 2,048 text tokens/s, 40.0% MFU, {share}"
+    )
 
 
 @pytest.mark.slow

@@ -106,6 +106,42 @@ def varlen_attention(
     return _torch_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, window)
 
 
+def takes_length(backend: str) -> bool:
+    """Whether a backend reads the length of one row's keys on the device, splits long ones over
+    the whole GPU, and so needs no mask.
+    """
+    return backend in ("flash_attn", "torch_varlen")
+
+
+def one_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Tensor, backend: str
+) -> Tensor:
+    """Attention of one query a row over its row's keys, scaled by D ** -0.5.
+
+    :param q: (B, H, D).
+    :param k: (B, n, Hkv, D), as is v.
+    :param mask: (B, n) bool, keys that a row reads; a row that reads none gets anything, NaN too.
+    :param ends: (2, 2) int32 [[0, 1], [0, keys in use]]: what a single row without a mask reads, on
+        backends that `takes_length` names.
+    :return: (B, H * D).
+    """
+    if mask is None and takes_length(backend):
+        # Not causal: so kernels split the keys of a single query.
+        around = ends[0], ends[1], 1, k.shape[1]
+        if backend == "flash_attn":
+            out: Tensor = flash_attn_varlen_func(q, k[0], v[0], *around, causal=False)
+        else:
+            out = _torch_varlen()(q, k[0], v[0], *around, (-1, -1))
+        return out.flatten(1)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    # The heads that share a key head stand as its queries.
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    seen = None if mask is None else mask[:, None, None]
+    with sdpa_kernels(q.device):
+        read = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen)
+    return read.flatten(1)
+
+
 class _OnMeta(torch.autograd.Function):
     """Attention on the meta device: nothing is computed, and autograd saves what it does for the
     varlen kernels, so that memory can be counted without any.

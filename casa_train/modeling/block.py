@@ -64,6 +64,7 @@ class DecoderContext:
     :param state: the streaming state while generating, None in training.
     :param keep_index: rows of a fusion layer's key space to keep for the next chunk.
     :param image_attention: listens to what text reads from images; None in training and generation.
+    :param step: in place of cache and state where every row takes one token (`decoding.py`).
     :param elsewhere: copies of this context on other devices.
     """
 
@@ -78,6 +79,7 @@ class DecoderContext:
     state: StreamingState | None = None
     keep_index: Tensor | None = None
     image_attention: ImageAttention | None = None
+    step: Any = None
     elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> DecoderContext:
@@ -135,6 +137,9 @@ def self_attention(layer: Any, heads: Heads, context: DecoderContext) -> Tensor:
         of_images = plan.stream_index >= len(plan.text_index)
         index = layer.self_attn.layer_idx
         listener.attention(index, q, k, plan.self_attention, of_images, plan.text_index)
+    if context.step is not None:
+        read: Tensor = context.step.self_attention(layer.self_attn.layer_idx, q, k, v)
+        return read
     if context.cache is not None:
         k, v = context.cache.update(k, v, layer.self_attn.layer_idx)
     return varlen_attention(q, k, v, plan.self_attention, context.backend).flatten(1)

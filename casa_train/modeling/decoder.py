@@ -23,18 +23,18 @@ from .fusion import FusionMechanism
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,
+    RotateHalves,
+    RotatePairs,
     mrope_section,
     rope_settings,
-    rotate_halves,
-    rotate_pairs,
 )
 
 # Backbones by model_type; the decoder layers of each have the children that `block.py` uses.
 BACKBONES: dict[str, Rope] = {
-    "llama": rotate_halves,
-    "helium": rotate_pairs,
-    "qwen2": rotate_halves,
-    "qwen2_5_vl_text": rotate_halves,
+    "llama": RotateHalves(),
+    "helium": RotatePairs(),
+    "qwen2": RotateHalves(),
+    "qwen2_5_vl_text": RotateHalves(),
 }
 # transformers 4.51.3 knows Qwen2.5-VL's text decoder by the name of the whole model.
 ALIASES = {"qwen2_5_vl": "qwen2_5_vl_text"}

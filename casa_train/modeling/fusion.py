@@ -20,6 +20,10 @@ A new mechanism is one Python file and one YAML, and nothing of the project is e
    `dry_run=true`, under torchrun and SLURM, `casa_train.export`, `.evaluate`, `.report`, `.bench`.
    An export takes the file along: whoever loads it needs neither this project nor the variable.
 
+Streams of a mechanism with a `run_layer` of its own take a whole forward pass a token until its
+class says `decode_steps = True`: that it reads text and windows through `self_attention` and
+`read_windows` alone, and nothing else in it counts tokens or looks at the plan (`decoding.py`).
+
 What a mechanism costs comes from itself. Attended pairs are read out of its `plan`. Saved memory
 is counted while the model itself runs on the meta device, so there is nothing to describe. Products
 are what `count_layer` and `count_resampler` say; a class with a forward of its own and without them
@@ -59,6 +63,9 @@ class FusionMechanism:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     # Whether image tokens enter the decoder's own stream and so its KV cache.
     inserts: ClassVar[bool] = False
+    # Said by a class beside its `run_layer`: that it reads text and windows by the pieces of
+    # `block.py` and `windowed.py` alone, which know decode steps (`decoding.py`).
+    decode_steps: ClassVar[bool] = True
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         unknown = sorted(set(fusion) - {"mechanism"} - set(self.options))
@@ -79,6 +86,15 @@ class FusionMechanism:
         self.text_config = text_config
         # Whether positions have the three axes of Qwen2.5-VL's multimodal RoPE.
         self.multimodal = mrope_section(text_config) is not None
+
+    @classmethod
+    def takes_steps(cls) -> bool:
+        """Whether streams go on token by token without a whole forward pass each."""
+        depth = {
+            name: next(i for i, owner in enumerate(cls.__mro__) if name in vars(owner))
+            for name in ("run_layer", "decode_steps")
+        }
+        return cls.decode_steps and depth["decode_steps"] <= depth["run_layer"]
 
     def start_advice(self) -> tuple[str, str] | None:
         """Of options with which new layers begin as the block's self-attention a second time, so

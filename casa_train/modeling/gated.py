@@ -15,7 +15,7 @@ from .block import DecoderContext, plain_block, project, project_out, query_mask
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import ATTENTION_GATE, FFN_GATE
-from .windowed import WindowedMechanism, linear_like, norm_like, read_windows
+from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
 
 @register
@@ -28,6 +28,7 @@ class GatedCrossAttention(WindowedMechanism):
 
     name = "gated_cross_attention"
     options = {"every": 1}
+    decode_steps = True
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
@@ -88,7 +89,7 @@ class GatedLayer(nn.Module):
         assert context.plan.cross is not None
         cross = context.plan.cross
         text = project(self, self.norm(h), self.head_dim, keys=False)
-        pictures = project(self, self.image_norm(images), self.head_dim, queries=False)
+        pictures = image_heads(self, self.image_norm, images, self.head_dim, context)
         read, _ = read_windows(self.layer_idx, text, pictures, context)
         if context.image_attention is not None:
             gates = {ATTENTION_GATE: self.attention_gate, FFN_GATE: self.ffn_gate}

@@ -26,7 +26,7 @@ from .block import (
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import IMAGE_GATE
-from .windowed import WindowedMechanism, linear_like, read_windows
+from .windowed import WindowedMechanism, image_heads, linear_like, read_windows
 
 # sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.
 GATE_START = -2.0
@@ -43,6 +43,7 @@ class HyperAttention(WindowedMechanism):
     choices = {"init": ("from_self_attention", "random")}
     history = True
     positions = "frozen"
+    decode_steps = True
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
@@ -85,7 +86,10 @@ class HyperAttention(WindowedMechanism):
         x = layer.input_layernorm(h)
         heads = project(attention, x, attention.head_dim)
         read = self_attention(layer, heads, context)
-        combined = layer.fusion(x, layer.input_layernorm(images), heads, read, context)
+        pictures = image_heads(
+            layer.fusion, layer.input_layernorm, images, attention.head_dim, context
+        )
+        combined = layer.fusion(x, pictures, heads, read, context)
         return feed_forward(layer, h + attention.o_proj(combined)), images
 
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
@@ -112,15 +116,14 @@ class HyperLayer(nn.Module):
         self.gate = nn.Linear(attention.q_proj.in_features, 1)
 
     def forward(
-        self, x: Tensor, images: Tensor, heads: Heads, read: Tensor, context: DecoderContext
+        self, x: Tensor, pictures: Heads, heads: Heads, read: Tensor, context: DecoderContext
     ) -> Tensor:
         """Text's self-attention read (T, H * D), mixed with what it reads in images.
 
-        :param x: (T, C) normed text; :param images: (N, C) normed image tokens.
+        :param x: (T, C) normed text; :param pictures: keys and values of the image tokens.
         """
         cross = context.plan.cross
         assert cross is not None
-        pictures = project(self, images, self.head_dim, queries=False)
         seen, _ = read_windows(self.layer_idx, Heads(heads.q, None, None), pictures, context)
         gate = self.gate(x).sigmoid()
         if not cross.covers(len(x)):

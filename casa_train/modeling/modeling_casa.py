@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -36,10 +35,12 @@ from .chat_template import ChatTemplate
 from .configuration_casa import CasaConfig
 from .cross_attention import CrossAttention
 from .decoder import check_backbone, fuse_layers
+from .decoding import DecodeStep
 from .encoding import Encoded
 from .fusion import FusionMechanism, build_mechanism
 from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
+from .graphs import Graphs
 from .hyper import HyperAttention
 from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
@@ -62,6 +63,7 @@ from .padded import (
 )
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
+from .room import Room
 from .rope import Rope
 from .segments import Segments
 from .streaming import StreamingState, stream_state
@@ -250,6 +252,9 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
                 earlier, mask = before
                 ended = (~mask).all(1).tolist()
                 self.forward(earlier, attention_mask=mask, finished=ended, cache=cache)
+        stepped = self._stepped(batch, cache, state, finished, states)
+        if stepped is not None:
+            return stepped
         counts = self.visual.token_counts(batch.images)
         chunks = chunks_of(valid, points, follows, counts, state)
         flat = flat_index(valid)
@@ -258,13 +263,28 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
         if state is not None:
             for columns, new in zip(state.image_columns, points or [], strict=False):
                 columns += [state.columns + point for point in new]
-            state.columns += width
-            state.pending = None
-            seen = ids.detach()
-            state.history = seen if state.history is None else torch.cat([state.history, seen], 1)
+            state.enter(ids)
         if states is not None:
             states = [unflatten(one, flat, rows, width) for one in states]
         return unflatten(hidden, flat, rows, width), states
+
+    def _stepped(
+        self,
+        batch: PaddedInputs,
+        cache: Any,
+        state: StreamingState | None,
+        finished: Sequence[bool] | None,
+        states: list[Tensor] | None,
+    ) -> tuple[Tensor, list[Tensor] | None] | None:
+        """`_continue` by a decode step; None where the batch asks for more, or has nothing yet."""
+        rows, width = batch.ids.shape
+        if state is None or state.columns == 0 or width != 1 or batch.images:
+            return None
+        hidden = self._step(cache, state, batch.ids[:, 0], finished, states)
+        if hidden is None:
+            return None
+        state.enter(batch.ids)
+        return hidden[:, None], None if states is None else [one[:, None] for one in states]
 
     def _caches(self, labels: Tensor | None) -> bool:
         """Whether a call that says nothing about it, nor brings a cache, begins one."""
@@ -308,10 +328,12 @@ __all__ = [
     "CheckpointedBlocks",
     "Chunk",
     "CrossAttention",
+    "DecodeStep",
     "DecoderContext",
     "Encoded",
     "FusionMechanism",
     "GatedCrossAttention",
+    "Graphs",
     "HyperAttention",
     "ImageAttention",
     "ImageError",
@@ -320,6 +342,7 @@ __all__ = [
     "Message",
     "PackedInputs",
     "QFormerInsertion",
+    "Room",
     "Rope",
     "Segments",
     "StreamingState",

@@ -8,21 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .attention import choose_backend
 from .base_model import CasaPreTrainedModel
 from .block import DecoderContext
 from .decoder import backbone_rope, run_decoder
+from .decoding import DecodeStep
 from .fusion import FusionMechanism
 from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
 from .packed import PackedInputs
 from .padded import as_ints, with_rows
-from .rope import rope_table
+from .rope import rope_frequencies, rope_table
 from .segments import on_device
 from .streaming import FlatCache, StreamingState
 from .vision import VisionTower
 from .windows import Chunk, image_spans
+
+logger = logging.get_logger(__name__)
 
 # The attention backend that each of transformers' names asks for.
 BACKEND_OF = {"flash_attention_2": "flash_attn", "sdpa": "auto", "eager": "sdpa", None: "auto"}
@@ -36,6 +40,10 @@ class PackedModel(CasaPreTrainedModel):
     visual: VisionTower
     adapter: nn.Module
     resampler: nn.Module | None
+    # Whether single tokens of a stream go by decode steps, or as whole forward passes.
+    decode_steps = True
+    # Whether torch.compile makes one function of a whole step: for sessions that outlast that.
+    compile_decoding = False
 
     @property
     def attention_backend(self) -> str:
@@ -96,13 +104,17 @@ class PackedModel(CasaPreTrainedModel):
         cache = None
         if past_key_values is not None:
             state = past_key_values.casa
+            state.settle()
             cache = FlatCache(past_key_values, state, mechanism.stream_lengths(chunks))
         plan = mechanism.plan(chunks, state, cache, text.device)
+
+        rope = backbone_rope(self.model.config)
+        frequencies = rope_frequencies(self.model.config, text.device)
 
         def table(positions: Tensor | None) -> Any:
             if positions is None:
                 return None
-            return rope_table(self.model.config, positions, text.dtype)
+            return rope_table(rope, positions, frequencies, text.dtype)
 
         stream = table(plan.stream_positions)
         same = plan.query_positions is plan.stream_positions
@@ -113,7 +125,7 @@ class PackedModel(CasaPreTrainedModel):
         context = DecoderContext(
             mechanism=mechanism,
             plan=plan,
-            rope=backbone_rope(self.model.config),
+            rope=rope,
             stream_table=stream,
             query_table=stream if same else table(plan.query_positions),
             image_table=table(plan.image_positions),
@@ -143,3 +155,94 @@ class PackedModel(CasaPreTrainedModel):
             if plan.keep:
                 state.window_lengths = [sum(b - a for a, b in ranges) for ranges in plan.keep]
         return hidden
+
+    def _step(
+        self,
+        cache: Any,
+        state: StreamingState,
+        ids: Tensor,
+        finished: Sequence[bool] | None,
+        states: list[Tensor] | None,
+    ) -> Tensor | None:
+        """As `_hidden`, where every row brings one text token and no image.
+
+        :param ids: (B,); :param finished: rows whose token is none, zero in what is returned.
+        :return: None where a step cannot go on with this stream.
+        """
+        if not self.decode_steps or torch.is_grad_enabled():
+            return None
+        step = self._opened(cache, state)
+        if step is None:
+            return None
+        active = np.ones(len(ids), bool) if finished is None else ~np.asarray(finished, bool)
+        step.begin(cache, state, active)
+
+        compute = _run_compiled if self.compile_decoding else _run_step
+        # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
+        ids = ids.to(step.positions.device).clone(memory_format=torch.contiguous_format)
+        if step.repeats and states is None:
+            kind = torch.is_autocast_enabled(), step.text.whole, step.window.whole
+            hidden = step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
+        else:
+            hidden = compute(self, step, ids, states)
+        step.end(cache, state, active)
+        if not active.all():
+            ended = ~step.flags(active)[:, None]
+            hidden = hidden.masked_fill(ended, 0)
+            if states is not None:
+                states[:] = [one.masked_fill(ended, 0) for one in states]
+        return hidden
+
+    def _opened(self, cache: Any, state: StreamingState) -> DecodeStep | None:
+        """The stream's decode step, ready for a token; None, and said once why, if it cannot."""
+        if state.step is not None and state.step.written_elsewhere:
+            state.settle()
+        if state.step is not None and state.step.is_open:
+            opened: DecodeStep = state.step
+            return opened
+        reason = self._why_no_step()
+        if reason is None:
+            step = state.step or DecodeStep(state)
+            reason = step.open(self, cache, state)
+            if reason is None:
+                state.step = step
+                return step
+        logger.warning_once(
+            f"every token is decoded by a whole forward pass, slower than a decode step: {reason}"
+        )
+        return None
+
+    def _why_no_step(self) -> str | None:
+        """Why no stream of this model can go on by steps; None: it can."""
+        mechanism = type(self.mechanism)
+        if not mechanism.takes_steps():
+            return (
+                f"the fusion mechanism {mechanism.name!r} has a run_layer of its own beside which "
+                "its class does not say decode_steps = True (casa_train/modeling/fusion.py)"
+            )
+        places = sorted({str(p.device) for p in self.model.parameters()})
+        if len(places) > 1:
+            return f"the decoder lies on several devices, {places}"
+        return None
+
+
+def _run_step(
+    model: PackedModel, step: DecodeStep, ids: Tensor, states: list[Tensor] | None
+) -> Tensor:
+    """(B, C) final hidden states of one token a row; those of all blocks in `states`."""
+    text = model.model.embed_tokens(ids)
+    stream, query = step.tables(text.dtype)
+    context = DecoderContext(
+        mechanism=model.mechanism,
+        plan=step.plan,
+        rope=step.rope,
+        stream_table=stream,
+        query_table=query,
+        image_table=None,
+        backend=step.backend,
+        step=step,
+    )
+    return run_decoder(model.model, text, text[:0], context, states=states)
+
+
+_run_compiled = torch.compile(_run_step, fullgraph=True)

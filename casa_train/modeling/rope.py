@@ -5,7 +5,7 @@ A buffer would be cast to bfloat16 with the model and lose long positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,25 +14,48 @@ from torch import Tensor
 
 from .segments import on_device
 
-Table = tuple[Tensor, Tensor]  # cosine and sine, each (tokens, 1, D)
-Rope = Callable[[Tensor, Table], Tensor]  # rotates (tokens, heads, D)
+Table = tuple[Tensor, Tensor]  # cosines and signed sines, each (tokens, 1, D)
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def rotate_halves(x: Tensor, table: Table) -> Tensor:
-    """RoPE that pairs element i with i + D/2 (Llama, Qwen2)."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+class Rope:
+    """How a backbone pairs the elements of a head; called, it rotates (tokens, heads, D)."""
+
+    def __call__(self, x: Tensor, table: Table) -> Tensor:
+        cos, sin = table
+        return x * cos + self.others(x) * sin
+
+    def others(self, x: Tensor) -> Tensor:
+        """In the place of each element the other one of its pair."""
+        raise NotImplementedError
+
+    def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
+        """(tokens, D/2) cosines and sines as (tokens, 1, D), signed as the pairs need them."""
+        raise NotImplementedError
 
 
-def rotate_pairs(x: Tensor, table: Table) -> Tensor:
-    """RoPE that pairs element 2i with 2i + 1 (Helium); the table is laid out for halves."""
-    half = x.shape[-1] // 2
-    cos, sin = (t[..., :half].repeat_interleave(2, dim=-1) for t in table)
-    turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * cos + turned * sin
+class RotateHalves(Rope):
+    """Pairs element i with i + D/2 (Llama, Qwen2)."""
+
+    def others(self, x: Tensor) -> Tensor:
+        rolled: Tensor = x.roll(x.shape[-1] // 2, -1)
+        return rolled
+
+    def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
+        return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+
+
+class RotatePairs(Rope):
+    """Pairs element 2i with 2i + 1 (Helium)."""
+
+    def others(self, x: Tensor) -> Tensor:
+        swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return swapped
+
+    def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
+        cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
+        return cosines.flatten(-2)[:, None], sines.flatten(-2)[:, None]
 
 
 def rope_settings(config: Any) -> dict[str, Any]:
@@ -55,25 +78,51 @@ def mrope_section(config: Any) -> list[int] | None:
     return section
 
 
-def rope_table(config: Any, positions: Tensor, dtype: torch.dtype) -> Table:
-    """Cosines and sines, computed in float32: two (tokens, 1, D) of `dtype`.
+@dataclass(frozen=True)
+class Frequencies:
+    """What a backbone's RoPE turns by.
 
-    :param positions: (tokens,), or (3, tokens) for the axes of multimodal RoPE (Qwen2.5-VL).
+    :param values: (D/2,) float32 radians a position.
+    :param scale: of cosines and sines.
+    :param axis: (D/2,) int64, the axis of multimodal RoPE that each frequency turns with; None:
+        there is one.
     """
+
+    values: Tensor
+    scale: float
+    axis: Tensor | None
+
+
+def rope_frequencies(config: Any, device: torch.device) -> Frequencies:
+    """Those of a backbone's configuration."""
     settings = rope_settings(config)
     if settings["rope_type"] == "default":
         width = getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
-        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-        frequencies, scale = 1.0 / (settings["rope_theta"] ** exponent), 1.0
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        values, scale = 1.0 / (settings["rope_theta"] ** exponent), 1.0
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        frequencies, scale = ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, positions.device)
+        values, scale = ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, device)
+    axis, section = None, settings.get("mrope_section")
+    if section is not None:
+        axis = on_device(np.repeat(np.arange(3), section), device)
+    return Frequencies(values.float(), scale, axis)
+
+
+def rope_table(
+    rope: Rope, positions: Tensor, frequencies: Frequencies, dtype: torch.dtype
+) -> Table:
+    """Cosines and sines, computed in float32: two (tokens, 1, D) of `dtype`.
+
+    :param positions: (tokens,), or (3, tokens) for the axes of multimodal RoPE (Qwen2.5-VL).
+    """
     place = positions.float()[:, None]
-    if positions.ndim == 2:
-        axis = on_device(np.repeat(np.arange(3), settings["mrope_section"]), positions.device)
-        place = positions.float()[axis].T  # (tokens, D/2): each frequency turns with its own axis
-    angles = place * frequencies.float()
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+    if positions.ndim == 2:  # (tokens, D/2): each frequency turns with its own axis
+        place = positions.float()[frequencies.axis].T
+    angles = place * frequencies.values
+    cos, sin = rope.lay_out(angles.cos(), angles.sin())
+    if frequencies.scale != 1:
+        cos, sin = cos * frequencies.scale, sin * frequencies.scale
+    return cos.to(dtype), sin.to(dtype)

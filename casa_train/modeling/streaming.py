@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .room import Room, held_by, show
 from .windows import Range
 
 # A full buffer of cached keys grows by this many slots, or by this part of itself if that is more.
@@ -39,7 +40,8 @@ class StreamingState:
     :param window_text: for each sample the text tokens since its newest image.
     :param window: by layer index, keys and values (sum of window_lengths, Hkv, D) of open windows.
     :param image_columns: for each sample the columns at which its images entered.
-    :param room: by layer index, buffers (B, Hkv, capacity, D) whose heads are the KV cache.
+    :param room: buffers whose heads are the KV cache.
+    :param step: goes on from token to token and holds the windows meanwhile (`decoding.py`).
     :param history: (B, columns) every id that entered, so that a later turn can continue.
     :param pending: (B, n) generated ids that have not entered yet; they open the next turn.
     :param waiting: while a batch is generated, by row the end token that waits to become pending.
@@ -56,7 +58,8 @@ class StreamingState:
     window_text: list[int] = field(default_factory=list)
     window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     image_columns: list[list[int]] = field(default_factory=list)
-    room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    room: Room = field(default_factory=lambda: Room(GROWTH_SLOTS, GROWTH_SHARE))
+    step: Any = None
     history: Tensor | None = None
     pending: Tensor | None = None
     waiting: dict[int, int] = field(default_factory=dict)
@@ -70,8 +73,15 @@ class StreamingState:
         self.window_lengths = self.window_lengths or [0] * self.batch
         self.window_text = self.window_text or [0] * self.batch
 
+    def settle(self) -> None:
+        """Makes `window` hold the windows, wherever they are."""
+        if self.step is not None:
+            self.step.settle(self)
+
     def select(self, rows: Sequence[int]) -> None:
         """Takes these of its samples, in this order; a sample may come several times."""
+        self.settle()
+        self.step = None
         kept = [
             list(range(a, a + n)) for a, n in zip(self._starts(), self.window_lengths, strict=True)
         ]
@@ -85,10 +95,46 @@ class StreamingState:
         self.image_columns = [list(self.image_columns[r]) for r in rows]
         self.window_lengths = [self.window_lengths[r] for r in rows]
         self.window_text = [self.window_text[r] for r in rows]
-        self.room.clear()  # the cache's keys are no longer their heads
+        self.room.layers.clear()  # the cache's keys are no longer their heads
         self.history, self.pending = (
             None if ids is None else ids[list(rows)] for ids in (self.history, self.pending)
         )
+
+    def enter(self, ids: Tensor) -> None:
+        """Notes the (B, columns) ids that have entered now."""
+        self.columns += ids.shape[1]
+        self.pending = None
+        seen = ids.detach()
+        self.history = seen if self.history is None else torch.cat([self.history, seen], 1)
+
+    def append(self, active: Sequence[bool], joining: Sequence[bool]) -> None:
+        """One more column of text.
+
+        :param active: for each sample whether it took a token; :param joining: whether that joined
+            its window.
+        """
+        stop = self.cache_length + 1
+        for row, (takes, joins) in enumerate(zip(active, joining, strict=True)):
+            if takes:
+                slots = self.slots[row]
+                self.slots[row] = _merge([*slots, (self.cache_length, stop)])
+                self.text[row] += 1
+                self.window_text[row] += 1
+            self.window_lengths[row] += joins
+        self.cache_length = stop
+
+    def make_room(self, cache: Any, layer_idx: int, more: int) -> bool:
+        """Whether a layer of the cache now shows the head of buffers with room for more columns."""
+        held = held_by(cache, layer_idx)
+        if held is None or held[0].shape[2] != self.cache_length:
+            return False
+        buffers = self.room.layers.get(layer_idx)
+        shown = buffers is not None and held[0].data_ptr() == buffers[0].data_ptr()
+        if not shown or not self.room.fits(layer_idx, self.cache_length + more):
+            self.room.layers.pop(layer_idx, None)  # what the cache holds may lie in it
+            self.room.take(layer_idx, (held[0].transpose(1, 2), held[1].transpose(1, 2)), more)
+            show(cache, layer_idx, *self.room.head(layer_idx, self.cache_length))
+        return True
 
     def _starts(self) -> list[int]:
         """Where each sample's rows of `window` begin."""
@@ -219,50 +265,26 @@ class FlatCache:
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Stores (S, Hkv, D) keys and values; returns all stored ones, (B * slots, Hkv, D)."""
-        padded = (self._pad(x).unflatten(0, (self.batch, self.width)) for x in (k, v))
-        new_keys, new_values = (x.transpose(1, 2) for x in padded)
-        if self._make_room(layer_idx, new_keys):
-            keys, values = self._write(layer_idx, new_keys, new_values)
+        new = [self._pad(x).unflatten(0, (self.batch, self.width)) for x in (k, v)]
+        stop = self.state.cache_length + self.width
+        if self._make_room(layer_idx):
+            for buffer, columns in zip(self.state.room.layers[layer_idx], new, strict=True):
+                buffer[:, stop - self.width : stop] = columns
+            keys, values = self.state.room.head(layer_idx, stop)
+            show(self.cache, layer_idx, keys, values)
         else:
-            keys, values = self.cache.update(new_keys, new_values, layer_idx)
+            keys, values = self.cache.update(*(x.transpose(1, 2) for x in new), layer_idx)
         return keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
 
-    def _make_room(self, layer_idx: int, new: Tensor) -> bool:
-        """Whether the layer's keys and values now are the head of buffers with room for `new`.
+    def _make_room(self, layer_idx: int) -> bool:
+        """Whether the layer's keys and values now are the head of buffers with room for new ones.
 
-        The library's cache copies all of itself for every token. Its first chunk stays with it, and
-        so do caches of other kinds and everything that is differentiated.
+        Its first chunk stays with the library's cache, and so do caches of other kinds and
+        everything that is differentiated.
         """
-        length = self.state.cache_length
-        layers = getattr(self.cache, "layers", None)  # older releases of transformers have none
-        if not layers or layer_idx >= len(layers) or length == 0 or torch.is_grad_enabled():
+        if self.state.cache_length == 0 or torch.is_grad_enabled():
             return False
-        layer = layers[layer_idx]
-        if type(layer).__name__ != "DynamicLayer":
-            return False
-        room = self.state.room.get(layer_idx)
-        if room is not None and layer.keys.data_ptr() == room[0].data_ptr():
-            if length + new.shape[2] <= room[0].shape[2]:
-                return True
-        total = length + new.shape[2]
-        capacity = total + max(GROWTH_SLOTS, total // GROWTH_SHARE)
-        buffers = []
-        for held in (layer.keys, layer.values):
-            buffer = held.new_empty(*held.shape[:2], capacity, held.shape[3])
-            buffer[:, :, :length] = held
-            buffers.append(buffer)
-        self.state.room[layer_idx] = (buffers[0], buffers[1])
-        return True
-
-    def _write(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        layer, start = self.cache.layers[layer_idx], self.state.cache_length
-        stop = start + keys.shape[2]
-        views = []
-        for buffer, new in zip(self.state.room[layer_idx], (keys, values), strict=True):
-            buffer[:, :, start:stop] = new
-            views.append(buffer[:, :, :stop])
-        layer.keys, layer.values = views
-        return views[0], views[1]
+        return self.state.make_room(self.cache, layer_idx, self.width)
 
     def commit(self) -> None:
         """Takes the new slots into the state, once every layer has stored its keys."""

@@ -22,7 +22,7 @@ from .block import (
     self_attention,
 )
 from .block_work import BlockWork
-from .windowed import WindowedMechanism, linear_like, norm_like, read_windows
+from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -57,6 +57,7 @@ class WindowAttention(WindowedMechanism):
         "window_scope": "frame",
         "init": "from_self_attention",
     }
+    decode_steps = True
     choices = {
         "placement": ("parallel", "before", "after", "replace"),
         "update_image_tokens": ("none", "ffn", "ffn_and_attention"),
@@ -172,8 +173,9 @@ class WindowAttention(WindowedMechanism):
         cross = context.plan.cross
         # Nothing reads image tokens behind the last block with fusion.
         updates = self.update != "none" and fusion.layer_idx != self.last_fused
+        updates = updates and context.step is None  # which brings no image tokens
         attends = updates and self.images_attend
-        pictures = project(owner, image_norm(images), width, queries=attends)
+        pictures = image_heads(owner, image_norm, images, width, context, queries=attends)
 
         if self.placement == "parallel":
             x = layer.input_layernorm(h)

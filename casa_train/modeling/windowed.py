@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import varlen_attention
-from .block import DecoderContext, FusionPlan, Heads, scatter
+from .block import DecoderContext, FusionPlan, Heads, project, scatter
 from .fusion import FusionMechanism
 from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
@@ -125,6 +125,8 @@ def read_windows(
     """
     plan, state = context.plan, context.state
     assert plan.cross is not None and text.q is not None
+    if context.step is not None:
+        return _read_on(layer_idx, text, context), None
     assert images.k is not None and images.v is not None
     q, k, v, image_q = text.q, images.k, images.v, images.q
     k_text = text.k
@@ -150,6 +152,31 @@ def read_windows(
         of_images = varlen_attention(image_q, k, v, plan.image_cross, context.backend)
         image_read = scatter(of_images, plan.image_cross, len(image_q))
     return read, image_read
+
+
+def _read_on(layer_idx: int, text: Heads, context: DecoderContext) -> Tensor:
+    """`read_windows` where every row takes one text token and no image."""
+    q, k = text.q, text.k
+    assert q is not None
+    if context.query_table is not None:
+        q = context.rope(q, context.query_table)
+        k = None if k is None else context.rope(k, context.query_table)
+    read: Tensor = context.step.window_attention(layer_idx, q, k, text.v)
+    return read
+
+
+def image_heads(
+    owner: Any,
+    norm: Any,
+    images: Tensor,
+    head_dim: int,
+    context: DecoderContext,
+    queries: bool = False,
+) -> Heads:
+    """Keys and values (and queries) of normed image tokens; none where a step brings no image."""
+    if context.step is not None:
+        return Heads(None, None, None)
+    return project(owner, norm(images), head_dim, queries=queries)
 
 
 def linear_like(source: nn.Linear) -> nn.Linear:

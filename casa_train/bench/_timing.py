@@ -6,7 +6,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -85,12 +84,16 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 def tensor_bytes(*objects: Any) -> int:
     """Bytes of the storages behind all tensors in these objects, each storage once.
 
-    Looks into lists, dicts and dataclasses. A storage counts whole, also where a view shows only a
-    part: that is what it keeps in memory.
+    Looks into lists, dicts and the attributes of objects. A storage counts whole, also where a view
+    shows only a part: that is what it keeps in memory.
     """
     storages: dict[int, int] = {}
+    seen: set[int] = set()
 
     def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -100,9 +103,8 @@ def tensor_bytes(*objects: Any) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif is_dataclass(value) and not isinstance(value, type):
-            for field in fields(value):
-                visit(getattr(value, field.name))
+        elif hasattr(value, "__dict__") and not isinstance(value, type):
+            visit(vars(value))
 
     visit(objects)
     return sum(storages.values())

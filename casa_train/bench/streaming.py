@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
+from casa_train.bench import _paths
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
@@ -22,6 +22,7 @@ from casa_train.bench._benchmark import (
     device_and_dtype,
     machine,
 )
+from casa_train.bench._paths import TokenClock
 from casa_train.bench._timing import synchronise, tensor_bytes
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
@@ -46,12 +47,17 @@ window, and the ids of the stream.
 The sessions that CASA (arXiv 2512.19535) publishes, with random weights of the published sizes:
     python -m casa_train.bench streaming --size helium1-2b --image-size 896 --turns 256
 It takes about 45 GiB of GPU memory.
+
+--compare-paths decodes single turns in three ways instead: by decode steps, as streams do; by a
+whole forward pass a token; and transformers' own generate on the plain backbone, without image.
+Medians over --turns turns.
 """
 
 WARM_UP_TURNS = 2
 MEDIAN_OF = 8  # first and last turns, and at most a quarter of all
 
-# Sizes of random models. helium1-2b: Helium1-2B's with the Qwen2.5-VL tower.
+# Sizes of random models. smollm2-135m: SmolLM2-135M's with a small tower; helium1-2b: Helium1-2B's
+# with the Qwen2.5-VL tower.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
         dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=256)
@@ -64,6 +70,12 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64),
         dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=2)
         | dict(out_hidden_size=256, fullatt_block_indexes=[3]),
+    ),
+    "smollm2-135m": (
+        dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
+        | dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True),
+        dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=2)
+        | dict(out_hidden_size=576, fullatt_block_indexes=[3]),
     ),
     "helium1-2b": (
         dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=28, vocab_size=64000)
@@ -91,19 +103,6 @@ class Turn:
     cache_bytes: int
     state_bytes: int
     memory_bytes: int | None
-
-
-class TokenClock(BaseStreamer):
-    """Notes when the prompt and then each new token reach the host."""
-
-    def __init__(self) -> None:
-        self.arrivals: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.arrivals.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is held back."""
 
 
 class Stream:
@@ -139,10 +138,9 @@ class Stream:
         memory = None
         if cuda:  # what the other streams hold is not this one's
             memory = own + torch.cuda.max_memory_allocated(self.device) - allocated
-        _, first, *_, last = clock.arrivals  # the prompt comes back first
         return Turn(
-            first_token=first - began,
-            tokens_per_second=(new_tokens - 1) / (last - first),
+            first_token=clock.arrivals[1] - began,  # the prompt comes back first
+            tokens_per_second=clock.tokens_per_second(),
             cache_tokens=int(self.cache.get_seq_length()),
             cache_bytes=self.cache_bytes(),
             state_bytes=self.state_bytes(),
@@ -183,6 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, default=224, help="side of a frame in pixels (default: 224)"
     )
+    parser.add_argument(
+        "--compare-paths",
+        action="store_true",
+        help="ways to decode instead of first and last turns",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -194,9 +197,14 @@ def run(arguments: argparse.Namespace) -> Report:
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
     models = load_models(arguments, device, dtype)
+    facts, sources = machine(device, dtype), _sources(models, arguments)
+    options = {k: v for k, v in vars(arguments).items() if k not in ("name", "json", "export")}
+    if arguments.compare_paths:
+        paths = _paths.compare_paths(models, arguments)
+        text = "\n".join([describe_machine(facts), *sources, "", _paths.table(paths)])
+        return Report(text, {"machine": facts, "arguments": options, "paths": paths})
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
     turns, young = play(models, arguments, k)
-    facts = machine(device, dtype)
     streams = {
         label: {
             **summary(turns[label], young[label]),
@@ -210,9 +218,7 @@ def run(arguments: argparse.Namespace) -> Report:
         f"{arguments.text_tokens} text tokens and {arguments.new_tokens} new ones; first and last: "
         f"medians of {k}"
     )
-    sources = [f"{label}: {source(model, arguments)}" for label, model in models.items()]
     text = "\n".join([describe_machine(facts), *sources, shape, "", table(streams)])
-    options = {k: v for k, v in vars(arguments).items() if k not in ("name", "json", "export")}
     return Report(text, {"machine": facts, "arguments": options, "streams": streams})
 
 
@@ -271,10 +277,14 @@ def random_model(mechanism: str, size: str, device: torch.device) -> CasaForCond
     return model
 
 
-def source(model: Any, arguments: argparse.Namespace) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    where = model.config.name_or_path if arguments.export else f"random, {arguments.size}"
-    return f"{where}, {parameters / 1e6:,.1f} M parameters"
+def _sources(models: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """A line for each model: where it comes from, and how large it is."""
+    lines = []
+    for label, model in models.items():
+        parameters = sum(p.numel() for p in model.parameters())
+        where = model.config.name_or_path if arguments.export else f"random, {arguments.size}"
+        lines.append(f"{label}: {where}, {parameters / 1e6:,.1f} M parameters")
+    return lines
 
 
 def play(

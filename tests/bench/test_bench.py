@@ -96,6 +96,22 @@ def test_streaming_compares_random_models(
     assert rows[0].split()[3:] == ["8", "28", "3.50", "12", "48", "4.00"]
 
 
+def test_streaming_compares_ways_to_decode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench(tmp_path, "streaming", "--size", "tiny", "--compare-paths", *STREAM)
+    speeds = found["paths"]
+    assert list(speeds) == ["casa", "insertion"]
+    steps, passes, backbone = (
+        speeds["casa"][way] for way in ("decode steps", "whole passes", "backbone alone")
+    )
+    assert len({steps, passes, backbone}) == 3  # each was measured
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("casa  "))
+    shown = [f"{x:.1f}" for x in (steps, passes, backbone)]
+    ratios = [f"{steps / x:.2f}" for x in (passes, backbone)]
+    assert row.split() == ["casa", shown[0], shown[1], ratios[0], shown[2], ratios[1]]
+
+
 def test_streaming_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exports = [save_export(tmp_path / name, name) for name in ("casa", "insertion")]
     found = bench(tmp_path, "streaming", *STREAM, "--export", *map(str, [*exports, exports[0]]))

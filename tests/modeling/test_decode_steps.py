@@ -280,22 +280,7 @@ def test_gradients_go_through_whole_passes(told: list[str]) -> None:
     assert all(p.grad is not None for p in model.model.layers[0].fusion.parameters())
 
 
-@every_mechanism
-def test_a_step_runs_on_the_meta_device(mechanism: str) -> None:
-    """Nothing in it looks at a number on the device: there is none to look at."""
-    model = tiny_model(mechanism).to("meta")
-    cache, batch = DynamicCache(), padded_batch(fill(HARD_PACK[:1]))
-    batch["input_ids"] = batch["input_ids"].to("meta")
-    batch["pixel_values"] = [image.to("meta") for image in batch["pixel_values"]]
-    with torch.no_grad():
-        model(**batch, past_key_values=cache)
-        for _ in range(2):
-            ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            out = model(ids, past_key_values=cache)
-    assert out.logits.shape == (1, 1, VOCABULARY) and cache.casa.step.is_open
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_mechanism
 def test_graphs_on_a_gpu_equal_whole_passes(

@@ -76,6 +76,7 @@ def test_a_decode_step_asks_for_no_value(variant: str) -> None:
         token = torch.empty(2, 1, dtype=torch.long, device="meta")
         step = model(input_ids=token, past_key_values=cache)
         assert step.logits.is_meta and step.logits.shape == (2, 1, VOCABULARY)
+        assert cache.casa.step.is_open
 
 
 def test_the_meta_device_names_a_value_that_is_asked_for() -> None:

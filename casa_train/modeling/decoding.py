@@ -44,11 +44,12 @@ class DecodeStep:
     :ivar plan: that of the first token. What layers look at holds for the next ones, too: whether
         there is a window (`cross`), and which rows read it.
     :ivar is_open: whether the windows lie here, and not in the state.
-    :ivar graphs: of the step; :ivar repeats: whether it runs by them.
+    :ivar graphs: of the step; :ivar repeats: whether it may run by them.
     """
 
     plan: FusionPlan
     rope: Rope
+    frequencies: Frequencies
     backend: str
     repeats: bool
 
@@ -57,12 +58,14 @@ class DecodeStep:
         self.window = Columns(Room(WINDOW_SLOTS, WINDOW_SHARE))
         self.is_open = False
         self.graphs = Graphs()
-        self.frequencies: Frequencies | None = None
         # On the device: of the next token, and which rows read their window.
         self.positions = self.query_positions = self.reads = torch.zeros(0)
         # On the host: rows that read their window, and rows whose text joins it.
         self.reading = self.joining = np.zeros(0, bool)
         self._flags: dict[bytes, Tensor] = {}
+        self._opened_by = 0
+        self._made_in_inference = False
+        self._read_by_graphs: Any = None
 
     def open(self, model: Any, cache: Any, state: StreamingState) -> str | None:
         """Takes the streams over where whole forward passes left them.
@@ -82,59 +85,69 @@ class DecodeStep:
         depth = len(model.model.layers)
         if not all(grows(cache, index) for index in range(depth)):
             return f"the cache, a {type(cache).__name__}, does more than grow"
-        fixed = model.compile_decoding or fixed_shapes(device)
-        before = dict(state.room.layers)
         self._layers = [i for i in range(depth) if state.make_room(cache, i, 1)]
-        if any(keys.device != device for keys, _ in state.room.layers.values()):
+        kept = [*state.room.layers.values(), *state.window.values()]
+        if any(keys.device != device for keys, _ in kept):
             return "the weights do not lie where the cache lies"
-        kept = [sum(b - a for a, b in ranges) for ranges in plan.keep]
-        joining = np.array(kept or state.window_lengths) > np.array(state.window_lengths)
-        read = [] if plan.cross is None else [int(rows[0]) for rows in plan.cross.query_rows]
-        reading = np.isin(np.arange(state.batch), read)
-        self.plan, self.backend = plan, model.attention_backend
-        if plan.cross is not None:  # made here, since neither compilers nor graphs can
-            for table in ("identity_queries", "query_index"):
-                getattr(plan.cross, table)
-        if self.frequencies is None:
+        self.backend = model.attention_backend
+        if self._opened_by != id(model):
             self.rope = backbone_rope(model.model.config)
             self.frequencies = rope_frequencies(model.model.config, device)
-        stay = [
-            all(before.get(i) is pair for i, pair in state.room.layers.items()),
-            np.array_equal(joining, self.joining),
-            # Where all rows read, nothing asks the plan which ones do.
-            np.array_equal(reading, self.reading) and bool(reading.all()),
-            self.text.open(_columns(state.slots, state.cache_length), device, fixed),
-            self._open_windows(state, device, fixed),
-        ]
-        self.reading, self.joining = reading, joining
-        self._some_read, self._all_read = bool(reading.any()), bool(reading.all())
-        self._some_join = bool(joining.any())
-        self.positions, same = put(self.positions, plan.stream_positions)
-        stay.append(same)
-        if plan.query_positions is not None and plan.query_positions is not plan.stream_positions:
-            self.query_positions, same = put(self.query_positions, plan.query_positions)
-            stay.append(same)
-        self.reads, same = put(self.reads, on_device(reading[:, None], device))
-        if not (same and all(stay)):
-            self.graphs.forget()
-        # Adapters of peft are switched by Python, which a graph does not run.
-        adapted = any(hasattr(module, "base_layer") for module in model.modules())
-        self.repeats = fixed_shapes(device) and not adapted
-        self.is_open = True
+        self._take_plan(plan, state, device)
+        fixed = model.compile_decoding or fixed_shapes(device)
+        self.text.open(_columns(state.slots, state.cache_length), device, fixed)
+        self._open_windows(state, device, fixed)
+        self.repeats = fixed_shapes(device) and not _runs_python(model.model)
+        self._made_in_inference = torch.is_inference_mode_enabled()
+        self._opened_by, self.is_open = id(model), True
+        self._check_graphs(model)
         return None
 
-    def _open_windows(self, state: StreamingState, device: torch.device, fixed: bool) -> bool:
-        """Takes the windows, right-aligned; returns whether everything stayed where it was."""
-        lengths, width = state.window_lengths, max(state.window_lengths)
+    def _take_plan(self, plan: FusionPlan, state: StreamingState, device: torch.device) -> None:
+        """What holds for the first token and those behind it."""
+        kept = [sum(b - a for a, b in ranges) for ranges in plan.keep] or state.window_lengths
+        read: list[int] = []
+        if plan.cross is not None:
+            read = [int(rows[0]) for rows in plan.cross.query_rows]
+            for table in ("identity_queries", "query_index"):
+                getattr(plan.cross, table)  # made here, since neither compilers nor graphs can
+        self.plan = plan
+        self.joining = np.array(kept) > np.array(state.window_lengths)
+        self.reading = np.isin(np.arange(state.batch), read)
+        self._some_read, self._all_read = bool(self.reading.any()), bool(self.reading.all())
+        self._some_join = bool(self.joining.any())
+        self.positions = put(self.positions, plan.stream_positions)
+        if plan.query_positions is not None and plan.query_positions is not plan.stream_positions:
+            self.query_positions = put(self.query_positions, plan.query_positions)
+        self.reads = put(self.reads, on_device(self.reading[:, None], device))
+
+    def _open_windows(self, state: StreamingState, device: torch.device, fixed: bool) -> None:
+        """Takes the windows, right-aligned."""
+        room, lengths, width = self.window.room, state.window_lengths, max(state.window_lengths)
+        if room.capacity > 4 * (width + WINDOW_SLOTS):  # of a much larger image
+            room.layers.clear()
         valid = np.arange(width) >= width - np.array(lengths)[:, None]
-        before = dict(self.window.room.layers)
         for index, (keys, values) in state.window.items():
-            pair = tuple(_padded(x, valid, device) for x in (keys, values))
-            self.window.room.take(index, (pair[0], pair[1]), 1)
+            room.take(index, (_padded(keys, valid, device), _padded(values, valid, device)), 1)
         state.window.clear()
-        after = self.window.room.layers
-        stayed = all(before.get(index) is pair for index, pair in after.items())
-        return self.window.open(valid, device, fixed) and stayed
+        self.window.open(valid, device, fixed)
+
+    def _check_graphs(self, model: Any) -> None:
+        """Forgets graphs that were captured with other weights, buffers or rows that read."""
+        if not self.repeats:
+            self._read_by_graphs = None
+            return
+        tensors = [*self.text.tensors(), *self.window.tensors(), *model.model.parameters()]
+        tensors += [self.positions, self.query_positions, self.reads, self.frequencies.values]
+        if self.plan.cross is not None and not self._all_read:
+            tensors.append(self.plan.cross.query_index)
+        read = [
+            tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors),
+            (self._some_read, self._all_read, self._some_join, self.backend),
+        ]
+        if read != self._read_by_graphs:
+            self.graphs.forget()
+        self._read_by_graphs = read
 
     def settle(self, state: StreamingState) -> None:
         """Gives the windows back to the state, for a forward pass that may bring images."""
@@ -153,26 +166,27 @@ class DecodeStep:
                 k, v = (x.flatten(0, 1).index_select(0, here) for x in (keys, values))
                 state.window[index] = k, v
 
-    @property
-    def written_elsewhere(self) -> bool:
-        """Whether inference mode opened it, outside of which nothing may be written to it."""
-        return self.positions.is_inference() and not torch.is_inference_mode_enabled()
+    def goes_on(self, model: Any) -> bool:
+        """Whether it is open, for this model, and may be written to in this mode."""
+        writable = torch.is_inference_mode_enabled() or not self._made_in_inference
+        return self.is_open and self._opened_by == id(model) and writable
 
-    def begin(self, cache: Any, state: StreamingState, active: np.ndarray) -> None:
+    def begin(self, model: Any, cache: Any, state: StreamingState, active: np.ndarray) -> None:
         """Makes a column for the next token of the rows that are active."""
-        if self.text.full or not self._shown(cache):
+        device, fixed = self.positions.device, not self.text.exact
+        grown = self.text.full or not self._shown(cache)
+        if grown:
             for index in self._layers:
                 state.make_room(cache, index, 1)
-            columns = _columns(state.slots, state.cache_length)
-            self.text.open(columns, self.positions.device, not self.text.exact)
-            self.graphs.forget()
+            self.text.open(_columns(state.slots, state.cache_length), device, fixed)
         if self._some_join and self.window.full:
-            used = self.window.used
+            grown, used = True, self.window.used
             for index, (keys, values) in list(self.window.room.layers.items()):
                 self.window.room.take(index, (keys[:, :used], values[:, :used]), 1)
-            columns = self.window.valid[:, :used]
-            self.window.open(columns, self.positions.device, not self.window.exact)
-            self.graphs.forget()
+            self.window.open(self.window.valid[:, :used], device, fixed)
+        if grown:
+            self._made_in_inference |= torch.is_inference_mode_enabled()
+            self._check_graphs(model)
         self.text.append(active, self.flags(active))
         if self._some_join:
             joining = active & self.joining
@@ -183,20 +197,26 @@ class DecodeStep:
         self.positions += self.flags(active)
         if self.query_positions.numel():
             self.query_positions += self.flags(active)
-        stop = self.text.used
         for index in self._layers:
-            show(cache, index, *state.room.head(index, stop))
+            show(cache, index, *state.room.head(index, self.text.used))
         state.append(active.tolist(), (active & self.joining).tolist())
+
+    def abandon(self, cache: Any, state: StreamingState, window: int) -> None:
+        """A token failed on its way: the stream is again what it was before.
+
+        :param window: columns of the windows then.
+        """
+        for index in self._layers:
+            show(cache, index, *state.room.head(index, state.cache_length))
+        self.window.take_back(window)
+        self.settle(state)
 
     def _shown(self, cache: Any) -> bool:
         """Whether the cache still shows the buffers; copies of a stream have their own."""
         if not self._layers:
             return True
-        held = held_by(cache, self._layers[0])
-        return (
-            held is not None
-            and held[0].data_ptr() == self.text.room.layers[self._layers[0]][0].data_ptr()
-        )
+        held, (keys, _) = held_by(cache, self._layers[0]), self.text.room.layers[self._layers[0]]
+        return held is not None and held[0].data_ptr() == keys.data_ptr()
 
     def flags(self, rows: np.ndarray) -> Tensor:
         """(B,) bool on the device."""
@@ -207,7 +227,6 @@ class DecodeStep:
 
     def tables(self, dtype: torch.dtype) -> tuple[Table, Table | None]:
         """RoPE of the next tokens in the stream and, as queries and keys, in fusion layers."""
-        assert self.frequencies is not None
         stream = rope_table(self.rope, self.positions, self.frequencies, dtype)
         if self.plan.query_positions is None or not self.query_positions.numel():
             return stream, None if self.plan.query_positions is None else stream
@@ -234,6 +253,14 @@ class DecodeStep:
             return q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         read = self.window.read(layer_idx, q, self.backend)
         return read if self._all_read else torch.where(self.reads, read, 0)
+
+
+def _runs_python(backbone: Any) -> bool:
+    """Whether hooks or peft's adapters have Python to run in a step, which a graph leaves out."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "base_layer")
+        for module in backbone.modules()
+    )
 
 
 def _only_goes_on(plan: FusionPlan, state: StreamingState) -> bool:

@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Calls of a kind before it is captured, which waits for the device and costs some ten of them:
+# short answers, each with a cache of its own, are better off without.
+BEFORE_CAPTURE = 8
 
 
 class Graphs:
-    """Runs a function of one tensor; repeats it as a CUDA graph from the third call of a kind on.
+    """Runs a function of one tensor, from some call on by repeating it as a CUDA graph.
 
-    Whatever else the function reads and writes must stay where it is between calls: a graph
-    repeats launches with the addresses of its capture. Copies and pickles begin without graphs.
+    Whatever else the function reads and writes must stay where it is between calls: a graph repeats
+    launches with the addresses of its capture. Copies and pickles begin without graphs.
     """
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
+        self._calls: dict[Hashable, int] = {}
         self._captured: dict[Hashable, tuple[Any, Tensor, Tensor]] = {}
+        self._failed = False
 
     def __reduce__(self) -> Any:
         return Graphs, ()
@@ -28,7 +36,7 @@ class Graphs:
 
     def forget(self) -> None:
         """What they read has moved."""
-        self._seen.clear()
+        self._calls.clear()
         self._captured.clear()
 
     def run(self, kind: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -36,17 +44,31 @@ class Graphs:
 
         :param kind: calls of one kind make the same launches on the same memory.
         """
-        if kind not in self._seen:
-            # By itself: libraries choose kernels and make workspaces the first time.
-            self._seen.add(kind)
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        if self._failed or calls <= BEFORE_CAPTURE:
             return function(x)
-        if kind not in self._captured:
-            graph, given = torch.cuda.CUDAGraph(), x.clone()
-            pool = next((g.pool() for g, _, _ in self._captured.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                result = function(given)
-            self._captured[kind] = graph, given, result
-        graph, given, result = self._captured[kind]
-        given.copy_(x)
-        graph.replay()
-        return result.clone()  # the next replay writes over it
+        with torch.cuda.device(x.device):
+            if kind not in self._captured:
+                try:
+                    self._captured[kind] = self._capture(function, x)
+                except RuntimeError as error:
+                    self._failed = True
+                    logger.warning_once(f"decoding goes on without CUDA graphs: {error}")
+                    return function(x)
+            graph, given, result = self._captured[kind]
+            given.copy_(x)
+            graph.replay()
+            return result.clone()  # the next replay writes over it
+
+    def _capture(
+        self, function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[Any, Tensor, Tensor]:
+        graph, given = torch.cuda.CUDAGraph(), x.clone()
+        pool = next((g.pool() for g, _, _ in self._captured.values()), None)
+        # A stream of this device: torch's own for captures is of whichever was current first.
+        stream = torch.cuda.Stream(x.device)
+        # Other threads, such as those that load data, may go on allocating.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            result = function(given)
+        return graph, given, result

@@ -278,7 +278,9 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
     ) -> tuple[Tensor, list[Tensor] | None] | None:
         """`_continue` by a decode step; None where the batch asks for more, or has nothing yet."""
         rows, width = batch.ids.shape
-        if state is None or state.columns == 0 or width != 1 or batch.images:
+        # Points without images are refused where images are counted.
+        brings = bool(batch.images) or any(batch.points or ())
+        if state is None or state.columns == 0 or width != 1 or brings:
             return None
         hidden = self._step(cache, state, batch.ids[:, 0], finished, states)
         if hidden is None:

@@ -175,17 +175,14 @@ class PackedModel(CasaPreTrainedModel):
         if step is None:
             return None
         active = np.ones(len(ids), bool) if finished is None else ~np.asarray(finished, bool)
-        step.begin(cache, state, active)
-
-        compute = _run_compiled if self.compile_decoding else _run_step
-        # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
-        ids = ids.to(step.positions.device).clone(memory_format=torch.contiguous_format)
-        if step.repeats and states is None:
-            kind = torch.is_autocast_enabled(), step.text.whole, step.window.whole
-            hidden = step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
-        else:
-            hidden = compute(self, step, ids, states)
-        step.end(cache, state, active)
+        window = step.window.used
+        try:
+            step.begin(self, cache, state, active)
+            hidden = self._run(step, ids, states)
+            step.end(cache, state, active)
+        except BaseException:
+            step.abandon(cache, state, window)
+            raise
         if not active.all():
             ended = ~step.flags(active)[:, None]
             hidden = hidden.masked_fill(ended, 0)
@@ -193,13 +190,23 @@ class PackedModel(CasaPreTrainedModel):
                 states[:] = [one.masked_fill(ended, 0) for one in states]
         return hidden
 
+    def _run(self, step: DecodeStep, ids: Tensor, states: list[Tensor] | None) -> Tensor:
+        """(B, C) final hidden states, by a graph where there is one."""
+        compute = _run_compiled if self.compile_decoding else _run_step
+        # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
+        ids = ids.to(step.positions.device).clone(memory_format=torch.contiguous_format)
+        # Autocast keeps copies of weights, and only for as long as it lasts.
+        if states is not None or not step.repeats or torch.is_autocast_enabled():
+            return compute(self, step, ids, states)
+        kind = torch.is_inference_mode_enabled(), step.text.whole, step.window.whole
+        return step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
+
     def _opened(self, cache: Any, state: StreamingState) -> DecodeStep | None:
         """The stream's decode step, ready for a token; None, and said once why, if it cannot."""
-        if state.step is not None and state.step.written_elsewhere:
-            state.settle()
-        if state.step is not None and state.step.is_open:
+        if state.step is not None and state.step.goes_on(self):
             opened: DecodeStep = state.step
             return opened
+        state.settle()
         reason = self._why_no_step()
         if reason is None:
             step = state.step or DecodeStep(state)
@@ -245,4 +252,4 @@ def _run_step(
     return run_decoder(model.model, text, text[:0], context, states=states)
 
 
-_run_compiled = torch.compile(_run_step, fullgraph=True)
+_run_compiled = torch.compile(_run_step)

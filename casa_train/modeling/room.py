@@ -22,7 +22,10 @@ COLUMNS = 16
 
 @dataclass
 class Room:
-    """Keys and values of a batch by layer, each (B, capacity, Hkv, D); free columns hold zeros.
+    """Keys and values of a batch by layer, each (B, capacity, Hkv, D).
+
+    Free columns hold zeros, or keys that were there before: masks leave them out, so they must be
+    numbers.
 
     :param slots: columns that a full buffer grows by; :param share: or this part of itself, if
         that is more.
@@ -32,10 +35,15 @@ class Room:
     share: int
     layers: dict[int, Pair] = field(default_factory=dict)
 
-    def fits(self, layer_idx: int, columns: int) -> bool:
-        """Whether a layer has buffers of so many columns that may be written to now."""
+    def fits(self, layer_idx: int, columns: int, like: Tensor) -> bool:
+        """Whether a layer has buffers of so many columns that may be written to now.
+
+        :param like: of the dtype and on the device of its keys.
+        """
         pair = self.layers.get(layer_idx)
         if pair is None or pair[0].shape[1] < columns:
+            return False
+        if pair[0].dtype != like.dtype or pair[0].device != like.device:
             return False
         return torch.is_inference_mode_enabled() or not pair[0].is_inference()
 
@@ -45,7 +53,7 @@ class Room:
         Buffers that are there already and fit are written to again.
         """
         used = held[0].shape[1]
-        if not self.fits(layer_idx, used + more):
+        if not self.fits(layer_idx, used + more, held[0]):
             wanted = used + more + max(self.slots, used // self.share)
             capacity = -(-wanted // COLUMNS) * COLUMNS
             shapes = [(x.shape[0], capacity, *x.shape[2:]) for x in held]
@@ -83,11 +91,10 @@ class Columns:
         self.whole = self.exact = True
         self.mask = self.newest = self.ends = torch.zeros(0)
 
-    def open(self, valid: np.ndarray, device: torch.device, fixed: bool) -> bool:
+    def open(self, valid: np.ndarray, device: torch.device, fixed: bool) -> None:
         """Begins with columns that lie in the buffers.
 
         :param valid: (B, used) bool; :param fixed: whether shapes are.
-        :return: whether what a step reads on the device stayed where it was.
         """
         batch, self.used = valid.shape
         # Without any layer that keeps keys there are no buffers to fill.
@@ -97,13 +104,14 @@ class Columns:
         self.whole = bool(valid.all())
         self.exact = not fixed
         ends = np.array([[0, 1], [0, self.used]], np.int32)
-        told = self.valid, np.array([self.used - 1]), ends
-        kept = [
-            put(old, on_device(new, device))
-            for old, new in zip((self.mask, self.newest, self.ends), told, strict=True)
-        ]
-        (self.mask, _), (self.newest, _), (self.ends, _) = kept
-        return all(stayed for _, stayed in kept)
+        self.mask = put(self.mask, on_device(self.valid, device))
+        self.newest = put(self.newest, on_device(np.array([self.used - 1]), device))
+        self.ends = put(self.ends, on_device(ends, device))
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads here, on the device."""
+        buffers = [tensor for pair in self.room.layers.values() for tensor in pair]
+        return [*buffers, self.mask, self.newest, self.ends]
 
     @property
     def full(self) -> bool:
@@ -126,6 +134,11 @@ class Columns:
         self.newest += 1
         self.ends[1, 1] += 1
         self.mask.index_copy_(1, self.newest, on[:, None])
+
+    def take_back(self, used: int) -> None:
+        """Leaves out the columns behind the first `used`, until it is opened again."""
+        self.valid[:, used:] = False
+        self.used = used
 
     def write(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """Keys and values (B, Hkv, D) into the newest column."""
@@ -183,9 +196,9 @@ def show(cache: Any, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         layer.keys, layer.values = keys, values
 
 
-def put(old: Tensor, new: Tensor) -> tuple[Tensor, bool]:
-    """`new`, in the memory of `old` if it fits; and whether it did."""
+def put(old: Tensor, new: Tensor) -> Tensor:
+    """`new`, in the memory of `old` if it fits."""
     alike = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     if alike and (torch.is_inference_mode_enabled() or not old.is_inference()):
-        return old.copy_(new), True
-    return new, False
+        return old.copy_(new)
+    return new

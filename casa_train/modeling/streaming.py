@@ -130,7 +130,7 @@ class StreamingState:
             return False
         buffers = self.room.layers.get(layer_idx)
         shown = buffers is not None and held[0].data_ptr() == buffers[0].data_ptr()
-        if not shown or not self.room.fits(layer_idx, self.cache_length + more):
+        if not shown or not self.room.fits(layer_idx, self.cache_length + more, held[0]):
             self.room.layers.pop(layer_idx, None)  # what the cache holds may lie in it
             self.room.take(layer_idx, (held[0].transpose(1, 2), held[1].transpose(1, 2)), more)
             show(cache, layer_idx, *self.room.head(layer_idx, self.cache_length))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from casa_train.modeling import decoding, packed_model, room, streaming
 from casa_train.modeling.casa import Casa
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from tests.helpers.tape import TapeGraphs
+from tests.helpers.tape import Tape, TapeGraphs
 from tests.helpers.tiny import HARD_PACK, VOCABULARY, fill, random_image, tiny_model
 from tests.helpers.variants import (
     DAILY,
@@ -43,6 +43,15 @@ def walk(
             out = model(ids, past_key_values=cache, finished=finished)
             logits.append(out.logits)
     return logits, cache
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> type[TapeGraphs]:
+    """Steps run as on a GPU, with tapes for graphs."""
+    monkeypatch.setattr(decoding, "fixed_shapes", lambda device: True)
+    monkeypatch.setattr(decoding, "Graphs", TapeGraphs)
+    monkeypatch.setattr(TapeGraphs, "replayed", 0)
+    return TapeGraphs
 
 
 def by_whole_passes(
@@ -82,17 +91,14 @@ def test_steps_equal_whole_passes(variant: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("variant", [case(variant) for variant in sorted(DAILY)])
 def test_a_repeated_step_knows_nothing_of_the_token_it_was_captured_with(
-    variant: str, monkeypatch: pytest.MonkeyPatch
+    variant: str, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
 ) -> None:
     """As a CUDA graph repeats it: every operation again, in the same memory, and no Python."""
     model = shared_model(variant)
     expected, other = by_whole_passes(model, monkeypatch)
-    monkeypatch.setattr(decoding, "fixed_shapes", lambda device: True)
-    monkeypatch.setattr(decoding, "Graphs", TapeGraphs)
-    before = TapeGraphs.replayed
     logits, cache = walk(model)
-    # Of seven tokens two are the first of their kind: before and after a row has ended.
-    assert TapeGraphs.replayed - before >= len(ENDED) - 3
+    # Of seven tokens at most three are the first of their kind: rows end, windows cease to be full.
+    assert tapes.replayed >= len(ENDED) - 3
     for found, wanted in zip(logits, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
     assert_same_state(cache, other)
@@ -120,14 +126,14 @@ def test_a_compiled_step_equals_whole_passes(
 
 
 @every_mechanism
-def test_steps_go_on_while_buffers_grow(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_go_on_while_buffers_grow(
+    mechanism: str, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
+) -> None:
     model, tokens = shared_model(mechanism), [()] * 9
     expected, other = by_whole_passes(model, monkeypatch, tokens)
     for module, name in ((decoding, "WINDOW_SLOTS"), (streaming, "GROWTH_SLOTS")):
         monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr(room, "COLUMNS", 1)
-    monkeypatch.setattr(decoding, "fixed_shapes", lambda device: True)
-    monkeypatch.setattr(decoding, "Graphs", TapeGraphs)
     logits, cache = walk(model, tokens)
     for found, wanted in zip(logits, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
@@ -189,14 +195,125 @@ def test_hidden_states_of_steps_are_those_of_whole_passes(monkeypatch: pytest.Mo
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-9)
 
 
+def turns_of(model: CasaForConditionalGeneration, cache: Any, between: Any = None) -> list[Tensor]:
+    """Logits of two turns with an image each and four tokens behind it.
+
+    :param between: called between the turns, with the model; returns the model of the second.
+    """
+    logits, generator = [], torch.Generator().manual_seed(12)
+    for turn in range(2):
+        if turn == 1 and between is not None:
+            model = between(model)
+        told = torch.randint(0, VOCABULARY, (1, 8), generator=generator)
+        frame = random_image(generator, 2, 2)
+        with torch.no_grad():
+            model(told[:, :4], [frame], past_key_values=cache, image_embeds_insertion_points=[[2]])
+            for column in range(4, 8):
+                ids = told[:, column : column + 1]
+                logits.append(model(ids, past_key_values=cache).logits)
+    return logits
+
+
+def with_other_weights(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+    state = {name: 1.1 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def with_a_hook(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: 2 * out)
+    return model
+
+
+def another_model(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+    return with_other_weights(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("between", [with_other_weights, with_a_hook, another_model])
+def test_what_changes_between_two_turns_is_seen(
+    between: Any, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
+) -> None:
+    """Graphs of the first turn would still read the weights and run the modules of then."""
+    found = turns_of(tiny_model("casa", seed=2), DynamicCache(), between)
+    assert tapes.replayed >= 3
+    model = tiny_model("casa", seed=2)
+    monkeypatch.setattr(CasaForConditionalGeneration, "decode_steps", False)
+    unchanged = turns_of(tiny_model("casa", seed=2), DynamicCache())
+    expected = turns_of(model, DynamicCache(), between)
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-4)
+    assert (expected[-1] - unchanged[-1]).abs().max() > 0.1
+
+
+def test_graphs_are_forgotten_when_a_whole_pass_has_moved_the_buffers(
+    monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
+) -> None:
+    """A token with gradients goes through the library's cache, which copies all keys."""
+
+    def results() -> list[Tensor]:
+        model, cache = tiny_model("casa", seed=2), DynamicCache()
+
+        def with_gradients(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+            model(torch.tensor([[5]]), past_key_values=cache)
+            return model
+
+        return turns_of(model, cache, with_gradients)
+
+    found = results()
+    assert tapes.replayed >= 5
+    monkeypatch.setattr(CasaForConditionalGeneration, "decode_steps", False)
+    for one, wanted in zip(found, results(), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
 @every_mechanism
-def test_a_stream_leaves_inference_mode_between_two_tokens(mechanism: str) -> None:
+def test_a_token_that_fails_leaves_no_trace(
+    mechanism: str, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared_model(mechanism)
+    expected, other = by_whole_passes(model, monkeypatch, ENDED[:3])
+    monkeypatch.setattr(decoding, "fixed_shapes", lambda device: fixed)
+    monkeypatch.setattr(decoding, "Graphs", TapeGraphs)
+
+    def failing(*arguments: Any, **options: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    generator, cache = torch.Generator().manual_seed(3), DynamicCache()
+    with torch.no_grad():
+        model(**padded_batch(fill(HARD_PACK)), past_key_values=cache)
+        for over, wanted in zip(ENDED[:3], expected[1:], strict=True):
+            ids = torch.randint(0, VOCABULARY, (len(HARD_PACK), 1), generator=generator)
+            options = dict(past_key_values=cache, finished=[row in over for row in range(4)])
+            with monkeypatch.context() as patched:
+                patched.setattr(model.model.norm, "forward", failing)
+                patched.setattr(Tape, "replay", failing)
+                with pytest.raises(KeyboardInterrupt):
+                    model(ids, **options)
+            found = model(ids, **options).logits
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    assert_same_state(cache, other)
+
+
+def test_a_point_without_an_image_is_refused_as_ever() -> None:
+    model = shared_model("casa")
+    _, cache = walk(model)
+    with torch.no_grad(), pytest.raises(ValueError, match="1 insertion points but 0 images"):
+        points = [[0], [], [], []]
+        ids = torch.arange(4)[:, None]
+        model(ids, past_key_values=cache, image_embeds_insertion_points=points)
+
+
+@every_mechanism
+def test_a_stream_leaves_inference_mode_between_two_tokens(
+    mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, generator = shared_model(mechanism), torch.Generator().manual_seed(6)
     told = torch.randint(0, VOCABULARY, (3, 4, 1), generator=generator)
 
     def logits(*modes: Any) -> list[Tensor]:
         with modes[0]():
-            _, cache = walk(model)
+            _, cache = walk(model, [()] * 20)
         found = []
         for mode, ids in zip(modes, told, strict=True):
             with mode():
@@ -204,6 +321,8 @@ def test_a_stream_leaves_inference_mode_between_two_tokens(mechanism: str) -> No
         assert cache.casa.step.is_open
         return found
 
+    # The windows' buffers grow in inference mode, too.
+    monkeypatch.setattr(decoding, "WINDOW_SLOTS", 1)
     expected = logits(torch.no_grad, torch.no_grad, torch.no_grad)
     mixed = logits(torch.inference_mode, torch.no_grad, torch.inference_mode)
     for one, wanted in zip(mixed, expected, strict=True):

@@ -34,7 +34,7 @@ from casa_train.run.configuration import find_places
 from casa_train.run.directory import RunRecord, keep_lost_records, request_requeue
 from casa_train.run.fingerprints import run_fingerprints
 from casa_train.run.last_words import LastWords
-from casa_train.run.layout import CHECKPOINTS, METRICS_FILE, PROCESSOR, VALIDATION_FILE
+from casa_train.run.layout import CHECKPOINTS, METRICS_FILE, PROCESSOR, PROFILE, VALIDATION_FILE
 from casa_train.run.quarantine import Quarantine
 from casa_train.run.starts import open_starts
 from casa_train.setup.inputs import check_inputs
@@ -47,6 +47,7 @@ from casa_train.training.memory_probe import MemoryProbe
 from casa_train.training.reporting import Attempt, Reporting
 from casa_train.training.signals import EXIT_REQUEUE, StopRequest
 from casa_train.training.state import Loader, Progress, State
+from casa_train.training.step_profile import step_profiles
 from casa_train.training.stopping import StopFlags, Stopping
 from casa_train.training.watchdog import Heartbeat, Watchdog
 
@@ -161,8 +162,7 @@ def build_run(
     :param found: the checkpoint that it goes on from.
     :param stop: asked whether to leave early; None: never.
     :param held_out: what validations measure; None: there are none.
-    :param sinks: on the first rank, beside those that the configuration names.
-    :param hooks: more of them, the last ones.
+    :param sinks: on the first rank, beside the configuration's; :param hooks: the last of them.
     :raises UserError: a checkpoint that does not fit.
     """
     progress = Progress(**restore(found, engine, loader, ranks, config.seed))
@@ -183,8 +183,7 @@ def build_run(
         if ranks.first:
             exports = BackgroundExports(run_dir, config.export, every_sink.log, best)
         checkpoints.watched_by(heartbeat, exports)
-        words = LastWords(run_dir, starts, checkpoints)
-        # Before whatever may hang.
+        words = LastWords(run_dir, starts, checkpoints)  # the watchdog: before whatever may hang
         watching.append(Watchdog(config.trainer, ranks, heartbeat, run_dir, words))
     watching.append(Attempt(starts))  # before whatever may fail: starts.jsonl says it
     watching.append(ScheduledCollection(config.trainer.gc_every))  # what is there by now, stays
@@ -195,6 +194,7 @@ def build_run(
     if held_out is not None and run_dir is not None:
         told = run_dir / VALIDATION_FILE, every_sink, best, heartbeat, exports
         watching.append(Validator(config, ranks, engine, held_out, *told))
-    if exports is not None:  # after validation, which finds the best step
-        watching.append(exports)
+    watching += [] if exports is None else [exports]  # after validation, which finds the best step
+    profiled = engine.module, meter, every_sink, run_dir and run_dir / PROFILE
+    watching += step_profiles(config, ranks, *profiled)
     return Run(engine, state, Trainer(config, ranks, state, Hooks([*watching, *hooks])), exports)

@@ -6,7 +6,7 @@ import argparse
 import gc
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._timing import peak_bytes, synchronise, tensor_bytes
+from casa_train.config.bounds import local_path
 from casa_train.config.compose import add_config_dir, compose_config
 from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.cost.full_pack import full_inputs, full_pack
@@ -38,6 +39,8 @@ from casa_train.setup.model import meta_model
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start
 from casa_train.train import Run, build_run
+from casa_train.training.roofline import Roofline
+from casa_train.training.step_profile import StepParts, WatchedStep, mean_of, parts_table
 
 METHOD = """\
 Builds each experiment at its own sizes, with random weights, as a run would: the same engine, loop,
@@ -46,8 +49,10 @@ size and a loss on every text token; the packs are made before the clock starts,
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
 (planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
 all steps after the warm-up. Work counts attended pairs and nothing that activation checkpointing
-repeats (cost/work.py). Sizes come from config.json where it can be read, from recorded_sizes.json
-otherwise.
+repeats (cost/work.py). With --profile, some more steps are taken apart after the timed ones: where
+their milliseconds go, beside the least that each part could take by its work or its bytes; one more
+is recorded as DIR/EXPERIMENT.trace.json, for Perfetto. The packs are ready, so that data wait is
+nothing there. Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
     python -m casa_train.bench step helium_casa helium_insertion
@@ -58,6 +63,7 @@ Helium1-2B with its whole optimiser fits on one GPU of 80 GB by the estimate of 
 """
 
 DEFAULT = ["helium_casa", "helium_insertion"]
+TAKEN_APART = 3  # steps
 
 
 class FullPacks:
@@ -126,22 +132,30 @@ class Arm:
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.records: list[dict[str, Any]] = []
+        self.parts: list[list[StepParts]] = []  # of each step taken apart those of each rank
+        self.floors = ""  # what they come from
         self.peak = self.threads = 0
 
-    def measure(self, steps: int, warm_up: int, ranks: Ranks, seed: int) -> None:
+    def measure(
+        self, steps: int, warm_up: int, ranks: Ranks, seed: int, traces: Path | None = None
+    ) -> None:
         """Builds the model, takes steps and leaves nothing behind; collective.
 
+        :param traces: takes a trace, and steps are taken apart; None: they are not.
         :raises UserError: the memory of the device does not hold it.
         """
         use_threads(self.config.parallel.threads)
         self.threads = torch.get_num_threads()
         try:
-            run = self._build(ranks, seed, last=warm_up + steps + 1)
+            more = 0 if traces is None else TAKEN_APART + 1
+            run = self._build(ranks, seed, last=warm_up + steps + more + 1)
             for step in range(1, warm_up + steps + 1):
                 synchronise(ranks.device)
                 record = run.trainer.train_step(step)
                 if step > warm_up:
                     self.records.append(record)
+            if traces is not None:
+                self._take_apart(run, ranks, traces)
             self.peak = max(self.peak, _peak(run, ranks.device))
             ranks.barrier()
             run.engine.close()
@@ -153,6 +167,21 @@ class Arm:
                 "write --set parallel.activation_checkpointing=vision, or lower data.image_tokens "
                 "and data.text_tokens."
             ) from error
+
+    def _take_apart(self, run: Run, ranks: Ranks, traces: Path) -> None:
+        """Steps part by part, and one more for the trace, whose recorder costs time."""
+        model, meter = run.engine.module, run.state.meter
+        roofline = Roofline(self.config, model, ranks)
+        self.floors = roofline.words()
+        for last in [False] * TAKEN_APART + [True]:
+            traced = last and ranks.first
+            trace = traces / f"{self.name.replace('/', '_')}.trace.json" if traced else None
+            meter.watch = watched = WatchedStep(model, ranks.device, trace)
+            run.trainer.train_step(run.state.progress.step + 1)
+            if not last:
+                self.parts.append(list(ranks.gather(watched.parts(roofline))))
+            elif ranks.first:
+                watched.write_trace()
 
     def _build(self, ranks: Ranks, seed: int, last: int) -> Run:
         """A run as `train` builds it, from random weights, on full packs and without a directory.
@@ -185,6 +214,8 @@ class Arm:
 
         seconds = [record["seconds"] for record in self.records]
         last = self.records[-1]
+        of_ranks = [mean_of(steps) for steps in zip(*self.parts, strict=True)]
+        profile = {"parts": [asdict(rank) for rank in of_ranks]} if of_ranks else {}
         return {
             "experiment": self.name,
             "parameters": self.parameters,
@@ -202,7 +233,16 @@ class Arm:
             "mfu": median("mfu"),
             "peak_bytes": self.peak,
             "loss": last["loss"],
+            **profile,
         }
+
+    def parts_lines(self) -> list[str]:
+        """The steps taken apart, as a table with its title."""
+        if not self.parts:
+            return []
+        title = f"{self.name} by part, means of {count(len(self.parts), 'step')} of their own"
+        table = parts_table([mean_of(steps) for steps in zip(*self.parts, strict=True)])
+        return ["", title, table, self.floors]
 
 
 def _nothing(line: str) -> None:
@@ -235,6 +275,14 @@ def run(arguments: argparse.Namespace) -> Report:
                 "would. Hide the GPUs with CUDA_VISIBLE_DEVICES, or write "
                 "--set parallel.precision=fp32."
             )
+    if arguments.profile is not None:
+        try:
+            arguments.profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--profile {arguments.profile}: it cannot be made ({error}); expected a folder "
+                "that can be written. Name another."
+            ) from error
     ranks = init_processes()
     try:
         return _measure(arguments, ranks)
@@ -251,7 +299,8 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
     ]
     for _ in range(arguments.rounds):
         for arm in arms:
-            arm.measure(arguments.steps, arguments.warm_up, ranks, arguments.seed)
+            numbers = arguments.steps, arguments.warm_up, ranks, arguments.seed
+            arm.measure(*numbers, traces=arguments.profile)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -262,7 +311,12 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
     data = {"machine": facts, "ranks": world, "results": results}
     ranks.barrier()
     leave_processes()
-    return Report(_table(arms, results, facts, world) if ranks.first else "", data)
+    if not ranks.first:
+        return Report("", data)
+    lines = [_table(arms, results, facts, world)]
+    for arm in arms:
+        lines += arm.parts_lines()
+    return Report("\n".join(lines), data)
 
 
 def _table(
@@ -325,6 +379,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each (default: 1)")
+    parser.add_argument(
+        "--profile",
+        type=local_path,
+        metavar="DIR",
+        help="also take steps apart: milliseconds by part, and a trace of a step in DIR",
+    )
 
 
 BENCHMARK = Benchmark(

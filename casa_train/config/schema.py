@@ -182,6 +182,10 @@ class MetricsConfig:
     """User or team there. null: the login's own."""
     wandb_tags: list[str] = field(default_factory=list)
     """Tags of the run there."""
+    profile_steps: list[PositiveInt] = field(default_factory=list)
+    """Steps that are taken apart into `profile/` of the run directory: milliseconds by part of the
+    model beside the least that they could take, and of the last of them a trace. Two, such as
+    [20,21], are enough; see conf/README.md for what they cost."""
     peak_tflops: PositiveFloat | None = None
     """What one device can do at most, in TFLOP/s, for the utilisation (mfu). null: what is known of
     the GPU in bf16; of CPUs, unknown GPUs and fp32 nothing is."""

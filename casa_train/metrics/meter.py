@@ -7,12 +7,24 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from casa_train.metrics.sinks.base import Record
+from casa_train.metrics.timeline import FORWARD, REST
 
 Timer = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+class StepWatch(Protocol):
+    """Follows one step part by part; the names of parts stand in `timeline.py`."""
+
+    def begin(self) -> None: ...
+
+    def enter(self, part: str, backward: bool = False) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Meter:
@@ -20,6 +32,7 @@ class Meter:
 
     :param peak_tflops: of one device; None: unknown, then there is no utilisation.
     :param start: which start of the run this is, from 1.
+    :ivar watch: follows the next step, and no other.
     """
 
     def __init__(
@@ -32,18 +45,28 @@ class Meter:
         self.peak_tflops, self.start = peak_tflops, start
         self._began = self._data_seconds = self._forward_seconds = 0.0
         self._timers: list[Timer] = []
+        self.watch: StepWatch | None = None
 
     def begin(self) -> None:
         """A step begins."""
+        if self.watch is not None:  # first, so that what it prepares is not of the step
+            self.watch.begin()
         self._began, self._forward_seconds, self._timers = time.perf_counter(), 0.0, []
         reset_peak(self.device)
 
     def data_arrived(self) -> None:
         self._data_seconds = time.perf_counter() - self._began
+        self.enter(REST)
+
+    def enter(self, part: str, backward: bool = False) -> None:
+        """The step goes on to a part."""
+        if self.watch is not None:
+            self.watch.enter(part, backward)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Times a forward pass; on a GPU without waiting for it."""
+        self.enter(FORWARD)
         if self.device.type != "cuda":
             began = time.perf_counter()
             yield
@@ -73,6 +96,9 @@ class Meter:
         :param counts: tokens over all ranks.
         """
         seconds = time.perf_counter() - self._began
+        if self.watch is not None:
+            self.watch.end()
+            self.watch = None
         waits, own, memory, peak = zip(*measured, strict=True)
         total, most = sum(operations), max(operations)
         tflops = total / len(operations) / seconds / 1e12

@@ -11,6 +11,8 @@ STARTS_FILE = "starts.jsonl"
 METRICS_FILE = "metrics.jsonl"
 LOST_METRICS_FILE = "metrics_lost.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+# Steps that were taken apart: tables, numbers, a trace.
+PROFILE = "profile"
 QUARANTINE_FILE = "quarantine_{rank}.jsonl"
 REQUEUE_FILE = "requeue.json"
 FAILURE_FILE = "failure.txt"

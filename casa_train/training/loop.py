@@ -15,6 +15,7 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.errors import SaveError, UserError
 from casa_train.metrics.counts import Batch, StepCounts, count_step
 from casa_train.metrics.sinks.base import Record
+from casa_train.metrics.timeline import COPY, LOSS, REST, UPDATE
 from casa_train.setup.optim import scheduled_factor, set_rates
 from casa_train.training.hooks import Hooks, described
 from casa_train.training.loss import answer_losses
@@ -139,18 +140,24 @@ class Trainer:
         answers = max(1.0, counts.totals["answer_tokens"])
         losses = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
+            meter.enter(COPY)
             # Targets too, now: after the forward pass the host would wait for all of it.
             inputs, targets = to_device(batch.inputs, batch.targets, device)
             with meter.forward():
                 logits = engine.forward(packed=inputs).logits
+            meter.enter(LOSS)
             each = answer_losses(logits, targets)
             loss = each.sum()
             losses += loss.detach()
             self._by_source.add(each.detach(), batch.answer_sources)
+            meter.enter(LOSS, backward=True)
             engine.backward(loss * (self.ranks.world / answers))
+            meter.enter(REST)
             if i == len(batches) - 1:
                 self.hooks.before_update(step, rates, counts.totals["pairs"])
+            meter.enter(UPDATE)
             engine.step()
+            meter.enter(REST)
         rows = self.ranks.gather_rows([float(losses), *meter.measured()])
         loss_sum = sum(row[0] for row in rows)
         gradient_norm = engine.gradient_norm()

@@ -35,9 +35,8 @@ def bench(tmp_path: Path, *arguments: str, processes: int = 1) -> tuple[dict[str
 @pytest.mark.slow
 def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
     arms = ["demo", "demo,fusion=insertion,data.packs_per_step=4"]
-    found, printed = bench(
-        tmp_path, *arms, "--steps", "2", "--warm-up", "1", "--set", *SMALL, processes=2
-    )
+    few = ["--steps", "2", "--warm-up", "1", "--profile", str(tmp_path / "traces")]
+    found, printed = bench(tmp_path, *arms, *few, "--set", *SMALL, processes=2)
     casa, insertion = found["results"]
     assert [casa["experiment"], insertion["experiment"]] == arms
     assert found["ranks"] == 2 and printed.count("text tokens/s") == 1  # one rank speaks
@@ -60,6 +59,18 @@ def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
     ratio = insertion["seconds"] / casa["seconds"]
     row = next(line for line in printed.splitlines() if line.startswith("seconds a step"))
     assert float(row.split()[-1]) == pytest.approx(ratio, abs=0.006)
+    for arm, layers, blocks in ((casa, 2, 2), (insertion, 2, 2)):
+        assert len(arm["parts"]) == 2  # ranks
+        for rank in arm["parts"]:
+            assert rank["micro_steps"] == arm["micro_steps"]
+            assert rank["calls"]["decoder"] == layers * arm["micro_steps"]
+            assert rank["calls"]["vision, trained"] == (blocks + 1) * arm["micro_steps"]
+            assert {"reduction", "update", "decoder, backward"} < set(rank["milliseconds"])
+        trace = json.loads((tmp_path / "traces" / f"{arm['experiment']}.trace.json").read_text())
+        names = {event["name"] for event in trace["traceEvents"]}
+        assert {"decoder", "backward", "update"} < names
+    assert ["fusion" in arm["parts"][0]["calls"] for arm in (casa, insertion)] == [True, False]
+    assert printed.count("slowest rank") == 2 and printed.count("\nstep, ") == 2
 
 
 @pytest.mark.gpu
@@ -100,6 +111,7 @@ def test_more_than_two_experiments_stand_below_each_other() -> None:
         (["demo", "--steps", "0"], "--steps is 0; it must be at least 1"),
         (["demo", "--dtype", "bf16"], "--dtype is 'bf16'; expected none"),
         (["demo", "--set", "data.no_such=1"], "no_such"),
+        (["demo", "--profile", "/dev/null/x"], "--profile /dev/null/x: it cannot be made"),
         (
             ["demo", "--set", "data.packs_per_step=10", "planned_ranks=4"],
             "is 10, which planned_ranks=4",

@@ -46,6 +46,7 @@ def filled() -> Config:
         for found in values(config, tuple(name.split("."))):
             found.set(copy.deepcopy(entry))
     config.planned_ranks, config.metrics.peak_tflops = 1, 1.0
+    config.metrics.profile_steps = [5]
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from casa_train.config.schema import (
     ParallelConfig,
     TrainerConfig,
 )
-from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
+from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, tiny_model
 
 
 def tiny_settings(
@@ -62,6 +63,48 @@ def tiny_batch(
         left_out=0,
         operations=operations,
     )
+
+
+class PlainEngine:
+    """One process without sharding or DeepSpeed.
+
+    :param seen: notes each update.
+    """
+
+    def __init__(self, seen: list[tuple[str, str, Any]] | None = None) -> None:
+        self.module = tiny_model().train()
+        self.seen = [] if seen is None else seen
+        parameters = list(self.module.parameters())
+        group = {"params": parameters, "name": "all", "lr": 0.0, "base_lr": 1e-3}
+        self.optimizer = torch.optim.SGD([group])
+        self.param_groups = self.optimizer.param_groups
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.seen.append(("engine", "step", None))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step_applied(self) -> bool:
+        return True
+
+    def gradient_norm(self) -> float:
+        return 1.0
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        return parameter.grad
+
+    def full_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter
 
 
 class Lines:

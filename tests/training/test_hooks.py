@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from casa_train.checkpoint.manager import CheckpointManager
 from casa_train.config.schema import Config, GroupConfig, OptimConfig
@@ -25,8 +24,7 @@ from casa_train.training.reporting import Attempt, Reporting
 from casa_train.training.state import Progress
 from casa_train.training.stopping import Stopping
 from casa_train.training.watchdog import Watchdog
-from tests.helpers.tiny import tiny_model
-from tests.helpers.tiny_run import Lines, tiny_batch, tiny_settings
+from tests.helpers.tiny_run import Lines, PlainEngine, tiny_batch, tiny_settings
 
 Seen = list[tuple[str, str, Any]]
 
@@ -55,45 +53,6 @@ class Watching(Hook):
 
     def close(self, reason: str | None) -> None:
         self.seen.append((self.name, "close", reason))
-
-
-class PlainEngine:
-    """One process without sharding or DeepSpeed."""
-
-    def __init__(self, seen: Seen) -> None:
-        self.module = tiny_model().train()
-        self.seen = seen
-        parameters = list(self.module.parameters())
-        group = {"params": parameters, "name": "all", "lr": 0.0, "base_lr": 1e-3}
-        self.optimizer = torch.optim.SGD([group])
-        self.param_groups = self.optimizer.param_groups
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        self.seen.append(("engine", "step", None))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def step_applied(self) -> bool:
-        return True
-
-    def gradient_norm(self) -> float:
-        return 1.0
-
-    def save(self, directory: Path) -> None: ...
-
-    def load(self, directory: Path) -> None: ...
-
-    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        return parameter.grad
-
-    def full_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return parameter
 
 
 class Packs:

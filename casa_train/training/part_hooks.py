@@ -103,10 +103,14 @@ class PartHooks:
         parts: list[str] = []
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if torch.compiler.is_compiling():  # what is compiled is of whatever calls it
+                return
             parts.append(part if isinstance(part, str) else part(inputs))
             timeline.push(parts[-1], counted)
 
         def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             timeline.pop()
             of = parts.pop()
             # Behind a tower's frozen blocks, its output may all the same need a gradient.

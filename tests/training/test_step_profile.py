@@ -331,6 +331,28 @@ def test_a_resumed_run_may_take_other_steps_apart() -> None:
     assert fingerprint(settings(profile_steps=[7])) == fingerprint(settings(profile_steps=[9, 10]))
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["before", "while it is followed"])
+def test_a_compiled_region_stays_whole_and_is_its_callers(hooked: bool) -> None:
+    model = build("casa")
+    torch._dynamo.reset()  # its cache is by code, whatever the model
+    layer, noting = model.model.layers[0], Noting()
+    hooks = PartHooks(model, noting)
+    x = torch.linspace(-1, 1, 192).reshape(3, 64).requires_grad_()
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = layer.mlp(layer.input_layernorm(x))
+        return out
+
+    compiled = torch.compile(region, backend="eager", fullgraph=True)
+    if not hooked:
+        compiled(x)
+    hooks.attach()
+    noting.begin(DECODER)
+    with torch._dynamo.config.patch(error_on_recompile=not hooked):
+        found = compiled(x)
+    assert noting.pushed == [] and torch.equal(found, (hooks.remove(), region(x))[1])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_parts_are_the_devices_own() -> None:
     device = torch.device("cuda", torch.cuda.current_device())

@@ -119,14 +119,22 @@ class Segments:
         return [_rows(ranges) for ranges in self._key_ranges]
 
     @functools.cached_property
+    def _query_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return _bounds(self._query_ranges)
+
+    @functools.cached_property
+    def _key_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return _bounds(self._key_ranges)
+
+    @functools.cached_property
     def query_index(self) -> Tensor:
         """(Q,) int64: the query rows in segment order."""
-        return self._tensor(_join(self.query_rows))
+        return self._tensor(_joined_rows(*self._query_bounds))
 
     @functools.cached_property
     def key_index(self) -> Tensor:
         """(K,) int64: the key rows in segment order."""
-        return self._tensor(_join(self.key_rows))
+        return self._tensor(_joined_rows(*self._key_bounds))
 
     @functools.cached_property
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
@@ -144,12 +152,12 @@ class Segments:
     @functools.cached_property
     def identity_queries(self) -> int:
         """The number of query rows if the queries are 0..Q-1 in order, otherwise -1."""
-        return _identity(_join(self.query_rows))
+        return _identity(*self._query_bounds)
 
     @functools.cached_property
     def identity_keys(self) -> int:
         """The number of key rows if the keys are 0..K-1 in order, otherwise -1."""
-        return _identity(_join(self.key_rows))
+        return _identity(*self._key_bounds)
 
     @functools.cached_property
     def groups(self) -> tuple[list[_Group], Tensor]:
@@ -171,20 +179,19 @@ class Segments:
         if members:
             groups.append(members)
 
-        starts = np.cumsum([0, *self.query_lengths])
+        queries, keys = _joined_rows(*self._query_bounds), _joined_rows(*self._key_bounds)
+        q_lengths, k_lengths = np.array(self.query_lengths), np.array(self.key_lengths)
         positions = np.zeros(self.total_queries, np.int64)
         built: list[_Group] = []
         row = 0
         for members in groups:
-            q_len = np.array([self.query_lengths[i] for i in members])
-            k_len = np.array([self.key_lengths[i] for i in members])
+            q_len, k_len = q_lengths[members], k_lengths[members]
             q_max, k_max = int(q_len.max()), int(k_len.max())
-            query = np.zeros((len(members), q_max), np.int64)
-            key = np.zeros((len(members), k_max), np.int64)
-            for b, i in enumerate(members):
-                query[b, : q_len[b]] = self.query_rows[i]
-                key[b, : k_len[b]] = self.key_rows[i]
-                positions[starts[i] : starts[i + 1]] = row + b * q_max + np.arange(q_len[b])
+            of_queries, real = _table_of(q_lengths, members, q_max)
+            of_keys, real_keys = _table_of(k_lengths, members, k_max)
+            query = np.where(real, queries[of_queries], 0)
+            key = np.where(real_keys, keys[of_keys], 0)
+            positions[of_queries[real]] = row + np.flatnonzero(real)
             row += query.size
             padded = bool((q_len < q_max).any() or (k_len < k_max).any())
             square = self.causal and not padded and q_max == k_max
@@ -241,6 +248,30 @@ def _join(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def _identity(rows: np.ndarray) -> int:
+def _bounds(ranges: Sequence[Sequence[Range]]) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of all ranges of all segments, in order."""
+    flat = [bound for parts in ranges for pair in parts for bound in pair]
+    pairs = np.array(flat, np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1] - pairs[:, 0]
+
+
+def _joined_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The rows of all ranges, one after another; at once, as a pack has thousands of windows."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+def _identity(starts: np.ndarray, lengths: np.ndarray) -> int:
     """The number of rows if they are 0, 1, 2, ..., otherwise -1."""
-    return len(rows) if bool((rows == np.arange(len(rows))).all()) else -1
+    consecutive = (starts == np.cumsum(lengths) - lengths)[lengths > 0].all()
+    return int(lengths.sum()) if consecutive else -1
+
+
+def _table_of(lengths: np.ndarray, members: list[int], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rows of some segments stand among the joined rows of all.
+
+    :return: (members, width), the last row repeated as padding; and what of it is none.
+    """
+    column, own = np.arange(width), lengths[members][:, None]
+    starts = (np.cumsum(lengths) - lengths)[members][:, None]
+    return starts + np.minimum(column, own - 1), column < own

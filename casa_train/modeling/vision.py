@@ -230,7 +230,8 @@ class VisionTower(nn.Module):
             x = self.patch_embed(self._patches(images, entry, dtype))
         device = x.device
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        layouts = [self._layout(*size) for size in sizes]
+        of_size = {size: self._layout(*size) for size in set(sizes)}
+        layouts = [of_size[size] for size in sizes]
         cells = [len(layout.order) for layout in layouts]
         starts = np.cumsum([0, *cells])
         order = np.concatenate(

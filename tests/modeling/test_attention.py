@@ -159,6 +159,8 @@ def test_covers_knows_when_no_gather_is_needed() -> None:
     assert swapped.identity_keys == -1
     gap = Segments([[(0, 2)], [(3, 5)]], [[(0, 2)], [(2, 6)]], causal=False)
     assert not gap.covers(5) and not gap.covers(4)
+    nothing_between = Segments([[(0, 2), (9, 9)], [(2, 5)]], [[(1, 2)], [(0, 1)]], causal=False)
+    assert nothing_between.covers(5) and nothing_between.identity_keys == -1
 
 
 def test_causal_is_aligned_bottom_right() -> None:

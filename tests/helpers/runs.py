@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from casa_train.metrics.sinks.jsonl import read_metrics
 from tests.helpers.commands import ROOT, TINY, environment, on_data
+from tests.helpers.fork_server import STARTED
 
 # What must not depend on when a run was killed; seconds and throughput may.
 EXACT = (
@@ -56,13 +58,18 @@ def exact(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def start_ranks(command: list[str], stdout: Any = subprocess.PIPE) -> list[subprocess.Popen[str]]:
-    """Two ranks without a launcher, so that each has an exit code of its own."""
+def start_ranks(
+    command: list[str], stdout: Any = subprocess.PIPE, afresh: Sequence[int] = ()
+) -> list[subprocess.Popen[str]]:
+    """Two ranks without a launcher, so that each has an exit code of its own.
+
+    :param afresh: those that are new processes whatever the others are, and load the libraries.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
-        subprocess.Popen(
+        (STARTED if rank in afresh else subprocess.Popen)(
             command,
             cwd=ROOT,
             env={

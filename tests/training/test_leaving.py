@@ -112,11 +112,10 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.fresh
 def test_a_signal_while_the_libraries_load_is_not_lost(data_dir: Path, tmp_path: Path) -> None:
     """On a cluster that takes minutes, and the signal's default would end the job for good."""
     run_dir = tmp_path / "early"
-    ranks = start_ranks(train_command(leaving_run(data_dir, run_dir)))
+    ranks = start_ranks(train_command(leaving_run(data_dir, run_dir)), afresh=[1])
     deadline = time.monotonic() + 60
     while not catches(ranks[1].pid, signal.SIGUSR1):
         assert time.monotonic() < deadline

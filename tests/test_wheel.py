@@ -99,14 +99,15 @@ def test_an_installed_project_starts_in_any_folder(site: Path, elsewhere: Path) 
     )
     assert found.split() == [str(site / "casa_train/__init__.py"), str(site / "launch/submit.py")]
 
-    done = run_installed(site, elsewhere, "casa_train", "+experiment=demo", "dry_run=true")
-    assert done.returncode == 0, done.stderr
-    assert "casa_train dry run: demo" in done.stdout
-    # A ready template, too, which the package reads by itself.
-    own = ["--config-dir", "mine", "+experiment=mine", "model.template=chatml", "dry_run=true"]
+    # In one process the project's experiment and the user's own, which is a change of it, with a
+    # ready template, too, which the package reads by itself.
+    own = ["-m", "--config-dir", "mine", "+experiment=demo,mine"]
+    own += ["model.template=chatml", "dry_run=true"]
     done = run_installed(site, elsewhere, "casa_train", *own)
     assert done.returncode == 0, done.stderr
+    assert "casa_train dry run: demo" in done.stdout
     assert "casa_train dry run: mine" in done.stdout and "77" in done.stdout
+    # And without a folder of one's own.
     done = run_installed(site, elsewhere, "casa_train", "+experiment=demo")
     assert done.returncode == 2
     assert "tokenizer 'demo_data/tokenizer'" in done.stderr and "Traceback" not in done.stderr

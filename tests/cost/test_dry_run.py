@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
@@ -42,6 +43,7 @@ def raw(*overrides: str, hydra: bool = False) -> Any:
         return compose("train", overrides=list(overrides), return_hydra_config=hydra)
 
 
+@functools.cache  # half a second each, most of it for the names of the sources
 def composed(*overrides: str) -> Config:
     return to_config(raw(*overrides, "dry_run=true"))
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForCo
 
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import ROOT, TINY, environment
+from tests.helpers.fork_server import available, write_python
 from tests.helpers.readmes import blocks
 from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
 from tests.helpers.toy_mechanism import write_toy
@@ -37,6 +38,7 @@ VALIDATED = [override for override in RUN if not override.startswith("evaluation
 OWN_CONF = ["--config-dir", "conf"]
 SMALL: list[tuple[str, list[str]]] = [
     ("data_recipes synthetic", ["--samples", "240", "--validation", "24", "--workers", "1"]),
+    ("data_recipes finevision", ["--workers", "1"]),
     ("casa_train .*dry_run=true", []),
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),
@@ -51,7 +53,7 @@ SMALL: list[tuple[str, list[str]]] = [
 ]
 """What is added to a command, `MODULE ARGUMENTS`, by the first pattern that it begins with."""
 
-RAN = "ran.json"
+RAN, BIN = "ran.json", "bin"
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
@@ -95,7 +97,7 @@ class World:
             self.ran.add(code)
 
     def _start(self, words: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{self.folder / BIN}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
             words,
             cwd=self.folder,
@@ -114,6 +116,9 @@ def open_world(shared: Path, folder: Path) -> World:
     :param shared: made by `make_world`.
     """
     shutil.copytree(shared, folder, symlinks=True)
+    if available():
+        (folder / BIN).mkdir()
+        write_python(folder / BIN / "python")
     return World(folder, json.loads((folder / RAN).read_text()))
 
 

@@ -61,9 +61,9 @@ HEAVY = (
 IMPORT_TIME = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH")
 IMPORT_TIME += ("CUDA", "NVIDIA", "HF_", "HUGGINGFACE", "TRANSFORMERS", "DS_", "XDG_")
 IMPORT_TIME += ("HOME", "MPL", "ARROW", "TOKENIZERS")
-# What torchrun sets for its ranks, the compiler for its processes, and commands, for less to read
-# and for a GPU's memory.
-LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCHINDUCTOR", "TORCH_CPP_LOG_LEVEL")
+# What torchrun reads, and sets for its ranks, the compiler for its processes, and commands, for
+# less to read and for a GPU's memory.
+LATER = ("TORCHELASTIC", "TORCH_ELASTIC", "TORCH_NCCL", "TORCHINDUCTOR", "TORCH_CPP_LOG_LEVEL")
 LATER += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR")
 # Asks the kernel to end it with its parent, which a fork of the server's is not a child of.
 AFRESH = {"casa_train.export.child"}
@@ -95,6 +95,26 @@ def install(session: str, owner: int) -> Iterator[None]:
         yield
     finally:
         subprocess.Popen = STARTED  # type: ignore[misc]
+
+
+def write_python(path: Path) -> None:
+    """Writes a `python` for scripts that look for one: its commands are forks, too."""
+    serving = f"{forward.__name__}({_owner}, sys.argv[1:])"
+    code = f"import sys\nfrom {__name__} import {forward.__name__}\nsys.exit({serving})\n"
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+
+
+def forward(owner: int, arguments: Sequence[str]) -> int:
+    """Runs `python ARGUMENTS` and returns its exit code.
+
+    :param owner: of the server.
+    """
+    # `-m` has the current folder on its path without being told.
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(folder for folder in folders if folder != os.getcwd())
+    with install(str(owner), owner):
+        return subprocess.call([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path})
 
 
 def _connected() -> socket.socket:

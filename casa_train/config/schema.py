@@ -77,6 +77,10 @@ class ParallelConfig:
     """Blocks that keep only their inputs for the backward pass and run again there: none, decoder
     (fusion included), vision (the trained blocks) or all. Less memory, more work, the same
     numbers."""
+    compile: Annotated[str, Choice("auto", "off", "on"), FREE] = "auto"
+    """Compile the blocks of the model by torch.compile: auto (on a GPU), off or on. The same
+    numbers within rounding and faster; the first step takes a minute or so longer. Validations and
+    exports stay as they are."""
     threads: NonNegativeInt = 0
     """CPU threads of each rank's torch, also when the run is exported and evaluated; 0 leaves
     torch's choice: one a core, or OMP_NUM_THREADS, which torchrun sets to 1. Sums round differently

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from casa_train.checkpoint.slices import STATE_DIRECTORY, SavedSlices, write_sli
 from casa_train.config.schema import ParallelConfig
 from casa_train.cost.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.distributed.ranks import Ranks
+from casa_train.engine.compiling import CompileClock
 from casa_train.engine.zero_state import ZeroState
 from casa_train.errors import RankError, UserError
 from casa_train.io.quiet import deepspeed_imported_quietly
@@ -32,7 +33,13 @@ from casa_train.io.quiet import deepspeed_imported_quietly
 # DeepSpeed logs its start in dozens of lines; the run's own banner says what matters.
 with deepspeed_imported_quietly():
     import deepspeed
-    from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.utils import (
+        groups,
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        set_z3_leaf_modules,
+    )
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed's calls of older collectives would fill the log of a ZeRO-3 run.
@@ -157,6 +164,10 @@ class Engine:
     """A model under DeepSpeed ZeRO 1, 2 or 3.
 
     :param accumulation: micro-steps of an optimiser step on this rank.
+    :param whole: modules that use their children's weights by themselves, so that ZeRO-3 gathers
+        all their weights at once.
+    :param borrowed: small parameters that are used past the hooks of their modules.
+    :param clock: measures the compilation of the model's blocks; None: they are not compiled.
     """
 
     def __init__(
@@ -167,8 +178,15 @@ class Engine:
         parallel: ParallelConfig,
         accumulation: int,
         clip: float,
+        whole: Sequence[type[nn.Module]] = (),
+        borrowed: Sequence[nn.Parameter] = (),
+        clock: CompileClock | None = None,
     ) -> None:
         self.ranks, self.zero_stage = ranks, parallel.zero_stage
+        self.clock = clock
+        self._borrowed: Sequence[Any] = borrowed if parallel.zero_stage == 3 else ()
+        if parallel.zero_stage == 3 and whole:
+            set_z3_leaf_modules(model, list(whole))
         self._frozen: FrozenFile | None = None  # what rank 0 wrote or loaded
         settings = _settings(parallel)
         # Allocated whole on every rank, whatever the size of the model.
@@ -213,6 +231,9 @@ class Engine:
             self._engine.train()
 
     def forward(self, **inputs: Any) -> Any:
+        # ZeRO-3 keeps small parameters once they are gathered, until somebody parts them.
+        if parted := [p for p in self._borrowed if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]:
+            parted[0].all_gather(param_list=parted)
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -230,6 +251,8 @@ class Engine:
     def step(self) -> None:
         """Counts a micro-step; at the accumulation boundary clips and updates."""
         self._engine.step()
+        if self.clock is not None and self._engine.global_steps:
+            self.clock.tell(self.ranks.log)
 
     def make_moments(self) -> None:
         """Makes Adam's moments, all zero, which its first update would make; on a fresh engine."""
@@ -310,4 +333,6 @@ class Engine:
         return ZeroState(self._engine.optimizer, self.module, self.zero_stage)
 
     def close(self) -> None:
+        if self.clock is not None:
+            self.clock.close()
         self._engine.destroy()

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import nn
+
 from casa_train.config.micro_steps import micro_steps
 from casa_train.config.schema import Config
 from casa_train.distributed.random_state import seed_all
 from casa_train.distributed.ranks import Ranks
+from casa_train.engine.compiling import CompileClock, choose_compiler
 from casa_train.engine.engine import Engine, shard
 from casa_train.io.precision import DTYPES
+from casa_train.modeling.decoder import FusedLayer
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.vision import PatchMerger, VisionBlock, VisionMLP
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.optim import build_groups, build_optimizer, describe
 from casa_train.setup.weights import Start, start_weights
+
+# Matrix kernels of a GPU want rows of 16 bytes, and like those of 128 best: columns of bf16.
+NEEDED, ALIGNED = 8, 64
 
 
 def start_model(
@@ -50,17 +58,38 @@ def build_engine(
 
     :param model: with its values, on the device, sharded where ZeRO-3 will have it so.
     :param fused: of the optimiser, see `build_optimizer`.
-    :raises UserError: parameter groups that do not fit the model.
+    :raises UserError: parameter groups that do not fit the model, or a compiler that is missing.
     """
-    model.checkpoint_activations(config.parallel.activation_checkpointing)
+    parallel = config.parallel
+    model.checkpoint_activations(parallel.activation_checkpointing)
+    compiler = choose_compiler(parallel, ranks)
+    model.compile_regions(compiler)
+    columns: int = model.visual.config.intermediate_size
+    if ranks.device.type == "cuda" and parallel.precision == "bf16" and columns % NEEDED:
+        model.visual.align_ffn(ALIGNED)
+    padded = any(m.aligned > 1 for m in model.modules() if isinstance(m, VisionMLP))
     groups = build_groups(model.named_parameters(), config.optim.groups)
     engine = Engine(
         model,
         build_optimizer(groups, config.optim, fused),
         ranks,
-        config.parallel,
+        parallel,
         micro_steps(config.data, ranks.world),
         config.optim.clip,
+        whole=[VisionMLP] if padded else [],
+        borrowed=[] if compiler is None else _norms(model),
+        clock=None if compiler is None else CompileClock(),
     )
     engine.train()
     return engine
+
+
+def _norms(model: CasaForConditionalGeneration) -> list[nn.Parameter]:
+    """The weights that blocks use in compiled regions, past the hooks of the norms themselves."""
+    return [
+        norm.get_parameter("weight")
+        for block in model.modules()
+        if isinstance(block, FusedLayer | VisionBlock | PatchMerger)
+        for norm in block.modules()
+        if type(norm).__name__.endswith("Norm")
+    ]

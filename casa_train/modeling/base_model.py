@@ -11,9 +11,10 @@ from .activation_checkpointing import CheckpointedBlocks
 from .configuration_casa import CasaConfig
 from .decoder import FUSED
 from .outputs import NEW_NAME, OLD_NAME
+from .regions import CompiledRegions
 
 
-class CasaPreTrainedModel(CheckpointedBlocks, PreTrainedModel):
+class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, PreTrainedModel):
     config_class = CasaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .image_attention import ImageAttention
+from .regions import Compiler, add_normed, gated_mlp, normed
 from .rope import Rope, Table
 from .segments import Segments
 from .streaming import FlatCache, StreamingState
@@ -65,6 +66,7 @@ class DecoderContext:
     :param keep_index: rows of a fusion layer's key space to keep for the next chunk.
     :param image_attention: listens to what text reads from images; None in training and generation.
     :param step: in place of cache and state where every row takes one token (`decoding.py`).
+    :param compiler: what compiles the layers' regions; None: they run eagerly.
     :param elsewhere: copies of this context on other devices.
     """
 
@@ -80,6 +82,7 @@ class DecoderContext:
     keep_index: Tensor | None = None
     image_attention: ImageAttention | None = None
     step: Any = None
+    compiler: Compiler | None = None
     elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> DecoderContext:
@@ -148,20 +151,25 @@ def self_attention(layer: Any, heads: Heads, context: DecoderContext) -> Tensor:
 def attend(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
     """h + SA(norm(h)): (S, C)."""
     attention = layer.self_attn
-    heads = project(attention, layer.input_layernorm(h), attention.head_dim)
+    heads = project(attention, normed(layer.input_layernorm, h), attention.head_dim)
     out: Tensor = h + attention.o_proj(self_attention(layer, heads, context))
     return out
 
 
-def feed_forward(layer: Any, h: Tensor) -> Tensor:
-    """h + FFN(norm(h)): (tokens, C)."""
-    out: Tensor = h + layer.mlp(layer.post_attention_layernorm(h))
-    return out
+def feed_forward(layer: Any, h: Tensor, *added: Tensor) -> Tensor:
+    """h + FFN(norm(h)): (tokens, C).
+
+    :param added: to h before, such as what was read: (tokens, C) each.
+    """
+    h, x = add_normed(layer.post_attention_layernorm, h, *added)
+    return h + gated_mlp(layer.mlp, x)
 
 
 def plain_block(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
     """The backbone's own block: (S, C)."""
-    return feed_forward(layer, attend(layer, h, context))
+    attention = layer.self_attn
+    heads = project(attention, normed(layer.input_layernorm, h), attention.head_dim)
+    return feed_forward(layer, h, attention.o_proj(self_attention(layer, heads, context)))
 
 
 def scatter(read: Tensor, segments: Segments, rows: int) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 from .activation_checkpointing import run_block
 from .block import DecoderContext
 from .fusion import FusionMechanism
+from .regions import compiling
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,
@@ -98,8 +99,13 @@ class FusedLayer(nn.Module):
         :param images: (N, C) image tokens.
         :return: both, after the block.
         """
+        run_layer = context.mechanism.run_layer
         out: tuple[Tensor, Tensor]
-        out = context.mechanism.run_layer(self, h, images, context.on(h.device))
+        if context.step is not None:  # which is compiled as a whole, if at all
+            out = run_layer(self, h, images, context)
+            return out
+        with compiling(context.compiler):
+            out = run_layer(self, h, images, context.on(h.device))
         return out
 
 

@@ -15,6 +15,7 @@ from .block import DecoderContext, plain_block, project, project_out, query_mask
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import ATTENTION_GATE, FFN_GATE
+from .regions import gated_mlp, normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
 
@@ -88,7 +89,7 @@ class GatedLayer(nn.Module):
         """(T, C) text and (N, C) image tokens -> (T, C)."""
         assert context.plan.cross is not None
         cross = context.plan.cross
-        text = project(self, self.norm(h), self.head_dim, keys=False)
+        text = project(self, normed(self.norm, h), self.head_dim, keys=False)
         pictures = image_heads(self, self.image_norm, images, self.head_dim, context)
         read, _ = read_windows(self.layer_idx, text, pictures, context)
         if context.image_attention is not None:
@@ -96,7 +97,7 @@ class GatedLayer(nn.Module):
             for name, gate in gates.items():
                 context.image_attention.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
         h = h + self.attention_gate.tanh() * project_out(self.o_proj, read, cross)
-        passed = self.ffn_gate.tanh() * self.mlp(self.ffn_norm(h))
+        passed = self.ffn_gate.tanh() * gated_mlp(self.mlp, normed(self.ffn_norm, h))
         if not cross.covers(len(h)):
             passed = passed * query_mask(cross, len(h), h.dtype)
         out: Tensor = h + passed

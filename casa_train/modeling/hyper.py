@@ -26,6 +26,7 @@ from .block import (
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import IMAGE_GATE
+from .regions import normed
 from .windowed import WindowedMechanism, image_heads, linear_like, read_windows
 
 # sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.
@@ -83,14 +84,14 @@ class HyperAttention(WindowedMechanism):
         if layer.fusion is None:
             return plain_block(layer, h, context), images
         attention = layer.self_attn
-        x = layer.input_layernorm(h)
+        x = normed(layer.input_layernorm, h)
         heads = project(attention, x, attention.head_dim)
         read = self_attention(layer, heads, context)
         pictures = image_heads(
             layer.fusion, layer.input_layernorm, images, attention.head_dim, context
         )
         combined = layer.fusion(x, pictures, heads, read, context)
-        return feed_forward(layer, h + attention.o_proj(combined)), images
+        return feed_forward(layer, h, attention.o_proj(combined)), images
 
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
         if layer_idx not in self.layers:

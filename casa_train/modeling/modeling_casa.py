@@ -63,6 +63,7 @@ from .padded import (
 )
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
+from .regions import CompiledRegions
 from .room import Room
 from .rope import Rope
 from .segments import Segments
@@ -329,6 +330,7 @@ __all__ = [
     "ChatTemplate",
     "CheckpointedBlocks",
     "Chunk",
+    "CompiledRegions",
     "CrossAttention",
     "DecodeStep",
     "DecoderContext",

@@ -98,7 +98,7 @@ class PackedModel(CasaPreTrainedModel):
             chunks = with_rows(chunks, [image.shape[1] // SIDE for image in images])
         chunks = mechanism.compress(chunks)
         text = self.model.embed_tokens(ids)
-        backend = self.attention_backend
+        backend, compiler = self.attention_backend, self._compiler_now()
         # Layouts first: while the host makes them, a GPU still has the last micro-step to do.
         state: StreamingState | None = None
         cache = None
@@ -134,9 +134,11 @@ class PackedModel(CasaPreTrainedModel):
             state=state,
             keep_index=keep,
             image_attention=image_attention,
+            compiler=compiler,
         )
         if images:
-            tokens = self.adapter(self.visual(images, backend, self._checkpoints("vision")))
+            again = self._checkpoints("vision")
+            tokens = self.adapter(self.visual(images, backend, again, compiler))
             if self.resampler is not None:
                 tokens = self.resampler(tokens, counts, backend)
         else:

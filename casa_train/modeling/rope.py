@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .regions import region
 from .segments import on_device
 
 Table = tuple[Tensor, Tensor]  # cosines and signed sines, each (tokens, 1, D)
@@ -23,11 +24,6 @@ class Rope:
     """How a backbone pairs the elements of a head; called, it rotates (tokens, heads, D)."""
 
     def __call__(self, x: Tensor, table: Table) -> Tensor:
-        cos, sin = table
-        return x * cos + self.others(x) * sin
-
-    def others(self, x: Tensor) -> Tensor:
-        """In the place of each element the other one of its pair."""
         raise NotImplementedError
 
     def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
@@ -38,9 +34,8 @@ class Rope:
 class RotateHalves(Rope):
     """Pairs element i with i + D/2 (Llama, Qwen2)."""
 
-    def others(self, x: Tensor) -> Tensor:
-        rolled: Tensor = x.roll(x.shape[-1] // 2, -1)
-        return rolled
+    def __call__(self, x: Tensor, table: Table) -> Tensor:
+        return rotate_halves(x, table)
 
     def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
         return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
@@ -49,13 +44,26 @@ class RotateHalves(Rope):
 class RotatePairs(Rope):
     """Pairs element 2i with 2i + 1 (Helium)."""
 
-    def others(self, x: Tensor) -> Tensor:
-        swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return swapped
+    def __call__(self, x: Tensor, table: Table) -> Tensor:
+        return rotate_pairs(x, table)
 
     def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
         cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
         return cosines.flatten(-2)[:, None], sines.flatten(-2)[:, None]
+
+
+@region
+def rotate_halves(x: Tensor, table: Table) -> Tensor:
+    """x times cosines, and the other element of each pair times signed sines."""
+    cos, sin = table
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+@region
+def rotate_pairs(x: Tensor, table: Table) -> Tensor:
+    """As `rotate_halves`, for pairs of neighbours."""
+    cos, sin = table
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
 def rope_settings(config: Any) -> dict[str, Any]:

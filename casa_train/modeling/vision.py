@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import run_block
 from .attention import varlen_attention
+from .regions import Compiler, add_normed, compiling, gated_product, normed, region
 from .segments import Segments, on_device
 
 # CLIP's statistics, which Qwen2.5-VL's image processor uses.
@@ -84,14 +85,20 @@ class VisionAttention(nn.Module):
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments, backend: str
     ) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "p (three h d) -> three p h d", three=3, h=self.heads)
-        q, k = _rotate(q, table), _rotate(k, table)
+        q, k, v = _rotated_heads(self.qkv(x), table, self.heads)
         read = varlen_attention(q, k, v, segments, backend)
         out: Tensor = self.proj(read.flatten(1))
         return out
 
 
 class VisionMLP(nn.Module):
+    """A gated feed-forward network.
+
+    :ivar aligned: its width is padded to a multiple of this while it runs; 1: it is not.
+    """
+
+    aligned = 1
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
@@ -100,8 +107,19 @@ class VisionMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        out: Tensor
+        if more := -gate.out_features % self.aligned:
+            product = gated_product(F.silu, _widened(gate, x, more), _widened(up, x, more))
+            out = F.linear(product, F.pad(down.weight, (0, more)), down.bias)
+        else:
+            out = down(gated_product(F.silu, gate(x), up(x)))
         return out
+
+
+def _widened(linear: nn.Linear, x: Tensor, more: int) -> Tensor:
+    """linear(x) with so many more columns, all exactly zero."""
+    return F.linear(x, F.pad(linear.weight, (0, 0, 0, more)), F.pad(linear.bias, (0, more)))
 
 
 class VisionBlock(nn.Module):
@@ -113,10 +131,17 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments, backend: str
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        segments: Segments,
+        backend: str,
+        compiler: Compiler | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), table, segments, backend)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        with compiling(compiler):
+            read = self.attn(normed(self.norm1, x), table, segments, backend)
+            x, y = add_normed(self.norm2, x, read)
+            out: Tensor = x + self.mlp(y)
         return out
 
 
@@ -132,9 +157,10 @@ class PatchMerger(nn.Module):
             nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = rearrange(self.ln_q(x), "(n cell) c -> n (cell c)", cell=self.cell)
-        out: Tensor = self.mlp(normed)
+    def forward(self, x: Tensor, compiler: Compiler | None = None) -> Tensor:
+        with compiling(compiler):
+            x = normed(self.ln_q, x)
+        out: Tensor = self.mlp(rearrange(x, "(n cell) c -> n (cell c)", cell=self.cell))
         return out
 
 
@@ -193,6 +219,19 @@ class VisionTower(nn.Module):
         for module in (self.patch_embed, *self.blocks[: self.frozen_blocks]):
             module.requires_grad_(not self.frozen_patches)
 
+    def align_ffn(self, multiple: int) -> None:
+        """Pads the feed-forward networks' width to a multiple of this while they run.
+
+        Matrix kernels of a GPU want rows of 16 bytes, and 3,420 columns in bf16 are none. The
+        weights stay as they are, in memory and in every file: each forward pass pads them with
+        zeros, whose products are zero, and autograd cuts the gradients again.
+
+        :param multiple: 1: nothing is padded.
+        """
+        for mlp in self.modules():
+            if isinstance(mlp, VisionMLP):
+                mlp.aligned = multiple
+
     def token_counts(self, images: Sequence[Tensor]) -> list[int]:
         """Image tokens of each (3, H, W) image.
 
@@ -213,13 +252,18 @@ class VisionTower(nn.Module):
         return [(image.shape[1] // side) * (image.shape[2] // side) for image in images]
 
     def forward(
-        self, images: Sequence[Tensor], backend: str = "auto", checkpointed: bool = False
+        self,
+        images: Sequence[Tensor],
+        backend: str = "auto",
+        checkpointed: bool = False,
+        compiler: Compiler | None = None,
     ) -> Tensor:
         """Image tokens of all images, one after another.
 
         :param images: (3, H, W) each, any dtype with values 0..255, sides multiples of 28.
         :param backend: attention backend.
         :param checkpointed: trained blocks keep their inputs alone and run twice.
+        :param compiler: what compiles the blocks' regions; None: they run eagerly.
         :return: (N, out_hidden_size), row-major within each image.
         """
         weight = self.patch_embed.proj.weight
@@ -249,12 +293,12 @@ class VisionTower(nn.Module):
             frozen = self.frozen_patches and i < self.frozen_blocks
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 again = checkpointed and torch.is_grad_enabled()
-                x = run_block(block, x, table, segments, backend, checkpointed=again)
+                x = run_block(block, x, table, segments, backend, compiler, checkpointed=again)
             if frozen and x.requires_grad:
                 raise AssertionError(
                     f"frozen vision block {i} keeps activations for a backward pass"
                 )
-        tokens = self.merger(x)
+        tokens = self.merger(x, compiler)
         return torch.empty_like(tokens).index_copy(0, index, tokens)
 
     def _patches(
@@ -328,6 +372,15 @@ def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
     starts = np.cumsum([0, *lengths]).tolist()
     ranges = [[pair] for pair in zip(starts, starts[1:], strict=False)]
     return Segments(ranges, ranges, causal=False, device=device)
+
+
+@region
+def _rotated_heads(
+    qkv: Tensor, table: tuple[Tensor, Tensor], heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(patches, 3 * C) -> rotated queries and keys, and values: (patches, heads, D) each."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    return _rotate(q, table), _rotate(k, table), v
 
 
 def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

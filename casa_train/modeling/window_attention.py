@@ -22,6 +22,7 @@ from .block import (
     self_attention,
 )
 from .block_work import BlockWork
+from .regions import normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -178,29 +179,29 @@ class WindowAttention(WindowedMechanism):
         pictures = image_heads(owner, image_norm, images, width, context, queries=attends)
 
         if self.placement == "parallel":
-            x = layer.input_layernorm(h)
+            x = normed(layer.input_layernorm, h)
             own = project(layer.self_attn, x, width)
             text = own if self.shared else project(fusion, x, width, keys=keys)
             read, image_read = fusion(text if keys else text._replace(k=None), pictures, context)
             seen = self_attention(layer, own, context)
             if self.shared:
-                h = h + layer.self_attn.o_proj(seen + read)
+                added = [layer.self_attn.o_proj(seen + read)]
             else:
-                h = h + layer.self_attn.o_proj(seen) + project_out(fusion.o_proj, read, cross)
+                added = [layer.self_attn.o_proj(seen), project_out(fusion.o_proj, read, cross)]
         else:
             if self.placement == "after":
                 h = attend(layer, h, context)
-            text = project(owner, text_norm(h), width, keys=keys)
+            text = project(owner, normed(text_norm, h), width, keys=keys)
             read, image_read = fusion(text, pictures, context)
-            h = h + project_out(owner.o_proj, read, cross)
+            added = [project_out(owner.o_proj, read, cross)]
             if self.placement == "before":
-                h = attend(layer, h, context)
+                h, added = attend(layer, h + added[0], context), []
 
         if image_read is not None:
             images = images + owner.o_proj(image_read)
         if updates:
             images = feed_forward(layer, images)
-        return feed_forward(layer, h), images
+        return feed_forward(layer, h, *added), images
 
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
         if not self.has_fusion(layer_idx):

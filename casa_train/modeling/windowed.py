@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import varlen_attention
 from .block import DecoderContext, FusionPlan, Heads, project, scatter
 from .fusion import FusionMechanism
+from .regions import normed
 from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, Range, image_positions, split_windows, text_positions
@@ -176,7 +177,7 @@ def image_heads(
     """Keys and values (and queries) of normed image tokens; none where a step brings no image."""
     if context.step is not None:
         return Heads(None, None, None)
-    return project(owner, norm(images), head_dim, queries=queries)
+    return project(owner, normed(norm, images), head_dim, queries=queries)
 
 
 def linear_like(source: nn.Linear) -> nn.Linear:

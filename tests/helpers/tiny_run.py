@@ -25,15 +25,17 @@ def tiny_settings(
     precision: str = "fp32",
     packs: int = 2,
     checkpointed: str = "none",
+    compile_blocks: str = "auto",
 ) -> Config:
     """The configuration of such a run, as far as there is one.
 
     :param packs: of a step, over all ranks; :param checkpointed: blocks whose activations are.
+    :param compile_blocks: auto, off or on.
     """
     return Config(
         name="tiny",
         optim=optim,
-        parallel=ParallelConfig(stage, precision, checkpointed),
+        parallel=ParallelConfig(stage, precision, checkpointed, compile_blocks),
         data=DataConfig(packs_per_step=packs, max_bad_share=1.0),
         trainer=TrainerConfig(worst_case=False),
         metrics=MetricsConfig(tensorboard=False),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.ranks import Ranks
+from casa_train.engine import compiling
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -43,12 +44,16 @@ class Case:
     """A tiny model and how it is trained.
 
     :param checkpointed: blocks whose activations are checkpointed.
+    :param compiled: whether the blocks are.
+    :param aligned: what the width of the vision FFN is padded to a multiple of.
     """
 
     model: dict[str, Any]
     clip: float = CLIP
     checkpointed: str = "none"
     frozen: bool = False
+    compiled: bool = False
+    aligned: int = 1
 
     def build(self) -> CasaForConditionalGeneration:
         options = dict(self.model)
@@ -106,6 +111,19 @@ CASES = {
     "casa, wide, frozen and checkpointed": Case(
         {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, checkpointed="all", frozen=True
     ),
+    "casa, padded": Case({"mechanism": "casa", "width": WIDE}, aligned=56),
+    **{
+        f"{name}, compiled": Case(MODELS[name], compiled=True, aligned=56)
+        for name in ("casa", "gated_cross_attention")
+    },
+    "casa, wide, frozen, checkpointed and compiled": Case(
+        {"mechanism": "casa", "width": WIDE, "every": 2},
+        clip=0.05,
+        checkpointed="all",
+        frozen=True,
+        compiled=True,
+        aligned=56,
+    ),
 }
 # What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
 TEXT_ONLY = [Layout(6), Layout(1, (0,), ((1, 1),))]
@@ -153,8 +171,13 @@ def engine_step(
 ) -> tuple[dict[str, Tensor], float]:
     """The same through the project's engine, each rank with its own packs."""
     count, optim = ranks.world * len(packs()), replace(OPTIM, clip=case.clip)
-    config = tiny_settings(optim, stage, packs=count, checkpointed=case.checkpointed)
-    engine = build_engine(config, case.build(), ranks)
+    compiled = "on" if case.compiled else "off"
+    config = tiny_settings(
+        optim, stage, packs=count, checkpointed=case.checkpointed, compile_blocks=compiled
+    )
+    model = case.build()
+    model.visual.align_ffn(case.aligned)
+    engine = build_engine(config, model, ranks)
     set_rates(engine.param_groups, 1.0)
     for step in packs():
         loss, _ = pack_loss(engine.forward, step[ranks.rank])
@@ -168,6 +191,7 @@ def engine_step(
 
 def main() -> None:
     torch.set_num_threads(1)
+    compiling.COMPILER = "aot_eager"  # the same graphs, without the minutes of a C++ compiler
     ranks = init_processes()
     assert ranks.world == 2
     total = sum(len(s.ids) - 1 for step in packs() for samples in step for s in samples)

@@ -292,6 +292,7 @@ FREE_FIELDS = {
     "dry_run",
     "planned_ranks",
     "parallel.activation_checkpointing",
+    "parallel.compile",
     "data.workers",
     "data.max_bad_share",
     "data.stream.memory_mib",

@@ -1,0 +1,93 @@
+"""Whether a run compiles the blocks of its model, what that needs, and how long it took."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from casa_train.config.schema import ParallelConfig
+from casa_train.distributed.ranks import Ranks
+from casa_train.errors import UserError
+from casa_train.io.numbers import count
+
+COMPILER = "inductor"
+# Inductor's kernels need it (Volta).
+LEAST_CAPABILITY = (7, 0)
+# Kinds of layers share a region's code, for each of which torch.compile keeps 8 graphs by default.
+GRAPHS = 64
+
+
+def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
+    """What compiles the blocks of this run; None: they run eagerly. Collective.
+
+    :raises UserError: on every rank, where `parallel.compile` is on and something is missing.
+    """
+    device, wanted = ranks.device, parallel.compile
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return None
+    missing = next((m for m in ranks.gather(what_is_missing(device)) if m is not None), None)
+    if missing is None:
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+        return COMPILER
+    if wanted == "on":
+        raise UserError(
+            f"parallel.compile is 'on', but torch.compile cannot run here: {missing}. Install it, "
+            "or set parallel.compile=off: the same numbers within rounding, slower."
+        )
+    ranks.log(f"note: blocks are not compiled, so steps take longer: {missing}")
+    return None
+
+
+def what_is_missing(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, in words; None: nothing."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+            least = ".".join(map(str, LEAST_CAPABILITY))
+            return f"it needs a GPU of compute capability {least}"
+        if importlib.util.find_spec("triton") is None:
+            return "there is no package triton"
+        names = [os.environ.get("CC"), "gcc", "clang", "cc"]  # which builds Triton's launchers
+        found, kind = any(name and shutil.which(name) for name in names), "C compiler"
+    else:
+        name = os.environ.get("CXX", "g++")  # as Inductor looks for it
+        found, kind = shutil.which(name) is not None, f"C++ compiler {name}"
+    return None if found else f"there is no {kind}"
+
+
+class CompileClock:
+    """Counts graphs and the seconds that torch.compile takes for them, in this process."""
+
+    def __init__(self) -> None:
+        self.graphs, self.seconds = 0, 0.0
+        self._began: float | None = None
+        self._told = False
+        torch._dynamo.callback.on_compile_start(self._start)
+        torch._dynamo.callback.on_compile_end(self._end)
+
+    def _start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        if self._began is not None:
+            self.graphs += 1
+            self.seconds += time.perf_counter() - self._began
+        self._began = None
+
+    def tell(self, log: Callable[[str], None]) -> None:
+        """Says once what there was to compile up to now."""
+        if not self._told:
+            log(f"compiled {count(self.graphs, 'graph')} of the blocks in {self.seconds:.1f} s")
+        self._told = True
+
+    def close(self) -> None:
+        """Stops counting."""
+        handler = torch._dynamo.callback.callback_handler
+        handler.remove_start_callback(self._start)
+        handler.remove_end_callback(self._end)

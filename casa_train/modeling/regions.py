@@ -1,0 +1,145 @@
+"""Regions: the elementwise stretches of a block, which a run may compile into one kernel each.
+
+A region is a function of tensors whose first axis counts the same tokens or patches, which change
+from pack to pack; all else is constant, so that one graph serves all packs and all layers of a
+kind. Matrix products and attention stay outside: they have kernels of their own, and layouts with
+Python lists never enter a region.
+
+A region reads one parameter at most. The gradients of a compiled region come out of one node of the
+graph, in no order that ranks share, and ZeRO-2 adds up what arrives at the same time: with the
+weights of whole blocks inside, its gradients were wrong without a word.
+
+Whether a block compiles its regions is a matter of the run: the model says so when it calls the
+block, and the block says it around what it runs (`compiling`), also when activation checkpointing
+runs it again on another thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# What torch.compile takes as a backend.
+Compiler = str | Callable[..., Any]
+
+# What compiles the regions of the block around; None: they run eagerly.
+_compiler: ContextVar[Compiler | None] = ContextVar("compiler", default=None)
+
+
+@contextlib.contextmanager
+def compiling(compiler: Compiler | None) -> Iterator[None]:
+    """Regions inside are compiled by this; None: they run eagerly."""
+    before = _compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _compiler.reset(before)
+
+
+def region(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks a function as a region: it runs as it stands, or compiled inside `compiling`."""
+
+    @functools.wraps(function)
+    def call(*inputs: P.args, **options: P.kwargs) -> R:
+        compiler = _compiler.get()
+        tensors = [] if compiler is None else list(_tensors(inputs))
+        # torch.compile takes an axis of 0 or 1 for a constant.
+        if compiler is None or any(len(tensor) < 2 for tensor in tensors):
+            return function(*inputs, **options)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        result: R = _compiled(function, compiler)(*inputs, **options)
+        return result
+
+    return call
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    """The tensors among the inputs of a region; a weight comes inside its module."""
+    for value in inputs:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
+    # dynamic=False: sizes that are not marked are constants, also those of a second kind of layer.
+    compiled: Callable[..., Any] = torch.compile(
+        function, backend=compiler, dynamic=False, fullgraph=True
+    )
+    return compiled
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x): (tokens, C)."""
+    return _normed(norm, _compiler.get() is None, x)
+
+
+def add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
+    """h and all that is added to it, and the norm of that: (tokens, C) each."""
+    if not added:
+        return h, normed(norm, h)
+    return _add_normed(norm, _compiler.get() is None, h, *added)
+
+
+@region
+def _normed(norm: nn.Module, hooks: bool, x: Tensor) -> Tensor:
+    """:param hooks: whether those of the norm run. On ranks that compile they do not, not even for
+    a pack with a single row: under ZeRO-3 all ranks must call the same modules.
+    """
+    out: Tensor = norm(x) if hooks else norm.forward(x)
+    return out
+
+
+@region
+def _add_normed(norm: nn.Module, hooks: bool, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
+    for more in added:
+        h = h + more
+    return h, norm(h) if hooks else norm.forward(h)
+
+
+@region
+def gated_product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up: (tokens, width). :param act: a function, or a module, without its hooks."""
+    called: Callable[[Tensor], Tensor] = act.forward if isinstance(act, nn.Module) else act
+    return called(gate) * up
+
+
+def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """mlp(x) of a decoder layer: a `down_proj` of its `act_fn`, `gate_proj` and `up_proj`."""
+    if _compiler.get() is None:
+        out: Tensor = mlp(x)
+        return out
+    out = mlp.down_proj(gated_product(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
+    return out
+
+
+class CompiledRegions:
+    """The part of a model that says what compiles its blocks' regions.
+
+    A matter of the run, not of the model: no configuration and no export carries it.
+    """
+
+    training: bool
+    compiler: Compiler | None = None
+
+    def compile_regions(self, compiler: Compiler | None = "inductor") -> None:
+        """Compiles the blocks' regions in training mode; generation and evaluation stay eager.
+
+        :param compiler: a backend of torch.compile; None: eager again.
+        """
+        self.compiler = compiler
+
+    def _compiler_now(self) -> Compiler | None:
+        """What compiles the regions of this forward pass."""
+        return self.compiler if self.training else None

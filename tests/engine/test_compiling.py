@@ -1,0 +1,67 @@
+"""Whether a run compiles its blocks: asked for, possible, on all ranks alike, and how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from casa_train.config.schema import ParallelConfig
+from casa_train.distributed.ranks import Ranks
+from casa_train.engine.compiling import CompileClock, choose_compiler, what_is_missing
+from casa_train.errors import UserError
+
+GPU = torch.device("cuda", 0)
+
+
+def test_a_cpu_compiles_on_demand_alone() -> None:
+    chosen = [
+        choose_compiler(ParallelConfig(compile=word), Ranks()) for word in ("auto", "off", "on")
+    ]
+    assert chosen == [None, None, "inductor"]
+
+
+def test_a_missing_compiler_is_refused_or_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    missing = what_is_missing(torch.device("cpu"))
+    assert missing == "there is no C++ compiler no_such_compiler"
+    with pytest.raises(UserError, match=f"parallel.compile is 'on', but .*{missing.split()[-1]}"):
+        choose_compiler(ParallelConfig(compile="on"), Ranks())
+    lines: list[str] = []
+    monkeypatch.setattr("casa_train.engine.compiling.what_is_missing", lambda _: "no triton")
+    assert choose_compiler(ParallelConfig(), Ranks(device=GPU, out=lines.append)) is None
+    assert len(lines) == 1 and lines[0].endswith("no triton")
+
+
+class OfTwo(Ranks):
+    """The first of two ranks; the second has no compiler."""
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        return [value, "there is no C++ compiler"]
+
+
+def test_all_ranks_compile_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("casa_train.engine.compiling.what_is_missing", lambda _: None)
+    assert choose_compiler(ParallelConfig(), Ranks(device=GPU)) == "inductor"
+    assert choose_compiler(ParallelConfig(), OfTwo(device=GPU)) is None
+    with pytest.raises(UserError, match="there is no C"):
+        choose_compiler(ParallelConfig(compile="on"), OfTwo())
+
+
+def test_the_clock_counts_what_is_compiled_while_it_runs() -> None:
+    torch._dynamo.reset()
+    lines: list[str] = []
+    clock = CompileClock()
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    for _ in range(3):
+        compiled(torch.ones(5))
+    assert clock.graphs == 1 and clock.seconds > 0
+    for _ in range(2):
+        clock.tell(lines.append)
+    assert lines == [f"compiled 1 graph of the blocks in {clock.seconds:.1f} s"]
+    clock.close()
+    torch.compile(lambda x: x.cos() + 2, backend="eager")(torch.ones(5))
+    assert clock.graphs == 1
+    torch._dynamo.reset()

@@ -1,0 +1,176 @@
+"""Compiled regions: the same numbers, few graphs, and only where they were asked for."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.regions import compiling, normed
+from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
+from tests.helpers.variants import DAILY, build, gradients_of, packed_logits
+
+# For every day one mechanism with layers of its own and one without.
+EVERY_DAY = ("casa", "insertion")
+FREEZING = [
+    pytest.param(variant, marks=[] if variant in EVERY_DAY else pytest.mark.slow)
+    for variant in sorted(DAILY)
+]
+# Without a code generator: what becomes a graph, and how often, is the same.
+BACKEND = "eager"
+
+
+@pytest.fixture(autouse=True)
+def forgotten_graphs() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend of torch.compile that counts the graphs it is given, alike ones together."""
+
+    def __init__(self) -> None:
+        self.counts: dict[Any, int] = collections.Counter()
+
+    def __call__(self, graph: Any, inputs: list[Any]) -> Any:
+        sizes = [
+            tuple(size if isinstance(size, int) else "any" for size in value.shape)
+            for value in inputs
+            if isinstance(value, torch.Tensor)
+        ]
+        self.counts[graph.code, str(sizes)] += 1
+        return graph
+
+
+def random_packs(count: int) -> list[list[Sample]]:
+    """Packs of other lengths each, one with a single text and a single image token among them."""
+    numbers = random.Random(5)
+    packs = [fill([Layout(1, (0,), ((1, 1),))], 0)]
+    for seed in range(1, count):
+        layouts = []
+        for _ in range(numbers.randint(1, 3)):
+            grids = [(numbers.randint(1, 4), numbers.randint(1, 4)) for _ in range(2)]
+            text = numbers.randint(3, 12)
+            points = sorted(numbers.sample(range(text), 2))
+            layouts.append(Layout(text, tuple(points), tuple(grids)))
+        packs.append(fill(layouts, seed))
+    return [*packs[1:4], packs[0], *packs[4:]]
+
+
+def trained(
+    model: CasaForConditionalGeneration, pack: list[Sample], compiler: Any
+) -> dict[str, torch.Tensor]:
+    """Logits and gradients of a training step's forward and backward pass."""
+    model.train().zero_grad()
+    model.compile_regions(compiler)
+    logits = packed_logits(model, pack)
+    logits.square().sum().backward()
+    return {"logits": logits.detach(), **gradients_of(model)}
+
+
+@pytest.mark.parametrize("variant", FREEZING)
+def test_packs_of_any_length_share_a_few_graphs_and_keep_their_numbers(variant: str) -> None:
+    model = build(variant)
+    model.visual.set_trainable(1)
+    graphs = Graphs()
+    for number, pack in enumerate(random_packs(20)):
+        expected = trained(model, pack, None)
+        found = trained(model, pack, graphs)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (number, name)
+        if number == 0:
+            first = dict(graphs.counts)
+    assert first and graphs.counts == first  # the first pack made them all
+    # Once for frozen blocks, without autograd; for trained ones where what comes in has a gradient
+    # and, at the first that trains, where it has none.
+    assert max(graphs.counts.values()) <= 3
+
+
+def test_a_block_that_runs_again_is_compiled_both_times() -> None:
+    model = build("casa")
+    expected = trained(model, fill(HARD_PACK), None)
+    model.checkpoint_activations("all")
+    graphs = Graphs()
+    found = trained(model, fill(HARD_PACK), graphs)
+    assert set(graphs.counts.values()) == {1}  # where all trains, also for both passes
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_training_compiles_and_no_file_knows() -> None:
+    model = build("casa")
+    before, keys = model.config.to_json_string(), list(model.state_dict())
+    graphs = Graphs()
+    model.compile_regions(graphs)
+    model.eval()
+    packed_logits(model, fill(HARD_PACK))
+    model.generate(input_ids=torch.arange(5)[None], max_new_tokens=2)
+    assert not graphs.counts
+    assert model.config.to_json_string() == before and list(model.state_dict()) == keys
+    assert copy.deepcopy(model).compiler is not None
+
+
+def test_a_region_gives_the_gradient_of_one_parameter_at_most() -> None:
+    """Those of several would arrive in no order, which ZeRO-2 takes for the order of all ranks."""
+    model = build("gated_cross_attention").train()
+    parameters: list[int] = []
+
+    def counted(graph: Any, inputs: list[Any]) -> Any:
+        parameters.append(sum(isinstance(value, torch.nn.Parameter) for value in inputs))
+        return graph
+
+    model.compile_regions(counted)
+    packed_logits(model, fill(HARD_PACK))
+    assert set(parameters) == {0, 1}
+
+
+@pytest.mark.slow
+def test_kernels_of_a_code_generator_agree_with_eager_ones() -> None:
+    model = build("casa", dtype=torch.float32)
+    for pack in random_packs(3):
+        expected = trained(model, pack, None)
+        found = trained(model, pack, "inductor")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_count_tokens_is_constant() -> None:
+    """The axis of tokens alone is free, also beside a norm of another width."""
+    graphs = Graphs()
+    for width in (8, 12):
+        norm = torch.nn.RMSNorm(width)
+        for tokens in (3, 8, 12, 5):
+            x = torch.randn(tokens, width)
+            with compiling(graphs):
+                assert torch.equal(normed(norm, x), norm(x))
+    assert list(graphs.counts.values()) == [1, 1]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_padded_vision_ffn_changes_no_number(frozen: bool) -> None:
+    tower = build("casa", dtype=torch.float64).visual
+    if frozen:
+        tower.set_trainable(1)
+    images = packed_inputs(fill(HARD_PACK)).images
+    results = []
+    for aligned in (1, 56):  # 48 columns become 56
+        tower.align_ffn(aligned)
+        tower.zero_grad()
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as work:
+            tokens = tower(images)
+        tokens.square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
+        results.append((work.get_total_flops(), {"tokens": tokens.detach(), **gradients}))
+    (plain_work, plain), (padded_work, padded) = results
+    mlp = tower.blocks[0].mlp
+    patches = sum(image.shape[1] * image.shape[2] for image in images) // 14**2
+    more = 2 * 3 * patches * mlp.gate_proj.in_features * 8 * len(tower.blocks)
+    assert padded_work - plain_work == more  # it was padded
+    assert padded.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-12, atol=1e-12)

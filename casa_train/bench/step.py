@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from casa_train.bench._benchmark import (
     Benchmark,
@@ -49,14 +50,17 @@ size and a loss on every text token; the packs are made before the clock starts,
 for data. A rank does as many micro-steps as in the experiment with its own number of ranks
 (planned_ranks). Experiments run one after another, --rounds times in turn; times are medians over
 all steps after the warm-up. Work counts attended pairs and nothing that activation checkpointing
-repeats (cost/work.py). With --profile, some more steps are taken apart after the timed ones: where
-their milliseconds go, beside the least that each part could take by its work or its bytes; one more
-is recorded as DIR/EXPERIMENT.trace.json, for Perfetto. The packs are ready, so that data wait is
-nothing there. Sizes come from config.json where it can be read, from recorded_sizes.json otherwise.
+repeats (cost/work.py). Sizes come from config.json where it can be read, from recorded_sizes.json
+otherwise. With --compile every experiment runs twice, with eager and with compiled blocks; the
+compilation falls into the warm-up. With --profile, some more steps are taken apart after the timed
+ones: where their milliseconds go, beside the least that each part could take by its work or its
+bytes; one more is recorded as DIR/EXPERIMENT.trace.json, for Perfetto. The packs are ready, so that
+data wait is nothing there.
 
 An experiment is a name in conf/experiment (or --config-dir), with overrides behind commas:
     python -m casa_train.bench step helium_casa helium_insertion
     python -m casa_train.bench step demo demo,fusion=insertion --set parallel.precision=bf16
+    python -m casa_train.bench step demo --compile
     torchrun --standalone --nproc_per_node=8 -m casa_train.bench step
 Helium1-2B with its whole optimiser fits on one GPU of 80 GB by the estimate of dry_run with
     python -m casa_train.bench step --set parallel.activation_checkpointing=vision
@@ -110,16 +114,25 @@ class Arm:
     :param name: an experiment, with overrides behind commas.
     :param overrides: for every experiment.
     :param config_dir: a folder of the user's own with more experiments.
+    :param compiled: whether its blocks are; None: as its configuration has it.
     :raises UserError: naming what does not hold.
     """
 
     def __init__(
-        self, name: str, overrides: Sequence[str], world: int, config_dir: Path | None = None
+        self,
+        name: str,
+        overrides: Sequence[str],
+        world: int,
+        config_dir: Path | None = None,
+        compiled: bool | None = None,
     ) -> None:
         experiment, *own = name.split(",")
         # A dry run may leave paths open.
         more = [*overrides, *own, "dry_run=true"]
-        self.name = name
+        if compiled is not None:
+            more.append(f"parallel.compile={'on' if compiled else 'off'}")
+        self.name = f"{name}, compiled" if compiled else name
+        self.graphs, self.compile_seconds = 0, 0.0
         self.config = compose_config([f"+experiment={experiment}", *more], config_dir)
         if planned := self.config.planned_ranks:
             self.micro_steps = micro_steps(self.config.data, planned, PLANNED_RANKS)
@@ -157,6 +170,9 @@ class Arm:
             if traces is not None:
                 self._take_apart(run, ranks, traces)
             self.peak = max(self.peak, _peak(run, ranks.device))
+            if (clock := run.engine.clock) is not None:
+                self.graphs += clock.graphs
+                self.compile_seconds += clock.seconds
             ranks.barrier()
             run.engine.close()
         except torch.OutOfMemoryError as error:
@@ -199,11 +215,12 @@ class Arm:
             torch.cuda.reset_peak_memory_stats(ranks.device)
         model = meta_model(config, self.model_config)
         # Silent: a benchmark says what it measured, not how a run starts.
-        start_model(config, model, Start(Stored(), [], copies=True), replace(ranks, out=_nothing))
+        silent = replace(ranks, out=_nothing)
+        start_model(config, model, Start(Stored(), [], copies=True), silent)
         text: Any = self.model_config.text_config
         batch = batch_of(self.pack, text.vocab_size, self.operations, seed)
         loader = FullPacks(batch, self.micro_steps)
-        return build_run(config, ranks, build_engine(config, model, ranks), loader)
+        return build_run(config, ranks, build_engine(config, model, silent), loader)
 
     def result(self) -> dict[str, Any]:
         """What was measured: over all ranks, but memory and TFLOP/s of one."""
@@ -232,6 +249,8 @@ class Arm:
             "tflops": median("tflops"),
             "mfu": median("mfu"),
             "peak_bytes": self.peak,
+            "graphs": self.graphs,
+            "compile_seconds": self.compile_seconds,
             "loss": last["loss"],
             **profile,
         }
@@ -254,7 +273,10 @@ def _peak(run: Run, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     gc.collect()
-    alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    kinds = [(item, type(item)) for item in gc.get_objects()]
+    # Those that torch.compile reasons with hold nothing.
+    alive = [item for item, kind in kinds if issubclass(kind, Tensor) and kind is not FakeTensor]
+    del kinds
     held = tensor_bytes(alive)
     del alive
     following = run.state.progress.step + 1
@@ -294,8 +316,9 @@ def run(arguments: argparse.Namespace) -> Report:
 def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
     world, device = ranks.world, ranks.device
     arms = [
-        Arm(name, arguments.set, world, arguments.config_dir)
+        Arm(name, arguments.set, world, arguments.config_dir, compiled)
         for name in arguments.experiments or DEFAULT
+        for compiled in ((False, True) if arguments.compile else (None,))
     ]
     for _ in range(arguments.rounds):
         for arm in arms:
@@ -353,6 +376,11 @@ def _table(
         f"{arm.name}: {arm.micro_steps} micro-steps a rank and step, packs of "
         f"{result['text_tokens'] // arm.micro_steps // world} text and "
         f"{result['image_tokens'] // arm.micro_steps // world} image tokens"
+        + (
+            f"; {count(result['graphs'], 'graph')} compiled in {result['compile_seconds']:.1f} s"
+            if result.get("graphs")
+            else ""
+        )
         + "".join(f"; {note}" for note in dict.fromkeys(arm.notes))
         for arm, result in zip(arms, results, strict=True)
     ]
@@ -374,6 +402,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="overrides for every experiment, such as parallel.zero_stage=3",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="each experiment with eager and with compiled blocks"
     )
     add_config_dir(parser)
     parser.add_argument("--steps", type=int, default=5, help="that are timed (default: 5)")

@@ -63,7 +63,8 @@ def rotate_halves(x: Tensor, table: Table) -> Tensor:
 def rotate_pairs(x: Tensor, table: Table) -> Tensor:
     """As `rotate_halves`, for pairs of neighbours."""
     cos, sin = table
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    others: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos + others * sin
 
 
 def rope_settings(config: Any) -> dict[str, Any]:

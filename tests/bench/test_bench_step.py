@@ -73,6 +73,19 @@ def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
     assert printed.count("slowest rank") == 2 and printed.count("\nstep, ") == 2
 
 
+@pytest.mark.slow
+def test_eager_and_compiled_blocks_stand_side_by_side(tmp_path: Path) -> None:
+    few = ["--steps", "1", "--warm-up", "1", "--compile"]
+    found, printed = bench(tmp_path, "demo", *few, "--set", *SMALL)
+    eager, compiled = found["results"]
+    assert [eager["experiment"], compiled["experiment"]] == ["demo", "demo, compiled"]
+    assert eager["graphs"] == 0 and compiled["graphs"] >= 5
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+    took = f"{compiled['graphs']} graphs compiled in {compiled['compile_seconds']:.1f} s"
+    notes = [line for line in printed.splitlines() if "micro-step" in line]
+    assert [took in line for line in notes] == [False, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_full_size_on_a_gpu(tmp_path: Path) -> None:

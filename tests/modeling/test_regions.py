@@ -14,16 +14,15 @@ import torch
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.regions import compiling, normed
 from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
-from tests.helpers.variants import DAILY, build, gradients_of, packed_logits
+from tests.helpers.variants import MECHANISMS, build, gradients_of, packed_logits
 
 # For every day one mechanism with layers of its own and one without.
 EVERY_DAY = ("casa", "insertion")
-FREEZING = [
+BACKBONES = ("insertion-helium", "casa-qwen2", "casa-qwen2_5_vl", "casa-shared-biased")
+CASES = [
     pytest.param(variant, marks=[] if variant in EVERY_DAY else pytest.mark.slow)
-    for variant in sorted(DAILY)
+    for variant in (*MECHANISMS, *BACKBONES)
 ]
-# Without a code generator: what becomes a graph, and how often, is the same.
-BACKEND = "eager"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +32,10 @@ def forgotten_graphs() -> Iterator[None]:
 
 
 class Graphs:
-    """A backend of torch.compile that counts the graphs it is given, alike ones together."""
+    """A backend of torch.compile that counts the graphs it is given, alike ones together.
+
+    It generates no code: what becomes a graph, and how often, is the same without.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[Any, int] = collections.Counter()
@@ -74,12 +76,12 @@ def trained(
     return {"logits": logits.detach(), **gradients_of(model)}
 
 
-@pytest.mark.parametrize("variant", FREEZING)
+@pytest.mark.parametrize("variant", CASES)
 def test_packs_of_any_length_share_a_few_graphs_and_keep_their_numbers(variant: str) -> None:
     model = build(variant)
     model.visual.set_trainable(1)
     graphs = Graphs()
-    for number, pack in enumerate(random_packs(20)):
+    for number, pack in enumerate(random_packs(20 if variant in EVERY_DAY else 5)):
         expected = trained(model, pack, None)
         found = trained(model, pack, graphs)
         for name, value in expected.items():
@@ -174,3 +176,24 @@ def test_a_padded_vision_ffn_changes_no_number(frozen: bool) -> None:
     assert padded.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_and_padding_on_a_gpu() -> None:
+    model = build("casa", dtype=torch.bfloat16).cuda()
+    packs = [packed_inputs(pack) for pack in random_packs(4)]
+    results: list[list[torch.Tensor]] = []
+    for compiler, aligned in ((None, 1), ("inductor", 64)):
+        model.train().compile_regions(compiler)
+        model.visual.align_ffn(aligned)
+        results.append([])
+        for pack in packs:
+            pack.input_ids = pack.input_ids.cuda()
+            model.zero_grad()
+            logits = model(packed=pack).logits.float()
+            logits.square().sum().backward()
+            gradients = gradients_of(model).values()
+            results[-1] += [logits.detach(), *(g.float() for g in gradients)]
+    for plain, other in zip(*results, strict=True):
+        scale = plain.norm() + 1e-3  # bf16 rounds at other places
+        assert (other - plain).norm() <= 0.05 * scale

@@ -44,12 +44,17 @@ def compiling(compiler: Compiler | None) -> Iterator[None]:
         _compiler.reset(before)
 
 
+def _current() -> Compiler | None:
+    """What compiles a region here; None also inside of what is compiled as a whole."""
+    return None if torch.compiler.is_compiling() else _compiler.get()
+
+
 def region(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a function as a region: it runs as it stands, or compiled inside `compiling`."""
 
     @functools.wraps(function)
     def call(*inputs: P.args, **options: P.kwargs) -> R:
-        compiler = _compiler.get()
+        compiler = _current()
         tensors = [] if compiler is None else list(_tensors(inputs))
         # torch.compile takes an axis of 0 or 1 for a constant.
         if compiler is None or any(len(tensor) < 2 for tensor in tensors):
@@ -82,14 +87,14 @@ def _compiled(function: Callable[..., Any], compiler: Compiler) -> Callable[...,
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x): (tokens, C)."""
-    return _normed(norm, _compiler.get() is None, x)
+    return _normed(norm, _current() is None, x)
 
 
 def add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
     """h and all that is added to it, and the norm of that: (tokens, C) each."""
     if not added:
         return h, normed(norm, h)
-    return _add_normed(norm, _compiler.get() is None, h, *added)
+    return _add_normed(norm, _current() is None, h, *added)
 
 
 @region
@@ -117,7 +122,7 @@ def gated_product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> 
 
 def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
     """mlp(x) of a decoder layer: a `down_proj` of its `act_fn`, `gate_proj` and `up_proj`."""
-    if _compiler.get() is None:
+    if _current() is None:
         out: Tensor = mlp(x)
         return out
     out = mlp.down_proj(gated_product(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))

@@ -22,6 +22,7 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report.run_report import report
 from casa_train.training.signals import StopRequest
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
+from tests.helpers.fork_server import FORK_ALL
 
 pytestmark = pytest.mark.slow
 
@@ -106,12 +107,17 @@ def interrupted(arguments: list[str], run_dir: Path, step: int, number: int) -> 
 
 @pytest.fixture(scope="module")
 def undisturbed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that nothing happens to, but that finds something else where an export is to be."""
+    """A run that nothing happens to, but that finds something else where an export is to be.
+
+    Its exports are forks; those of the runs that something happens to are new processes.
+    """
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
     foreign = run_dir / "exports" / "step_10"
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("not an export")
-    return run_dir, run([*command(data_dir, run_dir), "export.best=true"]).stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FORK_ALL, "1")
+        return run_dir, run([*command(data_dir, run_dir), "export.best=true"]).stdout
 
 
 def test_a_run_validates_and_exports_itself(undisturbed: tuple[Path, str]) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForCo
 
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import ROOT, TINY, environment
-from tests.helpers.fork_server import available, write_python
+from tests.helpers.fork_server import FORK_ALL, available, write_python
 from tests.helpers.readmes import blocks
 from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
 from tests.helpers.toy_mechanism import write_toy
@@ -101,7 +101,7 @@ class World:
         done = subprocess.run(
             words,
             cwd=self.folder,
-            env={**environment(), "PATH": path, **(variables or {})},
+            env={**environment(), "PATH": path, FORK_ALL: "1", **(variables or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

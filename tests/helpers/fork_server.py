@@ -65,8 +65,10 @@ IMPORT_TIME += ("HOME", "MPL", "ARROW", "TOKENIZERS")
 # less to read and for a GPU's memory.
 LATER = ("TORCHELASTIC", "TORCH_ELASTIC", "TORCH_NCCL", "TORCHINDUCTOR", "TORCH_CPP_LOG_LEVEL")
 LATER += ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR")
-# Asks the kernel to end it with its parent, which a fork of the server's is not a child of.
+# Asks the kernel to end it with its parent, which a fork of the server's is not a child of. Where
+# nobody kills that parent, this variable says that it may be a fork.
 AFRESH = {"casa_train.export.child"}
+FORK_ALL = "CASA_TRAIN_TESTS_FORK_ALL"
 STARTED = subprocess.Popen
 
 _name, _owner = "", 0  # of the server that this process may ask
@@ -148,10 +150,15 @@ class ForkedPopen(subprocess.Popen):  # type: ignore[type-arg]
         command = args if isinstance(args, str) else [os.fsdecode(part) for part in args]
         if special or not _forkable(command):
             return super()._execute_child(args, executable, *rest)  # type: ignore[misc]
+        environ = dict(os.environ if env is None else env)
+        if (
+            command[2] in AFRESH
+        ):  # its threads, and a path with one folder twice, are imports' matter
+            environ |= {n: os.environ[n] for n in ("OMP_NUM_THREADS", "PYTHONPATH")}
         request = {
             "command": command,
             "cwd": os.path.abspath(os.fsdecode(cwd or ".")),
-            "env": dict(os.environ if env is None else env),
+            "env": environ,
             "own_session": bool(own),
         }
         connection = _connected()
@@ -214,7 +221,8 @@ def _forkable(command: Sequence[str]) -> bool:
     if isinstance(command, str) or len(command) < 3 or command[0] != sys.executable:
         return False
     options = command[1:] if command[1] != "-u" else command[2:]
-    return options[0] in ("-m", "-c") and options[1] not in AFRESH | {__name__}
+    afresh = {__name__} if FORK_ALL in os.environ else {__name__, *AFRESH}
+    return options[0] in ("-m", "-c") and options[1] not in afresh
 
 
 # ----------------------------------------------------------------------------- the server's side
@@ -349,6 +357,8 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
     if kind == "-m":
+        if what in AFRESH:  # it is told its parent's pid, and compares
+            os.getppid = lambda: int(arguments[0])
         sys.path[0], sys.argv = os.getcwd(), ["-m", *arguments]
         if not hasattr(sys.modules.get(what), "__path__"):
             sys.modules.pop(what, None)  # as in a new process, where nothing imported it

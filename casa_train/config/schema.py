@@ -81,6 +81,13 @@ class ParallelConfig:
     """Compile the blocks of the model by torch.compile: auto (on a GPU), off or on. The same
     numbers within rounding and faster; the first step takes a minute or so longer. Validations and
     exports stay as they are."""
+    joint_image_keys: Annotated[str, Choice("auto", "off"), FREE] = "auto"
+    """Make the keys and values of the image tokens for all layers by one norm and one product,
+    where layers have projections of their own and image tokens do not change (casa and
+    cross_attention by default). The same numbers, rounded elsewhere; less work and less memory.
+    auto leaves it out where it would take memory: where blocks of the decoder keep only their
+    inputs (activation_checkpointing decoder or all), and under ZeRO-3, which holds one layer at a
+    time. off: never."""
     threads: NonNegativeInt = 0
     """CPU threads of each rank's torch, also when the run is exported and evaluated; 0 leaves
     torch's choice: one a core, or OMP_NUM_THREADS, which torchrun sets to 1. Sums round differently

@@ -17,6 +17,7 @@ from casa_train.modeling.decoder import FusedLayer
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.vision import PatchMerger, VisionBlock, VisionMLP
 from casa_train.setup.fusion_start import start_warning
+from casa_train.setup.model import joins_image_keys
 from casa_train.setup.optim import build_groups, build_optimizer, describe
 from casa_train.setup.weights import Start, start_weights
 
@@ -62,6 +63,7 @@ def build_engine(
     """
     parallel = config.parallel
     model.checkpoint_activations(parallel.activation_checkpointing)
+    model.joint_image_keys = joins_image_keys(parallel)
     compiler = choose_compiler(parallel, ranks)
     model.compile_regions(compiler)
     columns: int = model.visual.config.intermediate_size

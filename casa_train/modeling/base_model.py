@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from .activation_checkpointing import CheckpointedBlocks
 from .configuration_casa import CasaConfig
 from .decoder import FUSED
+from .joint_keys import JointImageKeys
 from .outputs import NEW_NAME, OLD_NAME
 from .regions import CompiledRegions
 
 
-class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, PreTrainedModel):
+class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, JointImageKeys, PreTrainedModel):
     config_class = CasaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

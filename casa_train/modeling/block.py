@@ -67,6 +67,7 @@ class DecoderContext:
     :param image_attention: listens to what text reads from images; None in training and generation.
     :param step: in place of cache and state where every row takes one token (`decoding.py`).
     :param compiler: what compiles the layers' regions; None: they run eagerly.
+    :param image_heads: by layer index, image keys and values that were made for all layers at once.
     :param elsewhere: copies of this context on other devices.
     """
 
@@ -83,6 +84,7 @@ class DecoderContext:
     image_attention: ImageAttention | None = None
     step: Any = None
     compiler: Compiler | None = None
+    image_heads: dict[int, Heads] = field(default_factory=dict)
     elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> DecoderContext:

@@ -5,7 +5,8 @@ per forward pass and without waiting for the device. `make_layer` gives a decode
 module `fusion` with new parameters. `run_layer` is the forward of a decoder layer, composed from
 the pieces in `block.py`. `make_resampler` may put a module between vision tower and decoder.
 `count_layer` and `count_resampler` say on paper what products these two do, composed from the same
-pieces in `block_work.py`.
+pieces in `block_work.py`. One that makes keys of its own from unchanged image tokens may say in
+`image_keys` where from: those of all layers are then made at once (`joint_keys.py`).
 
 A new mechanism is one Python file and one YAML, and nothing of the project is edited:
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from .block import DecoderContext, FusionPlan, plain_block
 from .block_work import BlockWork, Pairs, Paper
+from .joint_keys import KeySource
 from .rope import mrope_section
 from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
@@ -163,6 +165,14 @@ class FusionMechanism:
         :return: both, after the block.
         """
         return plain_block(layer, h, context), images
+
+    def image_keys(self, layer: Any) -> KeySource | None:
+        """What makes a layer's keys and values of the image tokens, where these are what entered
+        the decoder; `run_layer` then takes `context.image_heads` where it holds the layer's index.
+
+        None: the layer makes its own. Here: no layer has any.
+        """
+        return None
 
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
         """The work of `run_layer`: the same products, on paper.

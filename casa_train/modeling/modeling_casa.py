@@ -46,6 +46,7 @@ from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
+from .joint_keys import JointImageKeys
 from .loading_options import split_options
 from .mechanisms import MECHANISMS
 from .messages import Message
@@ -342,6 +343,7 @@ __all__ = [
     "ImageAttention",
     "ImageError",
     "Insertion",
+    "JointImageKeys",
     "MECHANISMS",
     "Message",
     "PackedInputs",

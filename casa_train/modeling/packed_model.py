@@ -144,6 +144,7 @@ class PackedModel(CasaPreTrainedModel):
         else:
             tokens = text.new_zeros(0, text.shape[-1])
         checkpointed = cache is None and self._checkpoints("decoder")
+        context.image_heads = self._image_heads(tokens, checkpointed)
         hidden = run_decoder(self.model, text, tokens, context, checkpointed, states)
         if state is not None and cache is not None:
             cache.commit()

@@ -22,6 +22,7 @@ from .block import (
     self_attention,
 )
 from .block_work import BlockWork
+from .joint_keys import KeySource
 from .regions import normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
@@ -158,6 +159,12 @@ class WindowAttention(WindowedMechanism):
             return "o_proj" not in name
         return name.startswith(("visual", "adapter"))
 
+    def image_keys(self, layer: Any) -> KeySource | None:
+        fusion = layer.fusion
+        if fusion is None or self.shared or self.update != "none":
+            return None
+        return KeySource(fusion.norm, fusion, fusion.head_dim)
+
     def run_layer(
         self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
     ) -> tuple[Tensor, Tensor]:
@@ -176,7 +183,9 @@ class WindowAttention(WindowedMechanism):
         updates = self.update != "none" and fusion.layer_idx != self.last_fused
         updates = updates and context.step is None  # which brings no image tokens
         attends = updates and self.images_attend
-        pictures = image_heads(owner, image_norm, images, width, context, queries=attends)
+        pictures = context.image_heads.get(fusion.layer_idx)
+        if pictures is None:
+            pictures = image_heads(owner, image_norm, images, width, context, queries=attends)
 
         if self.placement == "parallel":
             x = normed(layer.input_layernorm, h)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from casa_train.config.schema import Config
+from casa_train.config.schema import Config, ParallelConfig
 from casa_train.data.processor import tokenizer_name
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
@@ -185,6 +185,11 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
             f"built: {str(error).splitlines()[0]}. Mend them in conf/model or on the command line."
         ) from error
     return model
+
+
+def joins_image_keys(parallel: ParallelConfig) -> bool:
+    """Whether a run asks its model for joint image keys; what is checkpointed the model knows."""
+    return parallel.joint_image_keys == "auto" and parallel.zero_stage < 3
 
 
 def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:

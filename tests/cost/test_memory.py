@@ -15,7 +15,7 @@ from casa_train.cost.sizes import size_model
 from casa_train.io.precision import DTYPES
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.setup.model import meta_model, set_trainable
+from casa_train.setup.model import joins_image_keys, meta_model, set_trainable
 from casa_train.training.loss import answer_losses
 from tests.helpers.counted_models import FUSIONS, frozen_model, names, shapes
 from tests.helpers.tiny import Layout, tiny_text_config, tiny_vision_config
@@ -91,6 +91,7 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     model = CasaForConditionalGeneration(model_config).train()
     set_trainable(model, config)
     model.to(DTYPES[config.parallel.precision])
+    model.joint_image_keys = joins_image_keys(config.parallel)
     measured = sum(saved(model, full_pack(config)).values())
     estimate = sum(memory.activations.values()) - memory.activations["logits"]
     # 37 small images: the CPU pads, and 4 to 7 % of what it saves is masks and copies.
@@ -134,6 +135,7 @@ def test_the_estimate_is_near_a_gpus_peak(fusion: str, blocks: str) -> None:
         model = CasaForConditionalGeneration(model_config).to(torch.bfloat16).train()
     set_trainable(model, config)
     model.checkpoint_activations(blocks)
+    model.joint_image_keys = joins_image_keys(config.parallel)
     inputs = full_inputs(full_pack(config), "cuda")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

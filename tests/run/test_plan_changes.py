@@ -293,6 +293,7 @@ FREE_FIELDS = {
     "planned_ranks",
     "parallel.activation_checkpointing",
     "parallel.compile",
+    "parallel.joint_image_keys",
     "data.workers",
     "data.max_bad_share",
     "data.stream.memory_mib",

@@ -1,0 +1,125 @@
+"""Keys and values of the image tokens for all layers at once: one norm, one product.
+
+Where image tokens are the same in every layer, each layer's norm differs from the others' by its
+weight alone. With that weight folded into the projections, norm(y; g) W^T = norm(y; 1) (W g)^T, all
+layers read one normalised copy, and their projections become one. Gradients of g, W and y follow.
+
+All keys and values lie in one tensor from before the first layer on, and so do their gradients,
+beside those of each layer, when the backward pass has gone through all layers: by then everything
+else that the layers kept is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .block import Heads, split_heads
+
+
+class KeySource(NamedTuple):
+    """Where a layer's keys and values of image tokens come from.
+
+    :param norm: its output is its input, normalised, times its `weight`, which is its only
+        parameter.
+    :param owner: has the linears `k_proj` and `v_proj`.
+    :param head_dim: D.
+    """
+
+    norm: nn.Module
+    owner: Any
+    head_dim: int
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.owner.k_proj, self.owner.v_proj
+
+
+def joint_heads(sources: Mapping[int, KeySource], images: Tensor) -> dict[int, Heads]:
+    """Keys and values of image tokens for several layers.
+
+    A weight is folded in its own precision: rounding W g to bf16 costs what rounding g y does.
+
+    :param sources: by layer index; norms and biases are alike.
+    :param images: (N, C).
+    :return: by layer index, without queries.
+    """
+    norm = next(iter(sources.values())).norm
+    ones = {"weight": torch.ones_like(norm.get_parameter("weight"))}
+    normed = torch.func.functional_call(norm, ones, images)
+    linears = [
+        (linear, s.norm.get_parameter("weight")) for s in sources.values() for linear in s.linears
+    ]
+    weight = torch.cat([linear.weight * gain for linear, gain in linears])
+    bias = None
+    if linears[0][0].bias is not None:
+        bias = torch.cat([linear.bias for linear, _ in linears])
+    parts = nn.functional.linear(normed, weight, bias).split(
+        [x.out_features for x, _ in linears], -1
+    )
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {
+        index: Heads(None, split_heads(k, source.head_dim), split_heads(v, source.head_dim))
+        for (index, source), (k, v) in zip(sources.items(), pairs, strict=True)
+    }
+
+
+class JointImageKeys:
+    """The part of a model that says whether all layers' image keys are made at once.
+
+    A matter of the run, not of the model: no configuration and no export carries it.
+
+    :ivar joint_image_keys: True: wherever the decoder's blocks are not checkpointed, which would
+        keep all keys and values where each block alone keeps none. False: never. None: only without
+        gradients, where no wrapper has taken over a layer's weights and images are large enough
+        for the folding to pay.
+    """
+
+    joint_image_keys: bool | None = None
+    mechanism: Any
+    model: Any
+
+    def _image_heads(self, images: Tensor, checkpointed: bool) -> dict[int, Heads]:
+        """By layer index what is made at once; empty: each layer makes its own.
+
+        :param checkpointed: the decoder's blocks run again in the backward pass.
+        """
+        wanted = self.joint_image_keys
+        if wanted is False or checkpointed or (wanted is None and torch.is_grad_enabled()):
+            return {}
+        sources = {
+            index: source
+            for index, layer in enumerate(self.model.layers)
+            if (source := self.mechanism.image_keys(layer)) is not None
+        }
+        if len(sources) < 2:
+            return {}
+        if wanted is None and not all(_pays(source, images) for source in sources.values()):
+            return {}
+        return joint_heads(sources, images)
+
+
+def _pays(source: KeySource, images: Tensor) -> bool:
+    """Whether a layer's weights lie at hand, and folding them costs less than a norm."""
+    if not _untouched(source.norm, images):
+        return False
+    for linear in source.linears:
+        if type(linear) is not nn.Linear or not _untouched(linear, images):
+            return False
+        if linear.weight.shape != (linear.out_features, linear.in_features):
+            return False  # a wrapper has sharded it
+    return len(images) >= source.linears[0].out_features
+
+
+def _untouched(module: Any, images: Tensor) -> bool:
+    """Whether nothing but its weight makes a module's output: no hook, no other forward, and the
+    weight beside the images.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight) is not nn.Parameter:
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and (weight.device, weight.dtype) == (images.device, images.dtype)

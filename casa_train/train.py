@@ -40,6 +40,7 @@ from casa_train.run.starts import open_starts
 from casa_train.setup.inputs import check_inputs
 from casa_train.setup.parts import banner
 from casa_train.training.audit import Audit
+from casa_train.training.frozen_precision import lower_frozen
 from casa_train.training.garbage import ScheduledCollection
 from casa_train.training.hooks import Hook, Hooks
 from casa_train.training.loop import Trainer
@@ -93,14 +94,12 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     ranks.log(*banner(config, model, notes, ranks))
     start_model(config, model, checked.start if found is None else None, ranks)
     engine, loader = build_engine(config, model, ranks), data.loader(ranks.rank)
-    run = build_run(
-        config, ranks, engine, loader, run_dir, checkpoints, found, stop=stop, held_out=held_out
-    )
+    whole = ranks, engine, loader, run_dir, checkpoints, found
+    run = build_run(config, *whole, stop=stop, held_out=held_out)
     if found is not None:
         record.write(ranks)  # now that it fits: what a run was is not overwritten by a refused one
         ranks.log(f"resuming from {found.path} at step {found.step}")
-    step, steps = run.state.progress.step, config.trainer.steps
-    if step >= steps:
+    if (step := run.state.progress.step) >= (steps := config.trainer.steps):
         ranks.log(f"nothing to do: {run_dir} holds step {step} of {steps}")
     reason = run.trainer.run()
     if reason is not None:
@@ -166,6 +165,7 @@ def build_run(
     :raises UserError: a checkpoint that does not fit.
     """
     progress = Progress(**restore(found, engine, loader, ranks, config.seed))
+    lower_frozen(config, engine.module, ranks)
     facts = machine_facts(config, ranks)
     starts = open_starts(run_dir, ranks, facts)
     meter = Meter(ranks.device, facts["peak_tflops"], starts.number)

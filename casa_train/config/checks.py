@@ -57,7 +57,7 @@ def check(config: Config) -> None:
             for found in values(config, leaf.path):
                 if expected := leaf.kind.refusal(found.name, found.value):
                     raise refused(found.name, found.value, expected)
-    for rule in (_data, _optimiser, _mechanism, _exports, _wandb, _resume_allow):
+    for rule in (_data, _optimiser, _mechanism, _fp8, _exports, _wandb, _resume_allow):
         rule(config)
 
 
@@ -94,6 +94,17 @@ def _optimiser(config: Config) -> None:
 def _mechanism(config: Config) -> None:
     if "mechanism" not in config.fusion:
         raise refused("fusion", config.fusion, "a fusion group, such as fusion=casa")
+
+
+def _fp8(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.frozen_precision == "fp8":
+        if parallel.precision != "bf16":
+            expected = "bf16 beside parallel.frozen_precision=fp8, whose results are bf16"
+            raise refused("parallel.precision", parallel.precision, expected)
+        if parallel.zero_stage == 3:
+            expected = "1 or 2 beside parallel.frozen_precision=fp8: ZeRO-3 shards frozen weights"
+            raise refused("parallel.zero_stage", parallel.zero_stage, expected)
 
 
 def _exports(config: Config) -> None:

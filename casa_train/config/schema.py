@@ -88,6 +88,11 @@ class ParallelConfig:
     auto leaves it out where it would take memory: where blocks of the decoder keep only their
     inputs (activation_checkpointing decoder or all), and under ZeRO-3, which holds one layer at a
     time. off: never."""
+    frozen_precision: Annotated[str, Choice("bf16", "fp8")] = "bf16"
+    """Of the products of frozen vision blocks: bf16 (as `precision` says), or fp8, whose operands
+    are rounded to e4m3 row by row: twice the rate on a GPU of compute capability 8.9 or more,
+    emulated on a CPU, and a copy of these weights more. The start says how far it moves the tower's
+    output. Not under ZeRO-3; checkpoints and exports hold the weights as they were."""
     threads: NonNegativeInt = 0
     """CPU threads of each rank's torch, also when the run is exported and evaluated; 0 leaves
     torch's choice: one a core, or OMP_NUM_THREADS, which torchrun sets to 1. Sums round differently

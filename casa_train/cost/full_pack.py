@@ -21,6 +21,7 @@ from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.windows import Chunk
+from casa_train.setup.fp8 import fp8_bytes
 from casa_train.setup.model import joins_image_keys
 from casa_train.setup.optim import build_groups
 from casa_train.setup.parts import part_of
@@ -90,6 +91,8 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     state = state_bytes(sizes, frozen, config.parallel.zero_stage, world, precision)
 
+    if config.parallel.frozen_precision == "fp8":
+        state["fp8 copies of frozen blocks"] = fp8_bytes(model.visual)
     model.joint_image_keys = joins_image_keys(config.parallel)
     inputs = full_inputs(full_pack(config), "meta")
 

@@ -12,6 +12,7 @@ from casa_train.data.templates import verdict
 from casa_train.errors import UserError
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.setup.fp8 import check_fp8
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.optim import build_groups
 from casa_train.setup.weights import Start, find_weights, open_sources
@@ -49,5 +50,6 @@ def check_inputs(config: Config, world: int, kept: Path | None = None) -> Checke
     model = build_model(config, processor, build_model_config(config, processor, sources))
     start = find_weights(model, sources, config.model.backbone.resize_embeddings)
     build_groups(model.named_parameters(), config.optim.groups)
+    notes += check_fp8(config, model.visual)
     notes.append(verdict(resolved, processor.tokenizer, processor))
     return Checked(processor, model, start, notes)

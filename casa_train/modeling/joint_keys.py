@@ -11,7 +11,6 @@ else that the layers kept is gone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,33 +37,31 @@ class KeySource(NamedTuple):
         return self.owner.k_proj, self.owner.v_proj
 
 
-def joint_heads(sources: Mapping[int, KeySource], images: Tensor) -> dict[int, Heads]:
-    """Keys and values of image tokens for several layers.
-
-    A weight is folded in its own precision: rounding W g to bf16 costs what rounding g y does.
-
-    :param sources: by layer index; norms and biases are alike.
-    :param images: (N, C).
-    :return: by layer index, without queries.
+class JointKeys(nn.Module):
+    """Makes the keys and values of several layers; a module without parameters, so that whoever
+    watches a model's modules sees this work by name.
     """
-    norm = next(iter(sources.values())).norm
-    ones = {"weight": torch.ones_like(norm.get_parameter("weight"))}
-    normed = torch.func.functional_call(norm, ones, images)
-    linears = [
-        (linear, s.norm.get_parameter("weight")) for s in sources.values() for linear in s.linears
-    ]
-    weight = torch.cat([linear.weight * gain for linear, gain in linears])
-    bias = None
-    if linears[0][0].bias is not None:
-        bias = torch.cat([linear.bias for linear, _ in linears])
-    parts = nn.functional.linear(normed, weight, bias).split(
-        [x.out_features for x, _ in linears], -1
-    )
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return {
-        index: Heads(None, split_heads(k, source.head_dim), split_heads(v, source.head_dim))
-        for (index, source), (k, v) in zip(sources.items(), pairs, strict=True)
-    }
+
+    def forward(self, images: Tensor, *sources: KeySource) -> tuple[Tensor, ...]:
+        """Keys and values of each source in turn, (N, Hkv, D).
+
+        A weight is folded in its own precision: rounding W g to bf16 costs what rounding g y does.
+
+        :param images: (N, C).
+        :param sources: their norms and biases are alike.
+        """
+        norm = sources[0].norm
+        ones = {"weight": torch.ones_like(norm.get_parameter("weight"))}
+        normed = torch.func.functional_call(norm, ones, images)
+        linears = [linear for source in sources for linear in source.linears]
+        gains = [source.norm.get_parameter("weight") for source in sources for _ in source.linears]
+        weight = torch.cat([x.weight * gain for x, gain in zip(linears, gains, strict=True)])
+        bias = None if linears[0].bias is None else torch.cat([x.bias for x in linears])
+        parts = nn.functional.linear(normed, weight, bias).split(
+            [x.out_features for x in linears], 1
+        )
+        widths = [source.head_dim for source in sources for _ in source.linears]
+        return tuple(split_heads(x, width) for x, width in zip(parts, widths, strict=True))
 
 
 class JointImageKeys:
@@ -79,6 +76,7 @@ class JointImageKeys:
     """
 
     joint_image_keys: bool | None = None
+    joint_keys: JointKeys
     mechanism: Any
     model: Any
 
@@ -99,7 +97,9 @@ class JointImageKeys:
             return {}
         if wanted is None and not all(_pays(source, images) for source in sources.values()):
             return {}
-        return joint_heads(sources, images)
+        made = self.joint_keys(images, *sources.values())
+        pairs = zip(sources, made[::2], made[1::2], strict=True)
+        return {index: Heads(None, k, v) for index, k, v in pairs}
 
 
 def _pays(source: KeySource, images: Tensor) -> bool:

@@ -46,7 +46,7 @@ from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
-from .joint_keys import JointImageKeys
+from .joint_keys import JointImageKeys, JointKeys
 from .loading_options import split_options
 from .mechanisms import MECHANISMS
 from .messages import Message
@@ -108,6 +108,7 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
         if vision.out_hidden_size != text.hidden_size:
             self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
         self.resampler: nn.Module | None = self.mechanism.make_resampler()
+        self.joint_keys = JointKeys()
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

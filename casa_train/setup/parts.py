@@ -26,7 +26,7 @@ def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to: the rows of every account of sizes."""
     if name.startswith("visual."):
         return VISION
-    if ".fusion." in name or name.startswith(("resampler.", "adapter.")):
+    if ".fusion." in name or name.startswith(("resampler.", "adapter.", "joint_keys.")):
         return FUSION
     return TEXT
 

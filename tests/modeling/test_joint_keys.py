@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from casa_train.cost.memory import saved_bytes
-from casa_train.modeling.joint_keys import joint_heads
+from casa_train.modeling.joint_keys import JointKeys
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, random_image, use_exact_norms
 from tests.helpers.variants import (
@@ -180,11 +180,11 @@ def test_a_training_step_keeps_one_normalised_copy_instead_of_one_a_layer() -> N
 
 def test_one_layers_heads_are_what_its_own_projections_give() -> None:
     model = build("casa", backbone="biased", dtype=torch.float64)
-    sources = {i: model.mechanism.image_keys(layer) for i, layer in enumerate(model.model.layers)}
+    layers = [layer.fusion for layer in model.model.layers]
+    sources = [model.mechanism.image_keys(layer) for layer in model.model.layers]
     images = torch.randn(9, model.config.text_config.hidden_size, dtype=torch.float64)
-    for index, heads in joint_heads(sources, images).items():
-        fusion = model.model.layers[index].fusion
-        for found, linear in ((heads.k, fusion.k_proj), (heads.v, fusion.v_proj)):
-            assert found is not None and heads.q is None
-            expected = linear(fusion.norm(images)).unflatten(-1, (-1, fusion.head_dim))
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    found = JointKeys()(images, *sources)
+    linears = [(fusion, x) for fusion in layers for x in (fusion.k_proj, fusion.v_proj)]
+    for (fusion, linear), heads in zip(linears, found, strict=True):
+        expected = linear(fusion.norm(images)).unflatten(-1, (-1, fusion.head_dim))
+        torch.testing.assert_close(heads, expected, rtol=0, atol=1e-12)

@@ -178,6 +178,8 @@ def engine_step(
     model = case.build()
     model.visual.align_ffn(case.aligned)
     engine = build_engine(config, model, ranks)
+    # Plain torch, which this is compared with, makes image keys layer by layer.
+    assert engine.module.joint_image_keys is (stage < 3)
     set_rates(engine.param_groups, 1.0)
     for step in packs():
         loss, _ = pack_loss(engine.forward, step[ranks.rank])

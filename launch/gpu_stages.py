@@ -9,19 +9,15 @@ import re
 import statistics
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import fields
 from typing import Any
 
 from casa_train.bench.faults import TINY, differences
-from casa_train.config.schema import ParallelConfig
 from casa_train.io.numbers import GIB
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.modeling.attention import BACKENDS
 from casa_train.run.layout import METRICS_FILE
 from launch.gpu_runner import ROOT, Failed, Running, Sizes, Stage, kill
 
-# MERGE: true for good once `parallel.compile` is in; then this constant and `compiled=` can go.
-COMPILES = "compile" in {f.name for f in fields(ParallelConfig)}
 CHECKPOINTED = ("none", "vision", "all")  # parallel.activation_checkpointing, the fastest first
 FILLED = 0.95  # of a card's memory, at most; estimates were up to 6 % above the peak of an H100
 
@@ -37,7 +33,7 @@ FULL = Sizes(
     streaming=["--size", "helium1-2b", "--image-size", "896", "--turns", "64"],
     stream=["--turns", "16"],
     attention=[],
-    compiled=COMPILES,
+    compiled=True,
     patience=1,
 )
 REHEARSAL = Sizes(

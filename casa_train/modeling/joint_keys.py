@@ -86,7 +86,9 @@ class JointImageKeys:
         :param checkpointed: the decoder's blocks run again in the backward pass.
         """
         wanted = self.joint_image_keys
-        if wanted is False or checkpointed or (wanted is None and torch.is_grad_enabled()):
+        if wanted is False or checkpointed or not len(images):
+            return {}
+        if wanted is None and torch.is_grad_enabled():
             return {}
         sources = {
             index: source

@@ -56,6 +56,7 @@ class PartHooks:
             self._follow(model.adapter, FUSION, counted=True)
         if model.resampler is not None:
             self._follow(model.resampler, FUSION, counted=True)
+        self._follow(model.joint_keys, FUSION, counted=True)
         for layer in model.model.layers:
             self._follow_layer(layer)
         for module in (model.model.embed_tokens, model.model.norm):

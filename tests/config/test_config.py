@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
 
 from casa_train.__main__ import options_first, run
-from casa_train.bench.step import Arm
+from casa_train.bench._arm import Arm
 from casa_train.config import data_schema
 from casa_train.config.compose import compose_config, compose_onto, to_config
 from casa_train.config.conf_dir import CONF_DIR

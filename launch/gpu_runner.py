@@ -31,7 +31,7 @@ class Sizes:
         which SIGKILL comes, not long after a checkpoint.
     :param demo: overrides of the demo.
     :param experiments: for the stages casa and insertion; :param dry_run: the same two at once.
-    :param compiled: steps also run compiled, which takes a CPU too long for a rehearsal.
+    :param arms: overrides of steps, by what is said of them; :param fp8: those of the stage fp8.
     :param patience: what limits of time are multiplied with; a CPU may be busy.
     """
 
@@ -46,7 +46,8 @@ class Sizes:
     streaming: Sequence[str]
     stream: Sequence[str]
     attention: Sequence[str]
-    compiled: bool
+    arms: dict[str, str]
+    fp8: dict[str, str]
     patience: float
 
 

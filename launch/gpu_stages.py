@@ -33,7 +33,8 @@ FULL = Sizes(
     streaming=["--size", "helium1-2b", "--image-size", "896", "--turns", "64"],
     stream=["--turns", "16"],
     attention=[],
-    compiled=True,
+    arms={"eager ": ",parallel.compile=off", "compiled ": ",parallel.compile=on"},
+    fp8={"": ",parallel.compile=on,parallel.frozen_precision=fp8"},
     patience=1,
 )
 REHEARSAL = Sizes(
@@ -48,7 +49,11 @@ REHEARSAL = Sizes(
     streaming=["--size", "tiny", "--image-size", "56", "--turns", "4", "--new-tokens", "3"],
     stream=["--image-size", "56", "--turns", "4", "--new-tokens", "3"],
     attention=["--scale", "0.02", "--repeats", "1"],
-    compiled=False,
+    arms={"": ""},  # a compilation would take a CPU too long
+    fp8={
+        "": ",model.vision.train_last_blocks=1,parallel.precision=bf16"
+        ",parallel.frozen_precision=fp8"
+    },
     patience=5,
 )
 
@@ -192,8 +197,11 @@ def stream(running: Running) -> str:
 # -------------------------------------------------------------------- stages alone on the machine
 
 
-def step(running: Running, index: int) -> str:
-    """Steps of one experiment, with as little activation checkpointing as fits by the estimate."""
+def step(running: Running, index: int, arms: dict[str, str]) -> str:
+    """Steps of one experiment, with as little activation checkpointing as fits by the estimate.
+
+    :param arms: by what is said of them, overrides behind commas.
+    """
     name = running.sizes.experiments[index]
     estimates = running.check.results["estimate"].figures
     chosen = CHECKPOINTED[-1]
@@ -205,10 +213,8 @@ def step(running: Running, index: int) -> str:
     expected = estimates[name][chosen]
     running.figures.update(activation_checkpointing=chosen, estimated_bytes=expected)
     arm = f"{name},parallel.activation_checkpointing={chosen}"
-    arms = {"": arm}
-    if running.sizes.compiled:
-        arms = {"eager ": f"{arm},parallel.compile=off", "compiled ": f"{arm},parallel.compile=on"}
-    rows = running.benchmark("step", *arms.values(), *running.sizes.step)["results"]
+    names = [arm + overrides for overrides in arms.values()]
+    rows = running.benchmark("step", *names, *running.sizes.step)["results"]
     parts = []
     for label, row in zip(arms, rows, strict=True):
         row["peak_of_estimate"] = row["peak_bytes"] / expected
@@ -222,12 +228,17 @@ def step(running: Running, index: int) -> str:
 
 def casa(running: Running) -> str:
     """Steps with image tokens beside the text."""
-    return step(running, 0)
+    return step(running, 0, running.sizes.arms)
 
 
 def insertion(running: Running) -> str:
     """Steps with image tokens in the text."""
-    return step(running, 1)
+    return step(running, 1, running.sizes.arms)
+
+
+def fp8(running: Running) -> str:
+    """The first of them once more, with its frozen vision blocks in fp8."""
+    return step(running, 0, running.sizes.fp8)
 
 
 def streaming(running: Running) -> str:
@@ -270,6 +281,7 @@ STAGES = (
     Stage("stream", 60, stream, needs=("export",)),
     Stage("casa", 150, casa, needs=("estimate",), timed=True),
     Stage("insertion", 150, insertion, needs=("estimate",), timed=True),
+    Stage("fp8", 100, fp8, needs=("estimate",), timed=True),
     Stage("streaming", 150, streaming, timed=True),
     Stage("attention", 90, attention, timed=True),
 )

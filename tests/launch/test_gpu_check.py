@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,7 @@ def test_steps_checkpoint_no_more_activations_than_the_card_asks_for(
 
     monkeypatch.setattr(Running, "benchmark", benchmark)
     stages = [stage for stage in STAGES if stage.name in ("estimate", "insertion")]
-    sizes = replace(FULL, compiled=True)
-    check = Check(stages, tmp_path, tmp_path, sizes, int(card * gib), {}, 60)
+    check = Check(stages, tmp_path, tmp_path, FULL, int(card * gib), {}, 60)
     check.results["estimate"].figures["helium_insertion"] = estimates
     said = insertion(Running(check, check.results["insertion"], end=0))
     arm = f"helium_insertion,parallel.activation_checkpointing={chosen},parallel.compile="
@@ -188,9 +186,11 @@ def test_the_rehearsal_passes_and_its_file_tells_all(
         estimates = figures["estimate"][experiment]
         assert estimates["none"] >= estimates["vision"] >= estimates["all"] > 0
         assert row["peak_of_estimate"] == row["peak_bytes"] / estimates["none"]
+    (row,) = figures["fp8"]["results"]
+    assert row["experiment"].endswith(",parallel.frozen_precision=fp8")
     printed = capsys.readouterr().out
     table = printed[printed.index("\nstage") :]
-    assert [line.split()[:2] for line in table.splitlines()[2:14]] == [
+    assert [line.split()[:2] for line in table.splitlines()[2:15]] == [
         [stage.name, "passed"] for stage in STAGES
     ]
     assert not list(tmp_path.glob("work_*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -33,8 +34,7 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
         return None
     missing = next((m for m in ranks.gather(what_is_missing(device)) if m is not None), None)
     if missing is None:
-        limits: Any = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+        _configure()
         return COMPILER
     if wanted == "on":
         raise UserError(
@@ -43,6 +43,15 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
         )
     ranks.log(f"note: blocks are not compiled, so steps take longer: {missing}")
     return None
+
+
+def _configure() -> None:
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
+    settings = importlib.import_module("torch._inductor.config")
+    if torch.are_deterministic_algorithms_enabled() and hasattr(settings, "deterministic"):
+        # Sums would be cut as a measurement at the first call says, differently at every start.
+        settings.deterministic = True
 
 
 def what_is_missing(device: torch.device) -> str | None:

@@ -61,7 +61,13 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
             return function(*inputs, **options)
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
-        result: R = _compiled(function, compiler)(*inputs, **options)
+        try:
+            result: R = _compiled(function, compiler)(*inputs, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"{function.__name__} of a block could not be compiled by {compiler}: "
+                f"{str(error).splitlines()[0]} Set parallel.compile=off to train without"
+            ) from error
         return result
 
     return call

@@ -112,10 +112,7 @@ CASES = {
         {"mechanism": "casa", "width": WIDE, "every": 2}, clip=0.05, checkpointed="all", frozen=True
     ),
     "casa, padded": Case({"mechanism": "casa", "width": WIDE}, aligned=56),
-    **{
-        f"{name}, compiled": Case(MODELS[name], compiled=True, aligned=56)
-        for name in ("casa", "gated_cross_attention")
-    },
+    "casa, compiled": Case(MODELS["casa"], compiled=True, aligned=56),
     "casa, wide, frozen, checkpointed and compiled": Case(
         {"mechanism": "casa", "width": WIDE, "every": 2},
         clip=0.05,

@@ -131,6 +131,16 @@ def test_a_region_gives_the_gradient_of_one_parameter_at_most() -> None:
     assert set(parameters) == {0, 1}
 
 
+def test_a_compiler_that_fails_names_the_switch() -> None:
+    def failing(graph: Any, inputs: list[Any]) -> Any:
+        raise ValueError("no kernel for this")
+
+    model = build("casa").train()
+    model.compile_regions(failing)
+    with pytest.raises(RuntimeError, match="could not be compiled by .*parallel.compile=off"):
+        packed_logits(model, fill(HARD_PACK))
+
+
 @pytest.mark.slow
 def test_kernels_of_a_code_generator_agree_with_eager_ones() -> None:
     model = build("casa", dtype=torch.float32)

@@ -30,6 +30,7 @@ from casa_train.run.layout import PROCESSOR
 from casa_train.setup.model import build_model
 from casa_train.setup.own_mechanisms import register_own
 from tests.helpers.commands import ROOT, TINY, environment, on_data, train_command
+from tests.helpers.fork_server import FORK_ALL
 from tests.helpers.tiny import Layout, fill, packed_inputs, tiny_model
 from tests.helpers.toy_mechanism import FILE, write_toy
 
@@ -67,7 +68,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def command(
     arguments: list[str], own: Path | None, code: int = 0, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    env = environment()
+    env = {**environment(), FORK_ALL: "1"}
     env.pop(MECHANISMS_VARIABLE, None)
     if own is not None:
         env[MECHANISMS_VARIABLE] = str(own)

@@ -25,16 +25,19 @@ With --cpu-rehearsal all of it runs tiny on a CPU, and shows that the check itse
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
@@ -64,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages = chosen_stages(options)
         environment = child_environment(options.cpu_rehearsal)
         facts = machine_facts(options.cpu_rehearsal, environment)
+        out = options.out.absolute()
+        lock = prepare(out, stages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        (out / f"{stage.name}.log").unlink(missing_ok=True)
+    for name in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, so that no stage stays behind
+        signal.signal(name, leave)
     print(describe(facts), flush=True)
     work = Path(tempfile.mkdtemp(prefix="work_", dir=out))
     sizes = REHEARSAL if options.cpu_rehearsal else FULL
@@ -89,11 +92,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_atomic(out / RESULT, json.dumps(found, indent=1) + "\n")
     print(f"\n{table(results)}\n\n{describe(facts)}\n{found['seconds']:.0f} s; {out / RESULT}")
+    lock.close()
     if passed:
         shutil.rmtree(work)
     else:
         print(f"data, runs and export of this check are kept in {work}")
     return 0 if passed else 1
+
+
+def leave(number: int, frame: Any) -> None:
+    """A signal ends the check; its stages end with it."""
+    raise SystemExit(128 + number)
+
+
+def prepare(out: Path, stages: Sequence[Stage]) -> IO[str]:
+    """Makes the folder of results, without those of an earlier check.
+
+    :return: its lock, while this is open.
+    :raises UserError: it cannot be made, or another check is at work there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in (RESULT, *(f"{s.name}.{end}" for s in stages for end in ("log", "json"))):
+            (out / name).unlink(missing_ok=True)
+    except BlockingIOError:
+        raise UserError(f"OUT is {out}, where another check is at work; name another.") from None
+    except OSError as error:
+        raise UserError(
+            f"OUT is {out}: {error.strerror}; expected a folder that can be written. Name another."
+        ) from error
+    return lock
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -124,10 +154,9 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
     limits: dict[str, float] = {}
     for word in options.limit:
         name, _, seconds = word.partition("=")
-        try:
-            limits[name] = float(seconds)
-        except ValueError:
-            raise UserError(f"--limit is {word!r}; expected STAGE=SECONDS.") from None
+        if not re.fullmatch(r"\d+(\.\d+)?", seconds):
+            raise UserError(f"--limit is {word!r}; expected STAGE=SECONDS.")
+        limits[name] = float(seconds)
     for name in (*options.only, *limits):
         if name not in known:
             raise UserError(f"{name!r} is no stage; expected one of {', '.join(known)}.")
@@ -183,10 +212,10 @@ def driver() -> str | None:
     """The version of the GPU's driver, where nvidia-smi is there to say it."""
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(ask, capture_output=True, text=True, timeout=30).stdout.split()
+        asked = subprocess.run(ask, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return lines[0] if lines else None
+    return None if asked.returncode else next(iter(asked.stdout.split()), None)
 
 
 def describe(facts: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ from typing import Any
 from casa_train.io.numbers import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT_OF_MEMORY = re.compile(r".*(?:OutOfMemoryError|out of memory|does not fit).*")
+OUT_OF_MEMORY = re.compile(r".*(?:OutOfMemoryError|out of memory).*")
+LAST_LINES = 40  # of a command that failed: an earlier one may have said what it got over
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class Running:
         except subprocess.TimeoutExpired:
             kill(process)
             raise Failed(f"it took longer than its time; {self.log} says how far it came") from None
+        kill(process)  # what it may have left
         text = self.log.read_text(errors="replace")
         if code:
             last = text.rpartition("\n$ ")[2] if "\n$ " in text else text
@@ -218,7 +220,7 @@ class Running:
     def why(self, text: str, code: int) -> str:
         """:param text: what a command printed that left with `code`."""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        short = OUT_OF_MEMORY.search(text)
+        short = OUT_OF_MEMORY.search("\n".join(lines[-LAST_LINES:]))
         if short is not None:
             sizes = {"a dry run estimates": self.figures.get("estimated_bytes")}
             sizes["the card has"] = self.check.card
@@ -242,10 +244,10 @@ class Running:
         return [
             "-u",  # a killed run has printed what it said
             *("-m", "casa_train", *sizes.demo),
-            f"model.tokenizer={data}/tokenizer",
-            f"data.sources.synthetic.path={data}/train",
-            f"data.validation.synthetic.path={data}/validation",
-            f"run_dir={self.check.work / directory}",
+            quoted("model.tokenizer", data / "tokenizer"),
+            quoted("data.sources.synthetic.path", data / "train"),
+            quoted("data.validation.synthetic.path", data / "validation"),
+            quoted("run_dir", self.check.work / directory),
             "parallel.precision=bf16",
             "trainer.deterministic=true",  # on a GPU nothing repeats bit for bit without it
             "trainer.worst_case=true",
@@ -257,12 +259,17 @@ class Running:
         ]
 
 
+def quoted(name: str, path: Path) -> str:
+    """An override whose value may hold brackets and commas."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{name}='{escaped}'"
+
+
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all that it started, unless it has ended."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """SIGKILL to a process and all that it started, also if it has ended itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def verdict(result: Result) -> str:

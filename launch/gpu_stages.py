@@ -16,7 +16,7 @@ from casa_train.io.numbers import GIB
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.modeling.attention import BACKENDS
 from casa_train.run.layout import METRICS_FILE
-from launch.gpu_runner import ROOT, Failed, Running, Sizes, Stage, kill
+from launch.gpu_runner import ROOT, Failed, Running, Sizes, Stage, kill, quoted
 
 CHECKPOINTED = ("none", "vision", "all")  # parallel.activation_checkpointing, the fastest first
 FILLED = 0.95  # of a card's memory, at most; estimates were up to 6 % above the peak of an H100
@@ -71,6 +71,7 @@ def gpu_tests(running: Running) -> str:
     if not files:
         raise Failed(f"there are no tests in {ROOT / 'tests'}: expected a checkout")
     report = running.check.out / "tests.xml"
+    report.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", f"--junitxml={report}"]
     required = {"GPU_REQUIRED": "1"} if running.check.card else {}
     try:
@@ -94,7 +95,11 @@ def estimate(running: Running) -> str:
     choices = f"parallel.activation_checkpointing={','.join(CHECKPOINTED)}"
     text = running.run(
         *("-m", "casa_train", "-m", *running.sizes.dry_run, choices),
-        *("dry_run=true", "planned_ranks=1", f"hydra.sweep.dir={running.check.work / 'dry_runs'}"),
+        *(
+            "dry_run=true",
+            "planned_ranks=1",
+            quoted("hydra.sweep.dir", running.check.work / "dry_runs"),
+        ),
     )
     totals = [float(x) * GIB for x in re.findall(r"^ *total, estimate +([\d.]+)$", text, re.M)]
     names = running.sizes.experiments
@@ -213,10 +218,12 @@ def step(running: Running, index: int, arms: dict[str, str]) -> str:
     expected = estimates[name][chosen]
     running.figures.update(activation_checkpointing=chosen, estimated_bytes=expected)
     arm = f"{name},parallel.activation_checkpointing={chosen}"
-    names = [arm + overrides for overrides in arms.values()]
-    rows = running.benchmark("step", *names, *running.sizes.step)["results"]
+    rows: list[dict[str, Any]] = []
     parts = []
-    for label, row in zip(arms, rows, strict=True):
+    for label, overrides in arms.items():  # alone, so that one that fails keeps what others gave
+        found = running.benchmark("step", arm + overrides, *running.sizes.step)
+        (row,) = found["results"]
+        running.figures["results"] = rows = [*rows, row]
         row["peak_of_estimate"] = row["peak_bytes"] / expected
         mfu = "" if row["mfu"] is None else f", {row['mfu']:.1%} MFU"
         parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -156,13 +157,16 @@ class Arm:
         self.floors = roofline.words()
         for last in [False] * TAKEN_APART + [True]:
             traced = last and ranks.first
-            trace = traces / f"{self.name.replace('/', '_')}.trace.json" if traced else None
+            trace = traces / trace_name(self.name) if traced else None
             meter.watch = watched = WatchedStep(model, ranks.device, trace)
             run.trainer.train_step(run.state.progress.step + 1)
             if not last:
                 self.parts.append(list(ranks.gather(watched.parts(roofline))))
             elif ranks.first:
-                watched.write_trace()
+                try:
+                    watched.write_trace()
+                except OSError as error:
+                    self.notes.append(f"the trace was not written: {error}")
 
     def _build(self, ranks: Ranks, seed: int, last: int) -> Run:
         """A run as `train` builds it, from random weights, on full packs and without a directory.
@@ -227,6 +231,14 @@ class Arm:
         title = f"{self.name} by part, means of {count(len(self.parts), 'step')} of their own"
         table = parts_table([mean_of(steps) for steps in zip(*self.parts, strict=True)])
         return ["", title, table, self.floors]
+
+
+def trace_name(experiment: str) -> str:
+    """The file of an experiment's trace; many overrides are cut short, and told apart by a hash."""
+    name = experiment.replace("/", "_")
+    if len(name) > 100:
+        name = f"{name[:90]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name}.trace.json"
 
 
 def _nothing(line: str) -> None:

@@ -145,7 +145,8 @@ class StepProfile(Hook):
         if self._roofline is None:
             self._roofline = Roofline(self.config, self.model, self.ranks)
         trace = None
-        if self.directory is not None and self.ranks.first and step == max(self.steps):
+        last = max(s for s in self.steps if s <= self.config.trainer.steps)
+        if self.directory is not None and self.ranks.first and step == last:
             trace = self.directory / f"step_{step}.trace.json"
         self._watched = self.meter.watch = WatchedStep(self.model, self.ranks.device, trace)
 
@@ -227,13 +228,13 @@ def parts_table(ranks: Sequence[StepParts]) -> str:
                 f"{taken / floor:,.1f}" if floor else MISSING,
             ]
         )
-    floor = sum(mean.floors.values())
+    floor = sum(mean.floors.get(part, 0.0) for part in mean.milliseconds)
     whole = f"step, {count(mean.micro_steps, 'micro-step')}"
     most = max(sum(rank.milliseconds.values()) for rank in ranks)
     rows.append(
         [
             *(whole, "", f"{total:,.2f}", *([f"{most:,.2f}"] if several else []), percent(1.0)),
-            *(f"{floor:,.2f}", f"{total / floor:,.1f}"),
+            *((f"{floor:,.2f}", f"{total / floor:,.1f}") if floor else (MISSING, MISSING)),
         ]
     )
     return aligned(rows)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.gpu_check import RESULT, main
+from casa_train.errors import UserError
+from launch.gpu_check import RESULT, main, prepare
 from launch.gpu_runner import Check, Failed, Result, Running, Stage
 from launch.gpu_stages import FULL, REHEARSAL, STAGES, insertion
 from tests.helpers.commands import ROOT, environment
@@ -48,9 +50,10 @@ def test_an_interpreter_without_the_packages_is_refused() -> None:
     bare = Path(sys.base_prefix) / "bin" / "python3"
     env = {"PYTHON": f"{bare}", "PATH": "/usr/bin:/bin", "PYTHONNOUSERSITE": "1"}
     command = [ROOT / "launch/gpu_check.sh"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if not done.returncode == 2:
+    if subprocess.run([bare, "-c", "import torch, deepspeed"], env=env).returncode == 0:
         pytest.skip(f"{bare} has the packages")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
     assert "deepspeed" in done.stderr and done.stderr.endswith("PYTHON=...\n")
 
 
@@ -83,6 +86,44 @@ def test_an_unknown_stage_is_refused(
 ) -> None:
     assert main([*arguments, "--cpu-rehearsal"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_that_cannot_be_one_is_refused(
+    made: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").touch()
+    out = tmp_path / "out" if made else tmp_path / "out" / "below"
+    assert main([str(out), "--cpu-rehearsal"]) == 2
+    assert f"error: OUT is {out}: " in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_check_are_gone_and_a_second_one_waits(tmp_path: Path) -> None:
+    for name in (RESULT, "casa.json", "casa.log", "notes.txt"):
+        (tmp_path / name).touch()
+    with prepare(tmp_path, STAGES):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "notes.txt"]
+        with pytest.raises(UserError, match="another check"):
+            prepare(tmp_path, STAGES)
+    prepare(tmp_path, STAGES).close()
+
+
+@pytest.mark.fresh
+def test_no_process_of_a_stage_outlives_it(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = f"""
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(child)!r}, "w").write(str(child.pid))
+sys.exit(3)
+"""
+    assert not checked(tmp_path, Stage("left", 60, python(code)))["left"].passed
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child.read_text()}").exists():
+        state = Path(f"/proc/{child.read_text()}/stat").read_text().split()[2]
+        assert state == "Z" or time.monotonic() < deadline
+        if state == "Z":
+            break
 
 
 def test_a_failed_stage_stops_no_other_but_those_that_need_it(tmp_path: Path) -> None:
@@ -121,6 +162,12 @@ def test_a_stage_that_runs_out_of_memory_says_what_it_tried(tmp_path: Path) -> N
     assert found["big"].tried.startswith("python -c ")
 
 
+def test_a_word_of_memory_long_before_the_end_is_no_reason(tmp_path: Path) -> None:
+    code = "print('out of memory? no' + 60 * '\\nx', flush=True); raise SystemExit('it does not fit')"
+    said = checked(tmp_path, Stage("odd", 60, python(code)))["odd"].said
+    assert said.startswith("left with code 1") and said.endswith("it does not fit")
+
+
 def test_an_earlier_command_that_failed_for_another_reason_is_not_blamed(tmp_path: Path) -> None:
     def work(running: Running) -> str:
         running.run("-c", "print('out of memory, but it went on')")
@@ -138,12 +185,14 @@ def test_steps_checkpoint_no_more_activations_than_the_card_asks_for(
     """Estimates of helium_insertion; eager and compiled stand beside each other."""
     gib = 2**30
     estimates = {"none": 81.3 * gib, "vision": 73.8 * gib, "all": 42.5 * gib}
-    asked: list[str] = []
+    asked: list[tuple[str, ...]] = []
 
     def benchmark(self: Running, *words: str) -> dict[str, Any]:
-        asked.extend(words)
+        asked.append(words)
         row = {"mfu": 0.234, "text_tokens_per_second": 1198.4, "peak_bytes": 36.9 * gib}
-        return {"results": [dict(row), {**row, "mfu": 0.4, "text_tokens_per_second": 2048.0}]}
+        if words[1].endswith("compile=on"):
+            row |= {"mfu": 0.4, "text_tokens_per_second": 2048.0}
+        return {"results": [row]}
 
     monkeypatch.setattr(Running, "benchmark", benchmark)
     stages = [stage for stage in STAGES if stage.name in ("estimate", "insertion")]
@@ -151,7 +200,9 @@ def test_steps_checkpoint_no_more_activations_than_the_card_asks_for(
     check.results["estimate"].figures["helium_insertion"] = estimates
     said = insertion(Running(check, check.results["insertion"], end=0))
     arm = f"helium_insertion,parallel.activation_checkpointing={chosen},parallel.compile="
-    assert asked == ["step", arm + "off", arm + "on", "--steps", "3", "--warm-up", "1"]
+    few = "--steps", "3", "--warm-up", "1"
+    assert asked == [("step", arm + "off", *few), ("step", arm + "on", *few)]
+    assert len(check.results["insertion"].figures["results"]) == 2
     share = f"36.9 GiB ({36.9 * gib / estimates[chosen]:.2f} of the estimate)"
     assert said == (
         f"activation checkpointing {chosen}: eager 1,198 text tokens/s, 23.4% MFU, {share}; "

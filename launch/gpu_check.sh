@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does everything run on this machine's GPU, how fast, and in how much memory? About eight minutes:
+# Does everything run on this machine's GPU, how fast, and in how much memory? At most eight minutes:
 #   PYTHON=python launch/gpu_check.sh [OUT]        # an interpreter that has the packages
 #   launch/gpu_check.sh --cpu-rehearsal            # every stage tiny on a CPU
 # All else, and --help, is in gpu_check.py.

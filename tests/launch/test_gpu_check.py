@@ -163,7 +163,8 @@ def test_a_stage_that_runs_out_of_memory_says_what_it_tried(tmp_path: Path) -> N
 
 
 def test_a_word_of_memory_long_before_the_end_is_no_reason(tmp_path: Path) -> None:
-    code = "print('out of memory? no' + 60 * '\\nx', flush=True); raise SystemExit('it does not fit')"
+    printed = "'out of memory? no' + 60 * '\\nx', flush=True"
+    code = f"print({printed}); raise SystemExit('it does not fit')"
     said = checked(tmp_path, Stage("odd", 60, python(code)))["odd"].said
     assert said.startswith("left with code 1") and said.endswith("it does not fit")
 

@@ -6,7 +6,9 @@ module `fusion` with new parameters. `run_layer` is the forward of a decoder lay
 the pieces in `block.py`. `make_resampler` may put a module between vision tower and decoder.
 `count_layer` and `count_resampler` say on paper what products these two do, composed from the same
 pieces in `block_work.py`. One that makes keys of its own from unchanged image tokens may say in
-`image_keys` where from: those of all layers are then made at once (`joint_keys.py`).
+`image_keys` where from: those of all layers are then made at once (`joint_keys.py`). A class with
+a `run_layer` or a `make_layer` of its own says so anew: an `image_keys` from further up does not
+count.
 
 A new mechanism is one Python file and one YAML, and nothing of the project is edited:
 
@@ -92,11 +94,18 @@ class FusionMechanism:
     @classmethod
     def takes_steps(cls) -> bool:
         """Whether streams go on token by token without a whole forward pass each."""
-        depth = {
-            name: next(i for i, owner in enumerate(cls.__mro__) if name in vars(owner))
-            for name in ("run_layer", "decode_steps")
-        }
-        return cls.decode_steps and depth["decode_steps"] <= depth["run_layer"]
+        return cls.decode_steps and cls._depth("decode_steps") <= cls._depth("run_layer")
+
+    @classmethod
+    def joins_image_keys(cls) -> bool:
+        """Whether `image_keys` was written for the `run_layer` and `make_layer` of this class."""
+        own = cls._depth("image_keys")
+        return own <= cls._depth("run_layer") and own <= cls._depth("make_layer")
+
+    @classmethod
+    def _depth(cls, name: str) -> int:
+        """How many classes up from this one a name was given last."""
+        return next(i for i, owner in enumerate(cls.__mro__) if name in vars(owner))
 
     def start_advice(self) -> tuple[str, str] | None:
         """Of options with which new layers begin as the block's self-attention a second time, so

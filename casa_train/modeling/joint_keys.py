@@ -90,6 +90,8 @@ class JointImageKeys:
             return {}
         if wanted is None and torch.is_grad_enabled():
             return {}
+        if not self.mechanism.joins_image_keys():
+            return {}
         sources = {
             index: source
             for index, layer in enumerate(self.model.layers)

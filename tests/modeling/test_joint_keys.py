@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from casa_train.cost.memory import saved_bytes
-from casa_train.modeling.joint_keys import JointKeys
+from casa_train.modeling.cross_attention import CrossAttention
+from casa_train.modeling.joint_keys import JointKeys, KeySource
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, random_image, use_exact_norms
 from tests.helpers.variants import (
@@ -108,6 +109,42 @@ def test_only_layers_with_own_keys_of_unchanged_images_join(mechanism: str) -> N
         wanted = mechanism in OWN and not options
         assert list(heads) == ([0, 1] if wanted else [])
         assert model._image_heads(torch.randn(40, width), checkpointed=True) == {}
+
+
+class Shifted(CrossAttention):
+    """Reads other image tokens than those that entered the decoder."""
+
+    def run_layer(self, layer: Any, h: Tensor, images: Tensor, context: Any) -> Any:
+        return super().run_layer(layer, h, 2 * images + 0.5, context)[0], images
+
+
+class Scaled(CrossAttention):
+    """Its layers' keys are not those of their projections alone."""
+
+    def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
+        made: Any = super().make_layer(layer, layer_idx)
+        made.text_norm = nn.Identity()
+        return cast(nn.Module, made)
+
+
+class Declared(Scaled):
+    """Says that its layers' keys are theirs all the same."""
+
+    def image_keys(self, layer: Any) -> KeySource | None:
+        return super().image_keys(layer)
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(Shifted, []), (Scaled, []), (Declared, [0, 1])])
+def test_a_layer_of_ones_own_makes_its_own_keys(own: type, wanted: list[int]) -> None:
+    """What a subclass does to image tokens or to projections, nobody can tell from outside."""
+    model = build("cross_attention").train()
+    model.mechanism.__class__ = own
+    model.joint_image_keys = False
+    expected = packed_logits(model, fill(HARD_PACK))
+    model.joint_image_keys = True
+    width = model.config.text_config.hidden_size
+    assert list(model._image_heads(torch.randn(40, width), checkpointed=False)) == wanted
+    torch.testing.assert_close(packed_logits(model, fill(HARD_PACK)), expected)
 
 
 def test_left_alone_it_happens_without_gradients_on_many_tokens_and_untouched_weights() -> None:

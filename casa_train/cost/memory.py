@@ -109,8 +109,10 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
         running.pop()
 
     handles = []
+    vars(leave)["only_watches"] = True  # image keys of all layers are made as without it
     for name, module in model.named_modules():
         enter = partial(_enter, running, name)
+        vars(enter)["only_watches"] = True
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

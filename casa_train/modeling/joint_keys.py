@@ -11,6 +11,7 @@ else that the layers kept is gone.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,9 @@ class JointKeys(nn.Module):
         :param images: (N, C).
         :param sources: their norms and biases are alike.
         """
-        norm = sources[0].norm
-        ones = {"weight": torch.ones_like(norm.get_parameter("weight"))}
-        normed = torch.func.functional_call(norm, ones, images)
+        norm: Any = copy.copy(sources[0].norm)  # other threads read the layer's own
+        norm._parameters = {"weight": torch.ones_like(norm.weight)}
+        normed = norm(images)
         linears = [linear for source in sources for linear in source.linears]
         gains = [source.norm.get_parameter("weight") for source in sources for _ in source.linears]
         weight = torch.cat([x.weight * gain for x, gain in zip(linears, gains, strict=True)])
@@ -71,8 +72,8 @@ class JointImageKeys:
 
     :ivar joint_image_keys: True: wherever the decoder's blocks are not checkpointed, which would
         keep all keys and values where each block alone keeps none. False: never. None: only without
-        gradients, where no wrapper has taken over a layer's weights and images are large enough
-        for the folding to pay.
+        gradients, and where the weights lie beside images that are large enough for the folding to
+        pay. Never where a layer's modules do more than their weights say (`_untouched`).
     """
 
     joint_image_keys: bool | None = None
@@ -99,31 +100,42 @@ class JointImageKeys:
         }
         if len(sources) < 2:
             return {}
-        if wanted is None and not all(_pays(source, images) for source in sources.values()):
+        found = sources.values()
+        if not all(map(_plain, found)):
+            return {}
+        if wanted is None and not all(_pays(source, images) for source in found):
             return {}
         made = self.joint_keys(images, *sources.values())
         pairs = zip(sources, made[::2], made[1::2], strict=True)
         return {index: Heads(None, k, v) for index, k, v in pairs}
 
 
+def _plain(source: KeySource) -> bool:
+    """Whether a layer's keys are those of its weights: no adapter or wrapper has taken over."""
+    return _untouched(source.norm) and all(
+        type(linear) is nn.Linear
+        and _untouched(linear)
+        # Else it is sharded.
+        and linear.weight.shape == (linear.out_features, linear.in_features)
+        for linear in source.linears
+    )
+
+
+def _untouched(module: Any) -> bool:
+    """Whether nothing but its weight makes a module's output: no other forward, and no hook but
+    those that say of themselves that they only watch (`only_watches`).
+    """
+    if type(getattr(module, "weight", None)) is not nn.Parameter or "forward" in vars(module):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return all(getattr(hook, "only_watches", False) for hook in hooks)
+
+
 def _pays(source: KeySource, images: Tensor) -> bool:
     """Whether a layer's weights lie at hand, and folding them costs less than a norm."""
-    if not _untouched(source.norm, images):
-        return False
-    for linear in source.linears:
-        if type(linear) is not nn.Linear or not _untouched(linear, images):
-            return False
-        if linear.weight.shape != (linear.out_features, linear.in_features):
-            return False  # a wrapper has sharded it
-    return len(images) >= source.linears[0].out_features
-
-
-def _untouched(module: Any, images: Tensor) -> bool:
-    """Whether nothing but its weight makes a module's output: no hook, no other forward, and the
-    weight beside the images.
-    """
-    weight = getattr(module, "weight", None)
-    if type(weight) is not nn.Parameter:
-        return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not hooked and (weight.device, weight.dtype) == (images.device, images.dtype)
+    at_hand = all(
+        (module.get_parameter("weight").device, module.get_parameter("weight").dtype)
+        == (images.device, images.dtype)
+        for module in (source.norm, *source.linears)
+    )
+    return at_hand and len(images) >= source.linears[0].out_features

@@ -123,6 +123,8 @@ class PartHooks:
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None and not passed_on:
                     tensor.grad_fn.register_prehook(lambda _: timeline.turn(backward))
 
+        for hook in (before, after):  # image keys of all layers are made as without them
+            vars(hook)["only_watches"] = True
         # First, so that the weights that ZeRO-3 gathers for a module are gathered on its account.
         self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         # Always: a checkpointed block is broken off once it has made what was missing.

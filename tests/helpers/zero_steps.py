@@ -177,11 +177,17 @@ def engine_step(
     engine = build_engine(config, model, ranks)
     # Plain torch, which this is compared with, makes image keys layer by layer.
     assert engine.module.joint_image_keys is (stage < 3)
+    made: list[int] = []
+    model.joint_keys.register_forward_hook(lambda module, args, out: made.append(len(out)))
     set_rates(engine.param_groups, 1.0)
     for step in packs():
         loss, _ = pack_loss(engine.forward, step[ranks.rank])
         engine.backward(loss * (2 / total))
         engine.step()
+    sources = [model.mechanism.image_keys(layer) for layer in model.model.layers]
+    joined = [2 * sum(source is not None for source in sources)] * len(packs())
+    joins = stage < 3 and case.checkpointed == "none" and joined[0] > 2
+    assert made == (joined if joins else []), (case, stage, made)
     weights = {n: engine.full_parameter(p).clone() for n, p in engine.module.named_parameters()}
     norm = engine.gradient_norm()
     engine.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from typing import Any, cast
 
 import pytest
@@ -63,9 +65,14 @@ def test_logits_and_every_gradient_are_those_of_layers_alone(variant: str) -> No
     model = build(variant, dtype=torch.float64)
     expected, gradients = trained(model, False, torch.float64)
     runs: list[int] = []
+
+    def watch(module: nn.Module, args: Any, out: Tensor) -> None:
+        runs.append(len(out))
+
+    vars(watch)["only_watches"] = True
     for layer in model.model.layers:
         if layer.fusion is not None:
-            layer.fusion.k_proj.register_forward_hook(lambda m, args, out: runs.append(len(out)))
+            layer.fusion.k_proj.register_forward_hook(watch)
     logits, found = trained(model, True, torch.float64)
     # No image went through a layer's own projections: those are the text's.
     assert len(logits) != len(gradients["y"]) and set(runs) <= {len(logits)}
@@ -163,11 +170,35 @@ def test_left_alone_it_happens_without_gradients_on_many_tokens_and_untouched_we
     assert not model._image_heads(many, checkpointed=False)  # with gradients
     model.joint_image_keys = False
     assert not joined()
-    model.joint_image_keys = None
+
+
+class Doubling(nn.Linear):
+    """As adapters that are linears themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_modules_that_do_more_than_their_weights_say_are_left_to_run(asked: bool | None) -> None:
+    model = build("casa", backbone="biased")
+    layer = model.model.layers[1].fusion
+    images = torch.randn(layer.k_proj.out_features, model.config.text_config.hidden_size)
+    model.joint_image_keys = asked
+
+    def joined() -> bool:
+        with torch.set_grad_enabled(asked is True):
+            return bool(model._image_heads(images, checkpointed=False))
+
+    def change(module: nn.Module, args: Any, out: Tensor | None = None) -> None:
+        return None
+
+    assert joined()
     for module in (layer.k_proj, layer.norm):
-        hook = module.register_forward_hook(lambda *_: None)
-        assert not joined()
-        hook.remove()
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            hook = register(change)
+            assert not joined()
+            hook.remove()
     layer.v_proj.forward = layer.v_proj.forward  # as accelerate wraps it
     assert not joined()
     del layer.v_proj.forward
@@ -175,8 +206,58 @@ def test_left_alone_it_happens_without_gradients_on_many_tokens_and_untouched_we
     layer.v_proj.weight = nn.Parameter(whole[:0])  # as a sharding wrapper leaves it
     assert not joined()
     layer.v_proj.weight = whole
+    layer.v_proj.__class__ = Doubling
+    assert not joined()
+    layer.v_proj.__class__ = nn.Linear
+    assert joined()
     layer.k_proj = nn.Sequential(layer.k_proj)  # as an adapter wraps it
     assert not joined()
+
+
+def test_an_adapter_of_the_image_keys_is_heard_in_training() -> None:
+    model = build("casa", dtype=torch.float64)
+    plain, _ = trained(model, True, torch.float64)
+    model.model.layers[1].fusion.v_proj.__class__ = Doubling
+    expected, gradients = trained(model, False, torch.float64)
+    logits, found = trained(model, True, torch.float64)
+    assert not torch.allclose(expected, plain)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    assert_gradients_close(found, gradients)
+
+
+def test_threads_that_share_a_model_leave_its_weights_alone() -> None:
+    model = build("casa", dtype=torch.float64)
+    images = [random_image(torch.Generator().manual_seed(seed), 10, 12) for seed in (1, 2)]
+    packs = [model.pack(torch.arange(8), [2], [image]) for image in images]
+    norm = model.model.layers[0].fusion.norm
+    with torch.no_grad():
+        norm.weight.mul_(torch.linspace(-2, 2, len(norm.weight)))
+        expected = [model(packed=pack).logits for pack in packs]
+    weight, held = norm.weight, norm.weight.clone()
+    wrong: list[Any] = []
+
+    def ask(number: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(20):
+                    logits = model(packed=packs[number]).logits
+                    if not torch.equal(logits, expected[number]):
+                        wrong.append(number)
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=ask, args=(number % 2,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert norm.weight is weight and torch.equal(weight, held)
 
 
 @pytest.mark.parametrize("variant", OWN)

@@ -187,12 +187,15 @@ def test_every_block_is_followed_and_leaves_no_hook(variant: str) -> None:
 
 
 def test_numbers_are_the_same_with_and_without() -> None:
-    losses, gradients = [], []
+    losses, gradients, joined = [], [], []
     for watch in (False, True):
         model = build("casa-qwen2_5_vl")
+        model.joint_image_keys = True
+        model.joint_keys.register_forward_hook(lambda module, args, out: joined.append(len(out)))
         losses.append(followed(model, WatchedStep(model, CPU) if watch else None))
         gradients.append([p.grad for p in model.parameters()])
     assert losses[0] == losses[1]
+    assert joined == [2 * len(model.model.layers)] * 4  # of two micro-steps each
     for plain, watched in zip(*gradients, strict=True):
         assert torch.equal(plain, watched)
 

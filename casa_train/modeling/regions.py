@@ -49,6 +49,11 @@ def _current() -> Compiler | None:
     return None if torch.compiler.is_compiling() else _compiler.get()
 
 
+def compiles() -> bool:
+    """Whether a region that is called here is compiled."""
+    return _current() is not None
+
+
 def region(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a function as a region: it runs as it stands, or compiled inside `compiling`."""
 

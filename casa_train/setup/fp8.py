@@ -1,4 +1,5 @@
-"""The linears of frozen vision blocks in fp8, which a GPU multiplies at twice the rate of bf16.
+"""The linears of frozen vision blocks in fp8, which a GPU of data centres multiplies at twice the
+rate of bf16 by its data sheet. No GPU has measured it here.
 
 Both sides of a product are e4m3, scaled by row: weights once, by output channel, and activations on
 every call, by patch. Sums are fp32, results bf16. There is no backward pass, and what is stored,
@@ -7,6 +8,7 @@ saved and exported stays the bf16 weights: the copies here are no parameters, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
+from casa_train.modeling.regions import compiles, gated_product, region
 from casa_train.modeling.vision import VisionMLP, VisionTower
 
 FP8 = torch.float8_e4m3fn
@@ -63,23 +66,38 @@ class Fp8MLP(VisionMLP):
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = fp8_rows(x)
         gate, up = (linear.product(rows, scale) for linear in (self.gate_proj, self.up_proj))
-        out: Tensor = self.down_proj(nn.functional.silu(gate) * up)
+        out: Tensor = self.down_proj(gated_product(nn.functional.silu, gate, up))
         return out
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, width) -> e4m3, whose width is padded with zeros, and fp32 scales (rows, 1).
 
-    A row's largest value becomes the largest of e4m3; a row of zeros stays one. Two kernels: the
-    second reads x, and writes e4m3 from fp32 as it goes.
+    A row's largest value becomes the largest of e4m3; a row of zeros stays one. In compiled
+    blocks it is a region; eagerly, e4m3 is written from fp32 with no copy in between.
     """
-    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).float().clamp(min=SMALLEST)
+    if compiles():
+        return _fp8_rows(x)
+    largest = _largest(x)
     width = x.shape[1] + -x.shape[1] % ALIGNED
     rows = torch.empty(len(x), width, dtype=FP8, device=x.device)
     torch.mul(x, LARGEST / largest, out=rows[:, : x.shape[1]])
     if width > x.shape[1]:
         rows[:, x.shape[1] :].zero_()
     return rows, largest / LARGEST
+
+
+@region
+def _fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    largest = _largest(x)
+    padded = nn.functional.pad(x, (0, -x.shape[1] % ALIGNED))
+    return (padded * (LARGEST / largest)).to(FP8), largest / LARGEST
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of every row, by size: (rows, 1) fp32."""
+    size: Tensor = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
+    return size.float().clamp(min=SMALLEST)
 
 
 def scaled_product(
@@ -106,7 +124,11 @@ def scaled_product(
 
 
 def use_fp8(tower: VisionTower) -> None:
-    """Runs the linears of a tower's frozen blocks in fp8 from here on, weights as they stand."""
+    """Runs the linears of a tower's frozen blocks in fp8 from here on, weights as they stand.
+
+    On the device where they stand, too: the copies follow neither `load_state_dict` nor `.to()`.
+    Whoever changes or moves the weights calls this again.
+    """
     for linear in frozen_linears(tower):
         linear.__class__ = Fp8Linear
         assert isinstance(linear, Fp8Linear)
@@ -159,18 +181,29 @@ def check_fp8(config: Config, tower: VisionTower) -> list[str]:
     return []
 
 
-def what_is_missing(library: Any) -> str | None:
-    """Why a GPU cannot multiply in fp8, in words; None: it can.
+def small_product(device: str = "cuda") -> Tensor:
+    """One of rows of fp8 on this process's GPU, as the blocks ask for it; waits for its end."""
+    ones = torch.ones(ALIGNED, ALIGNED, dtype=torch.bfloat16, device=device)
+    rows, scale = fp8_rows(ones)
+    return scaled_product(rows, rows, scale, scale, ones[0]).cpu()
 
-    :param library: torch.
+
+def what_is_missing(library: Any, multiply: Callable[[], object] = small_product) -> str | None:
+    """Why a GPU cannot multiply in fp8, in words; None: it can, and has done so.
+
+    :param library: torch; :param multiply: tries it.
     """
-    found = library.cuda.get_device_capability()
+    found, name = library.cuda.get_device_capability(), library.cuda.get_device_name()
     if tuple(found) < CAPABILITY:
         least = ".".join(map(str, CAPABILITY))
         return (
-            f"{library.cuda.get_device_name()} has compute capability "
-            f"{'.'.join(map(str, found))}; expected {least} or more"
+            f"{name} has compute capability {'.'.join(map(str, found))}; expected {least} or more"
         )
     if library.version.cuda is None or not hasattr(library, "_scaled_mm"):
         return f"torch {library.__version__} has no scaled products of fp8 for CUDA"
+    try:  # builds for a card, and cards of a build, differ in scales by row
+        multiply()
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"torch {library.__version__} cannot multiply rows of fp8 on {name}: {first}"
     return None

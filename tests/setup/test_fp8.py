@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from casa_train.config.schema import Config
 from casa_train.cost.full_pack import memory_of_rank
 from casa_train.cost.sizes import size_model
 from casa_train.errors import UserError
+from casa_train.modeling.regions import compiling
 from casa_train.setup.fp8 import (
     FP8,
     Fp8Linear,
@@ -25,6 +27,7 @@ from casa_train.setup.fp8 import (
     fp8_rows,
     frozen_linears,
     scaled_product,
+    small_product,
     use_fp8,
     what_is_missing,
 )
@@ -117,6 +120,10 @@ def test_a_gpus_product_is_the_emulated_one() -> None:
     there = [tensor.cuda() for tensor in (x, w, x_scale, w_scale, bias)]
     found = scaled_product(*there).cpu().double()
     assert (found - expected).norm() < 0.01 * expected.norm()
+    with compiling("inductor"):  # which rounds in one kernel
+        compiled = fp8_rows(values(172, 3420).cuda())
+    found = scaled_product(compiled[0], there[1], compiled[1], *there[3:]).cpu().double()
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_frozen_blocks_alone_change_and_everything_keeps_its_name() -> None:
@@ -162,6 +169,55 @@ def test_a_feed_forward_network_rounds_as_its_linears_do() -> None:
     assert 0 < (found - plain).float().norm() < 0.1 * plain.float().norm()
 
 
+def test_other_weights_are_taken_up_by_asking_again() -> None:
+    towers = [build("casa", seed=seed).bfloat16().visual for seed in (1, 2)]
+    images = [image for sample in fill(HARD_PACK) for image in sample.images]
+    for tower in towers:
+        tower.set_trainable(1)
+        use_fp8(tower)
+    with torch.no_grad():
+        towers[0].load_state_dict(towers[1].state_dict())
+        expected = towers[1](images)
+        assert not torch.equal(towers[0](images), expected)
+        use_fp8(towers[0])
+        assert torch.equal(towers[0](images), expected)
+
+
+def test_its_elementwise_work_is_compiled_where_blocks_are() -> None:
+    tower = build("casa").bfloat16().visual
+    tower.set_trainable(0)
+    use_fp8(tower)
+    mlp = tower.blocks[1].get_submodule("mlp")
+    codes: list[str] = []
+
+    def counted(graph: Any, inputs: list[Any]) -> Any:
+        codes.append(graph.code)
+        return graph
+
+    for rows in (24, 35):  # of any number one graph each
+        x = values(rows, 32)
+        with torch.no_grad():
+            expected = mlp(x)
+            with compiling(counted):
+                assert torch.equal(mlp(x), expected)
+    torch._dynamo.reset()
+    # One rounds what comes in, one the inner width; both have their columns padded in one go.
+    found = {name: sum(name in code for code in codes) for name in ("vector_norm", "silu")}
+    assert found == {"vector_norm": 2, "silu": 1} and len(codes) == 3
+
+
+@pytest.mark.slow
+def test_a_generated_kernel_rounds_as_eager_ones() -> None:
+    x = values(40, 100)
+    x[7] = 0
+    rows, scale = fp8_rows(x)
+    with compiling("inductor"):
+        found, factors = fp8_rows(x)
+    torch._dynamo.reset()
+    assert found.dtype == FP8 and torch.equal(found.float(), rows.float())
+    assert torch.equal(factors, scale)
+
+
 def composed(*overrides: str) -> Config:
     return compose_config(["+experiment=demo", *overrides, "dry_run=true"])
 
@@ -203,11 +259,27 @@ def test_a_build_without_scaled_products_is_named() -> None:
     library = SimpleNamespace(
         cuda=card, version=SimpleNamespace(cuda="12.8"), __version__="2.x", _scaled_mm=print
     )
-    assert what_is_missing(library) is None
+    tried: list[int] = []
+
+    def works() -> None:
+        tried.append(1)
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED\nwhen calling cublasLtMatmul")
+
+    assert what_is_missing(library, works) is None and tried == [1]
+    words = "torch 2.x cannot multiply rows of fp8 on H100: CUDA error: CUBLAS_STATUS_NOT_SUPPORTED"
+    assert what_is_missing(library, fails) == words
     del library._scaled_mm
-    assert what_is_missing(library) == "torch 2.x has no scaled products of fp8 for CUDA"
+    assert what_is_missing(library, works) == "torch 2.x has no scaled products of fp8 for CUDA"
     library._scaled_mm, library.version.cuda = print, None
-    assert what_is_missing(library) == "torch 2.x has no scaled products of fp8 for CUDA"
+    assert what_is_missing(library, works) == "torch 2.x has no scaled products of fp8 for CUDA"
+    assert tried == [1]
+
+
+def test_the_product_that_is_tried_is_one_of_rows_and_a_bias() -> None:
+    expected = torch.full((64, 64), 64 + 1, dtype=torch.bfloat16)
+    assert torch.equal(small_product("cpu"), expected)
 
 
 def test_the_dry_run_counts_the_copies() -> None:

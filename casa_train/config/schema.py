@@ -79,20 +79,22 @@ class ParallelConfig:
     numbers."""
     compile: Annotated[str, Choice("auto", "off", "on"), FREE] = "auto"
     """Compile the blocks of the model by torch.compile: auto (on a GPU), off or on. The same
-    numbers within rounding and faster; the first step takes a minute or so longer. Validations and
-    exports stay as they are."""
+    numbers within rounding. The first step compiles; on a CPU for 8 to 39 s, and steps then take 2
+    to 8 % less. On a GPU it is not measured (`bench step --compile` does). Validations and exports
+    stay as they are."""
     joint_image_keys: Annotated[str, Choice("auto", "off"), FREE] = "auto"
     """Make the keys and values of the image tokens for all layers by one norm and one product,
     where layers have projections of their own and image tokens do not change (casa and
     cross_attention by default). The same numbers, rounded elsewhere; less work and less memory.
     auto leaves it out where it would take memory: where blocks of the decoder keep only their
     inputs (activation_checkpointing decoder or all), and under ZeRO-3, which holds one layer at a
-    time. off: never."""
+    time; and where a layer's projections are more than linears (adapters, hooks). off: never."""
     frozen_precision: Annotated[str, Choice("bf16", "fp8")] = "bf16"
     """Of the products of frozen vision blocks: bf16 (as `precision` says), or fp8, whose operands
-    are rounded to e4m3 row by row: twice the rate on a GPU of compute capability 8.9 or more,
-    emulated on a CPU, and a copy of these weights more. The start says how far it moves the tower's
-    output. Not under ZeRO-3; checkpoints and exports hold the weights as they were."""
+    are rounded to e4m3 row by row, on a GPU of compute capability 8.9 or more (emulated on a CPU),
+    and a copy of these weights more. No GPU has measured what it gains. The start says how far it
+    moves the tower's output. Not under ZeRO-3; validations run it too, checkpoints and exports hold
+    the weights as they were."""
     threads: NonNegativeInt = 0
     """CPU threads of each rank's torch, also when the run is exported and evaluated; 0 leaves
     torch's choice: one a core, or OMP_NUM_THREADS, which torchrun sets to 1. Sums round differently

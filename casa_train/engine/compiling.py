@@ -39,9 +39,9 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
     if wanted == "on":
         raise UserError(
             f"parallel.compile is 'on', but torch.compile cannot run here: {missing}. Install it, "
-            "or set parallel.compile=off: the same numbers within rounding, slower."
+            "or set parallel.compile=off: the same numbers within rounding."
         )
-    ranks.log(f"note: blocks are not compiled, so steps take longer: {missing}")
+    ranks.log(f"note: blocks are not compiled: {missing}")
     return None
 
 

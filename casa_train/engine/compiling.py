@@ -20,8 +20,6 @@ from casa_train.io.numbers import count
 COMPILER = "inductor"
 # Inductor's kernels need it (Volta).
 LEAST_CAPABILITY = (7, 0)
-# Kinds of layers share a region's code, for each of which torch.compile keeps 8 graphs by default.
-GRAPHS = 64
 
 
 def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
@@ -46,9 +44,7 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
 
 
 def _configure() -> None:
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
-    settings = importlib.import_module("torch._inductor.config")
+    settings: Any = importlib.import_module("torch._inductor.config")
     if torch.are_deterministic_algorithms_enabled() and hasattr(settings, "deterministic"):
         # Sums would be cut as a measurement at the first call says, differently at every start.
         settings.deterministic = True

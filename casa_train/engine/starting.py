@@ -15,6 +15,7 @@ from casa_train.engine.engine import Engine, shard
 from casa_train.io.precision import DTYPES
 from casa_train.modeling.decoder import FusedLayer
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.regions import in_region
 from casa_train.modeling.vision import PatchMerger, VisionBlock, VisionMLP
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.model import joins_image_keys
@@ -79,7 +80,7 @@ def build_engine(
         micro_steps(config.data, ranks.world),
         config.optim.clip,
         whole=[VisionMLP] if padded else [],
-        borrowed=[] if compiler is None else _norms(model),
+        borrowed=[] if compiler is None or parallel.zero_stage < 3 else _norms(model),
         clock=None if compiler is None else CompileClock(),
     )
     engine.train()
@@ -89,9 +90,10 @@ def build_engine(
 def _norms(model: CasaForConditionalGeneration) -> list[nn.Parameter]:
     """The weights that blocks use in compiled regions, past the hooks of the norms themselves."""
     return [
-        norm.get_parameter("weight")
+        parameter
         for block in model.modules()
         if isinstance(block, FusedLayer | VisionBlock | PatchMerger)
         for norm in block.modules()
-        if type(norm).__name__.endswith("Norm")
+        if in_region(norm)
+        for parameter in norm.parameters(recurse=False)
     ]

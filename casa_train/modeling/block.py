@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .image_attention import ImageAttention
-from .regions import Compiler, add_normed, gated_mlp, normed
+from .regions import Compiler, add_normed, normed
 from .rope import Rope, Table
 from .segments import Segments
 from .streaming import FlatCache, StreamingState
@@ -164,7 +164,8 @@ def feed_forward(layer: Any, h: Tensor, *added: Tensor) -> Tensor:
     :param added: to h before, such as what was read: (tokens, C) each.
     """
     h, x = add_normed(layer.post_attention_layernorm, h, *added)
-    return h + gated_mlp(layer.mlp, x)
+    out: Tensor = h + layer.mlp(x)
+    return out
 
 
 def plain_block(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.helium.modeling_helium import HeliumDecoderLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.helium.modeling_helium import HeliumDecoderLayer, HeliumMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP as Qwen2_5_VLMLP
 
 from .activation_checkpointing import run_block
 from .block import DecoderContext
 from .fusion import FusionMechanism
-from .regions import compiling
+from .regions import RegionMLP, compiling
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,
@@ -122,18 +123,40 @@ class FusedQwen2DecoderLayer(FusedLayer, Qwen2DecoderLayer): ...
 class FusedQwen2_5_VLDecoderLayer(FusedLayer, Qwen2_5_VLDecoderLayer): ...
 
 
+class FusedLlamaMLP(RegionMLP, LlamaMLP): ...
+
+
+class FusedHeliumMLP(RegionMLP, HeliumMLP): ...
+
+
+class FusedQwen2MLP(RegionMLP, Qwen2MLP): ...
+
+
+class FusedQwen2_5_VLMLP(RegionMLP, Qwen2_5_VLMLP): ...
+
+
 FUSED: dict[type, type[FusedLayer]] = {
     LlamaDecoderLayer: FusedLlamaDecoderLayer,
     HeliumDecoderLayer: FusedHeliumDecoderLayer,
     Qwen2DecoderLayer: FusedQwen2DecoderLayer,
     Qwen2_5_VLDecoderLayer: FusedQwen2_5_VLDecoderLayer,
 }
+# Any other class of network keeps its own forward.
+FUSED_MLPS: dict[type, type[RegionMLP]] = {
+    LlamaMLP: FusedLlamaMLP,
+    HeliumMLP: FusedHeliumMLP,
+    Qwen2MLP: FusedQwen2MLP,
+    Qwen2_5_VLMLP: FusedQwen2_5_VLMLP,
+}
 
 
 def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
-    """Swaps the class of every decoder layer of `backbone` and adds the mechanism's children."""
+    """Swaps the classes of every decoder layer of `backbone` and of its feed-forward network, and
+    adds the mechanism's children.
+    """
     for index, layer in enumerate(backbone.layers):
         layer.__class__ = FUSED[type(layer)]
+        layer.mlp.__class__ = FUSED_MLPS.get(type(layer.mlp), type(layer.mlp))
         layer.fusion = mechanism.make_layer(layer, index)
     # RoPE tables are computed here; the library's module would only carry a buffer along.
     del backbone.rotary_emb

@@ -15,7 +15,7 @@ from .block import DecoderContext, plain_block, project, project_out, query_mask
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import ATTENTION_GATE, FFN_GATE
-from .regions import gated_mlp, normed
+from .regions import RegionMLP, normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
 
@@ -97,14 +97,14 @@ class GatedLayer(nn.Module):
             for name, gate in gates.items():
                 context.image_attention.gate(self.layer_idx, name, gate.tanh().expand(len(h), 1))
         h = h + self.attention_gate.tanh() * project_out(self.o_proj, read, cross)
-        passed = self.ffn_gate.tanh() * gated_mlp(self.mlp, normed(self.ffn_norm, h))
+        passed = self.ffn_gate.tanh() * self.mlp(normed(self.ffn_norm, h))
         if not cross.covers(len(h)):
             passed = passed * query_mask(cross, len(h), h.dtype)
         out: Tensor = h + passed
         return out
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(RegionMLP):
     """A gated feed-forward network of the shapes and the activation of the backbone's."""
 
     def __init__(self, mlp: Any) -> None:
@@ -113,7 +113,3 @@ class GatedMLP(nn.Module):
         self.up_proj = linear_like(mlp.up_proj)
         self.down_proj = linear_like(mlp.down_proj)
         self.act_fn = mlp.act_fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return out

@@ -30,6 +30,9 @@ R = TypeVar("R")
 # What torch.compile takes as a backend.
 Compiler = str | Callable[..., Any]
 
+# Graphs that a region may have: one for each kind of layer and what of it trains.
+GRAPHS = 64
+
 # What compiles the regions of the block around; None: they run eagerly.
 _compiler: ContextVar[Compiler | None] = ContextVar("compiler", default=None)
 
@@ -66,6 +69,11 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
             return function(*inputs, **options)
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
+        # Here, since torch keeps its settings by thread, and a backward pass may run blocks again
+        # on one of its own. By default the ninth kind of layer is refused.
+        settings: Any = torch._dynamo.config
+        if settings.recompile_limit < GRAPHS:
+            settings.recompile_limit = GRAPHS
         try:
             result: R = _compiled(function, compiler)(*inputs, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -96,32 +104,49 @@ def _compiled(function: Callable[..., Any], compiler: Compiler) -> Callable[...,
     return compiled
 
 
+def in_region(norm: nn.Module) -> bool:
+    """Whether a block that compiles computes this norm inside a region, past its hooks.
+
+    It does where the norm's name and its only parameter, `weight`, say that it is an ordinary one.
+    Any other norm is called as a module: a bias would be a second parameter, and ZeRO-3 gathers for
+    regions the weights of these norms alone.
+    """
+    named = type(norm).__name__.endswith("Norm") and "forward" not in vars(norm)
+    if not named or any(child is not None for child in norm._modules.values()):
+        return False
+    return [name for name, p in norm._parameters.items() if p is not None] == ["weight"]
+
+
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x): (tokens, C)."""
-    return _normed(norm, _current() is None, x)
+    if _current() is None or not in_region(norm):
+        out: Tensor = norm(x)
+        return out
+    return _normed(norm, x)
 
 
 def add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
     """h and all that is added to it, and the norm of that: (tokens, C) each."""
-    if not added:
-        return h, normed(norm, h)
-    return _add_normed(norm, _current() is None, h, *added)
+    if added and _current() is not None and in_region(norm):
+        return _add_normed(norm, h, *added)
+    for more in added:
+        h = h + more
+    return h, normed(norm, h)
 
 
+# On ranks that compile, hooks of these norms do not run, not even for a pack with a single row:
+# under ZeRO-3 all ranks must call the same modules.
 @region
-def _normed(norm: nn.Module, hooks: bool, x: Tensor) -> Tensor:
-    """:param hooks: whether those of the norm run. On ranks that compile they do not, not even for
-    a pack with a single row: under ZeRO-3 all ranks must call the same modules.
-    """
-    out: Tensor = norm(x) if hooks else norm.forward(x)
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = norm.forward(x)
     return out
 
 
 @region
-def _add_normed(norm: nn.Module, hooks: bool, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
+def _add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
     for more in added:
         h = h + more
-    return h, norm(h) if hooks else norm.forward(h)
+    return h, norm.forward(h)
 
 
 @region
@@ -131,13 +156,22 @@ def gated_product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> 
     return called(gate) * up
 
 
-def gated_mlp(mlp: Any, x: Tensor) -> Tensor:
-    """mlp(x) of a decoder layer: a `down_proj` of its `act_fn`, `gate_proj` and `up_proj`."""
-    if _current() is None:
-        out: Tensor = mlp(x)
+class RegionMLP(nn.Module):
+    """The forward of a gated feed-forward network, with a region between its matrix products."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, C) -> (tokens, C)."""
+        out: Tensor
+        if _current() is None or any(True for _ in self.act_fn.parameters()):
+            out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        else:
+            out = self.down_proj(gated_product(self.act_fn, self.gate_proj(x), self.up_proj(x)))
         return out
-    out = mlp.down_proj(gated_product(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
-    return out
 
 
 class CompiledRegions:

@@ -6,13 +6,14 @@ import collections
 import copy
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.regions import compiling, normed
+from casa_train.modeling.regions import add_normed, compiling, normed
 from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
 from tests.helpers.variants import MECHANISMS, build, gradients_of, packed_logits
 
@@ -151,6 +152,72 @@ def test_kernels_of_a_code_generator_agree_with_eager_ones() -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
+class Centred(torch.nn.LayerNorm):
+    """A norm whose name does not say so."""
+
+
+def refused(graph: Any, inputs: list[Any]) -> Any:
+    raise AssertionError("this was to run eagerly")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        torch.nn.LayerNorm(8),  # its bias would be a region's second parameter
+        torch.nn.LayerNorm(8, elementwise_affine=False),
+        Centred(8, bias=False),
+    ],
+    ids=["bias", "weightless", "other name"],
+)
+def test_norms_that_are_not_ordinary_run_as_modules(norm: torch.nn.Module) -> None:
+    calls: list[torch.Tensor] = []
+    norm.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    h, more = torch.randn(5, 8), torch.randn(5, 8)
+    with compiling(refused):
+        alone = normed(norm, h)
+        total, after = add_normed(norm, h, more)
+    assert len(calls) == 2 and calls[0] is alone and calls[1] is after
+    assert torch.equal(total, h + more) and torch.equal(after, norm(h + more))
+
+
+@pytest.mark.parametrize("where", ["class", "instance", "hook"])
+def test_a_network_with_a_forward_of_its_own_keeps_it(where: str) -> None:
+    model = build("gated_cross_attention")
+    for layer in model.model.layers:
+        for mlp in (layer.mlp, layer.fusion.mlp):
+            kind = type(mlp)
+            if where == "class":
+
+                def halved(self: Any, x: torch.Tensor, kind: Any = kind) -> torch.Tensor:
+                    return 0.5 * kind.forward(self, x)
+
+                mlp.__class__ = type("Halved", (kind,), {"forward": halved})
+            elif where == "instance":
+                mlp.forward = lambda x, forward=mlp.forward: 0.5 * forward(x)
+            else:
+                mlp.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    plain = trained(build("gated_cross_attention"), fill(HARD_PACK), None)["logits"]
+    expected = trained(model, fill(HARD_PACK), None)
+    found = trained(model, fill(HARD_PACK), Graphs())
+    assert not torch.allclose(expected["logits"], plain)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_kinds_of_layers_are_not_limited_to_torchs_few() -> None:
+    """Nor on a thread of autograd's, where blocks run again: torch keeps settings by thread."""
+
+    def run() -> int:
+        graphs = Graphs()
+        with compiling(graphs):
+            for width in range(8, 32, 2):
+                normed(torch.nn.RMSNorm(width), torch.randn(5, width))
+        return sum(graphs.counts.values())
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run).result() == 12
+    assert run() == 12
+
+
 def test_what_does_not_count_tokens_is_constant() -> None:
     """The axis of tokens alone is free, also beside a norm of another width."""
     graphs = Graphs()
@@ -188,7 +255,7 @@ def test_a_padded_vision_ffn_changes_no_number(frozen: bool) -> None:
         torch.testing.assert_close(padded[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_kernels_and_padding_on_a_gpu() -> None:
     model = build("casa", dtype=torch.bfloat16).cuda()
     packs = [packed_inputs(pack) for pack in random_packs(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -67,22 +68,26 @@ def what_is_missing(device: torch.device) -> str | None:
 
 
 class CompileClock:
-    """Counts graphs and the seconds that torch.compile takes for them, in this process."""
+    """Counts graphs and the seconds that torch.compile takes for them, in this process.
+
+    :ivar graphs: of forward passes; each has one for the backward pass where it needs any.
+    """
 
     def __init__(self) -> None:
         self.graphs, self.seconds = 0, 0.0
-        self._began: float | None = None
+        self._began: tuple[float, int] | None = None
         self._told = False
         torch._dynamo.callback.on_compile_start(self._start)
         torch._dynamo.callback.on_compile_end(self._end)
 
     def _start(self, *_: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = time.perf_counter(), _graphs()
 
     def _end(self, *_: Any) -> None:
         if self._began is not None:
-            self.graphs += 1
-            self.seconds += time.perf_counter() - self._began
+            began, before = self._began
+            self.graphs += _graphs() - before  # none where a backward pass is compiled
+            self.seconds += time.perf_counter() - began
         self._began = None
 
     def tell(self, log: Callable[[str], None]) -> None:
@@ -94,5 +99,11 @@ class CompileClock:
     def close(self) -> None:
         """Stops counting."""
         handler = torch._dynamo.callback.callback_handler
-        handler.remove_start_callback(self._start)
-        handler.remove_end_callback(self._end)
+        with contextlib.suppress(ValueError):  # torch._dynamo.reset() forgets them by itself
+            handler.remove_start_callback(self._start)
+            handler.remove_end_callback(self._end)
+
+
+def _graphs() -> int:
+    """Graphs that this process has traced."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

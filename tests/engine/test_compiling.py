@@ -54,9 +54,9 @@ def test_the_clock_counts_what_is_compiled_while_it_runs() -> None:
     torch._dynamo.reset()
     lines: list[str] = []
     clock = CompileClock()
-    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    compiled = torch.compile(lambda x: (x.sin() * x.cos()).sum(), backend="aot_eager")
     for _ in range(3):
-        compiled(torch.ones(5))
+        compiled(torch.ones(5, requires_grad=True)).backward()  # of no graph of its own
     assert clock.graphs == 1 and clock.seconds > 0
     for _ in range(2):
         clock.tell(lines.append)
@@ -64,4 +64,6 @@ def test_the_clock_counts_what_is_compiled_while_it_runs() -> None:
     clock.close()
     torch.compile(lambda x: x.cos() + 2, backend="eager")(torch.ones(5))
     assert clock.graphs == 1
+    forgotten = CompileClock()
     torch._dynamo.reset()
+    forgotten.close()

@@ -12,14 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from casa_train.config.schema import GroupConfig, OptimConfig
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine import compiling
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine
+from casa_train.io.precision import DTYPES
+from casa_train.modeling.block import plain_block, project
+from casa_train.modeling.fusion import register
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.regions import add_normed, normed
+from casa_train.modeling.windowed import WindowedMechanism, linear_like, read_windows
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.training.loss import answer_losses
 from tests.helpers.tiny import (
@@ -45,6 +50,7 @@ class Case:
 
     :param checkpointed: blocks whose activations are checkpointed.
     :param compiled: whether the blocks are.
+    :param precision: bf16: compared with eager blocks under the same engine instead of plain torch.
     :param aligned: what the width of the vision FFN is padded to a multiple of.
     """
 
@@ -54,6 +60,11 @@ class Case:
     frozen: bool = False
     compiled: bool = False
     aligned: int = 1
+    precision: str = "fp32"
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return (1, 2, 3) if self.precision == "fp32" else (1,)
 
     def build(self) -> CasaForConditionalGeneration:
         options = dict(self.model)
@@ -65,6 +76,45 @@ class Case:
                 parameter.requires_grad_(".fusion." in name)
             model.visual.set_trainable(1)
         return model
+
+
+class Centred(nn.LayerNorm):
+    """A norm whose name does not say so."""
+
+
+class ForeignNorms(WindowedMechanism):
+    """A user's own, with norms that blocks do not compile: each for another reason."""
+
+    name = "foreign_norms"
+    options = {"every": 1}
+
+    def make_layer(self, layer: Any, layer_idx: int) -> nn.Module:
+        return ForeignLayer(layer, layer_idx)
+
+    def run_layer(
+        self, layer: Any, h: Tensor, images: Tensor, context: Any
+    ) -> tuple[Tensor, Tensor]:
+        fusion, width = layer.fusion, layer.self_attn.head_dim
+        text = project(layer.self_attn, normed(fusion.text, h), width, keys=False)
+        seen = project(fusion, normed(fusion.images, images), width, queries=False)
+        read, _ = read_windows(fusion.layer_idx, text, seen, context)
+        h, x = add_normed(fusion.after, h, fusion.o_proj(read))
+        return plain_block(layer, h + 0.5 * x, context), images
+
+    def count_layer(self, work: Any, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
+        raise AssertionError("nobody counts here")
+
+
+class ForeignLayer(nn.Module):
+    def __init__(self, layer: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        width = layer.self_attn.q_proj.in_features
+        self.text = Centred(width, bias=False)
+        self.images = nn.LayerNorm(width, elementwise_affine=False)
+        self.after = nn.LayerNorm(width)
+        for name in ("k_proj", "v_proj", "o_proj"):
+            setattr(self, name, linear_like(getattr(layer.self_attn, name)))
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -121,6 +171,8 @@ CASES = {
         compiled=True,
         aligned=56,
     ),
+    "norms of a user's own, compiled": Case({"mechanism": "foreign_norms"}, compiled=True),
+    "casa, compiled in bf16": Case(MODELS["casa"], compiled=True, precision="bf16"),
 }
 # What the loader makes of a pack without images: a dummy sample keeps all ranks on one graph.
 TEXT_ONLY = [Layout(6), Layout(1, (0,), ((1, 1),))]
@@ -170,7 +222,12 @@ def engine_step(
     count, optim = ranks.world * len(packs()), replace(OPTIM, clip=case.clip)
     compiled = "on" if case.compiled else "off"
     config = tiny_settings(
-        optim, stage, packs=count, checkpointed=case.checkpointed, compile_blocks=compiled
+        optim,
+        stage,
+        case.precision,
+        packs=count,
+        checkpointed=case.checkpointed,
+        compile_blocks=compiled,
     )
     model = case.build()
     model.visual.align_ffn(case.aligned)
@@ -200,12 +257,17 @@ def main() -> None:
     ranks = init_processes()
     assert ranks.world == 2
     total = sum(len(s.ids) - 1 for step in packs() for samples in step for s in samples)
+    register(ForeignNorms)
     for name, case in CASES.items():
-        if ranks.first:  # which alone compares
+        if case.precision != "fp32":
+            expected, norm = engine_step(replace(case, compiled=False), 1, ranks, total)
+        elif ranks.first:  # which alone compares
             expected, norm = plain_step(case, total)
-            start = dict(case.build().named_parameters())
+        if ranks.first:
+            dtype = DTYPES[case.precision]
+            start = {n: p.to(dtype) for n, p in case.build().named_parameters()}
             moves = {n: float((expected[n] - p).detach().abs().max()) for n, p in start.items()}
-        for stage in (1, 2, 3):
+        for stage in case.stages:
             found, found_norm = engine_step(case, stage, ranks, total)
             if ranks.first:
                 worst = max(float((found[n] - expected[n]).abs().max()) for n in expected)

@@ -39,6 +39,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.io.numbers import GIB
@@ -133,7 +134,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/gpu_check"), metavar="OUT")
+    parser.add_argument(
+        "out", nargs="?", type=local_path, default=Path("runs/gpu_check"), metavar="OUT"
+    )
     parser.add_argument("--cpu-rehearsal", action="store_true", help="all of it, tiny, on a CPU")
     parser.add_argument("--minutes", type=float, default=8, help="for all stages (default: 8)")
     parser.add_argument(

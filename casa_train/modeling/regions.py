@@ -166,11 +166,13 @@ class RegionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, C) -> (tokens, C)."""
+        act = self.act_fn
+        learned = isinstance(act, nn.Module) and next(act.parameters(), None) is not None
         out: Tensor
-        if _current() is None or any(True for _ in self.act_fn.parameters()):
-            out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if learned or _current() is None:  # ZeRO-3 gathers its parameters by hooks
+            out = self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
         else:
-            out = self.down_proj(gated_product(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+            out = self.down_proj(gated_product(act, self.gate_proj(x), self.up_proj(x)))
         return out
 
 

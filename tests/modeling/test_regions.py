@@ -219,6 +219,15 @@ def test_a_network_with_a_forward_of_its_own_keeps_it(where: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_an_activation_that_learns_stays_a_module() -> None:
+    mlp = build("gated_cross_attention").model.layers[0].fusion.mlp
+    mlp.act_fn = torch.nn.PReLU(init=0.4)
+    x = torch.randn(5, mlp.gate_proj.in_features)
+    with compiling(refused):
+        found = mlp(x)
+    assert torch.equal(found, mlp(x))
+
+
 def test_kinds_of_layers_are_not_limited_to_torchs_few() -> None:
     """Here as on a thread of autograd's, where blocks run again: torch keeps settings by thread."""
     graphs, widths = Graphs(), range(8, 26, 2)  # nine

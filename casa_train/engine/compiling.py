@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -17,6 +18,7 @@ from casa_train.config.schema import ParallelConfig
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.io.numbers import count
+from casa_train.modeling.regions import Compiler
 
 COMPILER = "inductor"
 # Inductor's kernels need it (Volta).
@@ -37,8 +39,8 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
         return COMPILER
     if wanted == "on":
         raise UserError(
-            f"parallel.compile is 'on', but torch.compile cannot run here: {missing}. Install it, "
-            "or set parallel.compile=off: the same numbers within rounding."
+            f"parallel.compile is 'on', but torch.compile cannot run here: {missing}. Mend "
+            "that, or set parallel.compile=off: the same numbers within rounding."
         )
     ranks.log(f"note: blocks are not compiled: {missing}")
     return None
@@ -52,7 +54,11 @@ def _configure() -> None:
 
 
 def what_is_missing(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, in words; None: nothing."""
+    """What torch.compile lacks on this machine, in words; None: nothing.
+
+    Last it compiles a function for the device, once a process: seconds, most of them for what the
+    first block would need as well.
+    """
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
             least = ".".join(map(str, LEAST_CAPABILITY))
@@ -64,7 +70,31 @@ def what_is_missing(device: torch.device) -> str | None:
     else:
         name = os.environ.get("CXX", "g++")  # as Inductor looks for it
         found, kind = shutil.which(name) is not None, f"C++ compiler {name}"
-    return None if found else f"there is no {kind}"
+    return failure(device, COMPILER) if found else f"there is no {kind}"
+
+
+@functools.cache
+def failure(device: torch.device, compiler: Compiler) -> str | None:
+    """What torch.compile says to a small function with one kernel; None: it ran.
+
+    Names tell nothing of headers that are missing, a compiler that does not work, or a disk that
+    is full, which would end a run at its first step.
+    """
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        x = x * x.sigmoid()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1)
+
+    try:
+        compiled = torch.compile(small, backend=compiler, dynamic=False, fullgraph=True)
+        compiled(torch.ones(4, 8, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # of torch, a backend, a compiler or a driver
+        cause = getattr(error, "inner_exception", error)
+        line = next(iter(str(cause).strip().splitlines()), "")
+        return f"compiling a small function failed with {type(cause).__name__}: {line}"
+    return None
 
 
 class CompileClock:

@@ -10,17 +10,19 @@ import torch
 
 from casa_train.config.schema import ParallelConfig
 from casa_train.distributed.ranks import Ranks
+from casa_train.engine import compiling
 from casa_train.engine.compiling import CompileClock, choose_compiler, what_is_missing
 from casa_train.errors import UserError
 
 GPU = torch.device("cuda", 0)
 
 
-def test_a_cpu_compiles_on_demand_alone() -> None:
+def test_a_cpu_compiles_on_demand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "COMPILER", "aot_eager")  # it takes no C++ compiler's seconds
     chosen = [
         choose_compiler(ParallelConfig(compile=word), Ranks()) for word in ("auto", "off", "on")
     ]
-    assert chosen == [None, None, "inductor"]
+    assert chosen == [None, None, "aot_eager"]
 
 
 def test_a_missing_compiler_is_refused_or_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +35,24 @@ def test_a_missing_compiler_is_refused_or_noted_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("casa_train.engine.compiling.what_is_missing", lambda _: "no triton")
     assert choose_compiler(ParallelConfig(), Ranks(device=GPU, out=lines.append)) is None
     assert len(lines) == 1 and lines[0].endswith("no triton")
+
+
+def test_a_compiler_that_does_not_work_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def broken(graph: Any, inputs: list[Any]) -> Any:
+        calls.append(graph)
+        raise FileNotFoundError("Python.h: no such file\nand twenty lines more")
+
+    monkeypatch.setattr(compiling, "COMPILER", broken)
+    for _ in range(2):
+        missing = what_is_missing(torch.device("cpu"))
+        assert missing is not None and missing.endswith(
+            "failed with FileNotFoundError: Python.h: no such file"
+        )
+    with pytest.raises(UserError, match="Python.h: no such file. Mend that, or set parallel.comp"):
+        choose_compiler(ParallelConfig(compile="on"), Ranks())
+    assert len(calls) == 1
 
 
 class OfTwo(Ranks):

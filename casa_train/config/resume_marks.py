@@ -1,8 +1,8 @@
 """Whether a run that goes on may have another value of a field, written beside the field.
 
 `Annotated[int, FREE]`, `Annotated[int, Kept(why)]` and `Annotated[int, Changeable(why)]` stand in
-the dataclasses of the configuration. A field without a mark may differ if `checkpoint.resume_allow`
-names it.
+the dataclasses of the configuration, ADDED beside what came later. A field without a mark may
+differ if `checkpoint.resume_allow` names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ class Kept(Resume):
     """A run that has a checkpoint keeps it, whatever `checkpoint.resume_allow` names."""
 
 
+class Added(Resume):
+    """It came when runs had begun without it: at its default it is no part of their fingerprint, so
+    that they go on. Another value may follow if `checkpoint.resume_allow` names it.
+    """
+
+
 FREE = Free("it changes nothing of what the run computes")
+ADDED = Added("runs that began without it have its default")
 
 
 @functools.cache

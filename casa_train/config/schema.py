@@ -25,7 +25,7 @@ from casa_train.config.bounds import (
 )
 from casa_train.config.data_schema import ORDER, DataConfig
 from casa_train.config.model_schema import ModelConfig
-from casa_train.config.resume_marks import FREE, Free, Kept, marks, matches
+from casa_train.config.resume_marks import ADDED, FREE, Added, Free, Kept, marks, matches
 
 
 @dataclass
@@ -89,7 +89,7 @@ class ParallelConfig:
     auto leaves it out where it would take memory: where blocks of the decoder keep only their
     inputs (activation_checkpointing decoder or all), and under ZeRO-3, which holds one layer at a
     time; and where a layer's projections are more than linears (adapters, hooks). off: never."""
-    frozen_precision: Annotated[str, Choice("bf16", "fp8")] = "bf16"
+    frozen_precision: Annotated[str, Choice("bf16", "fp8"), ADDED] = "bf16"
     """Of the products of frozen vision blocks: bf16 (as `precision` says), or fp8, whose operands
     are rounded to e4m3 row by row, on a GPU of compute capability 8.9 or more (emulated on a CPU),
     and a copy of these weights more. No GPU has measured what it gains. The start says how far it
@@ -277,11 +277,14 @@ def resume_mark(name: str) -> Resume | None:
 
 def run_fields(config: Config) -> dict[str, Any]:
     """The fields that determine what a run computes."""
-    return {
-        name: value
-        for name, value in flatten(config).items()
-        if not isinstance(resume_mark(name), Free)
-    }
+    defaults = flatten(Config())
+    fields = {}
+    for name, value in flatten(config).items():
+        mark = resume_mark(name)
+        if isinstance(mark, Free) or (isinstance(mark, Added) and value == defaults[name]):
+            continue
+        fields[name] = value
+    return fields
 
 
 def fingerprint(config: Config, leave_out: Collection[str] = ()) -> str:

@@ -64,7 +64,9 @@ def make_engine(ranks: Ranks, stage: int, precision: str, frozen: bool, seed: in
     model.to(DTYPES[precision])
     # What a GPU would take by itself: its count of updates lies elsewhere.
     fused = precision == "bf16" and not frozen
-    return build_engine(tiny_settings(OPTIM, stage, precision, PACKS), model, ranks, fused)
+    # ZeRO-3 makes image keys layer by layer, which rounds elsewhere: here all stages do.
+    settings = tiny_settings(OPTIM, stage, precision, PACKS, joint_keys="off")
+    return build_engine(settings, model, ranks, fused)
 
 
 def pack(step: int, number: int) -> list[Sample]:

@@ -26,16 +26,17 @@ def tiny_settings(
     packs: int = 2,
     checkpointed: str = "none",
     compile_blocks: str = "auto",
+    joint_keys: str = "auto",
 ) -> Config:
     """The configuration of such a run, as far as there is one.
 
     :param packs: of a step, over all ranks; :param checkpointed: blocks whose activations are.
-    :param compile_blocks: auto, off or on.
+    :param compile_blocks: auto, off or on; :param joint_keys: auto or off.
     """
     return Config(
         name="tiny",
         optim=optim,
-        parallel=ParallelConfig(stage, precision, checkpointed, compile_blocks),
+        parallel=ParallelConfig(stage, precision, checkpointed, compile_blocks, joint_keys),
         data=DataConfig(packs_per_step=packs, max_bad_share=1.0),
         trainer=TrainerConfig(worst_case=False),
         metrics=MetricsConfig(tensorboard=False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import importlib
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.regions import add_normed, compiling, normed
 from casa_train.modeling.vision import RMSNorm
+from tests.helpers.plain_kernels import plain_kernels
 from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
 from tests.helpers.variants import MECHANISMS, build, gradients_of, packed_logits
 
@@ -152,9 +152,7 @@ def test_kernels_of_a_code_generator_agree_with_eager_ones() -> None:
     norm = RMSNorm(16)
     torch.nn.init.uniform_(norm.weight)
     random = torch.Generator().manual_seed(4)
-    # As plain C++: which vector instructions work would be found out by compiling for each.
-    plain = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
-    with importlib.import_module("torch._inductor.config").patch(plain):
+    with plain_kernels():
         for rows in (5, 12, 700):
             inputs = [torch.randn(rows, 16, generator=random) for _ in range(4)]
             results = []

@@ -33,6 +33,7 @@ from casa_train.setup.fp8 import (
 )
 from casa_train.setup.model import meta_model
 from tests.helpers.commands import TINY, on_data, run, train_command
+from tests.helpers.plain_kernels import plain_kernels
 from tests.helpers.runs import exact
 from tests.helpers.tiny import HARD_PACK, fill
 from tests.helpers.variants import build, gradients_of, packed_logits
@@ -211,7 +212,7 @@ def test_a_generated_kernel_rounds_as_eager_ones() -> None:
     x = values(40, 100)
     x[7] = 0
     rows, scale = fp8_rows(x)
-    with compiling("inductor"):
+    with plain_kernels(), compiling("inductor"):
         found, factors = fp8_rows(x)
     torch._dynamo.reset()
     assert found.dtype == FP8 and torch.equal(found.float(), rows.float())

@@ -79,8 +79,8 @@ class ParallelConfig:
     numbers."""
     compile: Annotated[str, Choice("auto", "off", "on"), FREE] = "auto"
     """Compile the blocks of the model by torch.compile: auto (on a GPU), off or on. The same
-    numbers within rounding. The first step compiles; on a CPU for 8 to 39 s, and steps then take 2
-    to 8 % less. On a GPU it is not measured (`bench step --compile` does). Validations and exports
+    numbers within rounding. The first step compiles; on a CPU for 18 s, and steps then take 4
+    to 12 % less. On a GPU it is not measured (`bench step --compile` does). Validations and exports
     stay as they are."""
     joint_image_keys: Annotated[str, Choice("auto", "off"), FREE] = "auto"
     """Make the keys and values of the image tokens for all layers by one norm and one product,

@@ -218,6 +218,7 @@ TYPED = ["12e4567", "007", "1_000", "1e3", "0x10", "1:30", "2024-01-01", "true",
 TYPED += ["nan", "-5", "+7", ".5", "1.0", "on", "1234567"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TYPED)
 def test_text_stays_as_it_was_typed(text: str) -> None:
     overrides = [f"name={text}", f"model.template.bos='{text}'", f'model.template.system="{text}"']

@@ -186,6 +186,7 @@ def test_rows_of_added_tokens_count(tmp_path: Path) -> None:
     assert "500 rows there, 512 with new tokens" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

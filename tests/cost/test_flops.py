@@ -35,6 +35,7 @@ PACK = [Layout(14, (2, 8), ((8, 8), (8, 8)))] * 2
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainable", "trained"),
     [

@@ -146,6 +146,7 @@ def test_a_page_of_gates_alone(tmp_path: Path) -> None:
     assert "Gate of cross-attention" in html and "the same for every question" in html
 
 
+@pytest.mark.slow
 def test_a_page_without_it_has_no_such_section(tmp_path: Path) -> None:
     for measured in ({}, {"attention": None}, {"attention": attention()}):
         run = fake_run(evaluation={**fake_evaluation([]), **measured})

@@ -104,6 +104,7 @@ def test_a_repeated_step_knows_nothing_of_the_token_it_was_captured_with(
     assert_same_state(cache, other)
 
 
+@pytest.mark.slow
 @every_mechanism
 def test_a_compiled_step_equals_whole_passes(
     mechanism: str, monkeypatch: pytest.MonkeyPatch

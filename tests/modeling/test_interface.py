@@ -73,7 +73,10 @@ def loaded(export: str) -> tuple[Any, Any]:
 # ------------------------------------------------------------------------------- what strangers do
 
 
-@pytest.mark.parametrize("mechanism", ["casa", "cross_attention", "insertion"])
+@pytest.mark.parametrize(
+    "mechanism",
+    ["casa", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cross_attention", "insertion"))],
+)
 def test_the_contract_holds(
     export_of: Callable[[str], Path], mechanism: str, tmp_path: Path
 ) -> None:

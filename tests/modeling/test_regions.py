@@ -194,6 +194,7 @@ def test_norms_that_are_not_ordinary_run_as_modules(norm: torch.nn.Module) -> No
     assert torch.equal(total, h + more) and torch.equal(after, norm(h + more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["class", "instance", "hook"])
 def test_a_network_with_a_forward_of_its_own_keeps_it(where: str) -> None:
     model = build("gated_cross_attention")

@@ -22,6 +22,7 @@ def warning(experiment: str, *overrides: str) -> str | None:
     return start_warning(config, meta_model(config, size_model(config, [])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said", "advice"),
     [

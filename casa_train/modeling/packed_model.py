@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ class PackedModel(CasaPreTrainedModel):
 
     def _run(self, step: DecodeStep, ids: Tensor, states: list[Tensor] | None) -> Tensor:
         """(B, C) final hidden states, by a graph where there is one."""
-        compute = _run_compiled if self.compile_decoding else _run_step
+        compute = _compiled_step() if self.compile_decoding else _run_step
         # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
         ids = ids.to(step.positions.device).clone(memory_format=torch.contiguous_format)
         # Autocast keeps copies of weights, and only for as long as it lasts.
@@ -255,4 +256,8 @@ def _run_step(
     return run_decoder(model.model, text, text[:0], context, states=states)
 
 
-_run_compiled = torch.compile(_run_step)
+@functools.cache
+def _compiled_step() -> Callable[..., Tensor]:
+    """`_run_step` by torch.compile, which takes a second to import what it needs."""
+    compiled: Callable[..., Tensor] = torch.compile(_run_step)
+    return compiled

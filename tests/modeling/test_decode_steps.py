@@ -114,7 +114,7 @@ def test_a_compiled_step_equals_whole_passes(
     expected, _ = by_whole_passes(model, monkeypatch, tokens)
     torch.compiler.reset()
     compiled = torch.compile(packed_model._run_step, fullgraph=True, backend="eager")
-    monkeypatch.setattr(packed_model, "_run_compiled", compiled)
+    monkeypatch.setattr(packed_model, "_compiled_step", lambda: compiled)
     monkeypatch.setattr(model, "compile_decoding", True)
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()

@@ -48,7 +48,7 @@ from casa_train.training.memory_probe import MemoryProbe
 from casa_train.training.reporting import Attempt, Reporting
 from casa_train.training.signals import EXIT_REQUEUE, StopRequest
 from casa_train.training.state import Loader, Progress, State
-from casa_train.training.step_profile import step_profiles
+from casa_train.training.step_profile import StepProfile
 from casa_train.training.stopping import StopFlags, Stopping
 from casa_train.training.watchdog import Heartbeat, Watchdog
 
@@ -196,5 +196,5 @@ def build_run(
         watching.append(Validator(config, ranks, engine, held_out, *told))
     watching += [] if exports is None else [exports]  # after validation, which finds the best step
     profiled = engine.module, meter, every_sink, run_dir and run_dir / PROFILE
-    watching += step_profiles(config, ranks, *profiled)
+    watching += [StepProfile(config, ranks, *profiled)] if config.metrics.profile_steps else []
     return Run(engine, state, Trainer(config, ranks, state, Hooks([*watching, *hooks])), exports)

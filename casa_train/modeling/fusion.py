@@ -94,16 +94,16 @@ class FusionMechanism:
     @classmethod
     def takes_steps(cls) -> bool:
         """Whether streams go on token by token without a whole forward pass each."""
-        return cls.decode_steps and cls._depth("decode_steps") <= cls._depth("run_layer")
+        return cls.decode_steps and cls.depth_of("decode_steps") <= cls.depth_of("run_layer")
 
     @classmethod
     def joins_image_keys(cls) -> bool:
         """Whether `image_keys` was written for the `run_layer` and `make_layer` of this class."""
-        own = cls._depth("image_keys")
-        return own <= cls._depth("run_layer") and own <= cls._depth("make_layer")
+        own = cls.depth_of("image_keys")
+        return own <= cls.depth_of("run_layer") and own <= cls.depth_of("make_layer")
 
     @classmethod
-    def _depth(cls, name: str) -> int:
+    def depth_of(cls, name: str) -> int:
         """How many classes up from this one a name was given last."""
         return next(i for i, owner in enumerate(cls.__mro__) if name in vars(owner))
 
@@ -244,14 +244,14 @@ def register(mechanism: M) -> M:
             f"fusion mechanism {name!r} of {mechanism.__module__}: {other.__module__} has "
             "registered one of that name; choose another"
         )
-    owners = mechanism.__mro__
     for forward, count in COUNTED:
-        depth = {f: next(i for i, c in enumerate(owners) if f in vars(c)) for f in (forward, count)}
-        if depth[forward] < depth[count]:
+        counted = mechanism.depth_of(count)
+        if mechanism.depth_of(forward) < counted:
+            owner = mechanism.__mro__[counted].__name__
             raise TypeError(
                 f"fusion mechanism {name!r} has a {forward} of its own but no {count}: its "
-                f"floating-point work would be counted as that of {owners[depth[count]].__name__}. "
-                f"Add {count}, composed from the pieces of block_work.py"
+                f"floating-point work would be counted as that of {owner}. Add {count}, "
+                "composed from the pieces of block_work.py"
             )
     MECHANISMS[name] = mechanism
     return mechanism

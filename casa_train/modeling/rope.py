@@ -6,7 +6,7 @@ A buffer would be cast to bfloat16 with the model and lose long positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,18 +20,17 @@ Table = tuple[Tensor, Tensor]  # cosines and signed sines, each (tokens, 1, D)
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class Rope:
+class Rope(Protocol):
     """How a backbone pairs the elements of a head; called, it rotates (tokens, heads, D)."""
 
-    def __call__(self, x: Tensor, table: Table) -> Tensor:
-        raise NotImplementedError
+    def __call__(self, x: Tensor, table: Table) -> Tensor: ...
 
     def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
         """(tokens, D/2) cosines and sines as (tokens, 1, D), signed as the pairs need them."""
-        raise NotImplementedError
+        ...
 
 
-class RotateHalves(Rope):
+class RotateHalves:
     """Pairs element i with i + D/2 (Llama, Qwen2)."""
 
     def __call__(self, x: Tensor, table: Table) -> Tensor:
@@ -41,7 +40,7 @@ class RotateHalves(Rope):
         return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
-class RotatePairs(Rope):
+class RotatePairs:
     """Pairs element 2i with 2i + 1 (Helium)."""
 
     def __call__(self, x: Tensor, table: Table) -> Tensor:

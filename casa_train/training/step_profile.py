@@ -177,20 +177,6 @@ class StepProfile(Hook):
             self.log.log(f"profile: {self.directory}/{what}")
 
 
-def step_profiles(
-    config: Config,
-    ranks: Ranks,
-    model: Any,
-    meter: Meter,
-    log: Log,
-    directory: Path | None,
-) -> list[Hook]:
-    """The hook, where any step is to be taken apart; see `StepProfile`."""
-    if not config.metrics.profile_steps:
-        return []
-    return [StepProfile(config, ranks, model, meter, log, directory)]
-
-
 def mean_of(steps: Sequence[StepParts]) -> StepParts:
     """Means over steps or ranks; a part that one does not have takes no time there."""
     first = steps[0]

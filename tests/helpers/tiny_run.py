@@ -126,3 +126,15 @@ class Lines:
         self.lines.append(line)
 
     def close(self) -> None: ...
+
+
+class Packs:
+    """The same pack in every step."""
+
+    def next_step(self) -> list[Any]:
+        return [tiny_batch(0, "only", [("a", 4)])]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -24,7 +24,7 @@ from casa_train.training.reporting import Attempt, Reporting
 from casa_train.training.state import Progress
 from casa_train.training.stopping import Stopping
 from casa_train.training.watchdog import Watchdog
-from tests.helpers.tiny_run import Lines, PlainEngine, tiny_batch, tiny_settings
+from tests.helpers.tiny_run import Lines, Packs, PlainEngine, tiny_settings
 
 Seen = list[tuple[str, str, Any]]
 
@@ -53,18 +53,6 @@ class Watching(Hook):
 
     def close(self, reason: str | None) -> None:
         self.seen.append((self.name, "close", reason))
-
-
-class Packs:
-    """The same pack in every step."""
-
-    def next_step(self) -> list[Any]:
-        return [tiny_batch(0, "only", [("a", 4)])]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def settings(steps: int = 3, every: int = 100) -> Config:

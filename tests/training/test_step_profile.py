@@ -38,7 +38,7 @@ from casa_train.training.part_hooks import PartHooks
 from casa_train.training.roofline import PackSizes, Roofline
 from casa_train.training.step_profile import StepParts, WatchedStep, mean_of, parts_table
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs
-from tests.helpers.tiny_run import Lines, PlainEngine, tiny_batch, tiny_settings
+from tests.helpers.tiny_run import Lines, Packs, PlainEngine, tiny_settings
 from tests.helpers.variants import build, every_variant
 
 CPU = torch.device("cpu")
@@ -307,18 +307,6 @@ def test_a_table_of_several_ranks_shows_the_slowest() -> None:
     assert cells["step, 2 micro-steps"][-6:] == ["22.00", "29.00", "100.0", "%", "3.00", "7.3"]
     assert [line.split("  ")[0] for line in table[1:3]] == ["decoder", "update"]
     assert mean_of([one]) == one
-
-
-class Packs:
-    """The same pack in every step."""
-
-    def next_step(self) -> list[Any]:
-        return [tiny_batch(0, "only", [("a", 4)])]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def test_a_run_takes_the_steps_apart_that_it_is_asked_for(tmp_path: Path) -> None:

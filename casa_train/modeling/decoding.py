@@ -12,6 +12,7 @@ window and whose text joins it. From there on every token is like the one before
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ class DecodeStep:
             read = [int(rows[0]) for rows in plan.cross.query_rows]
             for table in ("identity_queries", "query_index"):
                 getattr(plan.cross, table)  # made here, since neither compilers nor graphs can
-        self.plan = plan
+        # A token a row and no image: the stream is the text, row by row.
+        self.plan = replace(plan, stream_index=None, text_index=None)
         self.joining = np.array(kept) > np.array(state.window_lengths)
         self.reading = np.isin(np.arange(state.batch), read)
         self._some_read, self._all_read = bool(self.reading.any()), bool(self.reading.all())
@@ -139,6 +141,8 @@ class DecodeStep:
             return
         tensors = [*self.text.tensors(), *self.window.tensors(), *model.model.parameters()]
         tensors += [self.positions, self.query_positions, self.reads, self.frequencies.values]
+        if self.frequencies.axis is not None:
+            tensors.append(self.frequencies.axis)
         if self.plan.cross is not None and not self._all_read:
             tensors.append(self.plan.cross.query_index)
         read = [

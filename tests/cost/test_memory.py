@@ -139,7 +139,7 @@ def test_the_estimate_is_near_a_gpus_peak(fusion: str, blocks: str) -> None:
             "dry_run=true",
             f"fusion={fusion}",
             f"parallel.activation_checkpointing={blocks}",
-            "model.backbone.config.num_hidden_layers=6",
+            "+model.backbone.config.num_hidden_layers=6",
             "data.image_tokens=8192",
         ]
     )

@@ -65,9 +65,11 @@ def on_data(data: Path) -> list[str]:
 def environment() -> dict[str, str]:
     """The environment of child processes: this checkout, no GPU, no hub, one thread."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # Packages may lie there, too.
+    folders = [x for x in clean.get("PYTHONPATH", "").split(os.pathsep) if x not in ("", str(ROOT))]
     return {
         **clean,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *folders]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

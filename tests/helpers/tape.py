@@ -22,6 +22,16 @@ class Tape(TorchDispatchMode):
         self.operations.append((func, args, kwargs or {}, out))
         return out
 
+    def outside(self) -> list[Tensor]:
+        """What it reads without having made it: whoever repeats it must keep that in place."""
+        made: set[int] = set()
+        found: list[Tensor] = []
+        for _, args, kwargs, out in self.operations:
+            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            found += [x for x in read if id(x) not in made]
+            made |= {id(x) for x in tree_leaves(out)}
+        return found
+
     def replay(self) -> None:
         """Does it all again, with the numbers that lie in memory now."""
         for func, args, kwargs, out in self.operations:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from casa_train.modeling import decoding, packed_model, room, streaming
+from casa_train.modeling import decoding, graphs, packed_model, room, streaming
 from casa_train.modeling.casa import Casa
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from tests.helpers import tape
 from tests.helpers.tape import Tape, TapeGraphs
 from tests.helpers.tiny import HARD_PACK, VOCABULARY, fill, random_image, tiny_model
 from tests.helpers.variants import (
@@ -230,6 +231,21 @@ def another_model(model: CasaForConditionalGeneration) -> CasaForConditionalGene
     return with_other_weights(copy.deepcopy(model))
 
 
+@every_variant
+def test_what_a_graph_reads_is_looked_at_before_it_is_repeated(
+    variant: str, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
+) -> None:
+    """Anything else may have been freed by the next turn, and its memory may hold other numbers."""
+    made: list[Tape] = []
+    monkeypatch.setattr(tape, "Tape", lambda: made.append(Tape()) or made[-1])
+    _, cache = walk(shared_model(variant))
+    step = cache.casa.step
+    looked_at = {place for place, *_ in step._read_by_graphs[0]}
+    looked_at |= {given.data_ptr() for _, given, _ in step.graphs.tapes.values()}
+    read = {tensor.data_ptr() for made_one in made for tensor in made_one.outside()}
+    assert len(read) > 10 and read <= looked_at
+
+
 @pytest.mark.parametrize("between", [with_other_weights, with_a_hook, another_model])
 def test_what_changes_between_two_turns_is_seen(
     between: Any, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
@@ -407,6 +423,7 @@ def test_graphs_on_a_gpu_equal_whole_passes(
     mechanism: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row by lengths and four rows by masks; over turns, which bring other images."""
+    monkeypatch.setattr(graphs, "BEFORE_CAPTURE", 2)
     model = tiny_model(mechanism).to("cuda", dtype)
     for rows in (HARD_PACK[:1], HARD_PACK):
         found: dict[bool, list[Tensor]] = {}

@@ -5,6 +5,7 @@ A stage returns its key figures in words and leaves all of them in `figures`.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import statistics
 import time
@@ -19,6 +20,7 @@ from casa_train.run.layout import METRICS_FILE
 from launch.gpu_runner import ROOT, Failed, Running, Sizes, Stage, kill, quoted
 
 CHECKPOINTED = ("none", "vision", "all")  # parallel.activation_checkpointing, the fastest first
+TEST_PROCESSES = 4  # beside the other stages that only have to be right
 FILLED = 0.95  # of a card's memory, at most; estimates were up to 6 % above the peak of an H100
 
 FULL = Sizes(
@@ -73,6 +75,8 @@ def gpu_tests(running: Running) -> str:
     report = running.check.out / "tests.xml"
     report.unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", f"--junitxml={report}"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(TEST_PROCESSES)]
     required = {"GPU_REQUIRED": "1"} if running.check.card else {}
     try:
         running.run("-m", "pytest", *options, *files, **required)

@@ -188,6 +188,8 @@ class Arm:
         start_model(config, model, Start(Stored(), [], copies=True), silent)
         text: Any = self.model_config.text_config
         batch = batch_of(self.pack, text.vocab_size, self.operations, seed)
+        if ranks.device.type == "cuda":
+            batch = batch.pin_memory()  # as loaders do
         loader = FullPacks(batch, self.micro_steps)
         return build_run(config, ranks, build_engine(config, model, silent), loader)
 

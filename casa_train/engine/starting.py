@@ -16,14 +16,12 @@ from casa_train.io.precision import DTYPES
 from casa_train.modeling.decoder import FusedLayer
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.regions import in_region
-from casa_train.modeling.vision import PatchMerger, VisionBlock, VisionMLP
+from casa_train.modeling.vision import PatchMerger
+from casa_train.modeling.vision_block import ALIGNED, NEEDED, VisionBlock, VisionMLP
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.model import joins_image_keys
 from casa_train.setup.optim import build_groups, build_optimizer, describe
 from casa_train.setup.weights import Start, start_weights
-
-# Matrix kernels of a GPU want rows of 16 bytes, and like those of 128 best: columns of bf16.
-NEEDED, ALIGNED = 8, 64
 
 
 def start_model(

@@ -79,9 +79,9 @@ def varlen_attention(
     if chosen == "sdpa":
         return _sdpa(q, k, v, segments)
     if not segments.covers(q.shape[0]):
-        q = q.index_select(0, segments.query_index)
+        q = _rows(q, segments.query_index, segments.queries_once)
     if segments.identity_keys != k.shape[0]:
-        k, v = (x.index_select(0, segments.key_index) for x in (k, v))
+        k, v = (_rows(x, segments.key_index, segments.keys_once) for x in (k, v))
     if chosen == "meta":
         shape: Tensor = _OnMeta.apply(q, k, v)
         return shape
@@ -104,6 +104,32 @@ def varlen_attention(
         return out
     window = (-1, 0) if causal else (-1, -1)
     return _torch_varlen()(q, k, v, cu_q, cu_k, max_q, max_k, window)
+
+
+def _rows(x: Tensor, index: Tensor, once: bool) -> Tensor:
+    """x.index_select(0, index).
+
+    :param once: no row is taken twice: then no two gradients meet in one.
+    """
+    rows: Tensor = _TakeOnce.apply(x, index) if once else x.index_select(0, index)
+    return rows
+
+
+class _TakeOnce(torch.autograd.Function):
+    """Its backward pass copies rows where that of `index_select` adds them up atomically, four
+    times slower on a GPU, and in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
 def takes_length(backend: str) -> bool:

@@ -71,6 +71,7 @@ from .segments import Segments
 from .streaming import StreamingState, stream_state
 from .text_ids import TextIds
 from .vision import VisionTower
+from .vision_block import VisionBlock
 from .window_attention import WindowAttention
 from .windowed import WindowedMechanism
 from .windows import Chunk
@@ -354,6 +355,7 @@ __all__ = [
     "Segments",
     "StreamingState",
     "TextIds",
+    "VisionBlock",
     "WindowAttention",
     "WindowedMechanism",
     "split_options",

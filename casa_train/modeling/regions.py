@@ -23,12 +23,16 @@ from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
 # What torch.compile takes as a backend.
 Compiler = str | Callable[..., Any]
+
+# Norms of backbones that are x / sqrt(mean(x^2) + variance_epsilon) times `weight`.
+RMS_NORMS = ("LlamaRMSNorm", "HeliumRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")
 
 # Graphs that a region may have: one for each kind of layer and what of it trains.
 GRAPHS = 64
@@ -117,12 +121,30 @@ def in_region(norm: nn.Module) -> bool:
     return [name for name, p in norm._parameters.items() if p is not None] == ["weight"]
 
 
-def normed(norm: nn.Module, x: Tensor) -> Tensor:
+def fused_norm_pays(x: Tensor) -> bool:
+    """Whether torch's own RMS norm is one kernel where a norm written out is eight.
+
+    It rounds once, behind the weight; written out, most round before it, too.
+    """
+    half = x.is_cuda and x.element_size() == 2
+    return half and not (torch.compiler.is_compiling() or torch.is_autocast_enabled())
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
     """norm(x): (tokens, C)."""
-    if _current() is None or not in_region(norm):
-        out: Tensor = norm(x)
-        return out
-    return _normed(norm, x)
+    if _current() is not None and in_region(norm):
+        return _normed(norm, x)
+    out: Tensor
+    if fused_norm_pays(x) and type(norm).__name__ in RMS_NORMS and not _followed(norm):
+        out = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    else:
+        out = norm(x)
+    return out
+
+
+def _followed(norm: nn.Module) -> bool:
+    """Whether somebody waits for the norm itself to be called, such as ZeRO-3 or accelerate."""
+    return bool(norm._forward_hooks or norm._forward_pre_hooks) or "forward" in vars(norm)
 
 
 def add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:

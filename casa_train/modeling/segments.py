@@ -160,6 +160,16 @@ class Segments:
         return _identity(*self._key_bounds)
 
     @functools.cached_property
+    def queries_once(self) -> bool:
+        """Whether no row is a query twice."""
+        return _once(*self._query_bounds)
+
+    @functools.cached_property
+    def keys_once(self) -> bool:
+        """Whether no row is a key twice, as in windows that share none."""
+        return _once(*self._key_bounds)
+
+    @functools.cached_property
     def groups(self) -> tuple[list[_Group], Tensor]:
         """SDPA batches, and for every query its row in their flattened, concatenated outputs."""
         shapes = list(zip(self.key_lengths, self.query_lengths, strict=True))
@@ -275,3 +285,10 @@ def _table_of(lengths: np.ndarray, members: list[int], width: int) -> tuple[np.n
     column, own = np.arange(width), lengths[members][:, None]
     starts = (np.cumsum(lengths) - lengths)[members][:, None]
     return starts + np.minimum(column, own - 1), column < own
+
+
+def _once(starts: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether ranges share no row."""
+    order = np.argsort(starts[lengths > 0], kind="stable")
+    starts, lengths = starts[lengths > 0][order], lengths[lengths > 0][order]
+    return bool((starts[1:] >= (starts + lengths)[:-1]).all())

@@ -19,29 +19,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .activation_checkpointing import run_block
-from .attention import varlen_attention
-from .regions import Compiler, add_normed, compiling, gated_product, normed, region
+from .regions import Compiler, compiling, normed
 from .segments import Segments, on_device
+from .vision_block import RMSNorm, VisionBlock, VisionMLP
 
 # CLIP's statistics, which Qwen2.5-VL's image processor uses.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ROPE_THETA = 10000.0
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
 
 
 class PatchProjection(nn.Module):
@@ -72,76 +58,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         out: Tensor = self.proj(patches)
-        return out
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments, backend: str
-    ) -> Tensor:
-        q, k, v = _rotated_heads(self.qkv(x), table, self.heads)
-        read = varlen_attention(q, k, v, segments, backend)
-        out: Tensor = self.proj(read.flatten(1))
-        return out
-
-
-class VisionMLP(nn.Module):
-    """A gated feed-forward network.
-
-    :ivar aligned: its width is padded to a multiple of this while it runs; 1: it is not.
-    """
-
-    aligned = 1
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, hidden)
-        self.up_proj = nn.Linear(width, hidden)
-        self.down_proj = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        out: Tensor
-        if more := -gate.out_features % self.aligned:
-            product = gated_product(F.silu, _widened(gate, x, more), _widened(up, x, more))
-            out = F.linear(product, F.pad(down.weight, (0, more)), down.bias)
-        else:
-            out = down(gated_product(F.silu, gate(x), up(x)))
-        return out
-
-
-def _widened(linear: nn.Linear, x: Tensor, more: int) -> Tensor:
-    """linear(x) with so many more columns, all exactly zero."""
-    return F.linear(x, F.pad(linear.weight, (0, 0, 0, more)), F.pad(linear.bias, (0, more)))
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size)
-        self.norm2 = RMSNorm(config.hidden_size)
-        self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        segments: Segments,
-        backend: str,
-        compiler: Compiler | None = None,
-    ) -> Tensor:
-        with compiling(compiler):
-            read = self.attn(normed(self.norm1, x), table, segments, backend)
-            x, y = add_normed(self.norm2, x, read)
-            out: Tensor = x + self.mlp(y)
         return out
 
 
@@ -335,7 +251,7 @@ class VisionTower(nn.Module):
     def _rope_table(
         self, layouts: Sequence[_ImageLayout], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of patch rows and columns, float32: two (patches, 1, D)."""
+        """Cosines and signed sines of patch rows and columns, float32: two (patches, 1, D)."""
         width = self.config.hidden_size // self.config.num_heads // 2
         exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
         frequencies = 1.0 / (ROPE_THETA**exponent)
@@ -344,8 +260,8 @@ class VisionTower(nn.Module):
             for parts in ([x.rows for x in layouts], [x.columns for x in layouts])
         )
         angles = torch.cat([p[:, None].float() * frequencies for p in (rows, columns)], dim=-1)
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -372,20 +288,3 @@ def _segments(lengths: Sequence[int], device: torch.device) -> Segments:
     starts = np.cumsum([0, *lengths]).tolist()
     ranges = [[pair] for pair in zip(starts, starts[1:], strict=False)]
     return Segments(ranges, ranges, causal=False, device=device)
-
-
-@region
-def _rotated_heads(
-    qkv: Tensor, table: tuple[Tensor, Tensor], heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(patches, 3 * C) -> rotated queries and keys, and values: (patches, heads, D) each."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
-    return _rotate(q, table), _rotate(k, table), v
-
-
-def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Half-rotation RoPE in float32 over (patches, heads, D)."""
-    cos, sin = table
-    y = x.float()
-    first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

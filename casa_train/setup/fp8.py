@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
 from casa_train.modeling.regions import compiles, gated_product, region
-from casa_train.modeling.vision import VisionMLP, VisionTower
+from casa_train.modeling.vision import VisionTower
+from casa_train.modeling.vision_block import VisionMLP
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

@@ -150,6 +150,22 @@ def test_segments_leave_out_what_cannot_attend(case: Case) -> None:
     assert [x.tolist() for x in segments.cu_seqlens] == bounds
 
 
+@PROPERTY
+@given(cases())
+def test_rows_in_segment_order_and_their_gradients(case: Case) -> None:
+    segments = case.segments()
+    for index, once in (
+        (segments.query_index, segments.queries_once),
+        (segments.key_index, segments.keys_once),
+    ):
+        assert once == (len(set(index.tolist())) == len(index))
+        x = torch.randn(16, 2, 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn(len(index), 2, 3, dtype=torch.float64)
+        found = torch.autograd.grad((attention._rows(x, index, once) * weights).sum(), x)[0]
+        (expected,) = torch.autograd.grad((x.index_select(0, index) * weights).sum(), x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_covers_knows_when_no_gather_is_needed() -> None:
     in_order = Segments([[(0, 2)], [(2, 5)]], [[(0, 1), (1, 2)], [(2, 6)]], causal=False)
     assert in_order.covers(5) and not in_order.covers(6)

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.helium.modeling_helium import HeliumRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from casa_train.modeling import vision_block
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.regions import add_normed, compiling, normed
-from casa_train.modeling.vision import RMSNorm
+from casa_train.modeling.vision_block import RMSNorm
 from tests.helpers.plain_kernels import plain_kernels
 from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
 from tests.helpers.variants import MECHANISMS, build, gradients_of, packed_logits
@@ -276,6 +279,40 @@ def test_a_padded_vision_ffn_changes_no_number(frozen: bool) -> None:
     assert padded.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, HeliumRMSNorm, RMSNorm])
+def test_a_norm_of_one_kernel_is_nearer_to_the_exact_one(kind: Any) -> None:
+    norm = kind(1280, 1e-3).to("cuda", torch.bfloat16).requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    norm.weight.data = torch.randn(1280, generator=generator).to(norm.weight)
+    x = torch.randn(300, 1280, generator=generator).to(norm.weight)
+    wide = x.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * norm.weight.double()
+    written_out = norm.to("cpu")(x.cpu()).double().cuda()
+    found = normed(norm.to("cuda"), x).double()
+    error, other = ((y - exact).norm() / exact.norm() for y in (found, written_out))
+    assert 0 < error < 2.0**-8 and error < 1.01 * other
+
+
+@pytest.mark.gpu
+def test_an_ffn_that_is_not_trained_pads_itself_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision_block, "PADDED_FROM", 8)
+    mlp = build("casa").visual.blocks[0].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        torch.nn.Linear(*widths) for widths in ((32, 75), (32, 75), (75, 32))
+    )
+    mlp = mlp.to("cuda", torch.bfloat16)
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(2)).to("cuda", torch.bfloat16)
+    work = []
+    for trains in (True, False):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            with torch.set_grad_enabled(trains):
+                out = mlp(x)
+        work.append((counter.get_total_flops(), out.detach().float()))
+    assert work[1][0] / work[0][0] == 128 / 75  # it was padded
+    torch.testing.assert_close(work[0][1], work[1][1], rtol=0, atol=0.02)
 
 
 @pytest.mark.gpu

@@ -151,8 +151,10 @@ def followed(
         watched.begin()
     total = 0.0
     for seed in range(micro_steps):
+        inputs = packed_inputs(fill(HARD_PACK, seed))
+        inputs.input_ids = inputs.input_ids.to(model.device)
         enter("forward, rest")
-        logits = model(packed=packed_inputs(fill(HARD_PACK, seed))).logits
+        logits = model(packed=inputs).logits
         enter(LOSS)
         loss = logits.double().square().mean()
         total += float(loss.detach())

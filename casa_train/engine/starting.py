@@ -65,6 +65,7 @@ def build_engine(
     model.joint_image_keys = joins_image_keys(parallel)
     compiler = choose_compiler(parallel, ranks)
     model.compile_regions(compiler)
+    model.visual.repeats = False  # a graph would keep memory that the next step needs
     columns: int = model.visual.config.intermediate_size
     if ranks.device.type == "cuda" and parallel.precision == "bf16" and columns % NEEDED:
         model.visual.align_ffn(ALIGNED)

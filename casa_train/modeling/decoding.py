@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .block import FusionPlan
 from .decoder import backbone_rope
-from .graphs import Graphs
+from .graphs import Graphs, runs_python
 from .room import Columns, Room, grows, held_by, put, show
 from .rope import Frequencies, Rope, Table, rope_frequencies, rope_table
 from .segments import on_device
@@ -98,7 +98,7 @@ class DecodeStep:
         fixed = model.compile_decoding or fixed_shapes(device)
         self.text.open(_columns(state.slots, state.cache_length), device, fixed)
         self._open_windows(state, device, fixed)
-        self.repeats = fixed_shapes(device) and not _runs_python(model.model)
+        self.repeats = fixed_shapes(device) and not runs_python(model.model)
         self._made_in_inference = torch.is_inference_mode_enabled()
         self._opened_by, self.is_open = id(model), True
         self._check_graphs(model)
@@ -257,14 +257,6 @@ class DecodeStep:
             return q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         read = self.window.read(layer_idx, q, self.backend)
         return read if self._all_read else torch.where(self.reads, read, 0)
-
-
-def _runs_python(backbone: Any) -> bool:
-    """Whether hooks or peft's adapters have Python to run in a step, which a graph leaves out."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "base_layer")
-        for module in backbone.modules()
-    )
 
 
 def _only_goes_on(plan: FusionPlan, state: StreamingState) -> bool:

@@ -72,3 +72,11 @@ class Graphs:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             result = function(given)
         return graph, given, result
+
+
+def runs_python(part: Any) -> bool:
+    """Whether hooks or peft's adapters have Python to run, which a graph leaves out."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "base_layer")
+        for module in part.modules()
+    )

@@ -65,6 +65,7 @@ from .padded import (
 from .processing_casa import CasaProcessor
 from .qformer import QFormerInsertion
 from .regions import CompiledRegions
+from .repeated_frames import RepeatedFrames
 from .room import Room
 from .rope import Rope
 from .segments import Segments
@@ -350,6 +351,7 @@ __all__ = [
     "Message",
     "PackedInputs",
     "QFormerInsertion",
+    "RepeatedFrames",
     "Room",
     "Rope",
     "Segments",

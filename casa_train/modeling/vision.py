@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .activation_checkpointing import run_block
 from .regions import Compiler, compiling, normed
+from .repeated_frames import RepeatedFrames
 from .segments import Segments, on_device
 from .vision_block import RMSNorm, VisionBlock, VisionMLP
 
@@ -90,10 +91,26 @@ class _ImageLayout:
     columns: np.ndarray  # (patches,) patch column, in windowed order
 
 
+@dataclass(frozen=True)
+class _PackLayout:
+    """What all blocks of one call read, on the device.
+
+    :param table: RoPE of all patches, two (patches, 1, D).
+    :param full: segments of blocks that attend to whole images; :param windowed: of all others.
+    :param order: (N,) int64, the cells in the order of their windows.
+    """
+
+    table: tuple[Tensor, Tensor]
+    full: Segments
+    windowed: Segments
+    order: Tensor
+
+
 class VisionTower(nn.Module):
     """uint8 images -> image tokens.
 
     :param config: a `Qwen2_5_VLVisionConfig`.
+    :ivar repeats: whether frames that come again may become CUDA graphs (`repeated_frames.py`).
 
     `train_last_blocks` (set by `set_trainable`) counts the blocks that train; everything before
     them runs without autograd and keeps no activations.
@@ -111,6 +128,8 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
         self.frozen_blocks = 0
         self.frozen_patches = False
+        self.repeats = True
+        self._repeated = RepeatedFrames()
 
     @property
     def token_side(self) -> int:
@@ -183,13 +202,49 @@ class VisionTower(nn.Module):
         :return: (N, out_hidden_size), row-major within each image.
         """
         weight = self.patch_embed.proj.weight
-        dtype = weight.dtype
         # Weights that accelerate offloaded lie nowhere; its hooks move what enters a module.
         entry = images[0].device if weight.is_meta else weight.device
+        sizes = tuple((image.shape[1], image.shape[2]) for image in images)
+        patches = self._patches(images, entry, weight.dtype)
+        if self.repeats and compiler is None and self._repeated.take(self, patches):
+
+            def tokens(patches: Tensor, layout: _PackLayout) -> Tensor:
+                return self._blocks(self.patch_embed(patches), layout, backend)
+
+            kind = sizes, backend
+            return self._repeated.run(kind, lambda: self._lay_out(sizes, entry), tokens, patches)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_patches):
-            x = self.patch_embed(self._patches(images, entry, dtype))
-        device = x.device
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
+            x = self.patch_embed(patches)
+        return self._blocks(x, self._lay_out(sizes, x.device), backend, checkpointed, compiler)
+
+    def _blocks(
+        self,
+        x: Tensor,
+        layout: _PackLayout,
+        backend: str,
+        checkpointed: bool = False,
+        compiler: Compiler | None = None,
+    ) -> Tensor:
+        """(patches, C) -> (N, out_hidden_size), row-major within each image."""
+        cell_patches = self.config.spatial_merge_size**2
+        x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[layout.order].flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            whole = i in self.config.fullatt_block_indexes
+            segments = layout.full if whole else layout.windowed
+            frozen = self.frozen_patches and i < self.frozen_blocks
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                again = checkpointed and torch.is_grad_enabled()
+                given = layout.table, segments, backend, compiler
+                x = run_block(block, x, *given, checkpointed=again)
+            if frozen and x.requires_grad:
+                raise AssertionError(
+                    f"frozen vision block {i} keeps activations for a backward pass"
+                )
+        tokens = self.merger(x, compiler)
+        return torch.empty_like(tokens).index_copy(0, layout.order, tokens)
+
+    def _lay_out(self, sizes: Sequence[tuple[int, int]], device: torch.device) -> _PackLayout:
+        """Of images of these heights and widths, one after another."""
         of_size = {size: self._layout(*size) for size in set(sizes)}
         layouts = [of_size[size] for size in sizes]
         cells = [len(layout.order) for layout in layouts]
@@ -197,25 +252,13 @@ class VisionTower(nn.Module):
         order = np.concatenate(
             [s + layout.order for s, layout in zip(starts, layouts, strict=False)]
         )
-        cell_patches = self.config.spatial_merge_size**2
-        table = self._rope_table(layouts, device, dtype)
-        full = _segments([n * cell_patches for n in cells], device)
-        windowed = _segments([n * cell_patches for x in layouts for n in x.windows], device)
-        index = on_device(order, device)
-
-        x = rearrange(x, "(n cell) c -> n cell c", cell=cell_patches)[index].flatten(0, 1)
-        for i, block in enumerate(self.blocks):
-            segments = full if i in self.config.fullatt_block_indexes else windowed
-            frozen = self.frozen_patches and i < self.frozen_blocks
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                again = checkpointed and torch.is_grad_enabled()
-                x = run_block(block, x, table, segments, backend, compiler, checkpointed=again)
-            if frozen and x.requires_grad:
-                raise AssertionError(
-                    f"frozen vision block {i} keeps activations for a backward pass"
-                )
-        tokens = self.merger(x, compiler)
-        return torch.empty_like(tokens).index_copy(0, index, tokens)
+        patches = self.config.spatial_merge_size**2
+        return _PackLayout(
+            self._rope_table(layouts, device),
+            _segments([n * patches for n in cells], device),
+            _segments([n * patches for x in layouts for n in x.windows], device),
+            on_device(order, device),
+        )
 
     def _patches(
         self, images: Sequence[Tensor], device: torch.device, dtype: torch.dtype
@@ -249,7 +292,7 @@ class VisionTower(nn.Module):
         )
 
     def _rope_table(
-        self, layouts: Sequence[_ImageLayout], device: torch.device, dtype: torch.dtype
+        self, layouts: Sequence[_ImageLayout], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of patch rows and columns, float32: two (patches, 1, D)."""
         width = self.config.hidden_size // self.config.num_heads // 2

@@ -24,7 +24,7 @@ TEST_PROCESSES = 4  # beside the other stages that only have to be right
 FILLED = 0.95  # of a card's memory, at most; estimates were up to 6 % above the peak of an H100
 
 FULL = Sizes(
-    samples=3000,
+    samples=1500,
     steps=60,
     every=20,
     kill=26,

@@ -24,7 +24,7 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
-from casa_train.io.numbers import count
+from casa_train.io.numbers import GIB, count
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
 from casa_train.setup.pretrained import Stored
@@ -225,6 +225,12 @@ class Arm:
             "loss": last["loss"],
             **profile,
         }
+
+    def said(self) -> str:
+        """What was measured, in short."""
+        seconds = statistics.median(record["seconds"] for record in self.records)
+        compiled = f", {self.compile_seconds:.0f} s of compilation" if self.graphs else ""
+        return f"{seconds:.3f} s a step, {self.peak / GIB:.2f} GiB at the peak{compiled}"
 
     def parts_lines(self) -> list[str]:
         """The steps taken apart, as a table with its title."""

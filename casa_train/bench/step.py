@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,8 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
         for arm in arms:
             numbers = arguments.steps, arguments.warm_up, ranks, arguments.seed
             arm.measure(*numbers, traces=arguments.profile)
+            if ranks.first:  # what is known if a later one fails
+                print(f"{arm.name}: {arm.said()}", file=sys.stderr, flush=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from casa_train.config.schema import ParallelConfig
 from casa_train.cost.memory import PERSISTENT_BELOW, bucket_elements
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.compiling import CompileClock
+from casa_train.engine.gradient_norm import fuse_norms
 from casa_train.engine.zero_state import ZeroState
 from casa_train.errors import RankError, UserError
 from casa_train.io.quiet import deepspeed_imported_quietly
@@ -206,6 +207,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        fuse_norms(self._engine.optimizer)
 
     @property
     def module(self) -> nn.Module:

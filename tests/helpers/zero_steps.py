@@ -1,7 +1,7 @@
 """One optimiser step of every mechanism under ZeRO 1, 2 and 3, beside plain torch.
 
 Started by test_zero_steps.py under torchrun: one launch runs all cases, since starting DeepSpeed
-takes longer than any of them. Prints one JSON line a case.
+takes longer than any of them. Prints one JSON line a case, and those of norm_steps.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from casa_train.modeling.regions import add_normed, normed
 from casa_train.modeling.windowed import WindowedMechanism, linear_like, read_windows
 from casa_train.setup.optim import build_groups, build_optimizer, set_rates
 from casa_train.training.loss import answer_losses
+from tests.helpers import norm_steps
 from tests.helpers.tiny import (
     HARD_PACK,
     HIDDEN,
@@ -284,6 +285,9 @@ def main() -> None:
                     "plain_norm": norm,
                 }
                 print(json.dumps(line), flush=True)
+    for line in norm_steps.lines(ranks):
+        if ranks.first:
+            print(json.dumps(line), flush=True)
     leave_processes()
 
 

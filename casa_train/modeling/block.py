@@ -6,6 +6,7 @@ those of a Hugging Face decoder layer: `self_attn.{q,k,v,o}_proj`, `mlp` and its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .image_attention import ImageAttention
+from .lean import linear
 from .regions import Compiler, add_normed, normed
-from .rope import Rope, Table
+from .rope import Table
 from .segments import Segments
 from .streaming import FlatCache, StreamingState
 from .windows import Range
@@ -73,7 +75,7 @@ class DecoderContext:
 
     mechanism: Any
     plan: FusionPlan
-    rope: Rope
+    rope: Callable[[Tensor, Table], Tensor]
     stream_table: Table
     query_table: Table | None
     image_table: Table | None
@@ -120,23 +122,22 @@ class Heads(NamedTuple):
 def project(owner: Any, x: Tensor, head_dim: int, queries: bool = True, keys: bool = True) -> Heads:
     """(tokens, C) -> heads, through `owner`'s q_proj, k_proj and v_proj."""
     return Heads(
-        split_heads(owner.q_proj(x), head_dim) if queries else None,
-        split_heads(owner.k_proj(x), head_dim) if keys else None,
-        split_heads(owner.v_proj(x), head_dim) if keys else None,
+        split_heads(linear(owner.q_proj, x), head_dim) if queries else None,
+        split_heads(linear(owner.k_proj, x), head_dim) if keys else None,
+        split_heads(linear(owner.v_proj, x), head_dim) if keys else None,
     )
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(tokens, heads * D) -> (tokens, heads, D)."""
-    heads: Tensor = x.unflatten(-1, (-1, head_dim))
-    return heads
+    return x.view(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
 def self_attention(layer: Any, heads: Heads, context: DecoderContext) -> Tensor:
     """(S, H * D): what every stream token reads in its own sample, before the output projection."""
     assert heads.q is not None and heads.k is not None and heads.v is not None
-    q, k = (context.rope(x, context.stream_table) for x in (heads.q, heads.k))
-    v = heads.v
+    table = context.stream_table
+    q, k, v = context.rope(heads.q, table), context.rope(heads.k, table), heads.v
     plan, listener = context.plan, context.image_attention
     if listener is not None and plan.stream_index is not None and plan.text_index is not None:
         of_images = plan.stream_index >= len(plan.text_index)
@@ -154,8 +155,7 @@ def attend(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
     """h + SA(norm(h)): (S, C)."""
     attention = layer.self_attn
     heads = project(attention, normed(layer.input_layernorm, h), attention.head_dim)
-    out: Tensor = h + attention.o_proj(self_attention(layer, heads, context))
-    return out
+    return h + linear(attention.o_proj, self_attention(layer, heads, context))
 
 
 def feed_forward(layer: Any, h: Tensor, *added: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def plain_block(layer: Any, h: Tensor, context: DecoderContext) -> Tensor:
     """The backbone's own block: (S, C)."""
     attention = layer.self_attn
     heads = project(attention, normed(layer.input_layernorm, h), attention.head_dim)
-    return feed_forward(layer, h, attention.o_proj(self_attention(layer, heads, context)))
+    return feed_forward(layer, h, linear(attention.o_proj, self_attention(layer, heads, context)))
 
 
 def scatter(read: Tensor, segments: Segments, rows: int) -> Tensor:
@@ -185,7 +185,7 @@ def scatter(read: Tensor, segments: Segments, rows: int) -> Tensor:
 
 def project_out(o_proj: nn.Module, read: Tensor, segments: Segments) -> Tensor:
     """(T, H * D) -> (T, C), exactly zero in rows that `segments` does not name, bias or not."""
-    out: Tensor = o_proj(read)
+    out = linear(o_proj, read)
     if getattr(o_proj, "bias", None) is None or segments.covers(len(read)):
         return out
     return out * query_mask(segments, len(read), out.dtype)

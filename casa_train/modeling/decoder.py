@@ -21,7 +21,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP as Qwen2
 from .activation_checkpointing import run_block
 from .block import DecoderContext
 from .fusion import FusionMechanism
-from .regions import RegionMLP, compiling
+from .regions import RegionMLP, compiling, normed
 from .rope import (
     STATIC_ROPE_TYPES,
     Rope,
@@ -190,7 +190,7 @@ def run_decoder(
         if states is not None:
             states.append(of_text(h))
         h, images = run_block(layer, h, images, context, checkpointed=checkpointed)
-    out: Tensor = backbone.norm(of_text(h))
+    out = normed(backbone.norm, of_text(h))
     if states is not None:
         states.append(out)
     return out

@@ -22,8 +22,9 @@ from torch import Tensor
 from .block import FusionPlan
 from .decoder import backbone_rope
 from .graphs import Graphs, runs_python
+from .lean import is_lean
 from .room import Columns, Room, grows, held_by, put, show
-from .rope import Frequencies, Rope, Table, rope_frequencies, rope_table
+from .rope import Frequencies, Rope, Table, as_products, rope_frequencies, rope_table
 from .segments import on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk
@@ -230,11 +231,18 @@ class DecodeStep:
         return self._flags[name]
 
     def tables(self, dtype: torch.dtype) -> tuple[Table, Table | None]:
-        """RoPE of the next tokens in the stream and, as queries and keys, in fusion layers."""
-        stream = rope_table(self.rope, self.positions, self.frequencies, dtype)
+        """RoPE of the next tokens in the stream and, as queries and keys, in fusion layers.
+
+        Where a step is lean, for `BY_PRODUCT` in place of the backbone's rotation.
+        """
+        stream = self._table(self.positions, dtype)
         if self.plan.query_positions is None or not self.query_positions.numel():
             return stream, None if self.plan.query_positions is None else stream
-        return stream, rope_table(self.rope, self.query_positions, self.frequencies, dtype)
+        return stream, self._table(self.query_positions, dtype)
+
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> Table:
+        table = rope_table(self.rope, positions, self.frequencies, dtype)
+        return as_products(self.rope, table) if is_lean() else table
 
     def self_attention(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H * D): what every row reads in its text, this token included.

@@ -26,6 +26,7 @@ from .block import (
 from .block_work import BlockWork
 from .fusion import register
 from .image_attention import IMAGE_GATE
+from .lean import linear
 from .regions import normed
 from .windowed import WindowedMechanism, image_heads, linear_like, read_windows
 
@@ -91,7 +92,7 @@ class HyperAttention(WindowedMechanism):
             layer.fusion, layer.input_layernorm, images, attention.head_dim, context
         )
         combined = layer.fusion(x, pictures, heads, read, context)
-        return feed_forward(layer, h, attention.o_proj(combined)), images
+        return feed_forward(layer, h, linear(attention.o_proj, combined)), images
 
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
         if layer_idx not in self.layers:
@@ -126,7 +127,7 @@ class HyperLayer(nn.Module):
         cross = context.plan.cross
         assert cross is not None
         seen, _ = read_windows(self.layer_idx, Heads(heads.q, None, None), pictures, context)
-        gate = self.gate(x).sigmoid()
+        gate = linear(self.gate, x).sigmoid()
         if not cross.covers(len(x)):
             gate = gate * query_mask(cross, len(x), gate.dtype)
         if context.image_attention is not None:

@@ -47,6 +47,7 @@ from .image_processing_casa import SIDE
 from .image_sources import ImageError
 from .insertion import Insertion
 from .joint_keys import JointImageKeys, JointKeys
+from .lean import Lean
 from .loading_options import split_options
 from .mechanisms import MECHANISMS
 from .messages import Message
@@ -347,6 +348,7 @@ __all__ = [
     "ImageError",
     "Insertion",
     "JointImageKeys",
+    "Lean",
     "MECHANISMS",
     "Message",
     "PackedInputs",

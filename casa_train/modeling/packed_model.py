@@ -19,9 +19,10 @@ from .decoding import DecodeStep
 from .fusion import FusionMechanism
 from .image_attention import ImageAttention
 from .image_processing_casa import SIDE
+from .lean import Lean, is_lean
 from .packed import PackedInputs
 from .padded import as_ints, with_rows
-from .rope import rope_frequencies, rope_table
+from .rope import BY_PRODUCT, rope_frequencies, rope_table
 from .segments import on_device
 from .streaming import FlatCache, StreamingState
 from .vision import VisionTower
@@ -196,14 +197,17 @@ class PackedModel(CasaPreTrainedModel):
 
     def _run(self, step: DecodeStep, ids: Tensor, states: list[Tensor] | None) -> Tensor:
         """(B, C) final hidden states, by a graph where there is one."""
+        device = step.positions.device
+        # Autocast keeps copies of weights, and only for as long as it lasts.
+        casts = torch.is_autocast_enabled(device.type)
         compute = _compiled_step() if self.compile_decoding else _run_step
         # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
-        ids = ids.to(step.positions.device).clone(memory_format=torch.contiguous_format)
-        # Autocast keeps copies of weights, and only for as long as it lasts.
-        if states is not None or not step.repeats or torch.is_autocast_enabled():
-            return compute(self, step, ids, states)
-        kind = torch.is_inference_mode_enabled(), step.text.whole, step.window.whole
-        return step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
+        ids = ids.to(device).clone(memory_format=torch.contiguous_format)
+        with Lean(not casts):
+            if states is not None or not step.repeats or casts:
+                return compute(self, step, ids, states)
+            kind = torch.is_inference_mode_enabled(), step.text.whole, step.window.whole
+            return step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
 
     def _opened(self, cache: Any, state: StreamingState) -> DecodeStep | None:
         """The stream's decode step, ready for a token; None, and said once why, if it cannot."""
@@ -246,7 +250,7 @@ def _run_step(
     context = DecoderContext(
         mechanism=model.mechanism,
         plan=step.plan,
-        rope=step.rope,
+        rope=BY_PRODUCT if is_lean() else step.rope,
         stream_table=stream,
         query_table=query,
         image_table=None,

@@ -23,16 +23,14 @@ from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .lean import linear, rms_norm
 
 P = ParamSpec("P")
 R = TypeVar("R")
 # What torch.compile takes as a backend.
 Compiler = str | Callable[..., Any]
-
-# Norms of backbones that are x / sqrt(mean(x^2) + variance_epsilon) times `weight`.
-RMS_NORMS = ("LlamaRMSNorm", "HeliumRMSNorm", "Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")
 
 # Graphs that a region may have: one for each kind of layer and what of it trains.
 GRAPHS = 64
@@ -121,30 +119,13 @@ def in_region(norm: nn.Module) -> bool:
     return [name for name, p in norm._parameters.items() if p is not None] == ["weight"]
 
 
-def fused_norm_pays(x: Tensor) -> bool:
-    """Whether torch's own RMS norm is one kernel where a norm written out is eight.
-
-    It rounds once, behind the weight; written out, most round before it, too.
-    """
-    half = x.is_cuda and x.element_size() == 2
-    return half and not (torch.compiler.is_compiling() or torch.is_autocast_enabled())
-
-
 def normed(norm: Any, x: Tensor) -> Tensor:
     """norm(x): (tokens, C)."""
     if _current() is not None and in_region(norm):
         return _normed(norm, x)
-    out: Tensor
-    if fused_norm_pays(x) and type(norm).__name__ in RMS_NORMS and not _followed(norm):
-        out = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    else:
-        out = norm(x)
+    short = rms_norm(norm, x)
+    out: Tensor = norm(x) if short is None else short
     return out
-
-
-def _followed(norm: nn.Module) -> bool:
-    """Whether somebody waits for the norm itself to be called, such as ZeRO-3 or accelerate."""
-    return bool(norm._forward_hooks or norm._forward_pre_hooks) or "forward" in vars(norm)
 
 
 def add_normed(norm: nn.Module, h: Tensor, *added: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,6 +159,11 @@ def gated_product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> 
     return called(gate) * up
 
 
+def _learned(act: Any) -> bool:
+    """Whether an activation has parameters, which ZeRO-3 gathers by hooks."""
+    return isinstance(act, nn.Module) and next(act.parameters(), None) is not None
+
+
 class RegionMLP(nn.Module):
     """The forward of a gated feed-forward network, with a region between its matrix products."""
 
@@ -189,13 +175,10 @@ class RegionMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, C) -> (tokens, C)."""
         act = self.act_fn
-        learned = isinstance(act, nn.Module) and next(act.parameters(), None) is not None
-        out: Tensor
-        if learned or _current() is None:  # ZeRO-3 gathers its parameters by hooks
-            out = self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
-        else:
-            out = self.down_proj(gated_product(act, self.gate_proj(x), self.up_proj(x)))
-        return out
+        gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)
+        if _current() is None or _learned(act):
+            return linear(self.down_proj, act(gate) * up)
+        return linear(self.down_proj, gated_product(act, gate, up))
 
 
 class CompiledRegions:

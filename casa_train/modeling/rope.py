@@ -15,7 +15,8 @@ from torch import Tensor
 from .regions import region
 from .segments import on_device
 
-Table = tuple[Tensor, Tensor]  # cosines and signed sines, each (tokens, 1, D)
+# Cosines and signed sines, each (tokens, 1, D); or, for `BY_PRODUCT`, one (tokens, D, D).
+Table = tuple[Tensor, ...]
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -49,6 +50,29 @@ class RotatePairs:
     def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
         cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)
         return cosines.flatten(-2)[:, None], sines.flatten(-2)[:, None]
+
+
+class ByProduct:
+    """Either of the two as a product with the matrix of each token's rotation: one operation in
+    place of four, for the single token a row of a decode step.
+    """
+
+    def __call__(self, x: Tensor, table: Table) -> Tensor:
+        matrices = table[0]
+        if x.dtype != matrices.dtype:
+            wide = torch.promote_types(x.dtype, matrices.dtype)
+            x, matrices = x.to(wide), matrices.to(wide)
+        return torch.bmm(x, matrices)
+
+
+BY_PRODUCT = ByProduct()
+
+
+def as_products(rope: Rope, table: Table) -> Table:
+    """A table for `BY_PRODUCT`: what the rotation makes of every unit vector."""
+    tokens, _, width = table[0].shape
+    units = torch.eye(width, dtype=table[0].dtype, device=table[0].device)
+    return (rope(units.expand(tokens, -1, -1), table),)
 
 
 @region

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import varlen_attention
+from .lean import one_kernel_pays
 from .regions import (
     Compiler,
     add_normed,
     compiling,
-    fused_norm_pays,
     gated_product,
     normed,
     region,
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused_norm_pays(x):
+        if one_kernel_pays(x):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)

@@ -23,6 +23,7 @@ from .block import (
 )
 from .block_work import BlockWork
 from .joint_keys import KeySource
+from .lean import linear
 from .regions import normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
 
@@ -194,9 +195,10 @@ class WindowAttention(WindowedMechanism):
             read, image_read = fusion(text if keys else text._replace(k=None), pictures, context)
             seen = self_attention(layer, own, context)
             if self.shared:
-                added = [layer.self_attn.o_proj(seen + read)]
+                added = [linear(layer.self_attn.o_proj, seen + read)]
             else:
-                added = [layer.self_attn.o_proj(seen), project_out(fusion.o_proj, read, cross)]
+                own_out = linear(layer.self_attn.o_proj, seen)
+                added = [own_out, project_out(fusion.o_proj, read, cross)]
         else:
             if self.placement == "after":
                 h = attend(layer, h, context)

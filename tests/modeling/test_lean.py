@@ -1,0 +1,129 @@
+"""What decode steps call in place of modules, beside those modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from casa_train.modeling.decoder import backbone_rope
+from casa_train.modeling.lean import RMS_NORMS, Lean, linear, rms_norm
+from casa_train.modeling.rope import BY_PRODUCT, as_products, rope_frequencies, rope_table
+from tests.helpers.tiny import random_image, tiny_model, tiny_text_config
+
+every_backbone = pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+
+
+def norm_of(backbone: str, dtype: torch.dtype) -> Any:
+    config = tiny_text_config(backbone=backbone, layers=1)
+    norm = tiny_model("casa", text_config=config).model.layers[0].input_layernorm
+    assert type(norm) in RMS_NORMS
+    generator = torch.Generator().manual_seed(1)
+    norm.weight.data = 0.5 + torch.rand(norm.weight.shape, generator=generator)
+    return norm.to(dtype).requires_grad_(False)
+
+
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_norm_in_a_step_is_about_as_near_the_truth_as_its_module(
+    backbone: str, dtype: torch.dtype
+) -> None:
+    norm = norm_of(backbone, dtype)
+    x = 3 * torch.randn(50, len(norm.weight), generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert rms_norm(norm, x) is None
+    with Lean(True):
+        found = rms_norm(norm, x)
+    assert found is not None and found.dtype == dtype
+    wide = x.double()
+    scale = (wide.square().mean(1, keepdim=True) + norm.variance_epsilon).sqrt()
+    truth = wide / scale * norm.weight.double()
+    error, allowed = ((y.double() - truth).abs().mean() for y in (found, norm(x)))
+    assert error <= 1.5 * allowed
+
+
+def doubled(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+def with_a_hook(module: nn.Module) -> Any:
+    return module.register_forward_hook(doubled).remove
+
+
+def with_a_hook_before(module: nn.Module) -> Any:
+    def twice(module: nn.Module, given: tuple[Tensor]) -> Tensor:
+        return 2 * given[0]
+
+    return module.register_forward_pre_hook(twice).remove
+
+
+def with_another_forward(module: nn.Module) -> Any:
+    own = module.forward
+    module.forward = lambda x: 2 * own(x)
+    return lambda: delattr(module, "forward")
+
+
+def with_a_hook_on_all(module: nn.Module) -> Any:
+    return nn.modules.module.register_module_forward_hook(doubled).remove
+
+
+@pytest.mark.parametrize(
+    "change", [with_a_hook, with_a_hook_before, with_another_forward, with_a_hook_on_all]
+)
+def test_a_module_that_does_more_is_called(change: Callable[[nn.Module], Any]) -> None:
+    module, x = nn.Linear(6, 4, bias=False), torch.arange(12.0).view(2, 6)
+    norm = norm_of("llama", torch.float32)
+    with torch.no_grad(), Lean(True):
+        plain = linear(module, x)
+        for changed in (module, norm):
+            undo = change(changed)
+            try:
+                if changed is module:
+                    torch.testing.assert_close(linear(module, x), 2 * plain)
+                else:
+                    assert rms_norm(norm, torch.ones(1, len(norm.weight))) is None
+            finally:
+                undo()
+        torch.testing.assert_close(linear(module, x), plain)
+
+
+def test_a_hook_between_two_tokens_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward pass lies between them that would look at the modules again."""
+    model = tiny_model("casa", dtype=torch.float64)
+    found: dict[bool, list[Tensor]] = {}
+    for steps in (True, False):
+        monkeypatch.setattr(model, "decode_steps", steps)
+        cache, logits, undo = DynamicCache(), [], []
+        frame = random_image(torch.Generator().manual_seed(3), 2, 2)
+        points = [[2]]
+        with torch.no_grad():
+            given = dict(past_key_values=cache, image_embeds_insertion_points=points)
+            model(torch.tensor([[4, 5, 6]]), [frame], **given)
+            for token in range(4):
+                if token == 2:
+                    layer = model.model.layers[1]
+                    changed = [layer.self_attn.q_proj, layer.fusion.o_proj, layer.input_layernorm]
+                    undo = [with_a_hook(module) for module in changed]
+                ids = torch.tensor([[7 + token]])
+                logits.append(model(ids, past_key_values=cache).logits)
+        for remove in undo:
+            remove()
+        assert (cache.casa.step is not None) == steps
+        found[steps] = logits
+    for one, expected in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-10)
+
+
+@every_backbone
+def test_rotations_as_products_are_those_of_the_backbone(backbone: str) -> None:
+    config = tiny_text_config(backbone=backbone)
+    rope, frequencies = backbone_rope(config), rope_frequencies(config, torch.device("cpu"))
+    table = rope_table(rope, torch.tensor([0, 7, 301]), frequencies, torch.float64)
+    x = torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = BY_PRODUCT(x, as_products(rope, table))
+    torch.testing.assert_close(found, rope(x, table), rtol=0, atol=1e-14)
+    narrow = BY_PRODUCT(x.float(), as_products(rope, table))
+    assert narrow.dtype == torch.float64  # as the backbone's own

@@ -46,10 +46,10 @@ def test_one_step_under_every_zero_stage_equals_plain_torch(results: list[dict[s
     assert all(r["frozen_move"] == 0 for r in results)
 
 
-def test_norms_of_all_tensors_at_once_change_nothing_but_the_work(
+def test_gradients_cost_fewer_operations_and_change_nothing_else(
     results: list[dict[str, Any]],
 ) -> None:
-    """Steps beside those that DeepSpeed takes by its own norms, on two ranks."""
+    """Steps of two ranks beside those that DeepSpeed takes left to itself."""
     lines = {r["norms"]: r for r in results if "norms" in r}
     assert len(lines) == 6
     for name, line in lines.items():
@@ -60,11 +60,15 @@ def test_norms_of_all_tensors_at_once_change_nothing_but_the_work(
             assert fused["applied"] == own["applied"] and len(set(own["applied"])) == 1, name
             assert fused["norm"] == pytest.approx(own["norm"], rel=2e-7, abs=0), (name, step)
             by_tensor = [
-                sum(way["operations"].get(kind, 0) for kind in ("linalg_vector_norm", "amax"))
+                sum(way["update"].get(kind, 0) for kind in ("linalg_vector_norm", "amax"))
                 for way in (fused, own)
             ]
             assert by_tensor[0] <= 3 < 14 < by_tensor[1], (name, step, by_tensor)
-            assert sum(fused["operations"].values()) < sum(own["operations"].values()) - 40
+            assert sum(fused["update"].values()) < sum(own["update"].values()) - 40
+            # Stage 2 copies a gradient neither to fp32 nor back into the bucket.
+            fewer = 14 if name == "stage 2, bf16" else -1
+            for kind in ("_to_copy", "copy_"):
+                assert own["backward"].get(kind, 0) - fused["backward"].get(kind, 0) > fewer
         applied = {step: line["fused"][step]["applied"][0] for step in STEPS}
         skipped = {step for step in STEPS if not applied[step]}
         # Stage 3 alone adds up in float64 throughout.

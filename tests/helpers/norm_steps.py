@@ -1,4 +1,4 @@
-"""Updates of a model of many tensors, with norms of all at once and as DeepSpeed takes its own.
+"""Steps of a model of many tensors, with gradients handled as the engine has it and as DeepSpeed.
 
 Run by zero_steps.py, in its launch of two ranks: one JSON line a ZeRO stage and precision.
 """
@@ -19,12 +19,13 @@ from casa_train.config.schema import ParallelConfig
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine import engine as engine_file
 from casa_train.engine.engine import Engine
-from casa_train.engine.gradient_norm import fuse_norms
+from casa_train.engine.engine import _settings as engine_settings
 from casa_train.io.precision import DTYPES
 
 LAYERS = 30  # in two groups
 WIDTH = 12
 CLIP = 0.5
+MICRO_STEPS = 2
 # What the losses of the two ranks are multiplied with. Squares of 1e22 overflow fp32.
 STEPS = {
     "usual": (1.0, 1.0),
@@ -34,6 +35,20 @@ STEPS = {
     "large": (1e17, 1e17),
     "too large for squares": (1e22, 1e22),
     "usual again": (1.0, 1.0),
+}
+
+
+def scattering(parallel: ParallelConfig) -> dict[str, Any]:
+    """The engine's settings, but for DeepSpeed's default of one of them."""
+    settings = engine_settings(parallel)
+    settings["zero_optimization"].pop("reduce_scatter", None)
+    return settings
+
+
+DEEPSPEEDS_WAY = {
+    "fuse_norms": lambda optimizer: False,
+    "fuse_sums": lambda optimizer: False,
+    "_settings": scattering,
 }
 
 
@@ -73,20 +88,28 @@ def steps(ranks: Ranks, stage: int, precision: str, fused: bool) -> list[dict[st
         [{"params": weights[:10]}, {"params": weights[10:]}], lr=1e-2, eps=1e-2
     )
     parallel = ParallelConfig(stage, precision)
-    with mock.patch.object(engine_file, "fuse_norms", fuse_norms if fused else lambda _: False):
-        engine = Engine(model, optimizer, ranks, parallel, accumulation=1, clip=CLIP)
+    replaced = {} if fused else DEEPSPEEDS_WAY
+    with mock.patch.dict(vars(engine_file), replaced):
+        engine = Engine(model, optimizer, ranks, parallel, MICRO_STEPS, CLIP)
     found = []
     for number, factors in enumerate(STEPS.values()):
-        inputs = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(number + ranks.rank))
-        engine.backward(engine.forward(x=inputs.to(dtype)) * factors[ranks.rank])
-        with Operations() as operations:
-            engine.step()
+        drawn = torch.Generator().manual_seed(2 * number + ranks.rank)
+        counts: list[Counter[str]] = []
+        for _ in range(MICRO_STEPS):
+            inputs = torch.randn(4, WIDTH, generator=drawn).to(dtype)
+            loss = engine.forward(x=inputs) * factors[ranks.rank]
+            with Operations() as backward:
+                engine.backward(loss)
+            with Operations() as update:
+                engine.step()
+            counts = [backward.counts, update.counts]
         found.append(
             {
                 "applied": ranks.gather(engine.step_applied()),
                 "norm": engine.gradient_norm(),
                 "weights": [engine.full_parameter(p).clone() for p in weights],
-                "operations": operations.counts,
+                "backward": counts[0],
+                "update": counts[1],
             }
         )
     engine.close()

@@ -58,6 +58,15 @@ def _no_messages(given: Any) -> ValueError:
     )
 
 
+def unshared(messages: Any) -> Any:
+    """The same messages in lists and dicts of their own; what these hold is shared."""
+    if isinstance(messages, dict):
+        return {name: unshared(value) for name, value in messages.items()}
+    if isinstance(messages, (list, tuple)):
+        return [unshared(value) for value in messages]
+    return messages
+
+
 def parts_of(message: Message, i: int) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):

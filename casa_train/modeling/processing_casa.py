@@ -21,7 +21,7 @@ from .encoding import ConversationEncoder, Draft, Encoded
 from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
 from .image_sources import ImageError
 from .loading_options import split_options
-from .messages import Message, as_batch, frames_of, in_order, slots_of
+from .messages import Message, as_batch, frames_of, in_order, slots_of, unshared
 from .text_ids import TextIds
 
 
@@ -240,8 +240,13 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
             if open_end:
                 # The library looks for the last message's words, which may stand quoted here.
                 rendered["continue_final_message"] = False
+            # Some releases, 5.5 and 5.17 among them, rewrite the messages that they get.
             text = super().apply_chat_template(
-                conversation, chat_template=chat_template, tokenize=False, **rendered, **kwargs
+                unshared(conversation),
+                chat_template=chat_template,
+                tokenize=False,
+                **rendered,
+                **kwargs,
             )
             if not open_end:
                 return text
@@ -262,7 +267,7 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
             batch = self._batch(encoded, **options)
         else:
             text = super().apply_chat_template(
-                conversations, chat_template=chat_template, tokenize=False, **rendered
+                unshared(conversations), chat_template=chat_template, tokenize=False, **rendered
             )
             slots = [[slots_of(c, kind) for kind in SLOTS] for c in conversations]
             images = [found for found, _ in slots]

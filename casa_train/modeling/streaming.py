@@ -151,11 +151,11 @@ class Streamed:
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        if hasattr(self, "key_cache"):  # transformers 4.51 fails on layers that hold nothing
+        if hasattr(self, "layers"):
+            super().batch_select_indices(indices)  # type: ignore[misc]
+        else:  # transformers 4.51 to 4.53 fail on layers that hold nothing
             for layers in (self.key_cache, self.value_cache):  # type: ignore[attr-defined]
                 layers[:] = [x[indices, ...] if x.numel() else x for x in layers]
-        else:
-            super().batch_select_indices(indices)  # type: ignore[misc]
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -165,10 +165,14 @@ class Streamed:
 
     def reset(self) -> None:
         """Empties the cache, for a new stream."""
-        if hasattr(self, "key_cache"):  # transformers 4.51, whose growing caches have no reset
+        if not hasattr(self, "layers"):  # transformers 4.51 to 4.53: growing caches have no reset
             self.__dict__.update(key_cache=[], value_cache=[], _seen_tokens=0)
-        else:
-            super().reset()  # type: ignore[misc]
+        for layer in getattr(self, "layers", ()):
+            if layer.keys is not None:  # 4.55 fails on a layer that holds nothing
+                layer.reset()
+            # Many releases, 4.57 and 5.17 among them, fill the slots with zeros and keep them.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.__dict__.pop("casa", None)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

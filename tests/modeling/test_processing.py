@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
 from tests.helpers.stranger import columns
 
-if transformers.__version__.startswith("4."):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-else:  # the other of its modules needs torchvision
+try:  # where there is this module, the other one needs torchvision
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+except ModuleNotFoundError:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,23 @@ def test_an_image_of_a_message_may_have_bounds_of_its_own(tokenizer_path: str) -
         assert [tuple(x.shape) for x in batch["pixel_values"]] == [(3, s, s) for s in sides]
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         assert columns(batch) == columns(expected)
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_messages_stay_as_they_were(tokenizer_path: str, tokenize: bool, batched: bool) -> None:
+    p = processor(tokenizer_path)
+    url = png_url(Image.new("RGB", (84, 84)))
+    part = {"type": "image_url", "image_url": {"url": url}, "max_pixels": 3136}
+    messages: Any = [
+        {"role": "user", "content": [part, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+    ]
+    given = copy.deepcopy([messages, messages] if batched else messages)
+    same = copy.deepcopy(given)
+    for jinja in (None, p.chat_template + "{# mine #}"):
+        p.apply_chat_template(given, chat_template=jinja, tokenize=tokenize)
+        assert given == same
 
 
 def png_url(image: Image.Image) -> str:

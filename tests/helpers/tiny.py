@@ -9,10 +9,15 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import HeliumConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, HeliumConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.configuration_casa import (
+    QWEN_TEXT,
+    QWEN_WHOLE,
+    ROPE_IN_ONE_DICT,
+    CasaConfig,
+)
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration, PackedInputs
 from casa_train.modeling.windows import Chunk
 from tests.helpers.reference import Settings
@@ -50,15 +55,13 @@ def tiny_text_config(backbone: str = "llama", layers: int = 2, **options: Any) -
     if backbone == "qwen2_5_vl":
         del values["head_dim"]
         rope = {"rope_type": "default", "mrope_section": list(MROPE_SECTION)}
-        try:
-            from transformers import Qwen2_5_VLTextConfig
-        except ImportError:  # transformers 4.51 keeps the text fields in the whole model's config
-            from transformers import Qwen2_5_VLConfig
-
+        if ROPE_IN_ONE_DICT:
+            values["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+        else:
             values |= {"rope_theta": 10000.0, "rope_scaling": rope}
-            return Qwen2_5_VLConfig(**{**values, **options})
-        values["rope_parameters"] = {"rope_theta": 10000.0, **rope}
-        return Qwen2_5_VLTextConfig(**{**values, **options})
+        # transformers 4.51 keeps the text fields in the whole model's configuration.
+        known = CONFIG_MAPPING[QWEN_TEXT if QWEN_TEXT in CONFIG_MAPPING else QWEN_WHOLE]
+        return known(**{**values, **options})
     return CONFIGS[backbone](**{**values, **options})
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -307,6 +309,10 @@ def test_device_map_auto_answers_the_same(
     pytest.importorskip("accelerate")
     plain, reader = loaded
     batch = reader.tokenize_messages([SHORT, LONG])
+    if memory == 450_000 and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip(
+            "so little puts the whole model on the disk, and this release gives it no hooks"
+        )
     # With little memory a part is offloaded to the disk: accelerate's hooks bring it back in time.
     little: dict[str, Any] = {"max_memory": {"cpu": memory}, "offload_folder": str(tmp_path)}
     model = AutoModelForImageTextToText.from_pretrained(

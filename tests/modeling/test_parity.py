@@ -116,15 +116,17 @@ def qwen_twins() -> tuple[CasaForConditionalGeneration, Qwen2_5_VLForConditional
 def library_qwen(ours: CasaForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
     """The library's Qwen2.5-VL with the weights of ours."""
     text = ours.config.text_config.to_dict()
-    names = ("model_type", "transformers_version", "architectures", "vision_config")
-    config = Qwen2_5_VLConfig(  # text fields at the top level: both transformers generations agree
-        **{key: value for key, value in text.items() if key not in names},
-        vision_config=ours.config.vision_config.to_dict(),
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
+    names = ("model_type", "transformers_version", "architectures")
+    values = {key: value for key, value in text.items() if key not in names}
+    values |= {
+        "vision_config": ours.config.vision_config.to_dict(),
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
+    # Text fields at the top level: both transformers generations agree.
+    config = Qwen2_5_VLConfig(**values)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     nested = "model.language_model.norm.weight" in model.state_dict()  # not so in 4.51
     weights = {}

@@ -150,10 +150,12 @@ def _settings(parallel: ParallelConfig) -> dict[str, Any]:
     }
     if parallel.zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_BELOW
-    else:
+    elif parallel.zero_stage == 2 or parallel.precision == "fp32":
         # Gradients are summed over ranks by an all-reduce of the bucket either way (DeepSpeed's
         # multi-rank buckets); this one copies none of them out of it before and back behind it.
         settings["zero_optimization"]["reduce_scatter"] = False
+        # As with it: each rank divides, then they add.
+        settings["prescale_gradients"] = dist.get_world_size() > 1
     if parallel.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         # bf16 accumulation costs seven times the rounding error over 32 micro-steps.

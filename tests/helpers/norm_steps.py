@@ -39,8 +39,9 @@ STEPS = {
 
 
 def scattering(parallel: ParallelConfig) -> dict[str, Any]:
-    """The engine's settings, but for DeepSpeed's default of one of them."""
+    """The engine's settings, but for DeepSpeed's defaults of two of them."""
     settings = engine_settings(parallel)
+    settings.pop("prescale_gradients", None)
     settings["zero_optimization"].pop("reduce_scatter", None)
     return settings
 

@@ -12,8 +12,8 @@ one by one on the otherwise idle machine:
     resume      the killed run to its end: metrics and checkpoint are those of train, bit for bit
     export      the trained demo, through the gate
     stream      frames to that export
-    casa, insertion    steps of helium_casa and helium_insertion at full size, random weights
-    fp8         steps of helium_casa again, its frozen vision blocks in fp8
+    casa, insertion    steps of helium_casa and helium_insertion at full size, random weights:
+                eager, compiled, and the former with its frozen vision blocks in fp8
     streaming   a stream of frames of 896x896 to Helium1-2B, random weights
     attention   every backend against a dense mask
 

@@ -32,7 +32,7 @@ class Sizes:
         which SIGKILL comes, not long after a checkpoint.
     :param demo: overrides of the demo.
     :param experiments: for the stages casa and insertion; :param dry_run: the same two at once.
-    :param arms: overrides of steps, by what is said of them; :param fp8: those of the stage fp8.
+    :param arms: of each of the two, overrides behind commas by what is said of them.
     :param patience: what limits of time are multiplied with; a CPU may be busy.
     """
 
@@ -47,8 +47,7 @@ class Sizes:
     streaming: Sequence[str]
     stream: Sequence[str]
     attention: Sequence[str]
-    arms: dict[str, str]
-    fp8: dict[str, str]
+    arms: Sequence[dict[str, str]]
     patience: float
 
 
@@ -230,12 +229,18 @@ class Running:
         return f"left with code {code}; {self.log}: {lines[-1][:200] if lines else 'no output'}"
 
     def benchmark(self, name: str, *words: str) -> dict[str, Any]:
-        """What a benchmark measured; all of it becomes the stage's figures."""
+        """What a benchmark measured; all of it becomes the stage's figures, also what it had
+        written before it failed.
+        """
         file = self.check.out / f"{self.result.stage}.json"
         file.unlink(missing_ok=True)
-        self.run("-m", "casa_train.bench", name, *words, "--json", str(file))
-        found: dict[str, Any] = json.loads(file.read_text())
-        self.figures.update(found)
+        found: dict[str, Any] = {}
+        try:
+            self.run("-m", "casa_train.bench", name, *words, "--json", str(file))
+        finally:
+            if file.exists():
+                found = json.loads(file.read_text())
+                self.figures.update(found)
         return found
 
     def demo(self, directory: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from casa_train.config.compose import add_config_dir
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.errors import UserError
+from casa_train.io.files import write_atomic
 from casa_train.io.numbers import GIB, count
 from casa_train.io.precision import DTYPES
 from casa_train.io.tables import aligned
@@ -95,14 +97,14 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
             arm.measure(*numbers, traces=arguments.profile)
             if ranks.first:  # what is known if a later one fails
                 print(f"{arm.name}: {arm.said()}", file=sys.stderr, flush=True)
+                if arguments.json:
+                    done = _data([arm for arm in arms if arm.records], ranks)
+                    write_atomic(arguments.json, json.dumps(done, indent=1) + "\n")
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    results = [arm.result() for arm in arms]
-    facts = machine(device, DTYPES[arms[0].config.parallel.precision])
-    threads = [result["threads"] for result in results]
-    facts["threads"] = threads[0] if len(set(threads)) == 1 else threads  # one of each
-    data = {"machine": facts, "ranks": world, "results": results}
+    data = _data(arms, ranks)
+    results, facts = data["results"], data["machine"]
     ranks.barrier()
     leave_processes()
     if not ranks.first:
@@ -111,6 +113,15 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> Report:
     for arm in arms:
         lines += arm.parts_lines()
     return Report("\n".join(lines), data)
+
+
+def _data(arms: Sequence[Arm], ranks: Ranks) -> dict[str, Any]:
+    """What was measured of these, and where."""
+    results = [arm.result() for arm in arms]
+    facts = machine(ranks.device, DTYPES[arms[0].config.parallel.precision])
+    threads = [result["threads"] for result in results]
+    facts["threads"] = threads[0] if len(set(threads)) == 1 else threads  # one of each
+    return {"machine": facts, "ranks": ranks.world, "results": results}
 
 
 def _table(

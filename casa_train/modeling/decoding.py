@@ -47,6 +47,7 @@ class DecodeStep:
         there is a window (`cross`), and which rows read it.
     :ivar is_open: whether the windows lie here, and not in the state.
     :ivar graphs: of the step; :ivar repeats: whether it may run by them.
+    :ivar watched: whether hooks or adapters have Python of their own to run in it.
     """
 
     plan: FusionPlan
@@ -54,6 +55,7 @@ class DecodeStep:
     frequencies: Frequencies
     backend: str
     repeats: bool
+    watched: bool
 
     def __init__(self, state: StreamingState) -> None:
         self.text = Columns(state.room)
@@ -99,7 +101,8 @@ class DecodeStep:
         fixed = model.compile_decoding or fixed_shapes(device)
         self.text.open(_columns(state.slots, state.cache_length), device, fixed)
         self._open_windows(state, device, fixed)
-        self.repeats = fixed_shapes(device) and not runs_python(model.model)
+        self.watched = runs_python(model.model)
+        self.repeats = fixed_shapes(device) and not self.watched
         self._made_in_inference = torch.is_inference_mode_enabled()
         self._opened_by, self.is_open = id(model), True
         self._check_graphs(model)

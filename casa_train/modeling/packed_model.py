@@ -203,11 +203,17 @@ class PackedModel(CasaPreTrainedModel):
         compute = _compiled_step() if self.compile_decoding else _run_step
         # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
         ids = ids.to(device).clone(memory_format=torch.contiguous_format)
-        with Lean(not casts):
-            if states is not None or not step.repeats or casts:
+        lean = not (casts or self.compile_decoding)
+        with Lean(lean):
+            if states is None and step.repeats and not casts:
+                kind = torch.is_inference_mode_enabled(), step.text.whole, step.window.whole
+                return step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
+            if states is not None or step.watched or not lean:
                 return compute(self, step, ids, states)
-            kind = torch.is_inference_mode_enabled(), step.text.whole, step.window.whole
-            return step.graphs.run(kind, lambda ids: compute(self, step, ids, None), ids)
+            with torch.inference_mode():  # in which every operation costs the host less
+                hidden = compute(self, step, ids, None)
+        # A copy, which callers may use outside of that mode.
+        return hidden if torch.is_inference_mode_enabled() else hidden.clone()
 
     def _opened(self, cache: Any, state: StreamingState) -> DecodeStep | None:
         """The stream's decode step, ready for a token; None, and said once why, if it cannot."""

@@ -402,3 +402,19 @@ def test_gpu_kernels_equal_dense_attention(backend: str, width: int, dtype: torc
     need(backend)
     for case, heads in itertools.product(KERNEL_CASES, KERNEL_HEADS):
         check_kernel(backend, "cuda", case, heads, width, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_one_query_a_row_reads_its_keys(rows: int, heads: int) -> None:
+    """A single row on a CPU has a way of its own."""
+    generator = torch.Generator().manual_seed(11)
+    options = dict(generator=generator, dtype=torch.float64)
+    q = torch.randn(rows, heads, 8, **options)
+    # The first columns of buffers that hold more, as a step has them.
+    k, v = (torch.randn(rows, 50, 2, 8, **options)[:, :37] for _ in range(2))
+    found = attention.one_query_attention(q, k, v, None, torch.zeros(0), "sdpa")
+    wide_k, wide_v = (x.repeat_interleave(heads // 2, dim=2) for x in (k, v))
+    scores = torch.einsum("bhd,bnhd->bhn", q, wide_k) / math.sqrt(8)
+    expected = torch.einsum("bhn,bnhd->bhd", scores.softmax(-1), wide_v)
+    torch.testing.assert_close(found, expected.flatten(1), rtol=0, atol=1e-12)

@@ -117,6 +117,20 @@ def test_a_hook_between_two_tokens_is_called(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-10)
 
 
+def test_what_a_step_returns_may_be_learned_from() -> None:
+    """A step runs in inference mode, whose tensors no backward pass may need."""
+    model, cache = tiny_model("casa"), DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([[4, 5, 6]]), past_key_values=cache)
+        out = model(torch.tensor([[9]]), past_key_values=cache)
+    assert cache.casa.step.is_open
+    kept = [out.logits, out.last_hidden_state, *cache.casa.step.text.tensors()]
+    assert not any(tensor.is_inference() for tensor in kept)
+    probe = nn.Linear(out.last_hidden_state.shape[-1], 1)
+    probe(out.last_hidden_state).sum().backward()
+    torch.testing.assert_close(probe.weight.grad[0], out.last_hidden_state[0, 0])
+
+
 @every_backbone
 def test_rotations_as_products_are_those_of_the_backbone(backbone: str) -> None:
     config = tiny_text_config(backbone=backbone)

@@ -30,6 +30,9 @@ except ImportError:
     varlen_attn = None  # type: ignore[assignment]
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa")
+# On a CPU a query reads so many keys sooner by three products than by SDPA, whose kernel is a tenth
+# faster from 2,000 on.
+FEW_KEYS = 1024
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -159,7 +162,8 @@ def one_query_attention(
         else:
             out = _torch_varlen()(q, k[0], v[0], *around, (-1, -1))
         return out.flatten(1)
-    if mask is None and len(q) == 1 and q.is_cpu and q.dtype in (torch.float32, torch.float64):
+    wide = q.is_cpu and q.dtype in (torch.float32, torch.float64)
+    if wide and mask is None and len(q) == 1 and k.shape[1] <= FEW_KEYS:
         return _one_query_on_cpu(q, k[0], v[0])
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     # The heads that share a key head stand as its queries.

@@ -406,8 +406,12 @@ def test_gpu_kernels_equal_dense_attention(backend: str, width: int, dtype: torc
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("heads", [2, 6])
-def test_one_query_a_row_reads_its_keys(rows: int, heads: int) -> None:
-    """A single row on a CPU has a way of its own."""
+@pytest.mark.parametrize("few", [36, 37])
+def test_one_query_a_row_reads_its_keys(
+    rows: int, heads: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single row with few keys has a way of its own on a CPU."""
+    monkeypatch.setattr(attention, "FEW_KEYS", few)
     generator = torch.Generator().manual_seed(11)
     options = dict(generator=generator, dtype=torch.float64)
     q = torch.randn(rows, heads, 8, **options)

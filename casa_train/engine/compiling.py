@@ -47,10 +47,21 @@ def choose_compiler(parallel: ParallelConfig, ranks: Ranks) -> str | None:
 
 
 def _configure() -> None:
-    settings: Any = importlib.import_module("torch._inductor.config")
-    if torch.are_deterministic_algorithms_enabled() and hasattr(settings, "deterministic"):
-        # Sums would be cut as a measurement at the first call says, differently at every start.
-        settings.deterministic = True
+    """With deterministic algorithms, kernels are the same at every start.
+
+    Otherwise sums are cut as a measurement at the first call says. Torch keeps these settings by
+    thread, so what a backward pass needs is compiled with the forward pass, not on a thread of
+    autograd's.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    for module, name in (
+        ("torch._inductor.config", "deterministic"),
+        ("torch._functorch.config", "force_non_lazy_backward_lowering"),
+    ):
+        settings: Any = importlib.import_module(module)
+        if hasattr(settings, name):
+            setattr(settings, name, True)
 
 
 def what_is_missing(device: torch.device) -> str | None:

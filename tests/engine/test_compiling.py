@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from casa_train.config.schema import ParallelConfig
 from casa_train.distributed.ranks import Ranks
@@ -23,6 +26,37 @@ def test_a_cpu_compiles_on_demand_alone(monkeypatch: pytest.MonkeyPatch) -> None
         choose_compiler(ParallelConfig(compile=word), Ranks()) for word in ("auto", "off", "on")
     ]
     assert chosen == [None, None, "aot_eager"]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_deterministic_compiles_with_the_forward_pass(deterministic: bool) -> None:
+    """Where torch keeps what `_configure` sets, and not on a thread of autograd's."""
+    inductor = importlib.import_module("torch._inductor.config")
+    functorch = importlib.import_module("torch._functorch.config")
+    compiled: list[tuple[str, bool]] = []
+
+    def noting(name: str) -> Any:
+        def compile_graph(graph: Any, example: Any) -> Any:
+            compiled.append((name, inductor.deterministic))
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    before = torch.are_deterministic_algorithms_enabled()
+    held = inductor.deterministic, functorch.force_non_lazy_backward_lowering
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        compiling._configure()
+        backend = aot_autograd(fw_compiler=noting("forward"), bw_compiler=noting("backward"))
+        x = torch.ones(3, 2, requires_grad=True)
+        out = torch.compile(lambda x: x * x.sigmoid(), backend=backend, dynamic=False)(x)
+        at_once = list(compiled)
+        out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+        inductor.deterministic, functorch.force_non_lazy_backward_lowering = held
+    both = [("forward", deterministic), ("backward", deterministic)]
+    assert compiled == both and at_once == (both if deterministic else both[:1])
 
 
 def test_a_missing_compiler_is_refused_or_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:

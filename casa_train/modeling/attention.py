@@ -162,9 +162,6 @@ def one_query_attention(
         else:
             out = _torch_varlen()(q, k[0], v[0], *around, (-1, -1))
         return out.flatten(1)
-    wide = q.is_cpu and q.dtype in (torch.float32, torch.float64)
-    if wide and mask is None and len(q) == 1 and k.shape[1] <= FEW_KEYS:
-        return _one_query_on_cpu(q, k[0], v[0])
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     # The heads that share a key head stand as its queries.
     grouped = q.unflatten(1, (k.shape[1], -1))
@@ -174,14 +171,25 @@ def one_query_attention(
     return read.flatten(1)
 
 
-def _one_query_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A row's query over all its keys (n, Hkv, D), where the way to SDPA's kernel takes longer than
-    three operations.
+def short_way(q: Tensor, columns: int) -> bool:
+    """Whether `one_row_attention` reads so many columns sooner than `one_query_attention`."""
+    one = q.is_cpu and len(q) == 1 and columns <= FEW_KEYS
+    return one and q.dtype in (torch.float32, torch.float64)
+
+
+def one_row_attention(q: Tensor, k: Tensor, v: Tensor, columns: int) -> Tensor:
+    """As `one_query_attention`, of a single row over the first columns of whole buffers, by three
+    products: on a CPU, the way to SDPA's kernel takes longer than these.
+
+    :param k: (1, capacity, Hkv, D), contiguous as is v.
     """
-    _, heads, width = k.shape
-    grouped, none = q.view(heads, -1, width), _nothing(q.dtype)
-    scores = torch.baddbmm(none, grouped, k.permute(1, 2, 0), beta=0, alpha=width**-0.5)
-    return torch.bmm(scores.softmax(-1), v.transpose(0, 1)).view(1, -1)
+    _, _, heads, width = k.shape
+    row, none = heads * width, _nothing(q.dtype)
+    keys = k.as_strided((heads, width, columns), (width, 1, row))
+    values = v.as_strided((heads, columns, width), (width, row, 1))
+    grouped = q.view(heads, -1, width)
+    scores = torch.baddbmm(none, grouped, keys, beta=0, alpha=width**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(1, -1)
 
 
 @functools.cache

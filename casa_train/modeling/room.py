@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import one_query_attention, takes_length
+from .attention import one_query_attention, one_row_attention, short_way, takes_length
 from .segments import on_device
 
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -69,7 +69,14 @@ class Room:
     def head(self, layer_idx: int, columns: int) -> Pair:
         """The first columns as caches have them: views (B, Hkv, columns, D)."""
         keys, values = self.layers[layer_idx]
-        return keys[:, :columns].transpose(1, 2), values[:, :columns].transpose(1, 2)
+        return _head(keys, columns), _head(values, columns)
+
+
+def _head(buffer: Tensor, columns: int) -> Tensor:
+    """A narrower view with its axes swapped, by one operation: (B, Hkv, columns, D)."""
+    batch, capacity, heads, width = buffer.shape
+    row = heads * width
+    return buffer.as_strided((batch, heads, columns, width), (capacity * row, width, row, 1))
 
 
 class Columns:
@@ -152,6 +159,8 @@ class Columns:
         """(B, H * D): what a query of every row reads in its columns."""
         k, v = self.room.layers[layer_idx]
         mask = None
+        if self.exact and self.whole and short_way(q, self.used):
+            return one_row_attention(q, k, v, self.used)
         if self.exact:
             k, v = k.narrow(1, 0, self.used), v.narrow(1, 0, self.used)
             mask = None if self.whole else self.mask[:, : self.used]

@@ -404,21 +404,23 @@ def test_gpu_kernels_equal_dense_attention(backend: str, width: int, dtype: torc
         check_kernel(backend, "cuda", case, heads, width, dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("few", [36, 37])
-def test_one_query_a_row_reads_its_keys(
-    rows: int, heads: int, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A single row with few keys has a way of its own on a CPU."""
-    monkeypatch.setattr(attention, "FEW_KEYS", few)
+def test_a_row_reads_the_columns_in_use(heads: int) -> None:
+    """The short way of a CPU, and the general one for one row and for several."""
     generator = torch.Generator().manual_seed(11)
     options = dict(generator=generator, dtype=torch.float64)
-    q = torch.randn(rows, heads, 8, **options)
-    # The first columns of buffers that hold more, as a step has them.
-    k, v = (torch.randn(rows, 50, 2, 8, **options)[:, :37] for _ in range(2))
-    found = attention.one_query_attention(q, k, v, None, torch.zeros(0), "sdpa")
+    q = torch.randn(3, heads, 8, **options)
+    buffers = [torch.randn(3, 50, 2, 8, **options) for _ in range(2)]
+    k, v = (x[:, :37] for x in buffers)
     wide_k, wide_v = (x.repeat_interleave(heads // 2, dim=2) for x in (k, v))
     scores = torch.einsum("bhd,bnhd->bhn", q, wide_k) / math.sqrt(8)
-    expected = torch.einsum("bhn,bnhd->bhd", scores.softmax(-1), wide_v)
-    torch.testing.assert_close(found, expected.flatten(1), rtol=0, atol=1e-12)
+    expected = torch.einsum("bhn,bnhd->bhd", scores.softmax(-1), wide_v).flatten(1)
+    general = attention.one_query_attention(q, k, v, None, torch.zeros(0), "sdpa")
+    torch.testing.assert_close(general, expected, rtol=0, atol=1e-12)
+    few = attention.FEW_KEYS
+    for row in range(3):
+        one = q[row : row + 1]
+        assert attention.short_way(one, few) and not attention.short_way(one, few + 1)
+        found = attention.one_row_attention(one, *(x[row : row + 1] for x in buffers), 37)
+        torch.testing.assert_close(found[0], expected[row], rtol=0, atol=1e-12)
+    assert not attention.short_way(q, 37) and not attention.short_way(q[:1].half(), 37)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .block import FusionPlan
 from .decoder import backbone_rope
-from .graphs import Graphs, runs_python
+from .graphs import Graphs, look_over
 from .lean import is_lean
 from .room import Columns, Room, grows, held_by, put, show
 from .rope import Frequencies, Rope, Table, as_products, rope_frequencies, rope_table
@@ -78,6 +78,10 @@ class DecodeStep:
         :return: why a step cannot go on there; None: it does.
         """
         device = model.model.norm.weight.device
+        weights, self.watched = look_over(model.model)
+        places = sorted({str(weight.device) for weight in weights})
+        if len(places) > 1:
+            return f"the decoder lies on several devices, {places}"
         chunks = [
             Chunk(text=1, past_text=text, past_span=span)
             for text, span in zip(state.text, state.span, strict=True)
@@ -101,11 +105,10 @@ class DecodeStep:
         fixed = model.compile_decoding or fixed_shapes(device)
         self.text.open(_columns(state.slots, state.cache_length), device, fixed)
         self._open_windows(state, device, fixed)
-        self.watched = runs_python(model.model)
         self.repeats = fixed_shapes(device) and not self.watched
         self._made_in_inference = torch.is_inference_mode_enabled()
         self._opened_by, self.is_open = id(model), True
-        self._check_graphs(model)
+        self._check_graphs(weights)
         return None
 
     def _take_plan(self, plan: FusionPlan, state: StreamingState, device: torch.device) -> None:
@@ -138,12 +141,12 @@ class DecodeStep:
         state.window.clear()
         self.window.open(valid, device, fixed)
 
-    def _check_graphs(self, model: Any) -> None:
+    def _check_graphs(self, weights: Sequence[Tensor]) -> None:
         """Forgets graphs that were captured with other weights, buffers or rows that read."""
         if not self.repeats:
             self._read_by_graphs = None
             return
-        tensors = [*self.text.tensors(), *self.window.tensors(), *model.model.parameters()]
+        tensors = [*self.text.tensors(), *self.window.tensors(), *weights]
         tensors += [self.positions, self.query_positions, self.reads, self.frequencies.values]
         if self.frequencies.axis is not None:
             tensors.append(self.frequencies.axis)
@@ -194,7 +197,7 @@ class DecodeStep:
             self.window.open(self.window.valid[:, :used], device, fixed)
         if grown:
             self._made_in_inference |= torch.is_inference_mode_enabled()
-            self._check_graphs(model)
+            self._check_graphs(look_over(model.model)[0])
         self.text.append(active, self.flags(active))
         if self._some_join:
             joining = active & self.joining

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -74,9 +74,19 @@ class Graphs:
         return graph, given, result
 
 
-def runs_python(part: Any) -> bool:
-    """Whether hooks or peft's adapters have Python to run, which a graph leaves out."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "base_layer")
-        for module in part.modules()
-    )
+def look_over(part: nn.Module) -> tuple[list[Tensor], bool]:
+    """A module's parameters, and whether hooks or peft's adapters have Python to run in it, which a
+    graph leaves out. In one go, since every turn of a stream begins with it.
+    """
+    weights: list[Tensor] = []
+    runs_python, seen, waiting = False, set(), [part]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        weights += [weight for weight in module._parameters.values() if weight is not None]
+        runs_python |= bool(module._forward_hooks or module._forward_pre_hooks)
+        runs_python |= "base_layer" in module._modules
+        waiting += [child for child in module._modules.values() if child is not None]
+    return weights, runs_python

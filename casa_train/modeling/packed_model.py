@@ -241,9 +241,6 @@ class PackedModel(CasaPreTrainedModel):
                 f"the fusion mechanism {mechanism.name!r} has a run_layer of its own beside which "
                 "its class does not say decode_steps = True (casa_train/modeling/fusion.py)"
             )
-        places = sorted({str(p.device) for p in self.model.parameters()})
-        if len(places) > 1:
-            return f"the decoder lies on several devices, {places}"
         return None
 
 

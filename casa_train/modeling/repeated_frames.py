@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graphs import Graphs, runs_python
+from .graphs import Graphs, look_over
 
 # Patches of all images at once. With more, the GPU has enough to do, and a graph keeps what a call
 # needs of memory for good.
@@ -50,8 +50,8 @@ class RepeatedFrames:
         few = 0 < len(patches) <= MOST_PATCHES and graphs_pay(patches.device)
         if not few or torch.is_grad_enabled() or torch.is_autocast_enabled():
             return False
-        weights = list(tower.parameters())
-        if runs_python(tower) or any(weight.device != patches.device for weight in weights):
+        weights, watched = look_over(tower)
+        if watched or any(weight.device != patches.device for weight in weights):
             return False
         read = [(weight.data_ptr(), weight.dtype) for weight in weights]
         if read != self._read:

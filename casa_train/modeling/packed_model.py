@@ -199,7 +199,8 @@ class PackedModel(CasaPreTrainedModel):
         """(B, C) final hidden states, by a graph where there is one."""
         device = step.positions.device
         # Autocast keeps copies of weights, and only for as long as it lasts.
-        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        known = torch.amp.is_autocast_available(device.type)  # not on the meta device
+        casts = known and torch.is_autocast_enabled(device.type)
         compute = _compiled_step() if self.compile_decoding else _run_step
         # Contiguous, since callers cut it out of all their ids: nothing may change but the number.
         ids = ids.to(device).clone(memory_format=torch.contiguous_format)

@@ -194,7 +194,7 @@ def one_row_attention(q: Tensor, k: Tensor, v: Tensor, columns: int) -> Tensor:
 
 @functools.cache
 def _nothing(dtype: torch.dtype) -> Tensor:
-    return torch.zeros(1, 1, 1, dtype=dtype)
+    return torch.zeros(1, 1, 1, dtype=dtype, device="cpu")
 
 
 class _OnMeta(torch.autograd.Function):

@@ -55,9 +55,13 @@ def untouched(module: nn.Module) -> bool:
     return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or "forward" in own
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
     )
 
 
@@ -96,4 +100,4 @@ def _norm_of_one_row(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @functools.cache
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.full((1, 1), value, dtype=dtype)
+    return torch.full((1, 1), value, dtype=dtype, device="cpu")

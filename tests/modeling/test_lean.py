@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from casa_train.modeling import attention, lean
 from casa_train.modeling.decoder import backbone_rope
 from casa_train.modeling.lean import RMS_NORMS, Lean, linear, rms_norm
+from casa_train.modeling.regions import normed
 from casa_train.modeling.rope import BY_PRODUCT, as_products, rope_frequencies, rope_table
 from tests.helpers.tiny import random_image, tiny_model, tiny_text_config
 
@@ -91,6 +93,44 @@ def test_a_module_that_does_more_is_called(change: Callable[[nn.Module], Any]) -
             finally:
                 undo()
         torch.testing.assert_close(linear(module, x), plain)
+
+
+@pytest.mark.parametrize(
+    "watch", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_gradients_that_somebody_watches_go_through_the_module(
+    watch: str, everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a norm is cut short in training, too."""
+    monkeypatch.setattr(lean, "one_kernel_pays", lambda x: True)
+    norm, seen = norm_of("llama", torch.float32).requires_grad_(True), []
+    register = getattr(norm, watch)
+    if everywhere:
+        name = watch.replace("register_", "register_module_")
+        register = getattr(nn.modules.module, name)
+    x = torch.ones(2, len(norm.weight), requires_grad=True)
+    normed(norm, x).sum().backward()
+    handle = register(lambda module, *given: seen.append(module))
+    try:
+        normed(norm, x).sum().backward()
+    finally:
+        handle.remove()
+    assert seen == [norm]
+
+
+def test_a_step_leaves_nothing_of_another_default_device_behind() -> None:
+    """What is kept for all steps lies where the models lie that take them."""
+    for kept in (lean._scalar, attention._nothing):
+        kept.cache_clear()
+    model, cache = tiny_model("casa"), DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([[4, 5, 6]]), past_key_values=cache)
+        token = torch.tensor([[9]])
+        with torch.device("meta"):
+            found = model(token, past_key_values=cache).logits
+        expected = model(torch.tensor([[4, 5, 6, 9]])).logits[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_hook_between_two_tokens_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

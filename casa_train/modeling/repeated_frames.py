@@ -6,6 +6,7 @@ of the time. From some frame of a size on, all of them are one launch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -22,17 +23,24 @@ KINDS = 2
 
 
 def graphs_pay(device: torch.device) -> bool:
-    """Whether launches cost there what a graph saves."""
-    return device.type == "cuda"
+    """Whether launches cost there what a graph saves.
+
+    Graphs share their memory, in the order of one stream: calls on another run without.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 class RepeatedFrames:
     """What is kept of frames that come again; copies and pickles begin with nothing.
 
-    Layouts are kept as long as graphs may read them.
+    Layouts are kept as long as graphs may read them. Threads that share a tower take turns, since a
+    graph has one place for what it reads and one for what it says.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._graphs = Graphs()
         self._layouts: dict[Hashable, Any] = {}
         self._read: Any = None
@@ -47,17 +55,20 @@ class RepeatedFrames:
         """Whether a call may be repeated: nothing is differentiated, nothing but kernels runs, and
         all weights lie where the patches do. Forgets graphs of weights that have moved.
         """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
         few = 0 < len(patches) <= MOST_PATCHES and graphs_pay(patches.device)
-        if not few or torch.is_grad_enabled() or torch.is_autocast_enabled():
+        if not few or torch.is_autocast_enabled(patches.device.type):
             return False
         weights, watched = look_over(tower)
         if watched or any(weight.device != patches.device for weight in weights):
             return False
         read = [(weight.data_ptr(), weight.dtype) for weight in weights]
-        if read != self._read:
-            self._graphs.forget()
-            self._layouts.clear()
-        self._read = read
+        with self._lock:
+            if read != self._read:
+                self._graphs.forget()
+                self._layouts.clear()
+            self._read = read
         return True
 
     def run(
@@ -72,10 +83,11 @@ class RepeatedFrames:
         :param kind: calls of one kind have the same layout and make the same launches.
         """
         kind = kind, torch.is_inference_mode_enabled(), patches.dtype
-        if kind not in self._layouts:
-            if len(self._layouts) == KINDS:
-                self._graphs.forget()
-                self._layouts.clear()
-            self._layouts[kind] = make_layout()
-        layout = self._layouts[kind]
-        return self._graphs.run(kind, lambda x: function(x, layout), patches)
+        with self._lock:
+            if kind not in self._layouts:
+                if len(self._layouts) == KINDS:
+                    self._graphs.forget()
+                    self._layouts.clear()
+                self._layouts[kind] = make_layout()
+            layout = self._layouts[kind]
+            return self._graphs.run(kind, lambda x: function(x, layout), patches)

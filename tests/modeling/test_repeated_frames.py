@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -111,11 +114,44 @@ def test_what_is_differentiated_or_large_is_not_repeated(
     monkeypatch.setattr(repeated_frames, "MOST_PATCHES", 4 * 4 * 6 - 1)
     with torch.no_grad():
         check(repeating, frames(2))
-        with torch.autocast("cpu", torch.bfloat16):
-            repeating(frames(1))
         assert not tapes
+        patches = torch.zeros(40, 3)
+        assert repeating._repeated.take(repeating, patches)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not repeating._repeated.take(repeating, patches)
+        take = torch.compile(lambda x: repeating._repeated.take(repeating, x), backend="eager")
+        assert not take(patches)
         check(repeating, frames(2, SIZES[1]))
     assert len(tapes) == 1
+
+
+def test_threads_do_not_read_one_anothers_frames(
+    tapes: list[Tape], request: pytest.FixtureRequest
+) -> None:
+    """A graph has one place for its input and one for its output."""
+    repeating, images = tower(), frames(6)
+    plain = copy.deepcopy(repeating)
+    plain.repeats = False
+    with torch.no_grad():
+        expected = [plain([image]) for image in images]
+        repeating(images[:1])
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-5)
+    found: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def one_thread(number: int) -> None:
+        for again in range(10):
+            found[again, number] = repeating([images[number]])
+
+    threads = [threading.Thread(target=one_thread, args=(i,)) for i in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tapes) == 1 and len(found) == 10 * len(images)
+    for (_, number), tokens in found.items():
+        torch.testing.assert_close(tokens, expected[number], rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -131,3 +167,5 @@ def test_frames_on_a_gpu_are_graphs(dtype: torch.dtype, monkeypatch: pytest.Monk
                 found, expected = repeating([image]), plain([image])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     assert len(repeating._repeated._graphs._captured) == 2
+    with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+        assert not repeating._repeated.take(repeating, torch.zeros(40, 3, device="cuda"))

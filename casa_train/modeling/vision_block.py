@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import varlen_attention
-from .lean import one_kernel_pays
+from .lean import one_kernel_pays, untouched
 from .regions import (
     Compiler,
     add_normed,
@@ -95,10 +95,12 @@ class VisionMLP(nn.Module):
         if not x.is_cuda or x.element_size() != 2 or len(x) < PADDED_FROM:
             return False
         linears = self.gate_proj, self.up_proj, self.down_proj
-        plain = all(
-            type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") for linear in linears
-        )
-        return plain and self.gate_proj.out_features % NEEDED > 0
+        for linear in linears:
+            plain = type(linear) is nn.Linear and untouched(linear)
+            # Weights of quantised linears are of a class of their own.
+            if not plain or any(type(p) is not nn.Parameter for p in linear.parameters()):
+                return False
+        return self.gate_proj.out_features % NEEDED > 0
 
 
 def _widened(linear: nn.Linear, x: Tensor, more: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.models.helium.modeling_helium import HeliumRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -294,6 +295,37 @@ def test_a_norm_of_one_kernel_is_nearer_to_the_exact_one(kind: Any) -> None:
     found = normed(norm.to("cuda"), x).double()
     error, other = ((y - exact).norm() / exact.norm() for y in (found, written_out))
     assert 0 < error < 2.0**-8 and error < 1.01 * other
+
+
+class OnGpu:
+    """What is asked of patches before weights are padded: many, in half precision on a GPU."""
+
+    is_cuda = True
+
+    def element_size(self) -> int:
+        return 2
+
+    def __len__(self) -> int:
+        return vision_block.PADDED_FROM
+
+
+@pytest.mark.parametrize("change", ["nothing", "hook", "hook before", "forward", "kind of weight"])
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_linears_that_do_more_are_not_padded_in_inference(change: str, name: str) -> None:
+    mlp = build("casa").visual.blocks[0].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        torch.nn.Linear(*widths) for widths in ((32, 75), (32, 75), (75, 32))
+    )
+    linear = getattr(mlp, name)
+    if change == "hook":
+        linear.register_forward_hook(lambda module, given, out: 2 * out)
+    elif change == "hook before":
+        linear.register_forward_pre_hook(lambda module, given: None)
+    elif change == "forward":
+        linear.forward = lambda x: x
+    elif change == "kind of weight":  # as those of a quantised linear
+        linear.weight = torch.nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    assert mlp._padding_pays(OnGpu()) == (change == "nothing")
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -75,18 +76,21 @@ class Graphs:
 
 
 def look_over(part: nn.Module) -> tuple[list[Tensor], bool]:
-    """A module's parameters, and whether hooks or peft's adapters have Python to run in it, which a
-    graph leaves out. In one go, since every turn of a stream begins with it.
+    """A module's parameters, and whether hooks, peft's adapters or a forward that was put in the
+    place of a class's have Python to run in it, which a graph leaves out. In one go, since every
+    turn of a stream begins with it.
     """
     weights: list[Tensor] = []
-    runs_python, seen, waiting = False, set(), [part]
+    runs_python = bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+    seen, waiting = set(), [part]
     while waiting:
         module = waiting.pop()
         if module in seen:
             continue
         seen.add(module)
-        weights += [weight for weight in module._parameters.values() if weight is not None]
-        runs_python |= bool(module._forward_hooks or module._forward_pre_hooks)
-        runs_python |= "base_layer" in module._modules
-        waiting += [child for child in module._modules.values() if child is not None]
+        own = vars(module)
+        weights += [weight for weight in own["_parameters"].values() if weight is not None]
+        runs_python |= bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+        runs_python |= "forward" in own or "base_layer" in own["_modules"]
+        waiting += [child for child in own["_modules"].values() if child is not None]
     return weights, runs_python

@@ -227,6 +227,12 @@ def with_a_hook(model: CasaForConditionalGeneration) -> CasaForConditionalGenera
     return model
 
 
+def with_another_forward(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+    return model
+
+
 def another_model(model: CasaForConditionalGeneration) -> CasaForConditionalGeneration:
     return with_other_weights(copy.deepcopy(model))
 
@@ -246,7 +252,9 @@ def test_what_a_graph_reads_is_looked_at_before_it_is_repeated(
     assert len(read) > 10 and read <= looked_at
 
 
-@pytest.mark.parametrize("between", [with_other_weights, with_a_hook, another_model])
+@pytest.mark.parametrize(
+    "between", [with_other_weights, with_a_hook, with_another_forward, another_model]
+)
 def test_what_changes_between_two_turns_is_seen(
     between: Any, monkeypatch: pytest.MonkeyPatch, tapes: type[TapeGraphs]
 ) -> None:

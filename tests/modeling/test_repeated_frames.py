@@ -97,10 +97,22 @@ def test_what_changes_between_two_frames_is_seen(tapes: list[Tape]) -> None:
     repeating.load_state_dict({name: 0.5 * value for name, value in other.items()}, assign=True)
     check(repeating, frames(2))
     assert len(tapes) == 2
-    handle = repeating.blocks[1].register_forward_hook(lambda module, given, out: 2 * out)
+    block = repeating.blocks[1]
+    handle = block.register_forward_hook(lambda module, given, out: 2 * out)
     check(repeating, frames(2))
     assert len(tapes) == 2
     handle.remove()
+    everywhere = torch.nn.modules.module.register_module_forward_hook
+    handle = everywhere(lambda module, given, out: 2 * out if module is block.mlp else None)
+    with_hook = repeating(frames(1))
+    repeating.repeats = False
+    torch.testing.assert_close(repeating(frames(1)), with_hook, rtol=0, atol=1e-6)
+    repeating.repeats = True
+    handle.remove()
+    block.mlp.forward = torch.zeros_like
+    check(repeating, frames(2))
+    assert len(tapes) == 2
+    del block.mlp.forward
     check(pickle.loads(pickle.dumps(copy.deepcopy(repeating))), frames(2))
     assert len(tapes) == 3
 

@@ -50,7 +50,7 @@ class Room:
     def take(self, layer_idx: int, held: Pair, more: int) -> None:
         """Copies (B, n, Hkv, D) keys and values into buffers with room for `more` columns.
 
-        Buffers that are there already and fit are written to again.
+        Buffers that are there already and fit are written to again, unless these are their head.
         """
         used = held[0].shape[1]
         if not self.fits(layer_idx, used + more, held[0]):
@@ -59,7 +59,8 @@ class Room:
             shapes = [(x.shape[0], capacity, *x.shape[2:]) for x in held]
             self.layers[layer_idx] = (held[0].new_zeros(shapes[0]), held[1].new_zeros(shapes[1]))
         for buffer, kept in zip(self.layers[layer_idx], held, strict=True):
-            buffer[:, :used] = kept
+            if kept.data_ptr() != buffer.data_ptr():
+                buffer[:, :used] = kept
 
     @property
     def capacity(self) -> int:

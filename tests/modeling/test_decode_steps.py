@@ -320,6 +320,32 @@ def test_a_token_that_fails_leaves_no_trace(
     assert_same_state(cache, other)
 
 
+@pytest.mark.parametrize("copied", [True, False])
+@every_mechanism
+def test_the_window_of_a_single_row_is_taken_over(mechanism: str, copied: bool) -> None:
+    """By a copy of the model, or again by a model whose token failed: it lies in the buffers."""
+    model = shared_model(mechanism)
+    ids, frame = (
+        torch.tensor([[5, 9, 2, 7, 3]]),
+        random_image(torch.Generator().manual_seed(5), 3, 2),
+    )
+    first = dict(pixel_values=[frame], image_embeds_insertion_points=[[1]])
+    cache, found = DynamicCache(), []
+    with torch.no_grad():
+        expected = model(ids, **first).logits[:, 2:]
+        model(ids[:, :2], **first, past_key_values=cache)
+        found.append(model(ids[:, 2:3], past_key_values=cache).logits)
+        if copied:
+            model = copy.deepcopy(model)
+        else:
+            with pytest.raises(IndexError):
+                model(torch.tensor([[VOCABULARY]]), past_key_values=cache)
+        for column in (3, 4):
+            found.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
+    assert cache.casa.step.is_open
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-9)
+
+
 def test_a_point_without_an_image_is_refused_as_ever() -> None:
     model = shared_model("casa")
     _, cache = walk(model)

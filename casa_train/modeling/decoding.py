@@ -22,7 +22,6 @@ from torch import Tensor
 from .block import FusionPlan
 from .decoder import backbone_rope
 from .graphs import Graphs, look_over
-from .lean import is_lean
 from .room import Columns, Room, grows, held_by, put, show
 from .rope import Frequencies, Rope, Table, as_products, rope_frequencies, rope_table
 from .segments import on_device
@@ -236,19 +235,20 @@ class DecodeStep:
             self._flags[name] = on_device(rows, self.positions.device)
         return self._flags[name]
 
-    def tables(self, dtype: torch.dtype) -> tuple[Table, Table | None]:
+    def tables(self, dtype: torch.dtype, products: bool) -> tuple[Table, Table | None]:
         """RoPE of the next tokens in the stream and, as queries and keys, in fusion layers.
 
-        Where a step is lean, for `BY_PRODUCT` in place of the backbone's rotation.
+        :param products: for `BY_PRODUCT` in place of the backbone's rotation. The model says so: an
+            export that takes the stream over has a `lean.py` of its own.
         """
-        stream = self._table(self.positions, dtype)
+        stream = self._table(self.positions, dtype, products)
         if self.plan.query_positions is None or not self.query_positions.numel():
             return stream, None if self.plan.query_positions is None else stream
-        return stream, self._table(self.query_positions, dtype)
+        return stream, self._table(self.query_positions, dtype, products)
 
-    def _table(self, positions: Tensor, dtype: torch.dtype) -> Table:
+    def _table(self, positions: Tensor, dtype: torch.dtype, products: bool) -> Table:
         table = rope_table(self.rope, positions, self.frequencies, dtype)
-        return as_products(self.rope, table) if is_lean() else table
+        return as_products(self.rope, table) if products else table
 
     def self_attention(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H * D): what every row reads in its text, this token included.

@@ -250,11 +250,12 @@ def _run_step(
 ) -> Tensor:
     """(B, C) final hidden states of one token a row; those of all blocks in `states`."""
     text = model.model.embed_tokens(ids)
-    stream, query = step.tables(text.dtype)
+    products = is_lean()
+    stream, query = step.tables(text.dtype, products)
     context = DecoderContext(
         mechanism=model.mechanism,
         plan=step.plan,
-        rope=BY_PRODUCT if is_lean() else step.rope,
+        rope=BY_PRODUCT if products else step.rope,
         stream_table=stream,
         query_table=query,
         image_table=None,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +162,36 @@ def test_a_hook_between_two_tokens_is_called(monkeypatch: pytest.MonkeyPatch) ->
         found[steps] = logits
     for one, expected in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-10)
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The model folder once more under another name, as an export brings it."""
+    name = "modeling_of_an_export"
+    shutil.copytree(Path(lean.__file__).parent, tmp_path / name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield lambda file: importlib.import_module(f"{name}.{file}")
+    for module in [x for x in sys.modules if x.startswith(name)]:
+        del sys.modules[module]
+
+
+def test_an_export_goes_on_with_a_stream_and_the_other_way_round(exported: Any) -> None:
+    model = tiny_model("casa")
+    config = exported("configuration_casa").CasaConfig(**model.config.to_diff_dict())
+    other = exported("modeling_casa").CasaForConditionalGeneration(config).eval()
+    other.load_state_dict(model.state_dict())
+    ids, frame = torch.tensor([[4, 5, 6, 7, 8]]), random_image(torch.Generator(), 2, 3)
+    first = dict(pixel_values=[frame], image_embeds_insertion_points=[[2]])
+    with torch.no_grad():
+        expected = model(ids, **first).logits[:, 3:]
+        for one, two in ((model, other), (other, model)):
+            cache = DynamicCache()
+            one(ids[:, :3], **first, past_key_values=cache)
+            found = [
+                each(ids[:, column : column + 1], past_key_values=cache).logits
+                for each, column in ((one, 3), (two, 4))
+            ]
+            torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
 
 
 def test_what_a_step_returns_may_be_learned_from() -> None:

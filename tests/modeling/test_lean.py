@@ -54,6 +54,15 @@ def test_a_norm_in_a_step_is_about_as_near_the_truth_as_its_module(
         assert (result.double() - truth).abs().mean() <= 1.5 * allowed
 
 
+def test_a_norm_of_another_precision_than_its_input_is_called() -> None:
+    """As where norms are kept in float32: it says in which precision the rest goes on."""
+    norm, x = norm_of("llama", torch.float32), torch.randn(2, 64).bfloat16()
+    with Lean(True):
+        found = normed(norm, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, norm(x), rtol=0, atol=0)
+
+
 def doubled(module: nn.Module, given: Any, out: Tensor) -> Tensor:
     return 2 * out
 
@@ -162,6 +171,28 @@ def test_a_hook_between_two_tokens_is_called(monkeypatch: pytest.MonkeyPatch) ->
         found[steps] = logits
     for one, expected in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-10)
+
+
+def test_what_a_hook_keeps_of_a_step_may_be_learned_from() -> None:
+    model, cache, kept = tiny_model("casa"), DynamicCache(), []
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: kept.append(out))
+    with torch.no_grad():
+        for ids in ([[4, 5, 6]], [[9]]):
+            model(torch.tensor(ids), past_key_values=cache)
+    assert cache.casa.step.is_open and [len(out) for out in kept] == [3, 1]
+    assert not any(out.is_inference() for out in kept)
+
+
+def test_a_single_row_does_not_read_the_column_of_a_token_that_is_none() -> None:
+    model, cache = tiny_model("casa"), DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([[4, 5, 6]]), past_key_values=cache)
+        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[8]]), past_key_values=cache, finished=[True])
+        found = model(torch.tensor([[9]]), past_key_values=cache).logits
+        expected = model(torch.tensor([[4, 5, 6, 7, 9]])).logits[:, -1:]
+    assert cache.casa.step.is_open
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def as_products(rope: Rope, table: Table) -> Table:
 def rotate_halves(x: Tensor, table: Table) -> Tensor:
     """x times cosines, and the other element of each pair times signed sines."""
     cos, sin = table
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return _sum(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 @region
@@ -87,7 +87,14 @@ def rotate_pairs(x: Tensor, table: Table) -> Tensor:
     """As `rotate_halves`, for pairs of neighbours."""
     cos, sin = table
     others: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, others, sin)
+    return _sum(x * cos, others, sin)
+
+
+def _sum(first: Tensor, others: Tensor, sin: Tensor) -> Tensor:
+    """first + others * sin: by one kernel on a GPU; elsewhere rounded twice, to the last bit as
+    transformers does it.
+    """
+    return torch.addcmul(first, others, sin) if first.is_cuda else first + others * sin
 
 
 def rope_settings(config: Any) -> dict[str, Any]:

@@ -69,6 +69,13 @@ def test_gradients_cost_fewer_operations_and_change_nothing_else(
             fewer = 14 if name == "stage 2, bf16" else -1
             for kind in ("_to_copy", "copy_"):
                 assert own["backward"].get(kind, 0) - fused["backward"].get(kind, 0) > fewer
+            # Ranks divide before they add, which the numbers of two ranks would not tell.
+            divisions = [way["backward"].get("div_", 0) for way in (fused, own)]
+            assert divisions[0] == divisions[1], (name, step, divisions)
+            # The bucket itself is reduced, not a copy of it.
+            copies = [way["backward"].get("cat", 0) for way in (fused, own)]
+            in_place = name in ("stage 1, fp32", "stage 2, fp32", "stage 2, bf16")
+            assert copies[1] - copies[0] == in_place, (name, step, copies)
         if name == "stage 2, bf16":  # a bucket's gradients join their sums in one call
             calls = [
                 line[way]["usual"]["backward"].get("_foreach_add_", 0) for way in ("fused", "own")

@@ -2,8 +2,8 @@
 
 A step's matrices meet one token a row: on a CPU the way through a module costs a tenth of what it
 computes. A norm written out in Python launches eight kernels on a GPU where there is one, in all
-forward passes. Modules that
-anybody watches or has changed (hooks, adapters, another forward) are called as they are.
+forward passes. Modules that anybody watches or has changed (hooks, adapters, another forward) are
+called as they are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 # Norms that compute x / sqrt(mean(x^2) + eps) * weight in float32. In half precision some of them
 # round before the weight and again behind it: `F.rms_norm`, which rounds once, is nearer to the
 # true value than these.
-RMS_NORMS = {HeliumRMSNorm, LlamaRMSNorm, Qwen2RMSNorm}
-for name in ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm"):  # in transformers 4.51, and in 5
-    RMS_NORMS.add(getattr(modeling_qwen2_5_vl, name, Qwen2RMSNorm))
+RMS_NORMS = {HeliumRMSNorm, LlamaRMSNorm, Qwen2RMSNorm} | {
+    getattr(modeling_qwen2_5_vl, name, Qwen2RMSNorm)
+    for name in ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")  # in transformers 4.51, and in 5
+}
 
 _lean: ContextVar[bool] = ContextVar("lean", default=False)
 

@@ -235,7 +235,8 @@ def step(running: Running, index: int) -> str:
     except Failed as error:
         failed = error
     parts = []
-    for label, row in zip(arms, running.figures.get("results", []), strict=False):
+    rows = running.figures.get("results", [])
+    for label, row in zip(arms, rows, strict=failed is None):
         row["peak_of_estimate"] = row["peak_bytes"] / expected
         mfu = "" if row["mfu"] is None else f", {row['mfu']:.1%} MFU"
         parts.append(

@@ -66,8 +66,7 @@ class RepeatedFrames:
         read = [(weight.data_ptr(), weight.dtype) for weight in weights]
         with self._lock:
             if read != self._read:
-                self._graphs.forget()
-                self._layouts.clear()
+                self._forget()
             self._read = read
         return True
 
@@ -86,8 +85,12 @@ class RepeatedFrames:
         with self._lock:
             if kind not in self._layouts:
                 if len(self._layouts) == KINDS:
-                    self._graphs.forget()
-                    self._layouts.clear()
+                    self._forget()
                 self._layouts[kind] = make_layout()
             layout = self._layouts[kind]
             return self._graphs.run(kind, lambda x: function(x, layout), patches)
+
+    def _forget(self) -> None:
+        """Graphs first: they read the layouts."""
+        self._graphs.forget()
+        self._layouts.clear()

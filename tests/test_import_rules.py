@@ -58,7 +58,7 @@ HOMES = {
     "flash_attn": "modeling/attention.py",
     "wandb": "metrics/sinks/",
     "webdataset": "data/prepared/",
-    "datasets": "data/stream/",
+    "datasets": "data/stream/ evaluate/benchmarks/reading.py",
     "hydra": "__main__.py config/",
     "matplotlib": "report/",
     "av": "no room: recipes alone",

@@ -165,8 +165,8 @@ def remarks(benchmark: Benchmark) -> list[str]:
         )
     if benchmark.unusable:
         lines.append(
-            f"warning: {benchmark.name}: {len(benchmark.unusable)} of "
-            f"{len(benchmark.unusable) + len(benchmark.questions)} rows of {benchmark.place} cannot be "
+            f"warning: {benchmark.name}: {len(benchmark.unusable)} of {rows} rows of "
+            f"{benchmark.place} cannot be "
             f"asked and are left out of the score: {_reasons(benchmark.unusable)}"
         )
     return lines

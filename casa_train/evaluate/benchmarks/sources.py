@@ -27,6 +27,7 @@ OCRBENCH_TYPES = (
     "Key Information Extraction",
     "Handwritten Mathematical Expression Recognition",
 )
+# The categories of MME (arXiv 2306.13394).
 MME_PERCEPTION = (
     "existence",
     "count",

@@ -12,23 +12,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from casa_train.evaluate.benchmarks.question import BenchmarkQuestion
+from casa_train.evaluate.benchmarks.sources import MME_PERCEPTION
 
 Questions = Sequence[BenchmarkQuestion]
 
 CHARTQA_SPLITS = {"human_test": "human", "augmented_test": "augmented"}
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
-"""MME's categories of perception (arXiv 2306.13394); all others are of cognition."""
 
 
 def percentage(questions: Questions, scores: Sequence[float]) -> dict[str, float]:
@@ -72,7 +60,7 @@ def mme(questions: Questions, scores: Sequence[float]) -> dict[str, float]:
     categories = {category: _mean(points[category]) for category in points}
     parts = {"perception": 0.0, "cognition": 0.0}
     for category, value in categories.items():
-        parts["perception" if category in PERCEPTION else "cognition"] += value
+        parts["perception" if category in MME_PERCEPTION else "cognition"] += value
     return {"score": sum(parts.values())} | parts | categories
 
 

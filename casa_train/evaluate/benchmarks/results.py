@@ -1,0 +1,130 @@
+"""What a benchmark's answers come to: a file of lines a benchmark, and `benchmarks.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casa_train.errors import UserError
+from casa_train.evaluate.benchmarks.protocols import Task
+from casa_train.evaluate.benchmarks.question import BENCHMARKS, BenchmarkQuestion
+from casa_train.evaluate.benchmarks.reading import Benchmark
+from casa_train.evaluate.benchmarks.scorers import letter_of
+from casa_train.io.files import write_atomic
+
+RESULTS = "benchmarks.json"
+PAGE = "benchmarks.html"
+
+
+def lines_file(name: str) -> str:
+    """The file of a benchmark's answers."""
+    return f"{name}.jsonl"
+
+
+def join(
+    benchmark: Benchmark, task: Task, kept: Mapping[int, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Answers -> (a record a question, in the benchmark's order; scores and counts).
+
+    A question whose picture could not be read has an `error` in its record and does not count.
+
+    :param kept: by the question's row: `answer` or `error`.
+    :raises UserError: nothing was answered.
+    """
+    records, scored, scores = [], [], []
+    for index, (question, row) in enumerate(zip(benchmark.questions, benchmark.rows, strict=True)):
+        record: dict[str, Any] = {
+            "id": question.id,
+            "index": row,
+            "question": question.text,
+            "prompt": task.prompt(question),
+            "reference": _references(question),
+            "options": list(question.options),
+            "category": question.category,
+        }
+        given = kept.get(row) or {"error": str(benchmark.sizes[index])}
+        if "answer" in given:
+            answer = until(str(given["answer"]), task.stop)
+            record["answer"] = answer
+            record["score"] = task.score(question, answer)
+            scored.append(question)
+            scores.append(record["score"])
+        else:
+            record["error"] = given["error"]
+        records.append(record)
+    try:
+        total = task.total(scored, scores)
+    except ValueError as error:
+        broken = [record["error"] for record in records if "error" in record]
+        found = f"; {len(broken)} pictures cannot be read, such as: {broken[0]}" if broken else ""
+        raise UserError(f"{benchmark.name}: nothing can be scored: {error}{found}") from error
+    return records, {
+        "score": total.pop("score"),
+        "sub_scores": total,
+        "questions": len(records),
+        "unreadable": len(records) - len(scores),
+        "source": benchmark.place,
+        "split": benchmark.split,
+        "revision": benchmark.revision,
+    }
+
+
+def until(answer: str, stops: Sequence[str]) -> str:
+    """An answer up to the first of what ends it."""
+    cuts = [answer.find(stop) for stop in stops if stop in answer]
+    return answer[: min(cuts)] if cuts else answer
+
+
+def _references(question: BenchmarkQuestion) -> list[str]:
+    """As a person reads them: the right option with its letter."""
+    if not question.options:
+        return list(question.references)
+    right = int(question.references[0])
+    return [f"{letter_of(right)}. {question.options[right]}"]
+
+
+def write_lines(out: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """:raises UserError: the disk takes no more."""
+    text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    _write(out / lines_file(name), text)
+
+
+def write_results(
+    out: Path, head: Mapping[str, Any], name: str, entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Adds a benchmark to `benchmarks.json`, or replaces it; returns the whole.
+
+    What other weights or another protocol answered is left out, and said by the caller: figures
+    that stand together must be of one model.
+
+    :param head: what all of the file is of; :param entry: the benchmark's scores and counts.
+    """
+    result = read_results(out)
+    same = all(result.get(key) == value for key, value in head.items())
+    before: dict[str, Any] = result.get("benchmarks", {}) if same else {}
+    both = {**before, name: dict(entry)}
+    result = {**head, "benchmarks": {name: both[name] for name in BENCHMARKS if name in both}}
+    _write(out / RESULTS, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """`benchmarks.json`; empty where there is none."""
+    try:
+        found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. The answers are kept in {path.parent}: "
+            "make room and run the same command again."
+        ) from error

@@ -176,10 +176,22 @@ def _scale(text: str, rng: random.Random) -> str:
         return text
 
 
+def _wide(text: str, rng: random.Random) -> str:
+    """In the full-width forms of ASCII."""
+    return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+
+
+def _wrapped(text: str, rng: random.Random) -> str:
+    """With a line break at its spaces."""
+    return text.replace(" ", "\n")
+
+
 CHANGES: tuple[Callable[[str, random.Random], str], ...] = (
     _cut,
     _put,
     _scale,
+    _wide,
+    _wrapped,
     lambda text, rng: text.upper(),
     lambda text, rng: text.lower(),
     lambda text, rng: text + rng.choice((".", "..", " .", "%", " kg", "\n", "!", ". It is so.")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.scorers import (
+    chosen_letter,
     exact_match_without_punctuation,
     without_full_stop,
 )
@@ -224,6 +226,32 @@ def test_short_answers_are_normalised_as_by_lmms_eval() -> None:
     for text in texts:
         assert vqa_normalised(text) == theirs(text), text
     assert len(texts) > 400
+
+
+def test_letters_are_chosen_as_by_lmms_eval() -> None:
+    """Of several that are written in different ways, in sentences of its own phrases."""
+    module = importlib.import_module("lmms_eval.tasks._task_utils.mcq_extract")
+    forms = ("{0}", "({0})", "{0}.", "{0}:", "{0})", " {0} ", "x{0}", "{0}x", "{1}", '"{0}"')
+    filler = (" ", ", ", ". ", " is wrong ", " and ", "\n", "!", " İ ", "")
+    rng = random.Random(20260301)
+    found = []
+    for i in range(3000):
+        parts = []
+        for _ in range(rng.randint(1, 4)):
+            letter = rng.choice("ABCDEF")
+            phrase = rng.choice((*module._ANSWER_PHRASES, *("",) * 20))
+            parts.append(phrase if i % 2 else phrase.capitalize())
+            parts.append(rng.choice(filler))
+            parts.append(rng.choice(forms).format(letter, letter.lower()))
+            parts.append(rng.choice(filler))
+        text = "".join(parts)
+        expected = module.extract_mcq_answer(text, choices=["A", "B", "C", "D"])
+        assert chosen_letter(text, "ABCD") == expected, text
+        found.append(expected)
+    assert set(found) == {"", *"ABCD"}
+    for phrase in module._ANSWER_PHRASES:
+        text = f"(A), but {phrase} Bx"  # a letter that only this phrase gives a rank
+        assert chosen_letter(text, "ABCD") == module.extract_mcq_answer(text, list("ABCD"))
 
 
 def test_a_letter_that_numpy_cuts_short_is_not_taken_for_another() -> None:

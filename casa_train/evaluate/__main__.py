@@ -1,5 +1,6 @@
 """python -m casa_train.evaluate RUN [--export DIR] [overrides ...]: exact match of an export on the
 validation sets; with --sweep DIR of every job of a sweep, exported first where it is not.
+python -m casa_train.evaluate EXPORT --benchmarks all [--source DIR]: the benchmarks of the paper.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from casa_train.io.environment import set_environment
 set_environment()  # before anything imports torch
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from casa_train.config.bounds import local_path
 from casa_train.config.compose import add_config_dir
+from casa_train.distributed.launched import launched_ranks
 from casa_train.errors import UserError
+from casa_train.evaluate.benchmarks.arguments import add_arguments, check_alone, request_of
+from casa_train.evaluate.benchmarks.command import run_benchmarks
+from casa_train.evaluate.benchmarks.table import benchmarks_table
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
 from casa_train.io.quiet import quiet_libraries
 from casa_train.io.tables import aligned
@@ -30,6 +36,23 @@ def table(result: dict[str, Any]) -> str:
         values = ("-" if share is None else f"{share:.3f}" for share in shares)
         rows.append((name, *values, str(scores["questions"])))  # type: ignore[arg-type]
     return aligned(rows)
+
+
+def _benchmarks(arguments: argparse.Namespace) -> int:
+    request = request_of(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with launched_ranks() as ranks:
+            result = run_benchmarks(request, ranks)
+            if ranks.first:
+                print(benchmarks_table(result))
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        print(
+            f"stopped: every answered batch is kept in {request.out}; the same command goes on",
+            file=sys.stderr,
+        )
+        return 128 + (signal.SIGTERM if isinstance(stopped, SystemExit) else signal.SIGINT)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=local_path, help="the export (default: RUN/export)")
     add_config_dir(parser)
+    add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     config_dir = arguments.config_dir
     run, overrides = arguments.run, arguments.overrides
@@ -58,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name a run directory, or the directory of a sweep with --sweep")
     quiet_libraries()
     try:
+        check_alone(arguments)
+        if arguments.benchmarks is not None:
+            return _benchmarks(arguments)
         if (sweep := arguments.sweep) is not None:
             return 2 if evaluate_sweep(sweep, arguments.only, overrides, config_dir) else 0
         result = evaluate_run(run, arguments.export or run / EXPORT, overrides, config_dir)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.answering import Asker, batches_of
 from casa_train.evaluate.benchmarks.kept import KeptAnswers, weights_digests
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS, Task
-from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.reading import Benchmark, read_benchmark, remarks
+from casa_train.evaluate.benchmarks.request import Request
 from casa_train.evaluate.benchmarks.results import (
+    OF_ONE_MODEL,
     RESULTS,
     join,
     lines_file,
@@ -31,67 +32,7 @@ from casa_train.evaluate.benchmarks.results import (
 )
 from casa_train.export.loading import load_model, load_processor
 from casa_train.export.writer import exported_step
-from casa_train.io.files import EXPORT_MARKER
 from casa_train.io.precision import DTYPES
-from casa_train.run.layout import EXPORT
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command is asked for.
-
-    :param export: an export; :param names: of benchmarks, in the order of `BENCHMARKS`.
-    :param source: a folder of local copies; None: the hub.
-    :param out: gets the answers and the results.
-    :param samples: questions of each benchmark; None: all.
-    :param image_size: of the processor; None: the protocol's, or else the export's own limit.
-    :param dtype: of the parameters; None: that of the files.
-    """
-
-    export: Path
-    names: Sequence[str]
-    protocol: str
-    source: Path | None
-    out: Path
-    samples: int | None
-    batch_size: int
-    image_size: int | None = None
-    dtype: str | None = None
-
-
-def names_of(text: str) -> list[str]:
-    """`chartqa,docvqa` or `all` -> names, in the order of the tables.
-
-    :raises UserError: an unknown one, or none.
-    """
-    asked = [name.strip().lower() for name in text.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in (*BENCHMARKS, "all")]
-    if unknown or not asked:
-        raise UserError(
-            f"--benchmarks {text}: {', '.join(unknown) or 'nothing'} is no benchmark; expected "
-            f"some of {','.join(BENCHMARKS)}, or all."
-        )
-    return [name for name in BENCHMARKS if name in asked or "all" in asked]
-
-
-def export_of(place: Path) -> Path:
-    """An export, or that of a run.
-
-    :raises UserError: neither.
-    """
-    for path in (place, place / EXPORT):
-        if (path / EXPORT_MARKER).is_file():
-            return path
-    raise UserError(
-        f"{place} is no export and holds none; expected a directory with {EXPORT_MARKER}. Write "
-        f"one with 'python -m casa_train.export {place} --out {place / EXPORT}'."
-    )
-
-
-def default_out(export: Path, protocol: str) -> Path:
-    """Beside the export, a folder for each protocol: figures of two do not compare."""
-    ending = "" if protocol == "casa" else f"_{protocol}"
-    return export.with_name(f"{export.resolve().name}_benchmarks{ending}")
 
 
 def run_benchmarks(request: Request, ranks: Ranks) -> dict[str, Any]:
@@ -120,13 +61,14 @@ class Session:
         self.request, self.ranks = request, ranks
         self.protocol = PROTOCOLS[request.protocol]
         # The first rank's transformers copies the export's code to where every rank runs it.
-        processor = ranks.first_does(self._load_processor)
-        self.processor = processor or ranks.agree(self._load_processor)
+        first = ranks.first_does(self._load_processor)
+        self.processor = ranks.agree(lambda: first or self._load_processor())
         digests = ranks.broadcast(ranks.first_does(lambda: weights_digests(request.export)))
         self.digests: Mapping[str, str] = digests or {}
         self.head = {
             "export": str(request.export),
             "step": exported_step(request.export),
+            "backbone": _backbone(request.export),
             "protocol": self.protocol.name,
             "max_pixels": self.processor.max_pixels,
             "dtype": request.dtype or "auto",
@@ -137,7 +79,7 @@ class Session:
     def dropped(self) -> list[str]:
         """What to say of earlier results in the same folder that are of something else."""
         before = read_results(self.request.out)
-        other = [key for key, value in self.head.items() if before and before.get(key) != value]
+        other = [key for key in OF_ONE_MODEL if before and before.get(key) != self.head[key]]
         if not other or not before.get("benchmarks"):
             return []
         return [
@@ -152,7 +94,8 @@ class Session:
             return read_benchmark(name, self.request.source)
 
         # `datasets` fills its cache once, for all ranks of a machine.
-        whole = self.ranks.first_does(read) or self.ranks.agree(read)
+        first = self.ranks.first_does(read)
+        whole = self.ranks.agree(lambda: first or read())
         self.ranks.log(*remarks(whole))
         return whole.subset(self.request.samples)
 
@@ -237,6 +180,13 @@ class Session:
             dtype = self.request.dtype
             model = load_model(self.request.export, DTYPES[dtype] if dtype else "auto")
             return model.to(self.ranks.device).eval()
+
+
+def _backbone(export: Path) -> str:
+    """The type of its text model."""
+    with _loading(export):
+        config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+        return str(config["text_config"]["model_type"])
 
 
 def _missing(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -178,14 +179,15 @@ def _copy(copies: Path, source: Source) -> Path:
     :raises UserError: none there.
     """
     short = source.repo.split("/")[1]
+    # First, since a copy of DocVQA has a folder of that name itself.
+    itself = (copies, copies / "data", copies / (source.config or "data"))
+    if any([*p.glob("*.parquet"), *p.glob("dataset_dict.json")] for p in itself):
+        return copies
     folders = [p for p in copies.iterdir() if p.is_dir()] if copies.is_dir() else []
     named = [p for p in folders if p.name.lower() == short.lower()]
     for path in (copies / source.repo, *named):
         if path.is_dir():
             return path
-    itself = (copies, copies / "data", copies / (source.config or "data"))
-    if any([*p.glob("*.parquet"), *p.glob("dataset_dict.json")] for p in itself):
-        return copies
     raise UserError(
         f"--source {copies} holds no copy of {source.repo}: expected {copies / source.repo} or "
         f"{copies / short}. Download it there: hf download --repo-type dataset {source.repo} "
@@ -200,6 +202,8 @@ def _load(name: str, place: str, config: str | None, split: str) -> Any:
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if os.path.isdir(place):
             return _load_copy(Path(place), config, split)

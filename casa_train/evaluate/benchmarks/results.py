@@ -12,10 +12,13 @@ from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.question import BENCHMARKS, BenchmarkQuestion
 from casa_train.evaluate.benchmarks.reading import Benchmark
 from casa_train.evaluate.benchmarks.scorers import letter_of
+from casa_train.evaluate.benchmarks.table import rows_of
 from casa_train.io.files import write_atomic
 
 RESULTS = "benchmarks.json"
 PAGE = "benchmarks.html"
+OF_ONE_MODEL = ("weights_sha256", "protocol", "max_pixels", "dtype")
+"""Figures stand together only where these are the same."""
 
 
 def lines_file(name: str) -> str:
@@ -102,10 +105,11 @@ def write_results(
     :param head: what all of the file is of; :param entry: the benchmark's scores and counts.
     """
     result = read_results(out)
-    same = all(result.get(key) == value for key, value in head.items())
+    same = all(result.get(key) == head[key] for key in OF_ONE_MODEL)
     before: dict[str, Any] = result.get("benchmarks", {}) if same else {}
     both = {**before, name: dict(entry)}
     result = {**head, "benchmarks": {name: both[name] for name in BENCHMARKS if name in both}}
+    result["table"] = rows_of(result)
     _write(out / RESULTS, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 

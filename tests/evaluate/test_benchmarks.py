@@ -33,6 +33,7 @@ from tests.helpers.benchmark_copies import (
     write_rows,
 )
 from tests.helpers.commands import ROOT
+from tests.helpers.fake_hub import serving
 from tests.helpers.tiny_export import write_tiny_export
 
 COUNT = 11
@@ -494,3 +495,42 @@ def test_a_run_stands_for_its_export(
     assert [record["index"] for record in lines(out, "ai2d")] == [0, 5]
     assert lines(out, "ai2d")[0]["prompt"].endswith("from the given choices directly.")
     assert results(out)["max_pixels"] == 84 * 84  # the export's own
+
+
+READ = """
+import sys
+from pathlib import Path
+from casa_train.evaluate.benchmarks.reading import read_benchmark
+for name in ("docvqa", "infovqa"):
+    print(name, read_benchmark(name).revision)
+"""
+CARD = """---
+configs:
+- config_name: DocVQA
+  data_files:
+  - split: validation
+    path: DocVQA/validation-*
+- config_name: InfographicVQA
+  data_files:
+  - split: validation
+    path: InfographicVQA/validation-*
+---
+"""
+
+
+def test_the_hub_gives_what_a_copy_gives(copies: Path, tmp_path: Path) -> None:
+    shutil.copytree(copies / "DocVQA", tmp_path / "hub")
+    (tmp_path / "hub/README.md").write_text(CARD)
+    with serving(tmp_path / "hub", "lmms-lab/DocVQA") as hub:
+        place = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", READ],
+            cwd=ROOT,
+            env={**os.environ, **place, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    expected = {name: read_benchmark(name, copies).revision for name in ("docvqa", "infovqa")}
+    assert done.stdout.split() == [word for pair in expected.items() for word in pair]

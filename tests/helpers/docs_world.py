@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from data_recipes.synthetic import build_tokenizer
+from tests.helpers.benchmark_copies import write_benchmark
 from tests.helpers.commands import ROOT, TINY, environment
 from tests.helpers.fork_server import FORK_ALL, available, write_python
 from tests.helpers.readmes import blocks
@@ -43,6 +45,7 @@ SMALL: list[tuple[str, list[str]]] = [
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),
     ("casa_train ", RUN),
+    ("casa_train.evaluate .*--benchmarks", ["--samples", "2"]),
     ("casa_train.evaluate ", ["evaluation.max_samples=6"]),
     ("casa_train.bench streaming", ["--turns", "3", "--size", "tiny", "--image-size", "56"]),
     ("casa_train.bench attention", ["--scale", "0.004", "--repeats", "1"]),
@@ -130,6 +133,8 @@ def make_world(folder: Path) -> None:
     save_model(folder / "my_model")
     save_tower(folder / "my_tower")
     write_toy(folder / "mine")
+    for name in BENCHMARKS:
+        write_benchmark(folder / "benchmarks", name, 4)
     world = World(folder)
     world.run(["make", "demo"])
     (own,) = [b for b in blocks(ROOT / "data_recipes" / "README.md") if b.language == "python"]

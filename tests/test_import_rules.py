@@ -26,6 +26,7 @@ TABLE["distributed"] = {"errors", "io"}
 TABLE["config"] = {"errors", "io"}
 TABLE["metrics"] = BASE
 TABLE["data"] = BASE | {"modeling"}
+TABLE["pages"] = {"errors", "io", "modeling"}
 TABLE["run"] = BASE | {"modeling", "metrics", "data"}
 TABLE["setup"] = BASE | {"modeling", "data"}
 TABLE["cost"] = TABLE["setup"] | {"setup"}
@@ -33,9 +34,9 @@ TABLE["checkpoint"] = BASE | {"run"}
 TABLE["engine"] = BASE | {"checkpoint", "cost", "setup", "modeling"}
 TABLE["training"] = BASE | {"metrics", "data", "setup", "cost"}
 TABLE["export"] = TABLE["run"] | {"run", "setup", "checkpoint", "training"}
-TABLE["evaluate"] = TABLE["export"] | {"export"}
-TABLE["report"] = TABLE["cost"] | {"run", "metrics", "cost", "evaluate"}
-TABLE["inspect"] = TABLE["data"] | {"data", "run", "report"}
+TABLE["evaluate"] = TABLE["export"] | {"export", "pages"}
+TABLE["report"] = TABLE["cost"] | {"run", "metrics", "cost", "evaluate", "pages"}
+TABLE["inspect"] = TABLE["data"] | {"data", "run", "report", "pages"}
 TABLE["bench"] = (
     TABLE["training"] | TABLE["report"] | {"training", "checkpoint", "engine", "export", "train"}
 )
@@ -48,7 +49,7 @@ ROWS = (
     {"train"},
     {"training", "export", "evaluate"},
     {"setup", "engine", "checkpoint", "run", "cost"},
-    {"data", "metrics"},
+    {"data", "metrics", "pages"},
     {"modeling", "distributed", "config", "io", "errors"},
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from casa_train.inspect.packs import PackView
 from casa_train.inspect.statistics import PlanView
 from casa_train.inspect.streams import StreamView
-from casa_train.report import html
+from casa_train.pages import html
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from casa_train.data.budget import Budget
 from casa_train.data.materialize import Failure, Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack
 from casa_train.modeling.windows import Window, split_windows
-from casa_train.report import pictures
+from casa_train.pages import pictures
 
 TRAINED, FAILED, DUMMY = "trained", "failed", "dummy"
 FULL_SIZE = 160  # with more pictures on a page each gets smaller, so that the page does not grow

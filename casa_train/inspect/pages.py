@@ -34,7 +34,7 @@ from casa_train.inspect.packs import view_packs
 from casa_train.inspect.statistics import view_plan
 from casa_train.inspect.streams import view_stream
 from casa_train.modeling.processing_casa import ChatTemplate
-from casa_train.report import pictures
+from casa_train.pages import pictures
 from casa_train.run.configuration import load_run_config
 from casa_train.run.layout import CONFIG_FILE, PROCESSOR
 

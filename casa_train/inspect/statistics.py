@@ -16,7 +16,7 @@ from casa_train.data.budget import Budget
 from casa_train.data.mixture import Mixture
 from casa_train.data.prepared.plan import IMAGE, VIDEO, Pack, Planner, slowest_rank
 from casa_train.data.prepared.shards import Split
-from casa_train.report.html import SERIES
+from casa_train.pages.html import SERIES
 
 if TYPE_CHECKING:
     from casa_train.report.drawing import Plot

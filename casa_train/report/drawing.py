@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from casa_train.io.numbers import count, rate, short
+from casa_train.pages.html import COLOURS, SERIES
 from casa_train.report import series
-from casa_train.report.html import COLOURS, SERIES
 from casa_train.report.series import SMOOTH_FROM, Array
 
 # Where the home directory takes no files it says so twice, and works without.

@@ -9,7 +9,8 @@ from typing import Any
 
 from casa_train.errors import UserError
 from casa_train.io.numbers import MISSING
-from casa_train.report import html, pictures, series
+from casa_train.pages import html, pictures
+from casa_train.report import series
 from casa_train.report.attempts import start_rows
 from casa_train.report.attention_plots import draw_image_attention
 from casa_train.report.bad_samples import bad_samples
@@ -33,6 +34,7 @@ def write_report(run: RunData, path: Path) -> None:
     columns = series.Columns(run.metrics)
     page = html.render(
         "page.html.j2",
+        __package__,
         name=run.name,
         facts=facts(run),
         plots=draw_plots(run.metrics),

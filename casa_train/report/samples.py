@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from casa_train.report import pictures
+from casa_train.pages import pictures
 from casa_train.report.run_data import RunData
 
 SAMPLES = 24  # rows of the table of answers

@@ -20,7 +20,8 @@ from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.io.numbers import MISSING, memory, memory_unit, percent, short
 from casa_train.metrics.sinks.base import Record
-from casa_train.report import drawing, html, series
+from casa_train.pages import html
+from casa_train.report import drawing, series
 from casa_train.report.drawing import GROUP_COLOURS, Plot
 from casa_train.report.series import Array, Columns
 
@@ -149,6 +150,7 @@ def write_sweep(jobs: Sequence[Job], name: str, directory: Path) -> Path:
     """
     page = html.render(
         "sweep.html.j2",
+        __package__,
         name=name,
         columns=shown_columns(jobs),
         jobs=jobs,

@@ -55,7 +55,8 @@ from casa_train.io.files import EXPORT_MARKER, sha256
 from casa_train.io.tensors import save_tensors
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.modeling.image_processing_casa import ImageError, read_header
-from casa_train.report import pictures, run_page
+from casa_train.pages import pictures
+from casa_train.report import run_page
 from casa_train.report.jobs import read_sweep
 from casa_train.report.run_report import report
 from casa_train.run import configuration

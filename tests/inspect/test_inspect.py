@@ -24,7 +24,8 @@ from casa_train.inspect.pages import Target, find_sample, find_target, open_data
 from casa_train.inspect.statistics import view_plan
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import split_windows
-from casa_train.report import histograms, pictures
+from casa_train.pages import pictures
+from casa_train.report import histograms
 from casa_train.report.drawing import Plot
 from data_recipes.__main__ import main as recipes
 from tests.helpers import data_stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -19,8 +18,8 @@ from PIL import Image
 from casa_train.errors import UserError
 from casa_train.io import numbers as numbers_text
 from casa_train.metrics.sinks.jsonl import read_metrics
-from casa_train.report import html as pages
-from casa_train.report import pictures, samples, series
+from casa_train.pages import html as pages
+from casa_train.report import samples, series
 from casa_train.report.curves import draw_plots
 from casa_train.report.run_page import write_report
 from casa_train.report.samples import choose_answers
@@ -283,21 +282,6 @@ def test_the_choice_covers_every_source_right_and_wrong() -> None:
     assert counts["c", True] == 2 and counts["d", False] >= 7
     assert choose_answers(list(reversed(answers))) == chosen
     assert choose_answers(answers[:3]) and choose_answers([]) == []
-
-
-def test_thumbnails_are_small_and_on_white() -> None:
-    def load(data: bytes) -> Image.Image:
-        found = pictures.of_file(data)
-        assert found is not None
-        return Image.open(io.BytesIO(base64.b64decode(found[0].partition(",")[2])))
-
-    assert load(_picture((1000, 500))).size == (224, 112)
-    assert load(_picture((1600, 2400), "JPEG")).size == (149, 224)
-    assert load(_picture((30, 40), "WEBP")).size == (30, 40)  # never enlarged
-    assert load(_picture((8, 8), mode="RGBA")).getpixel((4, 4)) == (255, 255, 255)
-    assert load(_picture((8, 8), mode="L")).mode == "RGB"
-    whole = _picture((400, 400))
-    assert pictures.of_file(b"") is None and pictures.of_file(whole[: len(whole) // 2]) is None
 
 
 def test_long_runs_stay_small_and_keep_their_spikes() -> None:

@@ -48,10 +48,11 @@ COLOURS = {
 SERIES = [name for name in COLOURS if name[0] == "s" and name[1:].isdigit()]
 
 
-def render(template: str, package: str = __package__, /, **content: Any) -> str:
+def render(template: str, package: str, /, **content: Any) -> str:
     """A page as HTML.
 
-    :param template: its name; :param package: where that lies, beside those that pages share.
+    :param template: its name.
+    :param package: of the command that writes the page; its templates go before those here.
     """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(

@@ -2,11 +2,14 @@
 
 A page is one HTML file that loads nothing. Whatever comes from data (questions, answers, keys,
 reasons) is escaped by the templates, and the content security policy of `base.html.j2` forbids
-scripts and requests. The same data gives the same bytes.
+requests, and every script but the page's own one, which it knows by its hash. The same data gives
+the same bytes.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,8 @@ def render(template: str, package: str, /, **content: Any) -> str:
 
     :param template: its name.
     :param package: of the command that writes the page; its templates go before those here.
+    :param content: what they show. `script`, where there is one, is the page's own script; it must
+        hold nothing of the data.
     """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
@@ -71,6 +76,7 @@ def render(template: str, package: str, /, **content: Any) -> str:
         count=numbers_text.count,
         width=width,
         short=shortened,
+        digest=digest,
         thousands="{:,}".format,
     )
     environment.globals.update(colours=COLOURS, series=SERIES, missing=numbers_text.MISSING)
@@ -96,6 +102,11 @@ def width(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "0%"
     return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
+
+
+def digest(script: str) -> str:
+    """What a content security policy calls a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def shortened(value: Any) -> str:

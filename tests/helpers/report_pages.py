@@ -10,7 +10,7 @@ from typing import Any
 from casa_train.report.run_data import RunData
 from casa_train.report.run_page import write_report
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
 
 
@@ -38,7 +38,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:

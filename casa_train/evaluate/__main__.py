@@ -21,6 +21,7 @@ from casa_train.distributed.launched import launched_ranks
 from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.arguments import add_arguments, check_alone, request_of
 from casa_train.evaluate.benchmarks.command import run_benchmarks
+from casa_train.evaluate.benchmarks.results import PAGE
 from casa_train.evaluate.benchmarks.table import benchmarks_table
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
 from casa_train.io.quiet import quiet_libraries
@@ -46,6 +47,7 @@ def _benchmarks(arguments: argparse.Namespace) -> int:
             result = run_benchmarks(request, ranks)
             if ranks.first:
                 print(benchmarks_table(result))
+                print(f"questions, answers and pictures: {request.out / PAGE}")
     except (KeyboardInterrupt, SystemExit) as stopped:
         print(
             f"stopped: every answered batch is kept in {request.out}; the same command goes on",

@@ -45,9 +45,9 @@ def _result(*names: str, **changes: Any) -> dict[str, Any]:
         "export": "runs/mine/export",
         "step": 31_000,
         "protocol": "casa",
-        "image_size": 504,
+        "max_pixels": 504 * 504,
+        "dtype": "bf16",
         "weights_sha256": {"model.safetensors": "ab" * 32},
-        "versions": {"transformers": "5.11.0"},
         "table": [
             {"model": "this export", "published": False, "scores": scores},
             {"model": "Other-2B, 2025", "published": True, "scores": {names[0]: 12.0}},
@@ -62,6 +62,8 @@ def _result(*names: str, **changes: Any) -> dict[str, Any]:
                 "split": "testdev",
                 "revision": "f00d" * 10,
                 "seconds": 12.5,
+                "batch_size": 12,
+                "versions": {"transformers": "5.11.0"},
             }
             for name in names
         },
@@ -69,7 +71,7 @@ def _result(*names: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _each(name: str, index: int) -> bytes:
+def _each(name: str, index: int, question: str) -> bytes:
     """Another picture for every question."""
     return encoded(plain(colour=(index % 256, index // 256, len(name)), size=(56, 84)))
 
@@ -108,7 +110,7 @@ def test_scores_stand_beside_published_ones_and_questions_below(tmp_path: Path) 
     html, page = _page(tmp_path, answers)
     text = " ".join(page.text.split())
     for shown in (
-        *("runs/mine/export", "31,000", "casa", "504×504", "ChartQA", "MME", "this export"),
+        *("runs/mine/export", "31,000", "casa", "254,016 pixels", "ChartQA", "MME", "this export"),
         *("Other-2B, 2025", "someone/chartqa, testdev", "f00d" * 10, "5.11.0", "ab" * 32),
         *("3 questions: all of chartqa.jsonl. Here: 1 right, 1 partly right, 1 wrong.",),
         *("2 questions: all of mme.jsonl. Here: 1 right, 1 unreadable.", "partly right 0.60"),
@@ -135,13 +137,12 @@ def test_scores_that_are_missing_leave_a_dash(tmp_path: Path) -> None:
     result = _result("gqa", "ocrbench")
     result["benchmarks"]["gqa"] |= {"score": math.nan, "sub_scores": None, "revision": None}
     result["benchmarks"]["ocrbench"] |= {"score": 740.0, "sub_scores": {"Scene": None}}
-    result |= {"step": None, "image_size": None}
+    result["step"] = None
     result["table"][0]["scores"] = {"gqa": math.nan, "ocrbench": 740.0}
     write_page(tmp_path / "page.html", result, {"ocrbench": []}, _each)
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"\b(nan|None)\b", Page(html).text)
     assert '<td class="number">–</td><td class="number">740</td>' in html
-    assert "images of" not in Page(html).text
     assert not Page(html).all("article") and 'section class="benchmark"' not in html
 
 
@@ -224,9 +225,9 @@ def test_the_page_says_how_many_it_leaves_out(tmp_path: Path) -> None:
 
 
 def test_questions_about_one_picture_share_it(tmp_path: Path) -> None:
-    shared = {(name, i): _each(name, i // 3) for name in ("mme", "gqa") for i in range(7)}
+    shared = {(name, i): _each(name, i // 3, "") for name in ("mme", "gqa") for i in range(7)}
     answers = {name: [_record(i, float(i % 2)) for i in range(7)] for name in ("mme", "gqa")}
-    html, page = _page(tmp_path, answers, lambda name, index: shared[name, index])
+    html, page = _page(tmp_path, answers, lambda name, index, question: shared[name, index])
     assert len(page.all("img")) == len(page.all("article")) == 6 and len(_asked(page)) == 14
     articles = re.findall(r"<article.*?</article>", html, re.DOTALL)
     asked = [re.findall(r"How many in (\d)\?", article) for article in articles]
@@ -244,7 +245,7 @@ def test_pictures_of_any_kind_are_small_jpegs_as_the_model_gets_them(tmp_path: P
         encoded(plain("1", 1, (2000, 90))),
     ]
     answers = {"infovqa": [_record(i) for i in range(len(kinds))]}
-    _, page = _page(tmp_path, answers, lambda name, index: kinds[index])
+    _, page = _page(tmp_path, answers, lambda name, index, question: kinds[index])
     shown = _jpegs(page)
     assert [image.mode for image in shown] == ["RGB"] * len(kinds)
     assert [image.size for image in shown[:1]] == [(448, 336)]
@@ -257,7 +258,7 @@ def test_pictures_of_any_kind_are_small_jpegs_as_the_model_gets_them(tmp_path: P
 
 
 def test_a_picture_that_cannot_be_read_is_said_on_its_card(tmp_path: Path) -> None:
-    def picture(name: str, index: int) -> bytes:
+    def picture(name: str, index: int, question: str) -> bytes:
         if index == 1:
             raise OSError(f"parquet file {BROKEN} is gone")
         if index == 2:
@@ -276,7 +277,7 @@ def test_a_picture_that_cannot_be_read_is_said_on_its_card(tmp_path: Path) -> No
 
 
 def test_the_page_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def picture(name: str, index: int) -> bytes:
+    def picture(name: str, index: int, question: str) -> bytes:
         return encoded(noise(448, 300 + index), "PPM")
 
     answers = {name: [_record(i) for i in range(6)] for name in ("docvqa", "gqa")}
@@ -301,9 +302,10 @@ def test_untrusted_text_is_escaped_everywhere(tmp_path: Path) -> None:
     record = _record(0, 0.5, options=[BROKEN], reference=[BROKEN, BROKEN])
     record |= dict.fromkeys(("id", "question", "prompt", "category", "answer"), BROKEN)
     result = _result("chartqa", export=BROKEN, protocol=BROKEN)
-    result["weights_sha256"] = result["versions"] = {BROKEN: BROKEN}
+    result["weights_sha256"] = {BROKEN: BROKEN}
     result["table"][1]["model"] = BROKEN
-    own = dict.fromkeys(("source", "split", "revision"), BROKEN)
+    own: dict[str, Any] = dict.fromkeys(("source", "split", "revision"), BROKEN)
+    own["versions"] = {BROKEN: BROKEN}
     result["benchmarks"] = {
         BROKEN: {**result["benchmarks"]["chartqa"], **own, "sub_scores": {BROKEN: 1.0}}
     }

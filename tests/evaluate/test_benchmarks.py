@@ -34,6 +34,7 @@ from tests.helpers.benchmark_copies import (
 )
 from tests.helpers.commands import ROOT
 from tests.helpers.fake_hub import serving
+from tests.helpers.report_pages import Page
 from tests.helpers.tiny_export import write_tiny_export
 
 COUNT = 11
@@ -534,3 +535,29 @@ def test_the_hub_gives_what_a_copy_gives(copies: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     expected = {name: read_benchmark(name, copies).revision for name in ("docvqa", "infovqa")}
     assert done.stdout.split() == [word for pair in expected.items() for word in pair]
+
+
+def test_the_page_shows_what_every_command_found(
+    answered: Path,
+    export: Path,
+    copies: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pictures of an earlier command's benchmarks are read again; another release is noticed."""
+    out, source = tmp_path / "out", tmp_path / "source"
+    shutil.copytree(answered, out)
+    for name in ("ChartQA", "ai2d"):
+        shutil.copytree(copies / name, source / name)
+    rows = gqa_rows(COUNT)[0]
+    rows[3]["question"] = "What colour is the floor?"
+    write_benchmark(source, "gqa", COUNT, rows)
+    assert main(arguments(export, source, out, "ai2d", "--samples", "2")) == 0
+    page = Page((out / "benchmarks.html").read_text())
+    assert len(page.all("img")) == 2 + COUNT + 6  # two questions of GQA share a picture
+    assert "holds another question there" in page.text
+    assert list(results(out)["benchmarks"]) == ["chartqa", "ai2d", "gqa"]
+    (out / "gqa.jsonl").unlink()
+    assert main(arguments(export, source, out, "ai2d", "--samples", "2")) == 2
+    error = capsys.readouterr().err
+    assert "gqa.jsonl cannot be read" in error and "--benchmarks gqa again" in error

@@ -18,14 +18,18 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.answering import Asker, batches_of
 from casa_train.evaluate.benchmarks.kept import KeptAnswers, weights_digests
+from casa_train.evaluate.benchmarks.page import write_page
+from casa_train.evaluate.benchmarks.picture_source import PictureSource
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS, Task
 from casa_train.evaluate.benchmarks.reading import Benchmark, read_benchmark, remarks
 from casa_train.evaluate.benchmarks.request import Request
 from casa_train.evaluate.benchmarks.results import (
     OF_ONE_MODEL,
+    PAGE,
     RESULTS,
     join,
     lines_file,
+    read_lines,
     read_results,
     write_lines,
     write_results,
@@ -48,7 +52,16 @@ def run_benchmarks(request: Request, ranks: Ranks) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for benchmark in benchmarks:
         result = session.run(benchmark) or result
+    ranks.first_does(lambda: _write_page(request, benchmarks, result))
     return result
+
+
+def _write_page(
+    request: Request, benchmarks: Sequence[Benchmark], result: Mapping[str, Any]
+) -> None:
+    answers = {name: read_lines(request.out, name) for name in result["benchmarks"]}
+    source = PictureSource({b.name: b for b in benchmarks}, request.source)
+    write_page(request.out / PAGE, result, answers, source.picture)
 
 
 class Session:

@@ -5,7 +5,6 @@ and answers, which a script on the page filters.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from casa_train.evaluate.benchmarks.table import TITLES, figure
 from casa_train.io.numbers import MISSING
-from casa_train.modeling.image_processing_casa import MAX_PIXELS, CasaImageProcessor
+from casa_train.modeling.image_processing_casa import CasaImageProcessor
 from casa_train.modeling.image_sources import ImageError
 from casa_train.pages import html, pictures
 
@@ -24,18 +24,6 @@ FOLDED = 400, 8  # characters, and lines, beyond which a text is folded
 HEAD = 160  # characters that stand in its place then
 LONGEST = 2000  # characters of a text on the page
 
-TITLES = {
-    "chartqa": "ChartQA",
-    "docvqa": "DocVQA",
-    "infovqa": "InfoVQA",
-    "ocrbench": "OCRBench",
-    "textvqa": "TextVQA",
-    "realworldqa": "RealWorldQA",
-    "ai2d": "AI2D",
-    "gqa": "GQA",
-    "mme": "MME",
-}
-POINTS = ("ocrbench", "mme")  # sums, published without decimals; all others are percentages
 VERDICTS = {
     "right": "right",
     "partly": "partly right",
@@ -44,7 +32,7 @@ VERDICTS = {
 }
 
 Record = Mapping[str, Any]
-Picture = Callable[[str, int], bytes]
+Picture = Callable[[str, int, str], bytes]
 
 
 def write_page(
@@ -58,14 +46,13 @@ def write_page(
 
     :param result: what `benchmarks.json` holds.
     :param answers: by benchmark, the records of its JSON lines.
-    :param picture: the encoded picture of a question, by benchmark and index; where it raises
-        ImageError or OSError, the page says so.
+    :param picture: (benchmark, index, question) -> the encoded picture; where it raises ImageError
+        or OSError, the page says so.
     :param shown: questions of a benchmark on the page at most, see `choose`.
     :raises UserError: the file cannot be written.
     """
     benchmarks = result["benchmarks"]
-    side = result.get("image_size")
-    processor = CasaImageProcessor(side * side if side else MAX_PIXELS)
+    processor = CasaImageProcessor(result["max_pixels"])
     sections = {
         name: _section(name, benchmarks[name], answers.get(name, ()), shown) for name in benchmarks
     }
@@ -79,7 +66,7 @@ def write_page(
         result=result,
         titles={name: TITLES.get(name, name) for name in benchmarks},
         table=[
-            {**row, "scores": [score_text(name, row["scores"].get(name)) for name in benchmarks]}
+            {**row, "scores": [figure(name, row["scores"].get(name)) for name in benchmarks]}
             for row in result["table"]
         ],
         sections=sections,
@@ -117,13 +104,6 @@ def verdict(record: Record) -> str:
     return "right" if score >= 1 else "partly" if score > 0 else "wrong"
 
 
-def score_text(name: str, score: float | None) -> str:
-    """A score as the authors write it."""
-    if score is None or not math.isfinite(score):
-        return MISSING
-    return f"{score:.0f}" if name in POINTS else f"{score:.1f}"
-
-
 def _section(
     name: str, scores: Mapping[str, Any], records: Sequence[Record], shown: int
 ) -> dict[str, Any]:
@@ -131,10 +111,9 @@ def _section(
     chosen = choose(records, shown)
     return {
         **scores,
-        "score": score_text(name, scores.get("score")),
+        "score": figure(name, scores.get("score")),
         "sub_scores": {
-            part: score_text(name, score)
-            for part, score in (scores.get("sub_scores") or {}).items()
+            part: figure(name, score) for part, score in (scores.get("sub_scores") or {}).items()
         },
         "total": len(records),
         "unreadable": sum(verdict(record) == "unreadable" for record in records),
@@ -151,7 +130,7 @@ def _cards(
     cards: dict[str, dict[str, Any]] = {}
     for record in records:
         try:
-            data = picture(name, int(record["index"]))
+            data = picture(name, int(record["index"]), str(record["question"]))
             key = hashlib.sha256(data).hexdigest()
             if key not in cards:
                 pixels = processor.load(data).permute(1, 2, 0).numpy()
@@ -204,9 +183,11 @@ def _text(value: Any) -> dict[str, Any]:
 
 
 def _setup(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("export", "step", "protocol", "image_size"):
-        value = result.get(name)
+    for name in ("export", "step", "protocol", "max_pixels", "dtype"):
+        value = result[name]
         yield name, MISSING if value is None else str(value)
-    for name in ("weights_sha256", "versions"):
-        for part, value in (result.get(name) or {}).items():
-            yield f"{name}.{part}", str(value)
+    for file, digest in result["weights_sha256"].items():
+        yield f"weights_sha256.{file}", str(digest)
+    for name, entry in result["benchmarks"].items():
+        versions = [f"{package} {version}" for package, version in entry["versions"].items()]
+        yield TITLES.get(name, name), ", ".join([*versions, f"batches of {entry['batch_size']}"])

@@ -14,6 +14,7 @@ from casa_train.evaluate.benchmarks.reading import Benchmark
 from casa_train.evaluate.benchmarks.scorers import letter_of
 from casa_train.evaluate.benchmarks.table import rows_of
 from casa_train.io.files import write_atomic
+from casa_train.io.log import read_json_lines
 
 RESULTS = "benchmarks.json"
 PAGE = "benchmarks.html"
@@ -92,6 +93,21 @@ def write_lines(out: Path, name: str, records: Sequence[Mapping[str, Any]]) -> N
     """:raises UserError: the disk takes no more."""
     text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
     _write(out / lines_file(name), text)
+
+
+def read_lines(out: Path, name: str) -> list[dict[str, Any]]:
+    """What `write_lines` wrote.
+
+    :raises UserError: it is not there any more.
+    """
+    file = out / lines_file(name)
+    try:
+        return read_json_lines(file)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}; {RESULTS} beside it has its scores. Run the "
+            f"command with --benchmarks {name} again: kept answers are not asked anew."
+        ) from error
 
 
 def write_results(

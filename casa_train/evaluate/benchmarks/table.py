@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from casa_train.evaluate.benchmarks.published import rows_beside
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.sources import SOURCES
+from casa_train.io.numbers import MISSING
 from casa_train.io.tables import aligned
 
 THIS = "this export"
@@ -40,8 +42,8 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def figure(name: str, score: float | None) -> str:
     """A score as the tables print it."""
-    if score is None:
-        return "-"
+    if score is None or not math.isfinite(score):
+        return MISSING
     return f"{score:.0f}" if name in WHOLE else f"{score:.1f}"
 
 

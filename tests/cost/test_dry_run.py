@@ -134,6 +134,18 @@ def test_switches_cost_what_they_should() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen_ca", "qwen_casa", "helium_casa"])
+def test_shared_projections_leave_nothing_new(name: str) -> None:
+    own, shared = report(f"+experiment={name}"), report(f"+experiment={name}_shared")
+    new = number(own, "fusion", 0)
+    assert new > 0 == number(shared, "fusion", 0)
+    assert number(own, "total", 0) - number(shared, "total", 0) == new
+    # A frozen decoder's projections stay frozen where fusion uses them.
+    trained = number(own, "text backbone", 0)
+    assert number(shared, "text backbone", 0) == trained and (trained == 0) == ("qwen" in name)
+
+
+@pytest.mark.slow
 def test_activation_checkpointing_shows_in_memory_and_work() -> None:
     plain = report("+experiment=helium_casa")
     every = report("+experiment=helium_casa", "parallel.activation_checkpointing=all")

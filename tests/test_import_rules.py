@@ -34,18 +34,19 @@ TABLE["checkpoint"] = BASE | {"run"}
 TABLE["engine"] = BASE | {"checkpoint", "cost", "setup", "modeling"}
 TABLE["training"] = BASE | {"metrics", "data", "setup", "cost"}
 TABLE["export"] = TABLE["run"] | {"run", "setup", "checkpoint", "training"}
+TABLE["convert"] = TABLE["setup"] | {"setup", "export"}
 TABLE["evaluate"] = TABLE["export"] | {"export", "pages"}
 TABLE["report"] = TABLE["cost"] | {"run", "metrics", "cost", "evaluate", "pages"}
 TABLE["inspect"] = TABLE["data"] | {"data", "run", "report", "pages"}
 TABLE["bench"] = (
     TABLE["training"] | TABLE["report"] | {"training", "checkpoint", "engine", "export", "train"}
 )
-TABLE["train"] = {room for room in TABLE if room not in ("report", "inspect", "bench")}
+TABLE["train"] = {room for room in TABLE if room not in ("report", "inspect", "bench", "convert")}
 TABLE["__main__"] = BASE | {"train", "training", "run", "cost", "engine"}
 # The order of architecture: nothing imports from a row below its own.
 ROWS = (
     {"__main__"},
-    {"report", "inspect", "bench"},
+    {"report", "inspect", "bench", "convert"},
     {"train"},
     {"training", "export", "evaluate"},
     {"setup", "engine", "checkpoint", "run", "cost"},

@@ -25,9 +25,10 @@ from casa_train.modeling.processing_casa import (
 PROBE = "The quick brown fox, 3.14 + 27 = ?\n  Ärger über Öl; 東京 <b>x</b>"
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, plain: bool = False) -> Any:
     """A fast Hugging Face tokenizer from a directory or a hub id.
 
+    :param plain: whether code that config.json names for a model is none of the tokenizer's.
     :raises UserError: when nothing loadable is found there.
     """
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
@@ -38,8 +39,8 @@ def load_tokenizer(name: str) -> Any:
     # Left unsaid, transformers would ask whether to run code, and wait, on every rank. An export's
     # tokenizer is a plain one: its config.json only names the model's code, which every rank would
     # copy into the same cache and import for nothing.
-    ours = (Path(name) / EXPORT_MARKER).is_file()
-    known = {"config": PretrainedConfig()} if ours else {}
+    plain = plain or (Path(name) / EXPORT_MARKER).is_file()
+    known = {"config": PretrainedConfig()} if plain else {}
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **known)
     except Exception as error:  # OSError, ValueError or a network error, by transformers version

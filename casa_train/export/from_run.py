@@ -64,7 +64,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
 
     def gate(directory: Path) -> str:
         # The values that were saved, computed with in fp32.
-        return check_export(directory, model.float(), gate_conversations(config))
+        return check_export(directory, model.float(), gate_conversations(config.data.max_pixels))
 
     return write_export(
         out,
@@ -122,9 +122,9 @@ def find_checkpoint(run: Path, step: int | None) -> SavedCheckpoint:
     )
 
 
-def gate_conversations(config: Config) -> list[Any]:
+def gate_conversations(max_pixels: int) -> list[Any]:
     """Fixed inputs: one image, two images with text between, and text alone."""
-    side = SIDE * max(1, min(8, isqrt(config.data.max_pixels) // SIDE))
+    side = SIDE * max(1, min(8, isqrt(max_pixels) // SIDE))
     pictures = []
     for colour, box in (("crimson", (4, 4, side - 8, side - 12)), ("navy", (0, 9, 15, side))):
         picture = Image.new("RGB", (side, side), "ivory")

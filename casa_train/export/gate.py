@@ -17,13 +17,14 @@ NEW_TOKENS = 8
 
 
 @torch.no_grad()
-def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) -> str:
+def check_export(directory: Path, trained: nn.Module | None, conversations: list[Any]) -> str:
     """Compares the trained model with the reloaded export, in fp32, on fixed conversations.
 
     Training logits (packed) must equal the reloaded model's (padded batch), and greedy generation
     with the cache must pick the token that the full forward pass picks.
 
-    :param trained: the model in memory, with the values that were saved.
+    :param trained: the model in memory, with the values that were saved. None where there is none:
+        then the reloaded one's packs stand in for it, and its values are for others to check.
     :param conversations: messages as `tokenize_messages` takes them, each ending with a user's
         turn.
     :return: the verdict as one line.
@@ -31,6 +32,7 @@ def check_export(directory: Path, trained: nn.Module, conversations: list[Any]) 
     """
     model, processor = load_model(directory, torch.float32), load_processor(directory)
     model.eval()
+    trained = model if trained is None else trained
     was_training = trained.training
     trained.eval()
     differences = []

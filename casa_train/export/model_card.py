@@ -15,28 +15,7 @@ from casa_train.setup.parts import part_sizes
 # What is known of licences; anything else is left to the base model's own card.
 KNOWN_LICENCES = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence"}
 
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- casa
-- vision-language
----
-
-# {name}
-
-A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
-images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}
-
-| part | parameters |
-|---|---|
-| text backbone ({backbone}, {layers} layers, width {width}) | {backbone_size:,} |
-| vision tower ({depth} blocks, width {vision_width}) | {vision_size:,} |
-| fusion ({mechanism}) | {fusion_size:,} |
-
-Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.
-
-## Use
+USE = """## Use
 
 ```sh
 pip install torch "transformers>=4.51.3" einops pillow numpy
@@ -63,7 +42,32 @@ print(processor.tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_spec
 Images are resized as in training: aspect kept, sides multiples of {side}, at most {max_pixels:,}
 pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at most 896x896 instead.
 
-## Base models and licences
+"""
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- casa
+- vision-language
+---
+
+# {name}
+
+A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
+images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}
+
+| part | parameters |
+|---|---|
+| text backbone ({backbone}, {layers} layers, width {width}) | {backbone_size:,} |
+| vision tower ({depth} blocks, width {vision_width}) | {vision_size:,} |
+| fusion ({mechanism}) | {fusion_size:,} |
+
+Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.
+
+"""
+CARD += USE
+CARD += """## Base models and licences
 
 {licences}
 

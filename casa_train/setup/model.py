@@ -52,7 +52,7 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
     origin = sources.whole or sources.backbone
     if origin is not None:
         files = (base_text, origin.generation)  # they may differ
-        ends = _ends(*(file.get("eos_token_id") for file in files))
+        ends = ends_of(*(file.get("eos_token_id") for file in files))
         if ends is not None:
             base_text["eos_token_id"] = ends
     if sources.vision is not None:
@@ -146,7 +146,7 @@ def build_model(
     """`meta_model` with the tokens that begin, end and pad what it generates."""
     model = meta_model(config, model_config)
     # The template's own end first; whatever else ends a text does so, too.
-    model.generation_config.eos_token_id = _ends(
+    model.generation_config.eos_token_id = ends_of(
         processor.answer_end_token,
         model.config.text_config.eos_token_id,
         processor.tokenizer.eos_token_id,
@@ -159,7 +159,7 @@ def build_model(
     return model
 
 
-def _ends(*given: int | Sequence[int] | None) -> int | list[int] | None:
+def ends_of(*given: int | Sequence[int] | None) -> int | list[int] | None:
     """Tokens that end a text, each given as one, as several or not at all; in the same forms."""
     ids: dict[int, None] = {}
     for value in given:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from casa_train.io.caches import unwritable_cache
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.json", "*.safetensors")
 # A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
 TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The tower of a Qwen2.5-VL checkpoint, as its releases write it.
@@ -68,13 +69,14 @@ class Pretrained:
 
     :param name: directory, or hub id (owner/name), whose configuration and safetensors are fetched.
     :param setting: the configuration field, for messages.
+    :param files: patterns of what is fetched of a hub id.
     :raises UserError: nothing there, or not what is expected.
     """
 
-    def __init__(self, name: str, setting: str) -> None:
+    def __init__(self, name: str, setting: str, files: Sequence[str] = WEIGHTS) -> None:
         self.name = name
         self.setting = setting
-        self.directory = _resolve(name, setting)
+        self.directory = _resolve(name, setting, files)
         self.config: dict[str, Any] = self._json("config.json")
         self._files = self._locate()
 
@@ -105,6 +107,15 @@ class Pretrained:
                 "Copy or download it again."
             )
         return shapes
+
+    def dtypes(self) -> dict[str, str]:
+        """What every tensor is stored as, by safetensors' names: F32, BF16."""
+        dtypes: dict[str, str] = {}
+        for file in dict.fromkeys(self._files.values()):
+            with self._open(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - a handle, not a dict
+                    dtypes[name] = opened.get_slice(name).get_dtype()
+        return dtypes
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, mapped from its file: copy what is to stay.
@@ -156,7 +167,7 @@ class Pretrained:
         return content
 
 
-def _resolve(name: str, setting: str) -> Path:
+def _resolve(name: str, setting: str, files: Sequence[str]) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/")) or name.count("/") != 1:
@@ -164,8 +175,7 @@ def _resolve(name: str, setting: str) -> Path:
             f"{setting} is {name!r}: neither a directory nor a hub id (owner/name). Set it to one."
         )
     try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # network, permission and repository errors have many types
         if cache := unwritable_cache(error):
             raise UserError(

@@ -99,6 +99,7 @@ def spins(printed: str) -> set[str]:
 COMMANDS = {
     "casa_train": ["+experiment=demo", "dry_run=true"],
     "casa_train.export": ["run", "--out", "export"],
+    "casa_train.convert": ["kyutai", "checkpoint", "--tree"],
     "casa_train.evaluate": ["run"],
     "casa_train.inspect": ["demo"],
     "casa_train.bench": ["images"],

@@ -187,13 +187,15 @@ def test_the_gate_stops_numbers_that_are_none(casa_run: Path, tmp_path: Path) ->
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     trained.load_state_dict(weights, strict=False, assign=True)
     trained.tie_weights()
-    assert "logits equal" in check_export(tmp_path / "copy", trained, gate_conversations(config))
+    assert "logits equal" in check_export(
+        tmp_path / "copy", trained, gate_conversations(config.data.max_pixels)
+    )
     with torch.no_grad():
         trained.model.norm.weight.fill_(float("nan"))
     weights["model.norm.weight"] = trained.model.norm.weight.detach()
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="export gate: reloaded logits differ"):
-        check_export(tmp_path / "copy", trained, gate_conversations(config))
+        check_export(tmp_path / "copy", trained, gate_conversations(config.data.max_pixels))
 
 
 def test_a_corrupt_validation_image_is_counted(

@@ -31,6 +31,7 @@ class Places:
     vision: re.Pattern[str]
 
 
+VISION = "vision tower"
 # Of an export of this project.
 OURS = Places(re.compile(r"model\.layers\.(\d+)"), re.compile(r"visual"))
 
@@ -78,6 +79,8 @@ def run_original(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 def listening(model: nn.Module, places: Places) -> Iterator[dict[str, Tensor]]:
     """Takes the outputs of the vision tower and of every decoder layer of the next forward pass.
 
+    A tower that is called once an image puts out all of them, one after another.
+
     :return: "vision tower" and "layer N" -> (rows, width) in float32 on the CPU.
     """
     heard: dict[str, Tensor] = {}
@@ -86,8 +89,10 @@ def listening(model: nn.Module, places: Places) -> Iterator[dict[str, Tensor]]:
     def listener(name: str) -> Any:
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = tensor_of(output)
-            if tensor is not None and name not in heard:
-                heard[name] = tensor.detach().float().cpu().flatten(0, -2)
+            if tensor is None or (name in heard and name != VISION):
+                return
+            new = tensor.detach().float().cpu().flatten(0, -2)
+            heard[name] = torch.cat([heard[name], new]) if name in heard else new
 
         return take
 
@@ -96,7 +101,7 @@ def listening(model: nn.Module, places: Places) -> Iterator[dict[str, Tensor]]:
         if layer is not None:
             handles.append(module.register_forward_hook(listener(f"layer {int(layer[1])}")))
         elif places.vision.fullmatch(name):
-            handles.append(module.register_forward_hook(listener("vision tower")))
+            handles.append(module.register_forward_hook(listener(VISION)))
     try:
         yield heard
     finally:

@@ -252,13 +252,18 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tied_head_with_values_of_its_own_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    def head(stored: dict[str, Tensor]) -> None:
-        stored["lm_head.weight"] = 2 * stored["model.embed_tokens.weight"]
+def test_a_tied_head_has_the_embeddings_values(tmp_path: Path, capsys: Capture) -> None:
+    for name, factor, code in (("equal", 1, 0), ("other", 2, 2)):
 
-    source = write_foreign(tmp_path / "source", foreign_model(tied=True), renamed(), edit=head)
-    assert main(convert_command(source, tmp_path / "out")) == 2
-    assert "hold other values" in capsys.readouterr().err
+        def head(stored: dict[str, Tensor], factor: int = factor) -> None:
+            stored["lm_head.weight"] = factor * stored["model.embed_tokens.weight"]
+
+        model = foreign_model(tied=True)
+        source = write_foreign(tmp_path / name, model, renamed(), edit=head)
+        assert main(convert_command(source, tmp_path / f"out_{name}")) == code
+    told = capsys.readouterr()
+    assert "hold other values" in told.err
+    assert "ignored 1 (lm_head.weight, ...): a tied head is the embedding" in told.out
 
 
 def test_bad_commands(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from casa_train.convert.__main__ import main
+from casa_train.convert.original import OURS, listening
 from casa_train.io.files import EXPORT_MARKER
 from tests.helpers.foreign import convert_command, foreign_model, renamed, write_foreign
 
@@ -101,6 +103,17 @@ def test_another_image_size_shows_in_the_tower(tmp_path: Path, capsys: Capture) 
     words[words.index("--image-size") + 1] = "112"
     assert main(words) == 1
     assert re.search(r"vision tower .* there\n", capsys.readouterr().out)
+
+
+def test_a_tower_that_runs_once_an_image_is_heard_whole() -> None:
+    model = foreign_model()
+    picture = torch.full((3, 56, 84), 40, dtype=torch.uint8)
+    with listening(model, OURS) as heard:
+        parts = [model.visual([picture]), model.visual([picture + 90, picture])]
+    assert torch.equal(heard["vision tower"], torch.cat(parts)) and len(parts[1]) == 12
+    assert not torch.equal(parts[0], parts[1][:6])
+    model.visual([picture])  # nobody listens any more
+    assert len(heard["vision tower"]) == 18
 
 
 def test_no_code_runs_unasked(tmp_path: Path, capsys: Capture) -> None:

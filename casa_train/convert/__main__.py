@@ -28,6 +28,7 @@ from casa_train.errors import UserError
 from casa_train.io.files import EXPORT_MARKER
 from casa_train.io.precision import DTYPES
 from casa_train.io.quiet import quiet_libraries
+from casa_train.modeling.image_processing_casa import square
 from casa_train.setup.pretrained import Pretrained
 
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.dtype,
                 arguments.template,
                 arguments.tokenizer,
-                None if arguments.image_size is None else arguments.image_size**2,
+                _pixels(arguments.image_size),
                 dict(_pair(text) for text in arguments.fusion),
             )
             convert(source, arguments.out, rules, choices, print)
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--precision", choices=sorted(TOLERANCES), default="fp32")
     own.add_argument("--attention", help="the original's attn_implementation")
     return parser
+
+
+def _pixels(side: int | None) -> int | None:
+    try:
+        return None if side is None else square(side, "--image-size")
+    except ValueError as error:
+        raise UserError(f"{error}; expected a larger one.") from error
 
 
 def _pair(text: str) -> tuple[str, object]:

@@ -16,6 +16,7 @@ from casa_train.convert.tensor_plan import HEAD
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.setup.model import NOT_SIZES
+from casa_train.setup.pretrained import TEXT_TOKENS
 
 TIES = "tie_word_embeddings"
 # What some text configurations do not list and their model reads all the same.
@@ -27,6 +28,8 @@ MORE_TEXT = (
     TIES,
     "mlp_bias",
 )
+# What every configuration has, and says nothing of the model's sizes.
+GENERIC = {*PretrainedConfig().to_dict(), *NOT_SIZES, *TEXT_TOKENS, TIES, "model_type"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def describe(
     text_type = settings["text"]["model_type"]
     goes_to = set(targets)
     default: Any = CasaConfig(text_config={"model_type": text_type}).text_config
-    known_text = {*default.to_dict(), *MORE_TEXT} - set(NOT_SIZES) - {"model_type"}
-    known_vision = {*Qwen2_5_VLVisionConfig().to_dict()} - set(NOT_SIZES) - {"model_type"}
+    known_text = {*default.to_dict()} - GENERIC | {*TEXT_TOKENS, *MORE_TEXT}
+    known_text -= {"vision_config"}  # transformers 4.51 has one configuration for all of Qwen's
+    known_vision = {*Qwen2_5_VLVisionConfig().to_dict()} - GENERIC
     unread: dict[str, Any] = {}
     text = _section(config, settings["text"], known_text, rules, unread)
     vision = _section(config, settings["vision"], known_vision, rules, unread)
@@ -140,10 +144,9 @@ def _unread(
     section: Mapping[str, Any], known: Iterable[str], rules: Rules, place: str
 ) -> dict[str, Any]:
     """Settings that neither our configuration, nor the library, nor a rule knows."""
-    generic = set(PretrainedConfig().to_dict())
     out = {}
     for key, value in section.items():
-        if key in known or key in generic:
+        if key in known or key in GENERIC:
             continue
         if any(pattern.fullmatch(key) for pattern, _ in rules.ignored):
             continue

@@ -252,6 +252,37 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+# Some of what transformers 4.51.3 writes into a configuration, and into each section of it.
+OF_4_51 = {
+    **dict.fromkeys(("torchscript", "tf_legacy_loss", "is_decoder", "do_sample"), False),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("bad_words_ids", "sep_token_id", "task_specific_params", "prefix"), None),
+    **{"max_length": 20, "num_beams": 1, "temperature": 1.0, "pruned_heads": {}},
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("backbone", ["llama", "qwen2_5_vl"])
+def test_settings_may_stand_where_any_release_wrote_them(
+    backbone: str, nested: bool, tmp_path: Path
+) -> None:
+    model = foreign_model(backbone=backbone)
+    model_type = "CASA_Helium1_VL_2B" if backbone == "llama" else "CASA_Qwen2_5_VL_3B"
+    source = write_foreign(tmp_path / "source", model, renamed(), model_type)
+    config = json.loads((source / "config.json").read_text())
+    vision = {**config.pop("vision_config"), **OF_4_51, "tie_word_embeddings": True}
+    code = {key: config.pop(key) for key in ("auto_map", "architectures", "model_type")}
+    text = {**config, **OF_4_51}
+    rope = text.pop("rope_parameters")  # of transformers 5
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = None if backbone == "llama" else {**rope, "type": "default"}
+    where = {"text_config": {**text, "model_type": "llama"}} if nested else text
+    config = {**code, **where, "vision_config": vision, "image_token_id": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(convert_command(source, tmp_path / "out")) == 0
+    assert_same(model, tmp_path / "out")
+
+
 def test_a_tied_head_has_the_embeddings_values(tmp_path: Path, capsys: Capture) -> None:
     for name, factor, code in (("equal", 1, 0), ("other", 2, 2)):
 
@@ -287,6 +318,7 @@ def test_bad_commands(tmp_path: Path, capsys: Capture, monkeypatch: pytest.Monke
         ),
         ([str(source), "--out", out, "--template", "nothing"], "--template is 'nothing'"),
         ([str(source), "--out", out, "--trust-remote-code"], "without --verify"),
+        ([str(source), "--out", out, "--image-size", "20"], "--image-size is 20"),
         ([str(source)], "--out is missing"),
     ]
     for words, expected in cases:

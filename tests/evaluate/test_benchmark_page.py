@@ -58,6 +58,7 @@ def _result(*names: str, **changes: Any) -> dict[str, Any]:
                 "sub_scores": {"human": 30.5, "augmented": 52.0},
                 "questions": 2_345,
                 "unreadable": 3,
+                "published": 2_500,
                 "source": f"someone/{name}",
                 "split": "testdev",
                 "revision": "f00d" * 10,
@@ -110,7 +111,17 @@ def test_scores_stand_beside_published_ones_and_questions_below(tmp_path: Path) 
     html, page = _page(tmp_path, answers)
     text = " ".join(page.text.split())
     for shown in (
-        *("runs/mine/export", "31,000", "casa", "254,016 pixels", "ChartQA", "MME", "this export"),
+        *(
+            "scored of published",
+            "2,342/2,500",
+            "runs/mine/export",
+            "31,000",
+            "casa",
+            "254,016 pixels",
+            "ChartQA",
+            "MME",
+            "this export",
+        ),
         *("Other-2B, 2025", "someone/chartqa, testdev", "f00d" * 10, "5.11.0", "ab" * 32),
         *("3 questions: all of chartqa.jsonl. Here: 1 right, 1 partly right, 1 wrong.",),
         *("2 questions: all of mme.jsonl. Here: 1 right, 1 unreadable.", "partly right 0.60"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from casa_train.evaluate.benchmarks.table import TITLES, figure
+from casa_train.evaluate.benchmarks.table import COUNTED, TITLES, counted, figure
 from casa_train.io.numbers import MISSING
 from casa_train.modeling.image_processing_casa import CasaImageProcessor
 from casa_train.modeling.image_sources import ImageError
@@ -69,6 +69,7 @@ def write_page(
             {**row, "scores": [figure(name, row["scores"].get(name)) for name in benchmarks]}
             for row in result["table"]
         ],
+        counted=[COUNTED, *(counted(benchmarks[name]) for name in benchmarks)],
         sections=sections,
         total=sum(section["total"] for section in sections.values()),
         unreadable=sum(section["unreadable"] for section in sections.values()),

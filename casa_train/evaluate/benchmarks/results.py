@@ -12,6 +12,7 @@ from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.question import BENCHMARKS, BenchmarkQuestion
 from casa_train.evaluate.benchmarks.reading import Benchmark
 from casa_train.evaluate.benchmarks.scorers import letter_of
+from casa_train.evaluate.benchmarks.sources import SOURCES
 from casa_train.evaluate.benchmarks.table import rows_of
 from casa_train.io.files import write_atomic
 from casa_train.io.log import read_json_lines
@@ -69,6 +70,7 @@ def join(
         "sub_scores": total,
         "questions": len(records),
         "unreadable": len(records) - len(scores),
+        "published": SOURCES[benchmark.name].rows,
         "source": benchmark.place,
         "split": benchmark.split,
         "revision": benchmark.revision,

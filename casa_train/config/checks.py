@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.config.bounds import Place, leaves, values
-from casa_train.config.schema import RENAMED, Config, flatten
+from casa_train.config.schema import BENCHMARKS, RENAMED, Config, flatten
 from casa_train.errors import UserError
 
 
@@ -57,7 +57,8 @@ def check(config: Config) -> None:
             for found in values(config, leaf.path):
                 if expected := leaf.kind.refusal(found.name, found.value):
                     raise refused(found.name, found.value, expected)
-    for rule in (_data, _optimiser, _mechanism, _fp8, _exports, _wandb, _resume_allow):
+    rules = _data, _optimiser, _mechanism, _fp8, _benchmarks, _exports, _wandb, _resume_allow
+    for rule in rules:
         rule(config)
 
 
@@ -107,6 +108,19 @@ def _fp8(config: Config) -> None:
             raise refused("parallel.zero_stage", parallel.zero_stage, expected)
 
 
+def _benchmarks(config: Config) -> None:
+    evaluation = config.evaluation
+    for name in evaluation.benchmarks:
+        if name not in BENCHMARKS:
+            raise UserError(
+                f"evaluation.benchmarks.{name} is no benchmark; expected some of "
+                f"{', '.join(BENCHMARKS)}. Name one of them, or take it out."
+            )
+    if evaluation.benchmarks and not evaluation.every:
+        expected = "none where nothing is validated (evaluation.every=0)"
+        raise refused("evaluation.benchmarks", sorted(evaluation.benchmarks), expected)
+
+
 def _exports(config: Config) -> None:
     export, every = config.export, config.checkpoint.every
     if export.every % every:
@@ -114,7 +128,10 @@ def _exports(config: Config) -> None:
             "export.every", export.every, f"0 or a multiple of checkpoint.every = {every}"
         )
     if export.best and not (config.evaluation.every and config.data.validation):
-        expected = "false where nothing is validated (evaluation.every and data.validation)"
+        expected = (
+            "false where nothing is validated (evaluation.every and data.validation): the best "
+            "step has the lowest loss on held-out samples, and benchmarks alone have none"
+        )
         raise refused("export.best", export.best, expected)
 
 

@@ -23,6 +23,9 @@ from casa_train.errors import UserError
 VALUES = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL)
 SWEEPS = ("choice", "shuffle", "sort")  # functions whose arguments are values of the field
 HOME = re.compile(r"(?<![^=,:\[{( ])~[^,:\[\]{}() '\"]*")
+MERGED = "evaluation.benchmarks"
+"""Empty by default, and Hydra adds nothing to an empty dict unless a plus says so: whoever writes
+it out as {NAME: {...}} means it to be added."""
 SWEEP_DIRECTORIES = ("hydra.sweep.dir", "hydra.run.dir")
 
 
@@ -45,6 +48,9 @@ def _typed(override: str) -> str:
         override, name = f"{key}{equals}{value}", RENAMED[name]
     if not equals or key.startswith("-"):
         return override
+    if key == MERGED and value.lstrip().startswith("{"):
+        key = f"++{key}"
+        override = f"{key}={value}"
     if name in SWEEP_DIRECTORIES:
         try:
             return f"{key}={Place().resolve(name, value)}"

@@ -29,6 +29,8 @@ def places(config: Config) -> Iterator[tuple[str, Any, str]]:
             yield f"data.{section}.{name}.path", source, "path"
     for name, dataset in data.stream.datasets.items():
         yield f"data.stream.datasets.{name}.source", dataset, "source"
+    for name, benchmark in config.evaluation.benchmarks.items():
+        yield f"evaluation.benchmarks.{name}.source", benchmark, "source"
 
 
 def absolute(config: Config) -> Config:

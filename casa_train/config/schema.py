@@ -150,18 +150,49 @@ class CheckpointConfig:
     bounds on pixels, ratings, locality, lanes."""
 
 
+# As in evaluate/benchmarks, which the configuration may not import.
+BENCHMARKS = (
+    "chartqa",
+    "docvqa",
+    "infovqa",
+    "ocrbench",
+    "textvqa",
+    "realworldqa",
+    "ai2d",
+    "gqa",
+    "mme",
+)
+
+
+@dataclass
+class BenchmarkConfig:
+    """A part of a benchmark that validations ask."""
+
+    source: LocalPath | None = None
+    """Folder of local copies, such as DIR with DIR/ChartQA. null: from the hub."""
+    samples: PositiveInt = 200
+    """Questions, evenly over the benchmark and always the same; those of MME that count together
+    stay together. More than there are: all."""
+    protocol: Annotated[str, Choice("casa", "lmms-eval")] = "casa"
+    """How it is asked and scored: as the authors of CASA do, or as lmms-eval does."""
+
+
 @dataclass
 class EvaluationConfig:
     """Held-out samples: during training, and by `python -m casa_train.evaluate`."""
 
     every: NonNegativeInt = 0
-    """Steps between two validations during training, the last step is one, too; 0: none. They need
-    `data.validation`."""
+    """Steps between two validations during training, the last step is one, too; 0: none. They
+    measure `data.validation`, `benchmarks`, or both."""
     loss_samples: PositiveInt = 512
     """Held-out samples at most whose loss and exact match every validation computes: the same ones
     each time, in even shares of the sources. They cost about a third of training on as many."""
     questions: NonNegativeInt = 8
-    """Fixed questions that every validation answers, for the report; 0: none."""
+    """Fixed questions that every validation answers, for the report, and as many of each of
+    `benchmarks` whose answers are kept for it; 0: none."""
+    benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
+    """Benchmarks that every validation scores by name: chartqa, docvqa, infovqa, ocrbench, textvqa,
+    realworldqa, ai2d, gqa, mme. Answers are as long as `max_new_tokens` and the protocol allow."""
     batch_size: PositiveInt = 32
     """Questions that `evaluate` answers at once."""
     max_samples: PositiveInt = 1000

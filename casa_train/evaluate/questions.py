@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from casa_train.config.schema import Config
 from casa_train.data.budget import Budget
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import BadRow
+from casa_train.evaluate.decoding import Decoder
 from casa_train.evaluate.exact_match import Question, matches, question_of
 from casa_train.evaluate.held_out import Forward, HeldOut
 from casa_train.evaluate.shares import show_image_first, spread
-from casa_train.modeling.image_processing_casa import SIDE, ImageError
+from casa_train.modeling.image_processing_casa import ImageError
 from casa_train.modeling.processing_casa import CasaProcessor
 
 
@@ -28,14 +26,14 @@ class Asked:
     """A question, where it stands and how long it is.
 
     :param messages: the first turn of its sample, as the processor takes it.
+    :param size: text tokens with those of the answer, and image tokens.
     """
 
     question: Question
     messages: list[dict[str, Any]]
     split: str
     row: int
-    text_tokens: int
-    image_tokens: int
+    size: tuple[int, int]
 
 
 class Questions:
@@ -53,10 +51,7 @@ class Questions:
         processor: CasaProcessor,
         config: Config,
     ) -> None:
-        self.processor = processor
-        self.ends = {held_out.end, processor.tokenizer.eos_token_id}
-        self.max_new_tokens = config.evaluation.max_new_tokens
-        self.budget = Budget.of(config.data)
+        self.decoder = Decoder(processor, Budget.of(config.data), config.evaluation.max_new_tokens)
         self.skipped: Counter[str] = Counter()
         splits = held_out.splits
         candidates = {
@@ -80,11 +75,8 @@ class Questions:
         :param heartbeat: called after each batch.
         """
         answers: list[str] = []
-        for asked in self._batches():
-            batch = self._tokenize([a.messages for a in asked]).to(device)
-            for ids in greedy(forward, batch, self.max_new_tokens):
-                said = list(itertools.takewhile(lambda i: i not in self.ends, ids))
-                answers.append(self.processor.decode(said, skip_special_tokens=True).strip())
+        for batch in self._batches():
+            answers += self.decoder.answer(forward, [a.messages for a in batch], device)
             heartbeat()
         return [
             {
@@ -107,62 +99,16 @@ class Questions:
             if question is None:
                 return None
             messages = question.messages(question.images)
-            batch = self._tokenize([messages])
+            size = self.decoder.size(messages)
         except (BadRow, ImageError) as error:
             self.skipped[error.reason] += 1
             return None
-        text = batch["input_ids"].shape[1] + self.max_new_tokens
-        images = sum(p.shape[1] * p.shape[2] // SIDE**2 for p in batch["pixel_values"])
-        if not self.budget.holds(text, images):
+        if not self.decoder.budget.holds(*size):
             self.skipped["over_budget"] += 1
             return None
-        return Asked(question, messages, name, row, text, images)
+        return Asked(question, messages, name, row, size)
 
     def _batches(self) -> list[list[Asked]]:
         """The questions in order, together as far as the budgets allow."""
-        batches: list[list[Asked]] = []
-        text = images = 0
-        for asked in self.asked:
-            text, images = text + asked.text_tokens, images + asked.image_tokens
-            if not batches or not self.budget.holds(text, images):
-                batches.append([])
-                text, images = asked.text_tokens, asked.image_tokens
-            batches[-1].append(asked)
-        return batches
-
-    def _tokenize(self, conversations: Sequence[Any]) -> Any:
-        """A batch padded on the left, behind which something can be generated."""
-        tokenizer = self.processor.tokenizer
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        try:
-            return self.processor.tokenize_messages(conversations)
-        finally:
-            tokenizer.padding_side = side
-
-
-@torch.no_grad()
-def greedy(forward: Forward, batch: Mapping[str, Any], new_tokens: int) -> list[list[int]]:
-    """The most likely continuation of every row, past its end token if it has one.
-
-    It takes exactly `new_tokens` forward passes, whatever is said: parameters that are sharded are
-    gathered by all ranks together, and nothing tells one rank that another came to an end.
-
-    :param batch: of the processor, padded on the left.
-    """
-    inputs = {name: value for name, value in batch.items() if name != "attention_mask"}
-    mask: Tensor = batch["attention_mask"]
-    cache = DynamicCache()
-    new: list[Tensor] = []
-    for _ in range(new_tokens):
-        logits = forward(
-            **inputs,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        new.append(logits[:, -1:].argmax(-1))
-        mask = torch.cat([mask, torch.ones_like(new[-1])], 1)
-        inputs = {"input_ids": new[-1]}
-    ids: list[list[int]] = torch.cat(new, 1).tolist()
-    return ids
+        batches = self.decoder.batches([asked.size for asked in self.asked])
+        return [[self.asked[place] for place in batch] for batch in batches]

@@ -1,8 +1,10 @@
 """Validations of a run: when they are, what they record, and which was the best.
 
 A record of validation.jsonl holds `step`; `loss` and `exact_match` over all held-out answers and by
-source (see `held_out.score`); `questions`, the answers to the fixed questions; `best_step` and
-`best_loss` so far; `samples_digest`, which identifies what was measured; and `seconds`.
+source (see `held_out.score`); `questions`, the answers to the fixed questions; `benchmarks` by name
+(see `AskedBenchmark.measure`); `best_step` and `best_loss` so far; `samples_digest`, which
+identifies the held-out samples; and `seconds`. Where benchmarks alone are measured, there are no
+losses, no questions and no best: a benchmark's score never makes a step the best.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any, Protocol
 from casa_train.config.schema import Config
 from casa_train.distributed.random_state import rng_state, set_rng_state
 from casa_train.distributed.ranks import Ranks
-from casa_train.evaluate.held_out import HeldOut, score
+from casa_train.evaluate.held_out import score
+from casa_train.evaluate.measured import Measured
 from casa_train.evaluate.questions import Questions
 from casa_train.metrics.sinks.base import Record, Sink
 from casa_train.metrics.sinks.jsonl import JsonlSink, keep_steps, read_metrics
@@ -60,6 +63,7 @@ class Validator(Hook):
     Training goes on as if nothing had been: the random generators are put back, no gradient is
     touched, and no data of training is read.
 
+    :param measured: what is measured.
     :param path: of validation.jsonl, where the first rank keeps the records.
     :param sinks: take every record, and lines for the user.
     :param best: the best validation so far, for others to read.
@@ -72,7 +76,7 @@ class Validator(Hook):
         config: Config,
         ranks: Ranks,
         engine: EvaluatedEngine,
-        held_out: HeldOut,
+        measured: Measured,
         path: Path,
         sinks: Sink,
         best: Best,
@@ -80,7 +84,7 @@ class Validator(Hook):
         exports: Proceeds | None = None,
     ) -> None:
         self.config, self.ranks, self.engine = config, ranks, engine
-        self.held_out, self.path = held_out, path
+        self.measured, self.path = measured, path
         self.sinks, self.best = sinks, best
         self.heartbeat, self.exports = heartbeat, exports
         self._file: JsonlSink | None = None
@@ -90,21 +94,32 @@ class Validator(Hook):
 
         Records of steps that come again are dropped.
         """
-        self.questions = Questions(self.held_out, self.held_out.materializer.processor, self.config)
-        for text in describe(self.held_out, self.questions, self.config):
+        held_out = self.measured.held_out
+        self.questions = None
+        if held_out is not None:
+            self.questions = Questions(held_out, held_out.materializer.processor, self.config)
+        for text in describe(self.measured, self.questions, self.config):
             self.sinks.log(text)
         earlier: list[Record] = []
         if self.ranks.first:
             keep_steps(self.path, progress.step)
             earlier = read_metrics(self.path) if self.path.exists() else []
             self._file = JsonlSink(self.path, self.sinks.log)
-        known = [(r["step"], r["loss"]) for r in earlier if self._comparable(r)]
+        changed = sorted({name for record in earlier for name in self.measured.others(record)})
+        if changed:
+            self.sinks.log(
+                f"evaluation.benchmarks: {', '.join(changed)} was measured otherwise before (other "
+                "questions, pictures, protocol or limits): those scores do not compare with what "
+                "follows"
+            )
+        same = [record for record in earlier if self.measured.loss_compares(record)]
+        known = [(r["step"], r.get("loss"), self.measured.whole(r)) for r in same]
         known = self.ranks.gather(known)[0]
-        for step, loss in known:
+        for step, loss, _ in known:
             self.best.takes(step, loss)
         # An attempt that was asked to leave at a validation's step left it to the next one.
         done = progress.step
-        if done > 0 and self._due(done) and done not in [step for step, _ in known]:
+        if done > 0 and self._due(done) and done not in [step for step, _, whole in known if whole]:
             self._validate(done)
 
     def after_step(self, record: Record) -> bool:
@@ -124,19 +139,22 @@ class Validator(Hook):
     def _due(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.trainer.steps
 
-    def _comparable(self, record: Record) -> bool:
-        return bool(record["samples_digest"] == self.held_out.digest)
-
     def _validate(self, step: int) -> bool:
         """Whether the step is the best so far."""
         began = time.perf_counter()
         generators = rng_state()
         forward = self.engine.forward
+        held_out, scores, answers = self.measured.held_out, {}, []
         with self.engine.evaluating():
-            scores = score(self.held_out, forward, self.ranks, self._heartbeat)
-            answers = self.questions.answer(forward, self.ranks.device, self._heartbeat)
+            if held_out is not None and self.questions is not None:
+                scores = score(held_out, forward, self.ranks, self._heartbeat)
+                answers = self.questions.answer(forward, self.ranks.device, self._heartbeat)
+            benchmarks = {
+                benchmark.name: benchmark.measure(forward, self.ranks, self._heartbeat)
+                for benchmark in self.measured.benchmarks
+            }
         set_rng_state(generators)
-        best = self.best.takes(step, scores["loss"])
+        best = self.best.takes(step, scores.get("loss"))
         if self._file is not None:
             record = {
                 "step": step,
@@ -145,8 +163,9 @@ class Validator(Hook):
                 "best_step": self.best.step,
                 "best_loss": self.best.loss,
                 "seconds": time.perf_counter() - began,
-                "samples_digest": self.held_out.digest,
+                "samples_digest": None if held_out is None else held_out.digest,
                 "questions": answers,
+                **({"benchmarks": benchmarks} if benchmarks else {}),
             }
             self._file.write(record)
             self.sinks.validated(record)
@@ -156,8 +175,18 @@ class Validator(Hook):
 
 def line(record: Record) -> str:
     """A validation in one line."""
+    parts = _held_out_parts(record) if "loss" in record else []
+    for name, found in (record.get("benchmarks") or {}).items():
+        score = "not scored" if found["score"] is None else f"{found['score']:.1f}"
+        parts.append(f"{name} {score} of {found['questions']} questions")
+        if found["unreadable"]:
+            parts[-1] += f" ({found['unreadable']} pictures could not be read)"
+    return f"validation of step {record['step']}: {', '.join(parts)}; {record['seconds']:.1f} s"
+
+
+def _held_out_parts(record: Record) -> list[str]:
     loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-    parts = [f"validation of step {record['step']}: loss {loss}"]
+    parts = [f"loss {loss}"]
     if record["exact_match"] is not None:
         parts.append(f"exact match {record['exact_match']:.3f} of {record['answers']} answers")
     if record["bad_samples"]:
@@ -166,21 +195,25 @@ def line(record: Record) -> str:
         parts.append("the best so far")
     elif record["best_loss"] is not None:
         parts.append(f"best so far {record['best_loss']:.4f} at step {record['best_step']}")
-    return ", ".join(parts) + f"; {record['seconds']:.1f} s"
+    return parts
 
 
-def describe(held_out: HeldOut, questions: Questions, config: Config) -> list[str]:
+def describe(measured: Measured, questions: Questions | None, config: Config) -> list[str]:
     """What validations will measure, for the start of the run."""
-    samples = sum(len(pack.items) for pack in held_out.packs)
-    lines = [
-        f"validation every {config.evaluation.every} steps: {samples} held-out samples of "
-        f"{len(held_out.groups)} sources in {sum(bool(p.items) for p in held_out.packs)} packs, "
-        f"{len(questions.asked)} questions"
-    ]
-    if questions.skipped:
-        lines[-1] += f" (left out: {dict(questions.skipped)})"
-    lines += [
-        f"data.validation.{name} is trained, too: what it measures is not held out"
-        for name in held_out.trained
-    ]
-    return lines
+    lines = []
+    every, held_out = f"validation every {config.evaluation.every} steps", measured.held_out
+    if held_out is not None and questions is not None:
+        samples = sum(len(pack.items) for pack in held_out.packs)
+        lines.append(
+            f"{every}: {samples} held-out samples of {len(held_out.groups)} sources in "
+            f"{sum(bool(p.items) for p in held_out.packs)} packs, {len(questions.asked)} questions"
+        )
+        if questions.skipped:
+            lines[-1] += f" (left out: {dict(questions.skipped)})"
+        lines += [
+            f"data.validation.{name} is trained, too: what it measures is not held out"
+            for name in held_out.trained
+        ]
+    else:
+        lines.append(f"{every}: benchmarks alone, so no step is the best (data.validation)")
+    return [*lines, *(text for b in measured.benchmarks for text in b.describe())]

@@ -80,6 +80,9 @@ def banner(
     lines.append(f"{steps} steps: {fitted[0]} of warm-up, {fitted[1]} of decay at the end")
     if fitted != wanted:
         lines[-1] += f" (asked for {wanted[0]} and {wanted[1]}, more than there are steps)"
-    if config.evaluation.every and not config.data.validation:
-        lines.append("no validation: data.validation names no held-out split")
+    if config.evaluation.every and not (config.data.validation or config.evaluation.benchmarks):
+        lines.append(
+            "no validation: data.validation names no held-out split and evaluation.benchmarks no "
+            "benchmark"
+        )
     return [*lines, *notes]

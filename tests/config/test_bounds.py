@@ -16,7 +16,7 @@ from casa_train.config.bounds import Bound, Leaf, Sizes, leaves, values
 from casa_train.config.checks import check
 from casa_train.config.compose import compose_config
 from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
-from casa_train.config.schema import Config, GroupConfig, flatten
+from casa_train.config.schema import BenchmarkConfig, Config, GroupConfig, flatten
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.decoder import BACKBONES
@@ -36,6 +36,7 @@ ENTRIES = {
     "data.stream.datasets": {"a": StreamDatasetConfig("p", repeats={"s": 1})},
     "data.ratings": {"relevance": 3},
     "optim.groups": {"a": GroupConfig(["x"])},
+    "evaluation.benchmarks": {"mme": BenchmarkConfig()},
 }
 
 
@@ -46,7 +47,7 @@ def filled() -> Config:
         for found in values(config, tuple(name.split("."))):
             found.set(copy.deepcopy(entry))
     config.planned_ranks, config.metrics.peak_tflops = 1, 1.0
-    config.metrics.profile_steps = [5]
+    config.metrics.profile_steps, config.evaluation.every = [5], 1
     return config
 
 

@@ -42,6 +42,7 @@ PLACES = {
     "data.sources.*.path",
     "data.validation.*.path",
     "data.stream.datasets.*.source",
+    "evaluation.benchmarks.*.source",
 }
 
 

@@ -28,6 +28,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from data_recipes.__main__ import main as recipes
+from tests.helpers.benchmark_copies import write_benchmark
 from tests.helpers.commands import TEMPLATE, TINY, on_data, run
 from tests.helpers.tiny import randomise
 from tests.helpers.validation_steps import CASES
@@ -293,7 +294,9 @@ def test_values_that_make_no_sense_are_refused(data_dir: Path, override: str, me
 @pytest.mark.slow
 def test_validation_on_two_ranks_disturbs_nothing(data_dir: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    arguments = [str(data_dir), str(tmp_path)]
+    for name in ("chartqa", "mme"):
+        write_benchmark(tmp_path / "copies", name, 12)
+    arguments = [str(data_dir), str(tmp_path / "copies"), str(tmp_path / "runs")]
     done = run(
         [*torchrun, "--nproc_per_node=2", "-m", "tests.helpers.validation_steps", *arguments]
     )
@@ -318,3 +321,9 @@ def test_validation_on_two_ranks_disturbs_nothing(data_dir: Path, tmp_path: Path
                 assert one["exact_match"] == other["exact_match"]
         if "bf16" not in name:
             assert found["questions"] == result["answers"], name
+        assert any(batches % 2 for batches in result["batches"])  # a rank has one less
+        for benchmark, other in result["benchmarks"].items():
+            mine = found["benchmarks"][benchmark]
+            assert mine["seconds"] > 0 and len(mine["answers"]) >= 4
+            if "bf16" not in name:
+                assert {**mine, "seconds": 0} == {**other, "seconds": 0}, name

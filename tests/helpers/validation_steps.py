@@ -1,8 +1,8 @@
 """Training with and without validations on two ranks, in every ZeRO stage.
 
-`python -m tests.helpers.validation_steps DATA OUT`, under torchrun: each case trains the same tiny
-model on the same data twice, validating in one run only, and compares. One launch runs all cases,
-since starting DeepSpeed takes longer than any of them. Prints one JSON line a case.
+`python -m tests.helpers.validation_steps DATA COPIES OUT`, under torchrun: each case trains the
+same tiny model on the same data twice, validating in one run only, and compares. One launch runs
+all cases, since starting DeepSpeed takes longer than any of them. Prints one JSON line a case.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from casa_train.distributed.random_state import rng_state
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
+from casa_train.evaluate.benchmarks.while_training import open_benchmarks
 from casa_train.evaluate.held_out import open_held_out, score
+from casa_train.evaluate.measured import open_measured
 from casa_train.evaluate.questions import Questions
 from casa_train.io.precision import DTYPES
 from casa_train.metrics.sinks.jsonl import read_metrics
@@ -71,12 +73,13 @@ def train(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[
     start_model(config, model, checked.start, ranks)
     model.register_forward_hook(draw_everywhere)
     engine, loader = build_engine(config, model, ranks), data.loader(ranks.rank)
-    held_out = open_held_out(config, processor, ranks.world)
-    assert held_out is not None
+    measured = open_measured(config, processor, ranks)
+    assert measured is not None and measured.held_out is not None
+    held_out = measured.held_out
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = CheckpointManager(run_dir / "checkpoints", config.checkpoint, {}, ranks)
-    measured = held_out if validates else None
-    run = build_run(config, ranks, engine, loader, run_dir, checkpoints, held_out=measured)
+    whole = config, ranks, engine, loader, run_dir, checkpoints
+    run = build_run(*whole, measured=measured if validates else None)
     run.trainer.run()
     result: dict[str, Any] = {"generators": rng_state()}
     ranks.barrier()
@@ -97,19 +100,26 @@ def train(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[
         result["expected"] = score(alone, plain, Alone())
         questions = Questions(held_out, processor, config)
         result["answers"] = questions.answer(plain, ranks.device)
+        result["benchmarks"] = {
+            benchmark.name: benchmark.measure(plain, Alone(device=ranks.device))
+            for benchmark in open_benchmarks(config, processor, Alone())
+        }
+        result["batches"] = [len(benchmark.batches) for benchmark in measured.benchmarks]
         result["packs"] = [len(alone.packs), len(held_out.packs)]
     engine.close()
     return result
 
 
 def main() -> None:
-    data, out = Path(sys.argv[1]), Path(sys.argv[2])
+    data, copies, out = map(Path, sys.argv[1:4])
     torch.set_num_threads(1)
     # So that ZeRO-3 cuts and gathers tiny tensors, too.
     casa_train.engine.engine.PERSISTENT_BELOW = 0
     ranks = init_processes()
-    settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=4"]
+    settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=12"]
     settings += [f"trainer.steps={STEPS}", "trainer.log_every=2", "checkpoint.every=100"]
+    asked = f"chartqa: {{source: {copies}, samples: 5}}, mme: {{source: {copies}, samples: 4}}"
+    settings += [f"evaluation.benchmarks={{{asked}}}", "evaluation.questions=5"]
     settings += ["optim.warmup_steps=0", "optim.decay_steps=0", "metrics.tensorboard=false"]
     for name, more in CASES.items():
         config = compose_config(
@@ -133,6 +143,8 @@ def main() -> None:
                 "validated": read_metrics(out / name / "validation.jsonl"),
                 "expected": with_it["expected"],
                 "answers": with_it["answers"],
+                "benchmarks": with_it["benchmarks"],
+                "batches": with_it["batches"],
                 "packs": with_it["packs"],
             }
             print(json.dumps(line), flush=True)

@@ -203,7 +203,7 @@ def test_the_order_of_a_runs_own_hooks(tmp_path: Path) -> None:
         tmp_path,
         checkpoints,
         stop=SimpleNamespace(flags=lambda: (False, False)),
-        held_out=SimpleNamespace(),  # type: ignore[arg-type]
+        measured=SimpleNamespace(),  # type: ignore[arg-type]
         hooks=[last],
     )
     assert [type(hook) for hook in whole.trainer.hooks.hooks] == [

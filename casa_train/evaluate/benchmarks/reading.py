@@ -106,22 +106,23 @@ class Benchmark:
         )
 
 
-def read_benchmark(name: str, copies: Path | None = None) -> Benchmark:
+def read_benchmark(name: str, copies: Path | None = None, option: str = "--source") -> Benchmark:
     """Reads a benchmark.
 
     :param copies: a folder of local copies: DIR/lmms-lab/ChartQA, DIR/ChartQA, or DIR itself where
         it is the copy; None: from the hub.
+    :param option: where `copies` is named, for messages.
     :raises UserError: no such copy, no way to the hub, another data set, no usable question.
     """
     source = SOURCES[name]
-    place = source.repo if copies is None else str(_copy(copies, source))
-    rows = _load(name, place, source.config, source.split)
-    _check_columns(name, place, rows, source.columns)
+    place = source.repo if copies is None else str(_copy(copies, source, option))
+    rows = _load(name, place, source.config, source.split, option)
+    _check_columns(name, place, rows, source.columns, option)
     if source.pictures is None:
         pictures, number = rows, {}
     else:
-        pictures = _load(name, place, source.pictures, source.split)
-        _check_columns(name, place, pictures, ("id", "image"))
+        pictures = _load(name, place, source.pictures, source.split, option)
+        _check_columns(name, place, pictures, ("id", "image"), option)
         number = {str(key): i for i, key in enumerate(pictures["id"])}
     pictures = _undecoded(name, place, pictures.select_columns(["image"]))
     questions, numbers, places, unusable = [], [], [], {}
@@ -173,7 +174,7 @@ def remarks(benchmark: Benchmark) -> list[str]:
     return lines
 
 
-def _copy(copies: Path, source: Source) -> Path:
+def _copy(copies: Path, source: Source, option: str) -> Path:
     """The folder of a data set's copy.
 
     :raises UserError: none there.
@@ -189,13 +190,13 @@ def _copy(copies: Path, source: Source) -> Path:
         if path.is_dir():
             return path
     raise UserError(
-        f"--source {copies} holds no copy of {source.repo}: expected {copies / source.repo} or "
+        f"{option} {copies} holds no copy of {source.repo}: expected {copies / source.repo} or "
         f"{copies / short}. Download it there: hf download --repo-type dataset {source.repo} "
         f"--local-dir {copies / short}"
     )
 
 
-def _load(name: str, place: str, config: str | None, split: str) -> Any:
+def _load(name: str, place: str, config: str | None, split: str, option: str) -> Any:
     """A table of a data set.
 
     :raises UserError: it cannot be read.
@@ -221,8 +222,8 @@ def _load(name: str, place: str, config: str | None, split: str) -> Any:
             + (
                 "Expected a copy of the published data set with all its files; download it again."
                 if local
-                else "Where the hub cannot be reached, name a folder of local copies with --source "
-                f"DIR: hf download --repo-type dataset {place} --local-dir "
+                else "Where the hub cannot be reached, name a folder DIR of local copies with "
+                f"{option}: hf download --repo-type dataset {place} --local-dir "
                 f"DIR/{place.split('/')[1]}"
             )
         ) from error
@@ -261,13 +262,13 @@ def _check_whole(files: Sequence[Path]) -> None:
         )
 
 
-def _check_columns(name: str, place: str, table: Any, expected: Sequence[str]) -> None:
+def _check_columns(name: str, place: str, table: Any, expected: Sequence[str], option: str) -> None:
     missing = [column for column in expected if column not in table.column_names]
     if missing:
         raise UserError(
             f"{name}: {place} has the columns {', '.join(table.column_names)}; expected "
             f"{', '.join(expected)} ({', '.join(missing)} missing). It is another data set than "
-            f"{SOURCES[name].repo}, or another release of it; name the right copy with --source."
+            f"{SOURCES[name].repo}, or another release of it; name the right copy with {option}."
         )
 
 

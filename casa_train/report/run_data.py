@@ -20,6 +20,7 @@ class RunData:
     :param quarantine: samples that could not be used: source, key, reason, detail.
     :param validations: their records in order; the questions of the last one are shown.
     :param starts: as `read_starts` gives them.
+    :param backbone: the `model_type` of the text backbone.
     """
 
     name: str
@@ -31,3 +32,4 @@ class RunData:
     quarantine: list[dict[str, Any]]
     validations: list[Record] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    backbone: str = ""

@@ -14,6 +14,7 @@ from casa_train.report import series
 from casa_train.report.attempts import start_rows
 from casa_train.report.attention_plots import draw_image_attention
 from casa_train.report.bad_samples import bad_samples
+from casa_train.report.benchmarks import benchmarks
 from casa_train.report.curves import draw_plots
 from casa_train.report.facts import facts
 from casa_train.report.run_data import RunData
@@ -46,6 +47,7 @@ def write_report(run: RunData, path: Path) -> None:
         image_attention=draw_image_attention(run.evaluation),
         samples=sample_rows(run),
         validation=validations(run),
+        benchmarks=benchmarks(run),
         picture_side=pictures.SIDE,
         bad=bad_samples(run.quarantine),
         holes=int(run.metrics[-1].get("bad_samples") or len(run.quarantine)),

@@ -14,6 +14,7 @@ from casa_train.config.schema import Config
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import BadRow
 from casa_train.errors import UserError
+from casa_train.evaluate.benchmarks.reading import read_benchmark
 from casa_train.evaluate.exact_match import question_of, read_question
 from casa_train.io.log import read_json_lines
 from casa_train.metrics.sinks.base import Record
@@ -22,7 +23,7 @@ from casa_train.modeling.image_processing_casa import ImageError
 from casa_train.report.run_data import RunData
 from casa_train.report.run_page import write_report
 from casa_train.report.samples import choose_answers
-from casa_train.run.configuration import load_run_config
+from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -58,14 +59,27 @@ def report(run: Path) -> tuple[Path, dict[str, Any] | None]:
         config_yaml=(run / CONFIG_FILE).read_text(),
         environment=_json(environment) if environment.is_file() else {},
         evaluation=evaluation,
-        pictures={**_pictures(config, evaluation), **_asked(config, validations)},
+        pictures={
+            **_pictures(config, evaluation),
+            **_asked(config, validations),
+            **_of_benchmarks(config, validations),
+        },
         quarantine=_quarantine(run),
         validations=validations,
         starts=read_starts(run / STARTS_FILE),
+        backbone=_backbone(run),
     )
     path = run / REPORT_FILE
     write_report(data, path)
     return path, evaluation
+
+
+def _backbone(run: Path) -> str:
+    """The type of its text model; empty where the run does not say."""
+    with contextlib.suppress(UserError, AttributeError):
+        text: Any = load_model_config(run).text_config
+        return str(text.model_type)
+    return ""
 
 
 def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, list[bytes]]:
@@ -96,6 +110,27 @@ def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[byte
             question = question_of(f"{name}/{sample.key}", sample)
             if question is not None and question.id == asked["id"]:  # the data may be another now
                 pictures[question.id] = list(question.images)
+    return pictures
+
+
+def _of_benchmarks(config: Config, validations: Sequence[Record]) -> dict[str, list[bytes]]:
+    """The images of the last validation's questions of benchmarks, by id; none where the data has
+    gone, or is another now.
+    """
+    pictures: dict[str, list[bytes]] = {}
+    found = (validations[-1].get("benchmarks") or {}) if validations else {}
+    for name, measured in found.items():
+        asked = config.evaluation.benchmarks.get(name)
+        if asked is None or not measured["answers"]:
+            continue
+        with contextlib.suppress(UserError):
+            whole = read_benchmark(name, None if asked.source is None else Path(asked.source))
+            places = {row: index for index, row in enumerate(whole.rows)}
+            for answer in measured["answers"]:
+                index = places.get(answer["index"])
+                if index is not None and whole.questions[index].text == answer["question"]:
+                    with contextlib.suppress(ImageError):
+                        pictures[answer["id"]] = [whole.picture(index)]
     return pictures
 
 

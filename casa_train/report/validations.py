@@ -40,12 +40,13 @@ class Validations:
 
 
 def validations(run: RunData) -> Validations | None:
-    """The section's content; None where nothing was validated."""
-    if not run.validations:
+    """The section's content; None where no held-out sample was measured."""
+    records = [record for record in run.validations if "loss" in record]
+    if not records:
         return None
-    last = run.validations[-1]
+    last = records[-1]
     best = last["best_step"] or None
-    shown = _shown(run.validations, best)
+    shown = choose_records(records, best)
     rows = [
         {
             **question,
@@ -55,9 +56,9 @@ def validations(run: RunData) -> Validations | None:
         for question in last["questions"]
     ]
     return Validations(
-        draw_validations(run.validations, run.metrics),
+        draw_validations(records, run.metrics),
         [record["step"] for record in shown],
-        len(run.validations),
+        len(records),
         best,
         rows,
     )
@@ -119,7 +120,7 @@ def _most_answers(sources: dict[str, Any]) -> list[str]:
     return sorted(sorted(sources, key=lambda name: -sources[name]["answers"])[:CURVES])
 
 
-def _shown(records: Sequence[Record], best: int | None) -> list[Record]:
+def choose_records(records: Sequence[Record], best: int | None) -> list[Record]:
     """A few validations, evenly over the run, the first, the last and the best among them."""
     last = len(records) - 1
     places = np.linspace(0, last, min(COLUMNS, len(records))).round().astype(int).tolist()

@@ -13,8 +13,8 @@ from casa_train.config.schema import Config
 from casa_train.data.budget import Budget
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import BadRow
-from casa_train.evaluate.decoding import Decoder
 from casa_train.evaluate.exact_match import Question, matches, question_of
+from casa_train.evaluate.greedy_answers import Decoder
 from casa_train.evaluate.held_out import Forward, HeldOut
 from casa_train.evaluate.shares import show_image_first, spread
 from casa_train.modeling.image_processing_casa import ImageError

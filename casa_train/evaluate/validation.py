@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from casa_train.config.schema import Config
 from casa_train.distributed.random_state import rng_state, set_rng_state
 from casa_train.distributed.ranks import Ranks
+from casa_train.evaluate.benchmarks.table import figure
 from casa_train.evaluate.held_out import score
 from casa_train.evaluate.measured import Measured
 from casa_train.evaluate.questions import Questions
@@ -177,7 +178,7 @@ def line(record: Record) -> str:
     """A validation in one line."""
     parts = _held_out_parts(record) if "loss" in record else []
     for name, found in (record.get("benchmarks") or {}).items():
-        score = "not scored" if found["score"] is None else f"{found['score']:.1f}"
+        score = "not scored" if found["score"] is None else figure(name, found["score"])
         parts.append(f"{name} {score} of {found['questions']} questions")
         if found["unreadable"]:
             parts[-1] += f" ({found['unreadable']} pictures could not be read)"

@@ -13,6 +13,7 @@ import numpy as np
 
 from casa_train.evaluate.benchmarks.published import PublishedRow, rows_beside
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
+from casa_train.evaluate.benchmarks.table import TITLES, figure
 from casa_train.metrics.sinks.base import Record
 from casa_train.report import drawing
 from casa_train.report.drawing import BLUE, GREY, Plot
@@ -30,7 +31,7 @@ class Benchmarks:
     """What the page shows of them.
 
     :param plots: a curve each, of the validations that asked what the last one asked.
-    :param names: of the benchmarks; :param table: (a model, its figures in their order or None).
+    :param names: of the benchmarks; :param table: (a model, its figures in their order).
     :param notes: of each benchmark, what its figures are over.
     :param steps: of the validations whose answers are shown; :param count: how many there were.
     :param rows: one a question: its pictures, and for each of `steps` an answer or None.
@@ -38,7 +39,7 @@ class Benchmarks:
 
     plots: list[Plot]
     names: list[str]
-    table: list[tuple[str, list[float | None]]]
+    table: list[tuple[str, list[str]]]
     notes: list[str]
     steps: list[int]
     count: int
@@ -53,13 +54,13 @@ def benchmarks(run: RunData) -> Benchmarks | None:
     last = records[-1]["benchmarks"]
     names = [name for name in BENCHMARKS if name in last]
     beside = rows_beside(run.backbone)
-    table = [(row.name, [row.figures.get(name) for name in names]) for row in beside]
+    table = [(row.name, [figure(name, row.figures.get(name)) for name in names]) for row in beside]
     own = f"{THIS}, step {records[-1]['step']:,}"
     shown = choose_records(records, None)
     return Benchmarks(
         draw_benchmarks(records, run.metrics, beside),
-        names,
-        [*table, (own, [last[name]["score"] for name in names])],
+        [TITLES[name] for name in names],
+        [*table, (own, [figure(name, last[name]["score"]) for name in names])],
         [_note(name, last[name]) for name in names],
         [record["step"] for record in shown],
         len(records),
@@ -96,7 +97,7 @@ def draw_benchmarks(
                 == last[name]["digest"]
             ]
             scores = column(score for _, score in same)
-            figure, (axes,) = drawing.figure(span)
+            drawn, (axes,) = drawing.figure(span)
             levels = [(row.name, row.figures[name]) for row in beside if name in row.figures]
             for model, level in levels:
                 style: Any = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
@@ -107,7 +108,7 @@ def draw_benchmarks(
             finite = [*scores[np.isfinite(scores)], *(level for _, level in levels)]
             axes.set_ylim(0, 1.08 * max([1.0, *finite]))
             drawing.legend(axes)
-            plots.append(drawing.plot(name, _unit(name), figure, [scores]))
+            plots.append(drawing.plot(TITLES[name], _unit(name), drawn, [scores]))
     return [plot for plot in plots if plot is not None]
 
 
@@ -116,7 +117,7 @@ def _unit(name: str) -> str:
 
 
 def _note(name: str, found: Record) -> str:
-    said = f"{name}: {found['questions']:,} questions, protocol {found['protocol']}"
+    said = f"{TITLES[name]}: {found['questions']:,} questions, protocol {found['protocol']}"
     said += f", at most {found['max_new_tokens']} new tokens, revision {found['revision']}"
     for key, words in (("unreadable", "pictures unreadable"), ("over_budget", "over a pack")):
         said += f", {found[key]} {words}" if found[key] else ""

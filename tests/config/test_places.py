@@ -64,8 +64,8 @@ def test_the_places_of_the_configuration_are_known() -> None:
 @pytest.mark.parametrize("name", sorted(PLACES))
 def test_home_is_expanded_in_fields(home: Path, name: str) -> None:
     quote = "" if "path" in name else "'"  # no shell expands behind a dotted name, or in quotes
-    name = name.replace("*", "d")
-    more = STREAM if "stream" in name else []
+    name = name.replace("benchmarks.*", "benchmarks.mme").replace("*", "d")
+    more = STREAM if "stream" in name else ["evaluation.every=1"] if "benchmarks" in name else []
     config = compose_config([*more, f"++{name}={quote}~/a/b{quote}"])
     assert value_of(config, name) == str(home / "a/b")
 
@@ -106,8 +106,8 @@ URLS = itertools.cycle(["s3://bucket/x", "gs://b", "file:///x", "hf://datasets/a
 
 @pytest.mark.parametrize(("name", "url"), [(name, next(URLS)) for name in sorted(PLACES)])
 def test_a_url_is_refused_in_fields(name: str, url: str) -> None:
-    name = name.replace("*", "d")
-    more = STREAM if "stream" in name else []
+    name = name.replace("benchmarks.*", "benchmarks.mme").replace("*", "d")
+    more = STREAM if "stream" in name else ["evaluation.every=1"] if "benchmarks" in name else []
     with pytest.raises(UserError, match=f"{name} is '{url}', a URL; expected a (path|directory)"):
         compose_config([*more, f"++{name}={url}"])
 

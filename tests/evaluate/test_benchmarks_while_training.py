@@ -22,9 +22,10 @@ from casa_train.config.schema import Config
 from casa_train.data.processor import build_processor
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
-from casa_train.evaluate.benchmarks.command import Request, run_benchmarks
+from casa_train.evaluate.benchmarks.command import run_benchmarks
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
+from casa_train.evaluate.benchmarks.request import Request
 from casa_train.evaluate.benchmarks.while_training import AskedBenchmark, open_benchmarks
 from casa_train.evaluate.measured import Measured, open_measured
 from casa_train.evaluate.validation import Best, Validator, line

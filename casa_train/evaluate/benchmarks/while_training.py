@@ -26,7 +26,7 @@ from casa_train.evaluate.benchmarks.protocols import PROTOCOLS
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.reading import Benchmark, read_benchmark, remarks
 from casa_train.evaluate.benchmarks.results import join
-from casa_train.evaluate.decoding import Decoder
+from casa_train.evaluate.greedy_answers import Decoder
 from casa_train.evaluate.held_out import Forward
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.image_sources import ImageError

@@ -279,13 +279,14 @@ def test_a_source_that_cannot_be_used_ends_the_start_by_name(
     data_dir: Path, copies: Path, tmp_path: Path
 ) -> None:
     field = r"evaluation\.benchmarks\.docvqa"
-    with pytest.raises(UserError, match=rf"^{field}.source: .* holds no copy of lmms-lab/DocVQA"):
+    with pytest.raises(UserError, match=rf"^{field}: source=/.* holds no copy of lmms-lab/DocVQA"):
         asked_of(data_dir, f"docvqa: {{source: {copies}}}")
     rows = [{k: v for k, v in row.items() if k != "answer"} for row in rows_of("chartqa")]
     write_benchmark(tmp_path, "chartqa", rows=rows)
     with pytest.raises(UserError) as refused:
         asked_of(data_dir, f"chartqa: {{source: {tmp_path}}}")
-    assert str(refused.value).endswith("the right copy with evaluation.benchmarks.chartqa.source.")
+    assert str(refused.value).startswith("evaluation.benchmarks.chartqa: chartqa: ")
+    assert str(refused.value).endswith("name the right copy with source=DIR.")
     with pytest.raises(UserError, match=r"^evaluation\.benchmarks\.chartqa: nothing can be scored"):
         asked_of(data_dir, f"chartqa: {{source: {copies}}}", "data.text_tokens=30")
 

@@ -44,6 +44,7 @@ SMALL: list[tuple[str, list[str]]] = [
     ("casa_train .*dry_run=true", []),
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),
+    ("casa_train .*evaluation.benchmarks=", [*VALIDATED, "data.text_tokens=320"]),
     ("casa_train ", RUN),
     ("casa_train.evaluate .*--benchmarks", ["--samples", "2"]),
     ("casa_train.evaluate ", ["evaluation.max_samples=6"]),

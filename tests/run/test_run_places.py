@@ -210,7 +210,7 @@ def config_of(folder: Path, run_dir: str, prefix: str = "") -> Config:
     config.data.sources = {"a": SourceConfig(f"{prefix}data/a")}
     config.data.validation = {"b": SourceConfig(f"{prefix}data/b")}
     config.data.stream.datasets = {"s": StreamDatasetConfig(f"{prefix}data/s")}
-    config.evaluation.benchmarks = {"m": BenchmarkConfig(f"{prefix}data/m")}
+    config.evaluation.benchmarks = {"mme": BenchmarkConfig(f"{prefix}data/m")}
     for name in ("tokenizer", "a", "b", "s", "m"):
         (folder / "data" / name).mkdir(parents=True, exist_ok=True)
     return config
@@ -222,7 +222,9 @@ def values(config: Config) -> dict[str, Any]:
 
 def test_the_places_are_those_that_the_fields_declare(tmp_path: Path) -> None:
     declared = {leaf.name for leaf in leaves(Config) if isinstance(leaf.kind, Place)}
-    found = {re.sub(r"\.[absm]\.", ".*.", name) for name in values(config_of(tmp_path, "runs/x"))}
+    found = {
+        re.sub(r"\.([abs]|mme)\.", ".*.", name) for name in values(config_of(tmp_path, "runs/x"))
+    }
     assert found == declared - {"run_dir"}
 
 
@@ -240,7 +242,7 @@ def test_places_are_found_where_they_are(tmp_path: Path, monkeypatch: pytest.Mon
         "data.sources.a.path": f"{here}/data/a",
         "data.validation.b.path": f"{here}/data/b",
         "data.stream.datasets.s.source": f"{here}/data/s",
-        "evaluation.benchmarks.m.source": f"{here}/data/m",
+        "evaluation.benchmarks.mme.source": f"{here}/data/m",
     }
     assert values(stored) == found
     assert given.model.tokenizer == "data/tokenizer"  # a copy was changed

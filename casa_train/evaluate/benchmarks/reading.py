@@ -106,12 +106,12 @@ class Benchmark:
         )
 
 
-def read_benchmark(name: str, copies: Path | None = None, option: str = "--source") -> Benchmark:
+def read_benchmark(name: str, copies: Path | None = None, option: str = "--source ") -> Benchmark:
     """Reads a benchmark.
 
     :param copies: a folder of local copies: DIR/lmms-lab/ChartQA, DIR/ChartQA, or DIR itself where
         it is the copy; None: from the hub.
-    :param option: where `copies` is named, for messages.
+    :param option: what stands before `copies` where it is named, for messages.
     :raises UserError: no such copy, no way to the hub, another data set, no usable question.
     """
     source = SOURCES[name]
@@ -190,7 +190,7 @@ def _copy(copies: Path, source: Source, option: str) -> Path:
         if path.is_dir():
             return path
     raise UserError(
-        f"{option} {copies} holds no copy of {source.repo}: expected {copies / source.repo} or "
+        f"{option}{copies} holds no copy of {source.repo}: expected {copies / source.repo} or "
         f"{copies / short}. Download it there: hf download --repo-type dataset {source.repo} "
         f"--local-dir {copies / short}"
     )
@@ -222,8 +222,8 @@ def _load(name: str, place: str, config: str | None, split: str, option: str) ->
             + (
                 "Expected a copy of the published data set with all its files; download it again."
                 if local
-                else "Where the hub cannot be reached, name a folder DIR of local copies with "
-                f"{option}: hf download --repo-type dataset {place} --local-dir "
+                else "Where the hub cannot be reached, name a folder of local copies with "
+                f"{option}DIR: hf download --repo-type dataset {place} --local-dir "
                 f"DIR/{place.split('/')[1]}"
             )
         ) from error
@@ -268,7 +268,7 @@ def _check_columns(name: str, place: str, table: Any, expected: Sequence[str], o
         raise UserError(
             f"{name}: {place} has the columns {', '.join(table.column_names)}; expected "
             f"{', '.join(expected)} ({', '.join(missing)} missing). It is another data set than "
-            f"{SOURCES[name].repo}, or another release of it; name the right copy with {option}."
+            f"{SOURCES[name].repo}, or another release of it; name the right copy with {option}DIR."
         )
 
 

@@ -217,8 +217,8 @@ def _open(name: str, config: Config, processor: CasaProcessor, ranks: Ranks) -> 
 
     def read() -> Benchmark:
         copies = None if asked.source is None else Path(asked.source)
-        with named(f"{field}.source"):
-            return read_benchmark(name, copies, f"{field}.source")
+        with named(field):
+            return read_benchmark(name, copies, "source=")
 
     def prepare() -> AskedBenchmark:
         whole = first or read()

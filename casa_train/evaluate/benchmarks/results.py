@@ -16,6 +16,7 @@ from casa_train.evaluate.benchmarks.sources import SOURCES
 from casa_train.evaluate.benchmarks.table import rows_of
 from casa_train.io.files import write_atomic
 from casa_train.io.log import read_json_lines
+from casa_train.modeling.image_sources import ImageError
 
 RESULTS = "benchmarks.json"
 PAGE = "benchmarks.html"
@@ -36,8 +37,9 @@ def join(
     A question whose picture could not be read has an `error` in its record and does not count.
 
     :param kept: by the question's row: `answer` or `error`.
-    :raises UserError: nothing was answered.
+    :raises UserError: nothing was answered, or answers are not there.
     """
+    _check_all(benchmark, kept)
     records, scored, scores = [], [], []
     for index, (question, row) in enumerate(zip(benchmark.questions, benchmark.rows, strict=True)):
         record: dict[str, Any] = {
@@ -75,6 +77,22 @@ def join(
         "split": benchmark.split,
         "revision": benchmark.revision,
     }
+
+
+def _check_all(benchmark: Benchmark, kept: Mapping[int, Mapping[str, Any]]) -> None:
+    """A question that was asked must not look like one whose picture cannot be read.
+
+    :raises UserError: answers of other ranks are elsewhere.
+    """
+    readable = [not isinstance(size, ImageError) for size in benchmark.sizes]
+    lost = sum(r and row not in kept for r, row in zip(readable, benchmark.rows, strict=True))
+    if lost:
+        raise UserError(
+            f"{benchmark.name}: every rank has answered, but the first one finds no answer to "
+            f"{lost:,} of {len(benchmark.rows):,} questions. Expected --out to be one folder that "
+            "the ranks of all machines share and that nothing is removed from: name such a one, "
+            "put into its folder kept what the other machines kept, and run the command again."
+        )
 
 
 def until(answer: str, stops: Sequence[str]) -> str:

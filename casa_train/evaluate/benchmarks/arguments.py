@@ -86,7 +86,8 @@ def check_alone(arguments: argparse.Namespace) -> None:
 def request_of(arguments: argparse.Namespace) -> Request:
     """What is asked for.
 
-    :raises UserError: no export, unknown benchmarks, a folder that is not there.
+    :raises UserError: no export, unknown benchmarks, a folder that is not there, answers that
+        would be files of the export.
     """
     names = names_of(arguments.benchmarks)
     export = export_of(arguments.run)
@@ -97,12 +98,19 @@ def request_of(arguments: argparse.Namespace) -> Request:
             f"--source {source}: there is no such folder; expected one with copies of the data "
             "sets, such as DIR/ChartQA."
         )
+    beside = default_out(export, protocol)
+    out: Path = arguments.out or beside
+    if out.resolve() == export.resolve():
+        raise UserError(
+            f"--out {out} is the export itself, which would be another one with every file that is "
+            f"put there; expected a folder of its own. Leave --out away for {beside}."
+        )
     return Request(
         export,
         names,
         protocol,
         source,
-        arguments.out or default_out(export, protocol),
+        out,
         arguments.samples,
         arguments.batch_size or BATCH_SIZE,
         arguments.image_size,

@@ -51,4 +51,6 @@ def export_of(place: Path) -> Path:
 def default_out(export: Path, protocol: str) -> Path:
     """Beside the export, a folder for each protocol: figures of two do not compare."""
     ending = "" if protocol == "casa" else f"_{protocol}"
-    return export.with_name(f"{export.resolve().name}_benchmarks{ending}")
+    # `.` and `..` name no place beside them.
+    place = export if export.name not in ("", "..") else export.resolve()
+    return place.with_name(f"{export.resolve().name}_benchmarks{ending}")

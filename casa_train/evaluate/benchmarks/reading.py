@@ -25,6 +25,8 @@ from casa_train.io.caches import unwritable_cache
 from casa_train.modeling.image_processing_casa import read_header
 from casa_train.modeling.image_sources import ImageError
 
+SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes, of several splits and of one."""
 SHOWN = 3
 """Unusable rows that a message names; the others are counted."""
 
@@ -182,7 +184,7 @@ def _copy(copies: Path, source: Source, option: str) -> Path:
     short = source.repo.split("/")[1]
     # First, since a copy of DocVQA has a folder of that name itself.
     itself = (copies, copies / "data", copies / (source.config or "data"))
-    if any([*p.glob("*.parquet"), *p.glob("dataset_dict.json")] for p in itself):
+    if any([*p.glob("*.parquet"), *(p / m for m in SAVED if (p / m).is_file())] for p in itself):
         return copies
     folders = [p for p in copies.iterdir() if p.is_dir()] if copies.is_dir() else []
     named = [p for p in folders if p.name.lower() == short.lower()]
@@ -239,8 +241,12 @@ def _load_copy(folder: Path, config: str | None, split: str) -> Any:
 
     places = [folder / name for name in (config, "data", ".") if name]
     for place in places:
-        if (place / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(place))[split]
+        if any((place / mark).is_file() for mark in SAVED):
+            saved = datasets.load_from_disk(str(place))
+            splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+            if split not in splits:
+                raise FileNotFoundError(f"{place} holds the split {', '.join(splits)} alone")
+            return splits[split]
     for place in places:
         if files := sorted(place.glob(f"{split}-*.parquet")):
             _check_whole(files)

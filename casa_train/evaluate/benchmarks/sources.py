@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from casa_train.evaluate.benchmarks.question import BenchmarkQuestion
@@ -104,6 +105,8 @@ def _realworldqa(row: Row, index: int) -> BenchmarkQuestion:
 
 def _ai2d(row: Row, index: int) -> BenchmarkQuestion:
     options = _answers(row, "options")
+    if len(options) > len(ascii_uppercase):
+        raise BadQuestion(f"there are {len(options)} options; expected one a letter, A to Z")
     right = str(row["answer"])
     if not (right.isdecimal() and int(right) < len(options)):
         raise BadQuestion(

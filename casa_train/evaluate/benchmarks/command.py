@@ -17,7 +17,7 @@ import casa_train
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.answering import Asker, batches_of
-from casa_train.evaluate.benchmarks.kept import KeptAnswers, weights_digests
+from casa_train.evaluate.benchmarks.kept import KeptAnswers, check_folder, weights_digests
 from casa_train.evaluate.benchmarks.page import write_page
 from casa_train.evaluate.benchmarks.picture_source import PictureSource
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS, Task
@@ -27,6 +27,7 @@ from casa_train.evaluate.benchmarks.results import (
     OF_ONE_MODEL,
     PAGE,
     RESULTS,
+    alone,
     join,
     lines_file,
     read_lines,
@@ -36,6 +37,7 @@ from casa_train.evaluate.benchmarks.results import (
 )
 from casa_train.export.loading import load_model, load_processor
 from casa_train.export.writer import exported_step
+from casa_train.io.log import warn
 from casa_train.io.precision import DTYPES
 
 
@@ -46,6 +48,7 @@ def run_benchmarks(request: Request, ranks: Ranks) -> dict[str, Any]:
         for the same export under the same protocol; on others nothing.
     :raises UserError: a benchmark or an export that cannot be used, or a disk that takes no more.
     """
+    ranks.agree(lambda: check_folder(request.out))
     session = Session(request, ranks)
     ranks.log(*session.dropped())
     benchmarks = [session.read(name) for name in request.names]  # all are there, or none is asked
@@ -157,7 +160,18 @@ class Session:
             unit=" questions",
             disable=None if ranks.first else True,  # None: where there is no terminal
         ) as bar:
-            ranks.agree(lambda: asker.answer(benchmark, task, own, kept, bar.update))
+            ranks.agree(lambda: self._answer(asker, benchmark, task, own, kept, bar.update))
+
+    def _answer(self, asker: Asker, *asked: Any) -> None:
+        """A rank that fails says so at once: `agree` waits until the others have done their share,
+        which stays kept.
+        """
+        try:
+            asker.answer(*asked)
+        except UserError as error:
+            if self.ranks.world > 1:
+                warn(f"rank {self.ranks.rank}: {error} The others finish their share first.")
+            raise
 
     def _finish(
         self, benchmark: Benchmark, task: Task, kept: KeptAnswers, seconds: float
@@ -172,8 +186,9 @@ class Session:
                 "transformers": transformers.__version__,
             },
         }
-        write_lines(self.request.out, benchmark.name, records)
-        result = write_results(self.request.out, self.head, benchmark.name, entry)
+        with alone(self.request.out):
+            write_lines(self.request.out, benchmark.name, records)
+            result = write_results(self.request.out, self.head, benchmark.name, entry)
         said = f"{benchmark.name}: {entry['score']:.1f} over {len(records)} questions"
         if entry["unreadable"]:
             said += f", {entry['unreadable']} of which have no picture that can be read"

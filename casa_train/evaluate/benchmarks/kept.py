@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,29 @@ from casa_train.io.files import sha256
 from casa_train.io.log import append, read_json_lines
 
 KEPT = "kept"
-_OF_MODEL = ("*.safetensors", "*.json", "*.py", "*.jinja")
+_OF_MODEL = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt")
 
 
 def weights_digests(export: Path) -> dict[str, str]:
     """Digests of what decides how an export answers: weights, configuration, tokenizer, code."""
     files = sorted({file for pattern in _OF_MODEL for file in export.glob(pattern)})
     return {file.name: sha256(file) for file in files}
+
+
+def check_folder(folder: Path) -> None:
+    """Before a model is loaded.
+
+    :raises UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out {folder}: nothing can be written there: {error.strerror}. Expected a folder of "
+            "this user's with room; name another one."
+        ) from error
 
 
 class KeptAnswers:
@@ -47,7 +64,8 @@ class KeptAnswers:
         for file in sorted(self.folder.glob("rank*.jsonl")):
             try:
                 for record in read_json_lines(file):
-                    records[int(record["index"])] = record
+                    if isinstance(record.get("index"), int) and record.keys() & {"answer", "error"}:
+                        records[record["index"]] = record
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror}") from error
         return records

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
+from casa_train.evaluate.benchmarks.kept import KEPT
 from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.question import BENCHMARKS, BenchmarkQuestion
 from casa_train.evaluate.benchmarks.reading import Benchmark
@@ -109,6 +112,25 @@ def _references(question: BenchmarkQuestion) -> list[str]:
     return [f"{letter_of(right)}. {question.options[right]}"]
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Lets one command at a time write results: two that ask different benchmarks at once may share
+    a folder. Where the file system has no locks, nothing is waited for.
+
+    :raises UserError: the folder cannot be written.
+    """
+    path = out / KEPT / "results.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise _unwritable(path, out, error) from error
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_lines(out: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
     """:raises UserError: the disk takes no more."""
     text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
@@ -135,28 +157,40 @@ def write_results(
 ) -> dict[str, Any]:
     """Adds a benchmark to `benchmarks.json`, or replaces it; returns the whole.
 
-    What other weights or another protocol answered is left out, and said by the caller: figures
-    that stand together must be of one model.
+    What other weights or another protocol answered is left out with its lines, and said by the
+    caller: figures that stand together must be of one model.
 
     :param head: what all of the file is of; :param entry: the benchmark's scores and counts.
     """
     result = read_results(out)
     same = all(result.get(key) == head[key] for key in OF_ONE_MODEL)
-    before: dict[str, Any] = result.get("benchmarks", {}) if same else {}
+    replaced: dict[str, Any] = result.get("benchmarks", {})
+    before = replaced if same else {}
     both = {**before, name: dict(entry)}
     result = {**head, "benchmarks": {name: both[name] for name in BENCHMARKS if name in both}}
     result["table"] = rows_of(result)
     _write(out / RESULTS, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    for other in () if same else BENCHMARKS:
+        if other in replaced and other != name:
+            lines = out / lines_file(other)
+            with contextlib.suppress(OSError):
+                lines.unlink(missing_ok=True)
     return result
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """`benchmarks.json`; empty where there is none."""
+    """`benchmarks.json`; empty where there is none, or none of this command's."""
     try:
         found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    entries = found.get("benchmarks") if isinstance(found, dict) else None
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) and "score" in entry for entry in entries.values()
+    ):
+        return {}
+    whole: dict[str, Any] = found
+    return whole
 
 
 def _write(path: Path, text: str) -> None:
@@ -164,7 +198,11 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}. The answers are kept in {path.parent}: "
-            "make room and run the same command again."
-        ) from error
+        raise _unwritable(path, path.parent, error) from error
+
+
+def _unwritable(path: Path, out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written: {error.strerror}. The answers are kept in {out}: make room and "
+        "run the same command again."
+    )

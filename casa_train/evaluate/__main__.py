@@ -24,6 +24,7 @@ from casa_train.evaluate.benchmarks.command import run_benchmarks
 from casa_train.evaluate.benchmarks.results import PAGE
 from casa_train.evaluate.benchmarks.table import benchmarks_table
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
+from casa_train.io.log import drop_unwritten, log
 from casa_train.io.quiet import quiet_libraries
 from casa_train.io.tables import aligned
 from casa_train.run.layout import EXPORT
@@ -46,8 +47,8 @@ def _benchmarks(arguments: argparse.Namespace) -> int:
         with launched_ranks() as ranks:
             result = run_benchmarks(request, ranks)
             if ranks.first:
-                print(benchmarks_table(result))
-                print(f"questions, answers and pictures: {request.out / PAGE}")
+                log(benchmarks_table(result))
+                log(f"questions, answers and pictures: {request.out / PAGE}")
     except (KeyboardInterrupt, SystemExit) as stopped:
         print(
             f"stopped: every answered batch is kept in {request.out}; the same command goes on",
@@ -102,4 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    drop_unwritten()  # a console on a full disk is no failure
+    sys.exit(code)

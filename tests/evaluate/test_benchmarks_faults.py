@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
@@ -29,6 +32,7 @@ from casa_train.evaluate.benchmarks.results import (
 )
 from casa_train.io.files import EXPORT_MARKER
 from tests.helpers.benchmark_copies import file_of, rows_of, write_benchmark
+from tests.helpers.commands import ROOT
 from tests.helpers.small_disk import Filler, remount, small_disk
 from tests.helpers.tiny_export import write_tiny_export
 
@@ -245,3 +249,55 @@ def test_one_split_that_was_saved_is_a_copy_and_another_split_is_none(
     for place in (tmp_path / "one_train", tmp_path / "all_train"):
         with pytest.raises(UserError, match=r"\(split test\) .*ai2d holds the split train alone"):
             read_benchmark("ai2d", place)
+
+
+# An export that a run writes anew.
+
+
+def test_an_export_that_changes_while_it_is_loaded_is_not_asked(
+    export: Path,
+    copies: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, out, load = tmp_path / "tiny", tmp_path / "out", command.load_model
+    shutil.copytree(export, own)
+
+    def written_anew(directory: Path, dtype: Any) -> Any:
+        weights = load_file(own / "model.safetensors")
+        weights["visual.blocks.0.norm1.weight"] *= -1
+        save_file(weights, own / "model.safetensors", {"format": "pt"})
+        return load(directory, dtype)
+
+    monkeypatch.setattr(command, "load_model", written_anew)
+    assert main(words(own, copies, "--out", out)) == 2
+    error = capsys.readouterr().err
+    assert f"error: {own}: model.safetensors changed while it was loaded" in error
+    assert not list(out.glob("kept/*/*"))  # none that would be taken for the old export's
+    monkeypatch.undo()
+    assert main(words(own, copies, "--out", out)) == 0
+
+
+def test_files_of_an_export_that_cannot_be_read(export: Path, tmp_path: Path) -> None:
+    own = tmp_path / "tiny"
+    shutil.copytree(export, own)
+    (own / "model-00002.safetensors").symlink_to("gone")
+    with pytest.raises(UserError, match=r"tiny cannot be read: .*model-00002.* whole"):
+        weights_digests(own)
+
+
+def test_a_console_that_is_full_is_no_failure(export: Path, copies: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command_line = words(export, copies, "--out", out, "--samples", "2")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "casa_train.evaluate", *command_line],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert (out / "benchmarks.json").is_file()

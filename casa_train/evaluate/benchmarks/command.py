@@ -76,11 +76,12 @@ class Session:
     def __init__(self, request: Request, ranks: Ranks) -> None:
         self.request, self.ranks = request, ranks
         self.protocol = PROTOCOLS[request.protocol]
+        # Before anything is loaded, see `_check_same`.
+        digests = ranks.broadcast(ranks.first_does(lambda: weights_digests(request.export)))
+        self.digests: Mapping[str, str] = digests or {}
         # The first rank's transformers copies the export's code to where every rank runs it.
         first = ranks.first_does(self._load_processor)
         self.processor = ranks.agree(lambda: first or self._load_processor())
-        digests = ranks.broadcast(ranks.first_does(lambda: weights_digests(request.export)))
-        self.digests: Mapping[str, str] = digests or {}
         self.head = {
             "export": str(request.export),
             "step": exported_step(request.export),
@@ -152,7 +153,9 @@ class Session:
     ) -> None:
         ranks = self.ranks
         if self._asker is None:
-            self._asker = Asker(ranks.agree(self._load_model), self.processor)
+            model = ranks.agree(self._load_model)
+            ranks.first_does(self._check_same)
+            self._asker = Asker(model, self.processor)
         asker, own = self._asker, missing[ranks.rank :: ranks.world]
         with tqdm(
             total=sum(map(len, own)),
@@ -194,6 +197,20 @@ class Session:
             said += f", {entry['unreadable']} of which have no picture that can be read"
         self.ranks.log(f"{said}; {self.request.out / lines_file(benchmark.name)}")
         return result
+
+    def _check_same(self) -> None:
+        """What was loaded must be what answers are kept under: a run in training writes its export
+        anew, maybe while the benchmarks were read.
+
+        :raises UserError: it is another.
+        """
+        now = weights_digests(self.request.export)
+        if changed := sorted(n for n in {*now, *self.digests} if now.get(n) != self.digests.get(n)):
+            raise UserError(
+                f"{self.request.export}: {', '.join(changed)} changed while it was loaded; nothing "
+                "was asked. Expected an export that stays as it is: run the command again, or name "
+                "one that nothing writes anew, such as a copy."
+            )
 
     def _load_processor(self) -> Any:
         with _loading(self.request.export):

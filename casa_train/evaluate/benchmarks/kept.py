@@ -23,9 +23,18 @@ _OF_MODEL = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt")
 
 
 def weights_digests(export: Path) -> dict[str, str]:
-    """Digests of what decides how an export answers: weights, configuration, tokenizer, code."""
+    """Digests of what decides how an export answers: weights, configuration, tokenizer, code.
+
+    :raises UserError: a file cannot be read, or is gone.
+    """
     files = sorted({file for pattern in _OF_MODEL for file in export.glob(pattern)})
-    return {file.name: sha256(file) for file in files}
+    try:
+        return {file.name: sha256(file) for file in files}
+    except OSError as error:
+        raise UserError(
+            f"{export} cannot be read: {error}. Expected an export that is whole and that nothing "
+            "writes anew meanwhile."
+        ) from error
 
 
 def check_folder(folder: Path) -> None:

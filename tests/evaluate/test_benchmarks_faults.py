@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from casa_train.distributed.ranks import Ranks
@@ -301,3 +302,20 @@ def test_a_console_that_is_full_is_no_failure(export: Path, copies: Path, tmp_pa
         )
     assert done.returncode == 0 and "Error" not in done.stderr
     assert (out / "benchmarks.json").is_file()
+
+
+def test_a_model_that_memory_does_not_hold_is_no_broken_export(
+    export: Path,
+    copies: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nSee")
+
+    monkeypatch.setattr(command, "load_model", too_large)
+    assert main(words(export, copies, "--out", tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert f"{export} does not fit in memory: CUDA out of memory. Tried to" in error
+    assert "write it again" not in error and "See" not in error

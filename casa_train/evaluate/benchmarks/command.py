@@ -244,11 +244,19 @@ def _missing(
 
 @contextlib.contextmanager
 def _loading(export: Path) -> Iterator[None]:
-    """:raises UserError: whatever transformers or the export's own code cannot read."""
+    """:raises UserError: whatever transformers or the export's own code cannot read, or memory does
+    not hold.
+    """
     try:
         yield
     except UserError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{export} does not fit in memory: {str(error).splitlines()[0]} Expected room for the "
+            "whole model on every rank's device: free it, start fewer ranks on a device, or name "
+            "--dtype bf16 where its files are fp32."
+        ) from error
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

@@ -15,6 +15,7 @@ from casa_train.convert.rules import Rules
 from casa_train.convert.tensor_plan import HEAD
 from casa_train.errors import UserError
 from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.decoder import ALIASES, BACKBONES
 from casa_train.setup.model import NOT_SIZES
 from casa_train.setup.pretrained import TEXT_TOKENS
 
@@ -74,7 +75,7 @@ def describe(
             f"{rules.name}), and name it by --rules."
         )
     family, settings = fitting[0], rules.families[fitting[0]]
-    text_type = settings["text"]["model_type"]
+    text_type = _decoder(config, settings["text"], where)
     goes_to = set(targets)
     default: Any = CasaConfig(text_config={"model_type": text_type}).text_config
     known_text = {*default.to_dict()} - GENERIC | {*TEXT_TOKENS, *MORE_TEXT}
@@ -108,6 +109,28 @@ def describe(
         _fusion(config, rules, goes_to, options, where),
         around,
     )
+
+
+def _decoder(config: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> str:
+    """The kind of text decoder: what the checkpoint calls its own section, or else what the rules
+    say. Helium's names and sizes are Llama's, its RoPE is not, so no tensor would tell.
+
+    :raises UserError: a kind that no model here has.
+    """
+    given = (settings.get("values") or {}).get("model_type")
+    for place in filter(None, () if given else settings["at"]):
+        section = config.get(place)
+        found = section.get("model_type") if isinstance(section, Mapping) else None
+        if found:
+            kind = ALIASES.get(found, found)
+            if kind not in BACKBONES:
+                raise UserError(
+                    f"{where}: config.json has {place}.model_type {found!r}; expected one of the "
+                    f"decoders {sorted(BACKBONES)}. Where it computes what one of them does, give "
+                    "its family in the rules text: {values: {model_type: ONE}}."
+                )
+            return str(kind)
+    return str(given or settings["model_type"])
 
 
 def _section(

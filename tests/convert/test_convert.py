@@ -239,6 +239,7 @@ def test_tensors_that_do_not_fit(
         ({"xa_gate": "tanh"}, 'nothing reads: xa_gate: "tanh"'),
         ({"pre_image_tokens": [3, 4]}, "has pre_image_tokens [3, 4]"),
         ({"vocab_size": 30}, "vocab_size 30, its tokenizer 512 tokens"),
+        ({"text_config": {"model_type": "mamba"}}, "has text_config.model_type 'mamba'"),
         ({"vision_config": {"depht": 2}}, "nothing reads: vision_config.depht: 2"),
     ],
 )
@@ -276,7 +277,8 @@ def test_settings_may_stand_where_any_release_wrote_them(
     rope = text.pop("rope_parameters")  # of transformers 5
     text["rope_theta"] = rope.pop("rope_theta")
     text["rope_scaling"] = None if backbone == "llama" else {**rope, "type": "default"}
-    where = {"text_config": {**text, "model_type": "llama"}} if nested else text
+    decoder = "llama" if backbone == "llama" else "qwen2_5_vl_text"
+    where = {"text_config": {**text, "model_type": decoder}} if nested else text
     config = {**code, **where, "vision_config": vision, "image_token_id": 3}
     (source / "config.json").write_text(json.dumps(config))
     assert main(convert_command(source, tmp_path / "out")) == 0

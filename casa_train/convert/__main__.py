@@ -21,9 +21,14 @@ from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.convert.conversion import Choices, convert, open_source
 from casa_train.convert.name_tree import name_tree
 from casa_train.convert.original import Places
-from casa_train.convert.record import check_same_source, source_digest, write_verified
+from casa_train.convert.record import (
+    check_same_choices,
+    check_same_source,
+    source_digest,
+    write_verified,
+)
 from casa_train.convert.rules import Rules, load_rules, shipped_names
-from casa_train.convert.verify import TOLERANCES, Setting, facts, verify
+from casa_train.convert.verify import TOLERANCES, Setting, check_device, facts, verify
 from casa_train.errors import UserError
 from casa_train.io.files import EXPORT_MARKER
 from casa_train.io.precision import DTYPES
@@ -46,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "--trust-remote-code says nothing without --verify: a conversion runs no code."
             )
+        alone = [n for n in ("device", "precision", "attention") if getattr(arguments, n)]
+        if alone and not arguments.verify:
+            raise UserError(
+                f"--{alone[0]} says nothing without --verify: a conversion computes nothing with "
+                "the original. Leave it out, or add --verify --trust-remote-code."
+            )
         rules = load_rules(arguments.publisher, arguments.rules)
         source = open_source(arguments.source)
         if arguments.tree:
@@ -53,23 +64,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.out is None:
             raise UserError("--out is missing: name the directory to write.")
-        there = arguments.verify and (arguments.out / EXPORT_MARKER).is_file()
-        if there:
+        setting = Setting(
+            arguments.device or "cpu", arguments.precision or "fp32", arguments.attention
+        )
+        check_device(setting.device)  # before gigabytes are written
+        choices = Choices(
+            arguments.dtype,
+            arguments.template,
+            arguments.tokenizer,
+            _pixels(arguments.image_size),
+            dict(_pair(text) for text in arguments.fusion),
+        )
+        if arguments.verify and (arguments.out / EXPORT_MARKER).is_file():
             digest = source_digest(source.directory)
             check_same_source(arguments.out, digest, source.name)
+            given = None if arguments.rules is None else rules
+            check_same_choices(arguments.out, choices.given(), given)
             print(f"{arguments.out} was converted from {source.name}: compared alone")
         else:
-            choices = Choices(
-                arguments.dtype,
-                arguments.template,
-                arguments.tokenizer,
-                _pixels(arguments.image_size),
-                dict(_pair(text) for text in arguments.fusion),
-            )
             convert(source, arguments.out, rules, choices, print)
             print(f"converted to {arguments.out}")
         if arguments.verify:
-            setting = Setting(arguments.device, arguments.precision, arguments.attention)
             return _verify(source, arguments.out, rules, setting)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--trust-remote-code", action="store_true", help="let --verify run SOURCE's own code"
     )
-    own.add_argument("--device", default="cpu", help="cpu or cuda")
-    own.add_argument("--precision", choices=sorted(TOLERANCES), default="fp32")
+    own.add_argument("--device", help="cpu, the default, or cuda")
+    own.add_argument("--precision", choices=sorted(TOLERANCES), help="default: fp32")
     own.add_argument("--attention", help="the original's attn_implementation")
     return parser
 
@@ -123,7 +138,8 @@ def _verify(source: Pretrained, out: Path, rules: Rules, setting: Setting) -> in
     if not verdict.passed:
         print(
             f"NOT equal: the first difference is in {verdict.first_difference}. Its setting, or a "
-            "rule for it, is wrong: --fusion, --template and --rules change them."
+            "rule for it, is wrong: --fusion, --template and --rules change them, in a conversion "
+            "to another --out."
         )
         return 1
     digest = source_digest(source.directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,6 +62,10 @@ class Choices:
     max_pixels: int | None = None
     fusion: Mapping[str, Any] = field(default_factory=dict)
 
+    def given(self) -> dict[str, Any]:
+        """What was chosen, JSON values by field."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
+
 
 def open_source(name: str) -> Pretrained:
     """A published checkpoint, fetched where it is a hub id.
@@ -101,6 +106,8 @@ def convert(
     log(f"{source.name}: family {described.family}, fusion {described.fusion}")
     for line in plan.lines(len(there)):
         log(line)
+    for file in source.strays:
+        log(f"note: {file} is not read: no tensor of the checkpoint is said to lie there")
     if not rules.verified:
         log(f"note: the rules {rules.name!r} are not verified: nobody has run --verify with them")
 
@@ -110,7 +117,11 @@ def convert(
         setattr(model.config, DTYPE_OPTION, dtypes[EMBEDDING])
         model.config.save_pretrained(directory)
         model.generation_config.save_pretrained(directory)
-        write_weights(directory, sizes, lambda name: plan.read(source, name, chosen))
+        try:
+            write_weights(directory, sizes, lambda name: _finite(plan, source, name, chosen))
+        except BaseException:  # Ctrl-C too: no gigabytes of half an export stay behind
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
 
     verdict = write_export(
         out,
@@ -118,9 +129,7 @@ def convert(
         save_processor=lambda directory: processor.save_pretrained(directory),
         source=Path(str(modeling.__file__)).parent,
         card=card(source.name, rules, model, processor),
-        provenance=provenance(
-            source.name, source_digest(source.directory), rules, choices.dtype or "as it was"
-        ),
+        provenance=provenance(source.name, source_digest(source.directory), rules, choices.given()),
         gate=lambda directory: check_export(
             directory, None, gate_conversations(processor.max_pixels)
         ),
@@ -137,7 +146,10 @@ def build_source_processor(
         config.json says.
     """
     name = choices.tokenizer or str(source.directory)
-    tokenizer = load_tokenizer(name, plain=choices.tokenizer is None)
+    try:
+        tokenizer = load_tokenizer(name, plain=choices.tokenizer is None)
+    except UserError as error:
+        raise UserError(f"{error} --tokenizer names another directory or hub id.") from error
     spec = choices.template
     if spec is None:
         spec = "auto" if own_jinja(tokenizer) is not None else described.settings["template"]
@@ -203,6 +215,21 @@ def _dtypes(source: Pretrained, plan: Plan, dtype: str | None) -> dict[str, torc
             )
         out[name] = STORED[found.pop()]
     return out
+
+
+def _finite(plan: Plan, source: Pretrained, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of ours.
+
+    :raises UserError: NaN or infinity in it, of the checkpoint's or by rounding to `dtype`.
+    """
+    tensor = plan.read(source, name, dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        stored = ", ".join(plan.pieces[name].sources)
+        raise UserError(
+            f"{SOURCE} {source.name}: {stored} would hold NaN or infinity as {tensor.dtype}; "
+            "expected numbers. Download it again; where rounding makes it so, choose --dtype fp32."
+        )
+    return tensor
 
 
 def _texts(tokenizer: Any, ids: Any) -> str:

@@ -72,17 +72,20 @@ def source_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def provenance(source: str, digest: str, rules: Rules, dtype: str) -> dict[str, object]:
+def provenance(
+    source: str, digest: str, rules: Rules, choices: Mapping[str, Any]
+) -> dict[str, object]:
     """The content of the marker file of a converted export.
 
     :param source: directory or hub id; :param digest: `source_digest` of it.
-    :param dtype: that it was written in, "as it was" where none was asked for.
+    :param choices: what the user chose where the rules do, JSON values.
     """
     return {
         "converted_from": source,
         "source_digest": digest,
         "rules": {"name": rules.name, "sha256": rules.digest, "verified": rules.verified},
-        "dtype": dtype,
+        "dtype": choices.get("dtype", "as it was"),
+        "choices": dict(choices),
         "verified": None,
     }
 
@@ -138,6 +141,31 @@ def check_same_source(export: Path, digest: str, source: str) -> None:
             f"{export} was converted from {record['converted_from']} with digest "
             f"{record['source_digest'][:12]}, {source} has {digest[:12]}; expected the same files. "
             "Name the checkpoint that it came from, or convert this one to another directory."
+        )
+
+
+def check_same_choices(export: Path, choices: Mapping[str, Any], rules: Rules | None) -> None:
+    """What is given anew would change nothing in an export that is there.
+
+    :param choices: those given; :param rules: those of a file that was given, if one was.
+    :raises UserError: another choice than the export was converted with.
+    """
+    record = conversion_of(export)
+    before = record.get("choices", {})
+    other = [
+        f"{key} {value!r} (it has {before.get(key)!r})"
+        for key, value in choices.items()
+        if before.get(key) != value
+    ]
+    if rules is not None and rules.digest != record["rules"]["sha256"]:
+        other.append(
+            f"the rules {rules.name!r} (it has {record['rules']['name']!r}, or older ones)"
+        )
+    if other:
+        raise UserError(
+            f"--out {export} is there and would be compared as it is, but this command says "
+            f"{'; '.join(other)}; expected the choices that it was converted with, or none. Name "
+            "another --out, or remove this one."
         )
 
 

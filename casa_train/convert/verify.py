@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from casa_train.convert.original import OURS, Places, listening, load_original, run_original
+from casa_train.errors import UserError
 from casa_train.export.from_run import gate_conversations
 from casa_train.export.loading import load_model, load_processor
 from casa_train.io.precision import DTYPES
@@ -104,6 +105,18 @@ def verify(source: Path, export: Path, places: Places, setting: Setting) -> Verd
     verdict.worst = float("inf") if error is None else error
     verdict.passed = inputs_equal and verdict.worst <= tolerance
     return verdict
+
+
+def check_device(device: str) -> None:
+    """:raises UserError: a device that torch does not know, or has none of."""
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # of torch: RuntimeError, AssertionError, or a driver's
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--device is {device!r}, which cannot be used here ({first:.120}); expected cpu, or "
+            "cuda on a machine with a GPU."
+        ) from error
 
 
 def facts(verdict: Verdict, digest: str, setting: Setting) -> dict[str, Any]:

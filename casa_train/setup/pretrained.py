@@ -85,6 +85,12 @@ class Pretrained:
         return list(self._files)
 
     @property
+    def strays(self) -> list[str]:
+        """Safetensors files in the directory that none of its tensors is read from."""
+        there = {path.name for path in self.directory.glob("*.safetensors")}
+        return sorted(there - set(self._files.values()))
+
+    @property
     def generation(self) -> dict[str, Any]:
         """What generation_config.json holds, if there is one."""
         there = (self.directory / GENERATION).is_file()
@@ -139,7 +145,12 @@ class Pretrained:
 
     def _locate(self) -> dict[str, str]:
         if (self.directory / INDEX).is_file():
-            files: dict[str, str] = self._json(INDEX)["weight_map"]
+            files: dict[str, str] | None = self._json(INDEX).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+                raise UserError(
+                    f"{self.setting}: {self.directory / INDEX} has no weight_map from the name of "
+                    "each tensor to its file. Copy or download it again."
+                )
             missing = sorted({f for f in files.values() if not (self.directory / f).is_file()})
             if missing:
                 raise UserError(
@@ -159,9 +170,11 @@ class Pretrained:
         path = self.directory / file
         try:
             content: dict[str, Any] = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no object")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.setting}: {path} is missing or not JSON ({type(error).__name__}); "
+                f"{self.setting}: {path} is missing or no JSON object ({type(error).__name__}); "
                 "expected a Hugging Face model directory."
             ) from error
         return content

@@ -6,7 +6,9 @@ What the rules do not know is refused, with what a rule is written from.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,6 +341,72 @@ def test_an_export_that_is_there_stays(tmp_path: Path, capsys: Capture) -> None:
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out" / EXPORT_MARKER).stat().st_mtime_ns == before
+
+
+def test_checkpoints_that_are_broken(tmp_path: Path, capsys: Capture) -> None:
+    whole = write_foreign(tmp_path / "whole", foreign_model(), renamed())
+    cases: list[tuple[str, str, Callable[[Path], Any]]] = [
+        (
+            "index",
+            "has no weight_map",
+            lambda d: (d / "model.safetensors.index.json").write_text('{"metadata": {}}'),
+        ),
+        (
+            "list",
+            "config.json is missing or no JSON object",
+            lambda d: (d / "config.json").write_text("[3]"),
+        ),
+        (
+            "tokens",
+            "--tokenizer names another",
+            lambda d: (d / "tokenizer.json").unlink(),
+        ),
+        (
+            "half",
+            "cannot be read",
+            lambda d: os.truncate(d / "model.safetensors", 90_000),
+        ),
+    ]
+    for name, expected, spoil in cases:
+        source = tmp_path / name
+        shutil.copytree(whole, source)
+        spoil(source)
+        assert main(convert_command(source, tmp_path / "out")) == 2, name
+        error = capsys.readouterr().err
+        assert expected in error and "Traceback" not in error, error
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_values_that_are_no_numbers_leave_nothing(tmp_path: Path, capsys: Capture) -> None:
+    def spoil(stored: dict[str, Tensor]) -> None:
+        stored["model.layers.1.mlp.up_proj.weight"][7, 5] = torch.inf
+
+    source = write_foreign(tmp_path / "source", foreign_model(), renamed(), edit=spoil)
+    assert main(convert_command(source, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "model.layers.1.mlp.up_proj.weight would hold NaN or infinity" in error
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(directory: Path, sizes: Any, read: Any) -> None:
+        (directory / "model-00001-of-00007.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    source = write_foreign(tmp_path / "source", foreign_model(), renamed())
+    monkeypatch.setattr(conversion, "write_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(convert_command(source, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_weights_that_belong_to_no_tensor_are_named(tmp_path: Path, capsys: Capture) -> None:
+    source = write_foreign(tmp_path / "source", foreign_model(), renamed())
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
+    assert main(convert_command(source, tmp_path / "out")) == 0
+    assert "note: consolidated.safetensors is not read" in capsys.readouterr().out
 
 
 def test_a_disk_without_room(tmp_path: Path, capsys: Capture) -> None:

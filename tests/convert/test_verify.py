@@ -146,3 +146,32 @@ def test_another_source_and_code_that_fails(tmp_path: Path, capsys: Capture) -> 
     assert main(convert_command(broken, tmp_path / "third", *VERIFY)) == 2
     error = capsys.readouterr().err
     assert "its own code does not load (AttributeError" in error and "Traceback" not in error
+
+
+def test_an_export_that_is_there_takes_no_other_choices(tmp_path: Path, capsys: Capture) -> None:
+    """Repeated with what the message advises, the command would compare the same export again."""
+    source = write_foreign(tmp_path / f"of_{tmp_path.name}", foreign_model("casa"), renamed())
+    out = tmp_path / "out"
+    assert main(convert_command(source, out, *VERIFY)) == 1
+    assert "to another --out" in capsys.readouterr().out
+    assert main(convert_command(source, out, *VERIFY, "--fusion", "mechanism=casa")) == 2
+    error = capsys.readouterr().err
+    assert "fusion {'mechanism': 'casa'} (it has None)" in error and "another --out" in error
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("extends: kyutai\nname: mine\n")
+    assert main(convert_command(source, out, *VERIFY, "--rules", str(rules))) == 2
+    assert "the rules 'mine' (it has 'kyutai'" in capsys.readouterr().err
+    # Given none, it is compared as it is.
+    assert main(["kyutai", str(source), "--out", str(out), *VERIFY]) == 1
+
+
+def test_a_bad_device_is_told_before_anything_is_written(tmp_path: Path, capsys: Capture) -> None:
+    source = write_foreign(tmp_path / f"of_{tmp_path.name}", foreign_model(), renamed())
+    out = tmp_path / "out"
+    assert main(convert_command(source, out, *VERIFY, "--device", "gpu")) == 2
+    assert "--device is 'gpu', which cannot be used here" in capsys.readouterr().err
+    assert not out.exists()
+    for words in (["--device", "cpu"], ["--precision", "bf16"], ["--attention", "sdpa"]):
+        assert main(convert_command(source, out, *words)) == 2
+        assert f"{words[0]} says nothing without --verify" in capsys.readouterr().err
+    assert not out.exists()

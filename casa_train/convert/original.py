@@ -75,6 +75,20 @@ def run_original(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return logits
 
 
+def tokenized(processor: Any, messages: Any) -> dict[str, Any]:
+    """A conversation as a processor gives it to its model.
+
+    :raises UserError: the code fails.
+    """
+    try:
+        return dict(processor.tokenize_messages(messages))
+    except Exception as error:  # another's code raises what it will
+        raise UserError(
+            f"SOURCE: the code of its processor fails on a test conversation ({_first(error)}); "
+            "expected tokenize_messages(messages) as the published processors have it."
+        ) from error
+
+
 @contextmanager
 def listening(model: nn.Module, places: Places) -> Iterator[dict[str, Tensor]]:
     """Takes the outputs of the vision tower and of every decoder layer of the next forward pass.

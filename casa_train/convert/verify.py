@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 
-from casa_train.convert.original import OURS, Places, listening, load_original, run_original
+from casa_train.convert.original import (
+    OURS,
+    Places,
+    listening,
+    load_original,
+    run_original,
+    tokenized,
+)
 from casa_train.errors import UserError
 from casa_train.export.from_run import gate_conversations
 from casa_train.export.loading import load_model, load_processor
 from casa_train.io.precision import DTYPES
 from casa_train.io.tables import aligned
+from casa_train.modeling.image_processing_casa import SIDE
 
 # The largest relative error that rounding explains, by precision.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
-IDS, POINTS, LOGITS = "token ids", "insertion points", "logits"
+IDS, POINTS, SIZES, LOGITS = "token ids", "insertion points", "large image", "logits"
 SAME, DIFFERS = "", "<- differs"
 
 
@@ -64,7 +74,8 @@ class Verdict:
 
 @torch.no_grad()
 def verify(source: Path, export: Path, places: Places, setting: Setting) -> Verdict:
-    """Compares an export with its original on a fixed conversation of two images.
+    """Compares an export with its original on a fixed conversation of two images, and what both
+    make of the size of a third one that is too large.
 
     The original gets the inputs of its own processor, the export the pixels of its own and the
     ids of the original, so that a template that differs is told apart from a model that does.
@@ -77,14 +88,15 @@ def verify(source: Path, export: Path, places: Places, setting: Setting) -> Verd
     theirs, their_processor = load_original(source, dtype, setting.device, setting.attention)
     ours = load_model(export, dtype).to(setting.device).eval()
     our_processor = load_processor(export)
-    conversation = gate_conversations(our_processor.max_pixels)[1]
-    given = dict(their_processor.tokenize_messages(conversation))
-    own = dict(our_processor.tokenize_messages(conversation))
+    conversation = fixed_conversation(our_processor.max_pixels)
+    given = tokenized(their_processor, conversation)
+    own = tokenized(our_processor, conversation)
     verdict = Verdict()
     for name, key in ((IDS, "input_ids"), (POINTS, "image_embeds_insertion_points")):
         equal = _numbers(given.get(key)) == _numbers(own.get(key))
         length = len(_numbers(given.get(key)))
         verdict.rows.append((name, f"{length:,}", None, SAME if equal else DIFFERS))
+    verdict.rows.append(_sizes(their_processor, our_processor))
     given = _moved(given, setting.device, dtype)
     own = _moved(own, setting.device, None)
     for key in ("input_ids", "attention_mask", "image_embeds_insertion_points"):
@@ -100,11 +112,55 @@ def verify(source: Path, export: Path, places: Places, setting: Setting) -> Verd
     for name, values in found.items():
         verdict.rows.append(_compared(name, expected.get(name), values, tolerance))
     verdict.rows.sort(key=lambda row: row[0] == LOGITS)  # last
-    inputs_equal = all(not remark for _, _, _, remark in verdict.rows[:2])
+    inputs_equal = all(not remark for _, _, _, remark in verdict.rows[:3])
     error = verdict.rows[-1][2]
     verdict.worst = float("inf") if error is None else error
     verdict.passed = inputs_equal and verdict.worst <= tolerance
     return verdict
+
+
+def fixed_conversation(max_pixels: int) -> Any:
+    """Two images with text between, neither of them square: rows and columns are told apart.
+
+    They are as large as the export takes them, or 224 pixels, and so that nothing is resized.
+    """
+    conversation = gate_conversations(max_pixels)[1]
+    for number, message in enumerate(conversation[::2]):
+        part = message["content"][0]
+        long = part["image"].width
+        short = max(SIDE, long // 2 // SIDE * SIDE)
+        size = (long, short) if number == 0 else (short, long)
+        part["image"] = part["image"].resize(size)
+    return conversation
+
+
+def _sizes(theirs: Any, ours: Any) -> tuple[str, str, float | None, str]:
+    """What both processors make of an image that is far too large: its sides."""
+    side = isqrt(ours.max_pixels)
+    picture = Image.new("RGB", (4 * side + 13, 3 * side + 5), "olive")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    found = []
+    for processor in (theirs, ours):
+        batch = tokenized(processor, [{"role": "user", "content": parts}])
+        found.append(_sides(batch.get("pixel_values")))
+    expected, own = found
+    assert own is not None  # the export's are images
+    shown = f"{own[0]}x{own[1]}"
+    if expected is None:
+        return f"{SIZES} (in patches there, not compared)", shown, None, SAME
+    if expected[0] > picture.height - SIDE and expected[1] > picture.width - SIDE:
+        return f"{SIZES} (no limit there)", shown, None, SAME
+    there = f"{DIFFERS}: {expected[0]}x{expected[1]} there"
+    return SIZES, shown, None, SAME if expected == own else there
+
+
+def _sides(pixels: Any) -> tuple[int, int] | None:
+    """Height and width of the one image in pixel values (..., 3, H, W), or lists of such."""
+    while isinstance(pixels, list | tuple) and pixels:
+        pixels = pixels[0]
+    if not isinstance(pixels, Tensor) or pixels.ndim < 3 or pixels.shape[-3] != 3:
+        return None
+    return int(pixels.shape[-2]), int(pixels.shape[-1])
 
 
 def check_device(device: str) -> None:

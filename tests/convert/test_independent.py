@@ -89,3 +89,48 @@ def test_a_change_is_found_where_it_is(
     assert f"the first difference is in {first}." in printed, printed
     rows = re.findall(r"^(vision tower|layer \d|logits) .*$", printed, re.MULTILINE)
     assert rows == ["vision tower", "layer 0", "layer 1", "layer 2", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("most", "row"),
+    [
+        ("56 * 56", "large image +56x84 +<- differs: 28x56 there"),
+        ("112 * 112", "large image +56x84 +<- differs: 84x112 there"),
+        ("9999 * 9999", r"large image \(no limit there\) +56x84 *"),
+    ],
+)
+def test_another_image_size_is_found(most: str, row: str, tmp_path: Path, capsys: Capture) -> None:
+    """Of the original, or of the export: whichever takes larger images."""
+    source = write_naive(tmp_path / f"of_{tmp_path.name}")
+    file = source / "naive_casa.py"
+    file.write_text(file.read_text().replace("most = 84 * 84", f"most = {most}"))
+    # An original without any limit is no reason not to trust the weights.
+    assert main(convert_command(source, tmp_path / "out", *VERIFY)) == (
+        0 if "no limit" in row else 1
+    )
+    printed = capsys.readouterr().out
+    assert re.search(f"^{row}$", printed, re.MULTILINE), printed
+    assert ("the first difference is in large image." in printed) == ("differs" in row)
+    if most != "56 * 56":  # the conversation's images are resized by neither
+        assert re.search(r"^logits +[\d,]+ +\d\.\de-07 *$", printed, re.MULTILINE)
+
+
+def test_a_processor_that_fails_is_told(tmp_path: Path, capsys: Capture) -> None:
+    source = write_naive(tmp_path / f"of_{tmp_path.name}")
+    file = source / "naive_casa.py"
+    file.write_text(file.read_text().replace("        images, points = [], []", "        1 / 0"))
+    assert main(convert_command(source, tmp_path / "out", *VERIFY)) == 2
+    error = capsys.readouterr().err
+    assert "the code of its processor fails" in error and "ZeroDivisionError" in error
+
+
+def test_rows_and_columns_are_told_apart(tmp_path: Path, capsys: Capture) -> None:
+    """Multimodal RoPE with its last two axes exchanged."""
+    source = write_naive(tmp_path / f"of_{tmp_path.name}", "qwen2_5_vl_text", text_keys=True)
+    file = source / "naive_casa.py"
+    right = "(start, start + row, start + column)"
+    assert right in file.read_text()
+    wrong = file.read_text().replace(right, "(start, start + column, start + row)")
+    file.write_text(wrong)
+    assert main(convert_command(source, tmp_path / "out", *VERIFY, *CASA)) == 1
+    assert "the first difference is in layer 0." in capsys.readouterr().out

@@ -246,7 +246,13 @@ class NaiveCasa(PreTrainedModel):
 
 
 class NaiveProcessor:
-    """Conversations into ids and pixels, by hand; images keep their size."""
+    """Conversations into ids and pixels, by hand.
+
+    Sides are the nearest multiples of 28; where that is over `most` pixels, those below the sides
+    of an image of `most` pixels.
+    """
+
+    most = 84 * 84
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -273,6 +279,7 @@ class NaiveProcessor:
                 points.append(len(ids))
                 ids += self._ids("<|end|>")
                 picture = part["image"]
+                picture = picture.resize(self._size(picture))
                 levels = torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.uint8)
                 images.append(levels.view(picture.height, picture.width, 3).permute(2, 0, 1))
             ids += self._ids("<|end|>")
@@ -284,6 +291,14 @@ class NaiveProcessor:
             "image_embeds_insertion_points": [torch.tensor(points)],
             "pixel_values": images,
         }
+
+    def _size(self, picture: Any) -> tuple[int, int]:
+        sides = picture.size
+        width, height = (max(1, round(side / 28)) * 28 for side in sides)
+        if width * height > self.most:
+            factor = math.sqrt(self.most / (sides[0] * sides[1]))
+            width, height = (max(1, int(side * factor / 28)) * 28 for side in sides)
+        return width, height
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

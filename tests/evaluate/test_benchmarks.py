@@ -24,6 +24,7 @@ from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.reading import read_benchmark, remarks
 from casa_train.evaluate.benchmarks.results import join, until
 from casa_train.evaluate.benchmarks.sources import SOURCES
+from casa_train.io.files import EXPORT_MARKER
 from tests.helpers.benchmark_copies import (
     FOLDERS,
     file_of,
@@ -338,6 +339,7 @@ def test_the_same_command_asks_nothing_twice(
     # The place of an export says nothing, its content does: one written anew is another.
     changed = tmp_path / "tiny"
     shutil.copytree(export, changed)
+    (changed / EXPORT_MARKER).write_text('{"run": "elsewhere"}')
     assert main(arguments(changed, copies, out, "gqa")) == 0
     assert not loaded
     weights = load_file(changed / "model.safetensors")

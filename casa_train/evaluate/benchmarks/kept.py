@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.errors import UserError
-from casa_train.io.files import sha256
+from casa_train.io.files import EXPORT_MARKER, sha256
 from casa_train.io.log import append, read_json_lines
 
 KEPT = "kept"
@@ -27,7 +27,9 @@ def weights_digests(export: Path) -> dict[str, str]:
 
     :raises UserError: a file cannot be read, or is gone.
     """
-    files = sorted({file for pattern in _OF_MODEL for file in export.glob(pattern)})
+    found = {file for pattern in _OF_MODEL for file in export.glob(pattern)}
+    # The marker says where an export is from, which changes no answer.
+    files = sorted(file for file in found if file.name != EXPORT_MARKER)
     try:
         return {file.name: sha256(file) for file in files}
     except OSError as error:

@@ -213,10 +213,10 @@ def test_a_rank_that_fails_among_others_says_so_at_once(
         def answer(self, *_: object) -> None:
             raise UserError("the disk is full.")
 
-    session = object.__new__(command.Session)
-    session.ranks = Ranks(rank=world - 1, world=world)
+    asking = object.__new__(command.BenchmarkRun)
+    asking.ranks = Ranks(rank=world - 1, world=world)
     with pytest.raises(UserError, match="full"):
-        session._answer(cast(Asker, Full()))
+        asking._answer(cast(Asker, Full()))
     said = "warning: rank 1: the disk is full. The others finish their share first.\n"
     assert capsys.readouterr().err == (said if world == 2 else "")
 

@@ -49,12 +49,12 @@ def run_benchmarks(request: Request, ranks: Ranks) -> dict[str, Any]:
     :raises UserError: a benchmark or an export that cannot be used, or a disk that takes no more.
     """
     ranks.agree(lambda: check_folder(request.out))
-    session = Session(request, ranks)
-    ranks.log(*session.dropped())
-    benchmarks = [session.read(name) for name in request.names]  # all are there, or none is asked
+    asking = BenchmarkRun(request, ranks)
+    ranks.log(*asking.dropped())
+    benchmarks = [asking.read(name) for name in request.names]  # all are there, or none is asked
     result: dict[str, Any] = {}
     for benchmark in benchmarks:
-        result = session.run(benchmark) or result
+        result = asking.run(benchmark) or result
     ranks.first_does(lambda: _write_page(request, benchmarks, result))
     return result
 
@@ -67,7 +67,7 @@ def _write_page(
     write_page(request.out / PAGE, result, answers, source.picture)
 
 
-class Session:
+class BenchmarkRun:
     """An export under a protocol; every method is collective.
 
     The model is loaded when there is something to ask.

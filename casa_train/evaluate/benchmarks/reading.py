@@ -58,16 +58,30 @@ class Benchmark:
         return _bytes(self.pictures[self.places[index]]["image"])
 
     @cached_property
+    def _files(self) -> dict[int, tuple[tuple[int, int] | ImageError, bytes]]:
+        """By its place, what a picture's header says and a digest of its file: read once for both,
+        since all of them can be gigabytes.
+        """
+        files: dict[int, tuple[tuple[int, int] | ImageError, bytes]] = {}
+        for index, place in enumerate(self.places):
+            if place in files:
+                continue
+            try:
+                data = self.picture(index)
+            except ImageError as error:
+                files[place] = error, str(error).encode()
+                continue
+            try:
+                size: tuple[int, int] | ImageError = read_header(data)[1:]
+            except ImageError as error:
+                size = error
+            files[place] = size, hashlib.sha256(data).digest()
+        return files
+
+    @cached_property
     def sizes(self) -> list[tuple[int, int] | ImageError]:
         """(width, height) of each question's picture by its header, or what is wrong with it."""
-        known: dict[int, tuple[int, int] | ImageError] = {}
-        for index, place in enumerate(self.places):
-            if place not in known:
-                try:
-                    known[place] = read_header(self.picture(index))[1:]
-                except ImageError as error:
-                    known[place] = error
-        return [known[place] for place in self.places]
+        return [self._files[place][0] for place in self.places]
 
     @cached_property
     def revision(self) -> str:
@@ -75,14 +89,8 @@ class Benchmark:
         have the same, wherever they are from.
         """
         digest = hashlib.sha256()
-        seen: dict[int, bytes] = {}
-        for index, (question, place) in enumerate(zip(self.questions, self.places, strict=True)):
-            if place not in seen:
-                try:
-                    seen[place] = hashlib.sha256(self.picture(index)).digest()
-                except ImageError as error:
-                    seen[place] = str(error).encode()
-            digest.update(repr(question).encode() + seen[place])
+        for question, place in zip(self.questions, self.places, strict=True):
+            digest.update(repr(question).encode() + self._files[place][1])
         return digest.hexdigest()[:16]
 
     def subset(self, samples: int | None) -> Benchmark:

@@ -13,7 +13,7 @@ from typing import Any
 from casa_train import __version__
 from casa_train.convert.rules import Rules
 from casa_train.errors import UserError
-from casa_train.export.model_card import USE
+from casa_train.export.model_card import FRONT, USE
 from casa_train.io.files import EXPORT_MARKER, sha256, write_atomic
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.setup.parts import FUSION, TEXT, VISION, part_sizes
@@ -27,15 +27,8 @@ VERIFIED = (
     "Verified: its logits equal those of the original's own code to {worst:.1e} ({precision})."
 )
 
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- casa
-- vision-language
----
-
-# {name}, converted
+CARD = FRONT
+CARD += """# {name}, converted
 
 The published checkpoint `{source}` in the layout of casa_train {version}: a {backbone} text decoder
 that sees images through **{mechanism}**, fed by a Qwen2.5-VL vision tower.

@@ -44,7 +44,7 @@ pixels{least}. `AutoProcessor.from_pretrained(..., image_size=896)` takes at mos
 
 """
 
-CARD = """---
+FRONT = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
 tags:
@@ -52,7 +52,11 @@ tags:
 - vision-language
 ---
 
-# {name}
+"""
+"""By which a hub finds any export."""
+
+CARD = FRONT
+CARD += """# {name}
 
 A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
 images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}

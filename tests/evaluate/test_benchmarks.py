@@ -22,7 +22,8 @@ from casa_train.evaluate.__main__ import main
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
 from casa_train.evaluate.benchmarks.reading import read_benchmark, remarks
-from casa_train.evaluate.benchmarks.results import join, until
+from casa_train.evaluate.benchmarks.results import join
+from casa_train.evaluate.benchmarks.scorers import until
 from casa_train.evaluate.benchmarks.sources import SOURCES
 from casa_train.io.files import EXPORT_MARKER
 from tests.helpers.benchmark_copies import (
@@ -36,22 +37,11 @@ from tests.helpers.benchmark_copies import (
 from tests.helpers.commands import ROOT
 from tests.helpers.fake_hub import serving
 from tests.helpers.report_pages import Page
-from tests.helpers.tiny_export import write_tiny_export
 
 COUNT = 11
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A cache for `datasets`, which tests of several processes would share."""
-    import datasets
-
-    patch = pytest.MonkeyPatch()
-    folder = str(tmp_path_factory.mktemp("datasets"))
-    patch.setenv("HF_DATASETS_CACHE", folder)
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +50,6 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in BENCHMARKS:
         write_benchmark(folder, name, COUNT + (name == "mme"))
     return folder
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_export(tmp_path_factory.mktemp("benchmarks") / "tiny")
 
 
 def lines(out: Path, name: str) -> list[dict[str, Any]]:

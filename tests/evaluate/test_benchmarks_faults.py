@@ -35,23 +35,12 @@ from casa_train.io.files import EXPORT_MARKER
 from tests.helpers.benchmark_copies import file_of, rows_of, write_benchmark
 from tests.helpers.commands import ROOT
 from tests.helpers.small_disk import Filler, remount, small_disk
-from tests.helpers.tiny_export import write_tiny_export
 
 COUNT = 5
 CASA = PROTOCOLS["casa"].tasks
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A cache for `datasets`, which tests of several processes would share."""
-    import datasets
-
-    patch = pytest.MonkeyPatch()
-    folder = str(tmp_path_factory.mktemp("datasets"))
-    patch.setenv("HF_DATASETS_CACHE", folder)
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder))
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +49,6 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("ai2d", "chartqa"):
         write_benchmark(folder, name, COUNT)
     return folder
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_export(tmp_path_factory.mktemp("benchmarks") / "tiny")
 
 
 def words(export: Path | str, copies: Path, *more: str | Path, names: str = "ai2d") -> list[str]:

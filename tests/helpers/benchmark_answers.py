@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from casa_train.evaluate.benchmarks.question import BenchmarkQuestion
+from casa_train.evaluate.benchmarks.sources import OCRBENCH_TYPES
 
 # What models write that scorers were not made for.
 BROKEN = (
@@ -76,18 +77,6 @@ WORDS = (
     *("São Paulo", "x^2 + y", "ＡＢＣ", "left-hand side", "9:30", "yes", "No", "A", "b", "5.5 kg"),
     *("don't", "somebody's car", "Straße 5", "p. 12", "$3,000.00", "(none)", "10", "  two  spaces"),
 )
-OCR_KINDS = (
-    "Regular Text Recognition",
-    "Irregular Text Recognition",
-    "Artistic Text Recognition",
-    "Handwriting Recognition",
-    "Digit String Recognition",
-    "Non-Semantic Text Recognition",
-    "Scene Text-centric VQA",
-    "Doc-oriented VQA",
-    "Key Information Extraction",
-    "Handwritten Mathematical Expression Recognition",
-)
 MME_KINDS = ("existence", "count", "OCR", "celebrity", "code_reasoning", "text_translation")
 
 
@@ -108,7 +97,7 @@ def made_up(name: str, number: int, rng: random.Random) -> BenchmarkQuestion:
         few = rng.sample(WORDS, 3)
         references = tuple(rng.choice(few) for _ in range(10))
     elif name == "ocrbench":
-        kind = OCR_KINDS[number % len(OCR_KINDS)]
+        kind = OCRBENCH_TYPES[number % len(OCRBENCH_TYPES)]
         references = tuple(rng.sample(WORDS, rng.randint(1, 3)))
         dataset = "HME100k" if kind.startswith("Handwritten Math") else "SROIE"
     elif name == "realworldqa":

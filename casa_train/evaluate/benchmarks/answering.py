@@ -7,7 +7,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from casa_train.evaluate.benchmarks.kept import KeptAnswers
 from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.reading import Benchmark
 from casa_train.evaluate.exact_match import generate_answers
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.image_sources import ImageError
 
 READERS = 4
@@ -64,19 +65,14 @@ class Asker:
         """
         for batch, pictures in _read_ahead(benchmark, batches, self._load):
             records: dict[int, dict[str, Any]] = {}
-            asked = []
+            asked: dict[int, Tensor] = {}
             for index, picture in zip(batch, pictures, strict=True):
                 if isinstance(picture, ImageError):
                     records[index] = {"error": str(picture)}
                 else:
-                    asked.append((index, picture))
-            prompts = [task.prompt(benchmark.questions[index]) for index, _ in asked]
-            answers = self._generate(
-                [(p, prompt) for (_, p), prompt in zip(asked, prompts, strict=True)],
-                task.max_new_tokens,
-                benchmark.name,
-            )
-            for (index, _), answer in zip(asked, answers, strict=True):
+                    asked[index] = picture
+            answers = self._generate(benchmark, task, asked) if asked else []
+            for index, answer in zip(asked, answers, strict=True):
                 records[index] = {"answer": answer}
             kept.add([{"index": benchmark.rows[index], **records[index]} for index in batch])
             done(len(batch))
@@ -85,22 +81,23 @@ class Asker:
         pixels: Tensor = self.processor.image_processor.load(data)
         return pixels
 
-    def _generate(
-        self, asked: Sequence[tuple[Tensor, str]], max_new_tokens: int, name: str
-    ) -> list[str]:
-        if not asked:
-            return []
-        conversations = [[user_turn(picture, prompt)] for picture, prompt in asked]
+    def _generate(self, benchmark: Benchmark, task: Task, asked: Mapping[int, Tensor]) -> list[str]:
+        """:param asked: by a question's number, its picture."""
+        conversations = [
+            [user_turn(picture, task.prompt(benchmark.questions[index]))]
+            for index, picture in asked.items()
+        ]
         try:
             return generate_answers(
-                self.model, self.processor, conversations, len(asked), max_new_tokens
+                self.model, self.processor, conversations, len(asked), task.max_new_tokens
             )
         except torch.OutOfMemoryError as error:
-            tokens = sum(picture[0].numel() for picture, _ in asked) // 28**2
+            tokens = sum(picture[0].numel() for picture in asked.values()) // SIDE**2
             raise UserError(
-                f"{name}: a batch of {len(asked)} questions ({tokens:,} image tokens) does not fit "
-                f"in memory: {str(error).splitlines()[0]}. Name a smaller --batch-size or "
-                "--image-size; the answers so far are kept, but belong to this batch size."
+                f"{benchmark.name}: a batch of {len(asked)} questions ({tokens:,} image tokens) "
+                f"does not fit in memory: {str(error).splitlines()[0]}. Name a smaller "
+                "--batch-size or --image-size; the answers so far are kept, but belong to this "
+                "batch size."
             ) from error
 
 

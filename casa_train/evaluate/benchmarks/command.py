@@ -213,12 +213,10 @@ class BenchmarkRun:
             )
 
     def _load_processor(self) -> Any:
-        with _loading(self.request.export):
-            processor = load_processor(self.request.export)
         side = self.request.image_size or self.protocol.image_size
-        if side is not None:
-            processor.max_pixels = side * side
-        return processor
+        options = {} if side is None else {"image_size": side}
+        with _loading(self.request.export):
+            return load_processor(self.request.export, **options)
 
     def _load_model(self) -> Any:
         with _loading(self.request.export):

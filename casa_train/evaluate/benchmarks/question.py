@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BENCHMARKS = (
-    "chartqa",
-    "docvqa",
-    "infovqa",
-    "ocrbench",
-    "textvqa",
-    "realworldqa",
-    "ai2d",
-    "gqa",
-    "mme",
-)
-"""In the order of the paper's tables."""
+from casa_train.config.schema import BENCHMARKS
+
+__all__ = ["BENCHMARKS", "BenchmarkQuestion"]
 
 
 @dataclass(frozen=True)

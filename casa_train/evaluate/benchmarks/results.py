@@ -14,7 +14,7 @@ from casa_train.evaluate.benchmarks.kept import KEPT
 from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.question import BENCHMARKS, BenchmarkQuestion
 from casa_train.evaluate.benchmarks.reading import Benchmark
-from casa_train.evaluate.benchmarks.scorers import letter_of
+from casa_train.evaluate.benchmarks.scorers import letter_of, until
 from casa_train.evaluate.benchmarks.sources import SOURCES
 from casa_train.evaluate.benchmarks.table import rows_of
 from casa_train.io.files import write_atomic
@@ -96,12 +96,6 @@ def _check_all(benchmark: Benchmark, kept: Mapping[int, Mapping[str, Any]]) -> N
             "the ranks of all machines share and that nothing is removed from: name such a one, "
             "put into its folder kept what the other machines kept, and run the command again."
         )
-
-
-def until(answer: str, stops: Sequence[str]) -> str:
-    """An answer up to the first of what ends it."""
-    cuts = [answer.find(stop) for stop in stops if stop in answer]
-    return answer[: min(cuts)] if cuts else answer
 
 
 def _references(question: BenchmarkQuestion) -> list[str]:

@@ -15,6 +15,12 @@ from anls_star import anls_score
 from casa_train.evaluate.benchmarks.vqa_answers import vqa_normalised
 
 
+def until(answer: str, stops: Sequence[str]) -> str:
+    """An answer up to the first of what ends it."""
+    cuts = [answer.find(stop) for stop in stops if stop in answer]
+    return answer[: min(cuts)] if cuts else answer
+
+
 def without_full_stop(answer: str) -> str:
     """Without outer white space and the full stops that end it: a model trained on sentences ends
     short answers with one.

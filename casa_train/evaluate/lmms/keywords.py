@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from casa_train.errors import UserError
+from casa_train.evaluate.benchmarks.scorers import until
 
 COUNTS = ("num_beams", "num_return_sequences", "n", "best_of")
 """More than one is what a stream's state cannot be copied for."""
@@ -33,8 +34,7 @@ class Keywords:
 
     def cut(self, answer: str) -> str:
         """An answer as far as it counts, without outer white space."""
-        found = [at for stop in self.stops if (at := answer.find(stop)) >= 0]
-        return answer[: min(found, default=len(answer))].strip()
+        return until(answer, self.stops).strip()
 
 
 def read_keywords(given: Mapping[str, Any], max_new_tokens: int) -> Keywords:

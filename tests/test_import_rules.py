@@ -27,6 +27,7 @@ TABLE["config"] = {"errors", "io"}
 TABLE["metrics"] = BASE
 TABLE["data"] = BASE | {"modeling"}
 TABLE["pages"] = {"errors", "io", "modeling"}
+TABLE["video"] = {"errors", "io", "config"}
 TABLE["run"] = BASE | {"modeling", "metrics", "data"}
 TABLE["setup"] = BASE | {"modeling", "data"}
 TABLE["cost"] = TABLE["setup"] | {"setup"}
@@ -35,7 +36,8 @@ TABLE["engine"] = BASE | {"checkpoint", "cost", "setup", "modeling"}
 TABLE["training"] = BASE | {"metrics", "data", "setup", "cost"}
 TABLE["export"] = TABLE["run"] | {"run", "setup", "checkpoint", "training"}
 TABLE["convert"] = TABLE["setup"] | {"setup", "export"}
-TABLE["evaluate"] = TABLE["export"] | {"export", "pages"}
+TABLE["caption"] = TABLE["export"] | {"export", "pages", "video"}
+TABLE["evaluate"] = TABLE["export"] | {"export", "pages", "caption"}
 TABLE["report"] = TABLE["cost"] | {"run", "metrics", "cost", "evaluate", "pages"}
 TABLE["inspect"] = TABLE["data"] | {"data", "run", "report", "pages"}
 TABLE["bench"] = (
@@ -48,9 +50,9 @@ ROWS = (
     {"__main__"},
     {"report", "inspect", "bench", "convert"},
     {"train"},
-    {"training", "export", "evaluate"},
+    {"training", "export", "caption", "evaluate"},
     {"setup", "engine", "checkpoint", "run", "cost"},
-    {"data", "metrics", "pages"},
+    {"data", "metrics", "pages", "video"},
     {"modeling", "distributed", "config", "io", "errors"},
 )
 

@@ -199,6 +199,9 @@ class EvaluationConfig:
     """Questions of `evaluate` at most, in even shares of the held-out sources."""
     max_new_tokens: PositiveInt = 16
     """Longest generated answer."""
+    live_clips: NonNegativeInt = 64
+    """Held-out clips with live captions that `evaluate` plays at most, in even shares of the
+    sources and `batch_size` side by side; 0: none."""
     attention_samples: NonNegativeInt = 64
     """Questions over which `evaluate` measures how much answers read from the image, layer by
     layer; 0: not at all."""

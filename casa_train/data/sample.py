@@ -66,6 +66,7 @@ class Sample:
     :param images: original file bytes (JPEG, PNG or WebP).
     :param video: whether the images are the frames of one video, in order.
     :param repaired: short names of what a schema had to put right; recipes count them.
+    :param times: of a video, the second that each image shows.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Sample:
     images: tuple[bytes, ...]
     video: bool = False
     repaired: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()
 
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
         """The conversation as the processor's messages.
@@ -134,7 +136,8 @@ def keep_images(sample: Sample, kept: Collection[int]) -> Sample:
         return tuple(part for part in moved if part is not None)
 
     turns = tuple(replace(t, user=parts(t.user), live=parts(t.live)) for t in sample.turns)
-    return replace(sample, turns=turns, images=tuple(sample.images[i] for i in order))
+    times = tuple(sample.times[i] for i in order) if sample.times else ()
+    return replace(sample, turns=turns, images=tuple(sample.images[i] for i in order), times=times)
 
 
 def filter_turns(sample: Sample, minimum: Mapping[str, int]) -> Sample:

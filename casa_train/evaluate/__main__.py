@@ -40,6 +40,24 @@ def table(result: dict[str, Any]) -> str:
     return aligned(rows)
 
 
+def live_table(live: dict[str, Any]) -> str:
+    """The scores of live captions as text, overall last."""
+    head = ("live captions", "match", "blind", "delay", "found", "false words", "seconds")
+    rows = [(*head, "clips")]
+    for name, scores in [*live["sources"].items(), ("overall", live)]:
+        shares = [
+            "-" if scores[k] is None else f"{scores[k]:.3f}"
+            for k in ("match", "blind_match", "found")
+        ]
+        delay = scores["median_delay_frames"]
+        frames = "-" if delay is None else f"{delay:g} frame{'' if abs(delay) == 1 else 's'}"
+        minute = scores["false_words_per_minute"]
+        false = "-" if minute is None else f"{minute:.1f}/min"
+        counts = (str(scores["seconds"]), str(scores["clips"]))
+        rows.append((name, *shares[:2], frames, shares[2], false, *counts))
+    return aligned(rows)
+
+
 def _benchmarks(arguments: argparse.Namespace) -> int:
     request = request_of(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -94,10 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(result))
+    if result["questions"]:
+        print(table(result))
+    if result["live"] is not None:
+        print(live_table(result["live"]))
     if result["skipped"]:
         print(f"skipped samples that could not be read: {result['skipped']}")
-    if result["guess"] is None:
+    if result["questions"] and result["guess"] is None:
         print("no image-free guess: it needs the prepared splits that were trained (data.sources)")
     return 0
 

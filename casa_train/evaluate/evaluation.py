@@ -26,6 +26,7 @@ from casa_train.evaluate.exact_match import (
     generate_answers,
     training_texts,
 )
+from casa_train.evaluate.live_clips import evaluate_clips, first_clips
 from casa_train.export.from_run import export as write_export
 from casa_train.export.from_run import find_checkpoint
 from casa_train.export.loading import load_model, load_processor
@@ -40,6 +41,7 @@ OVERRIDES = (
     "evaluation.max_new_tokens",
     "evaluation.batch_size",
     "evaluation.attention_samples",
+    "evaluation.live_clips",
     "data.validation",
     "data.sources",
     "parallel.threads",
@@ -120,11 +122,13 @@ def evaluate_run(
         with named(f"data.validation.{name}.path"):
             splits[name] = Split(Path(source.path))
     skipped: Counter[str] = Counter()
-    questions = first_questions(splits, _limits(held_out), config.evaluation.max_samples, skipped)
-    if not questions:
+    limits = _limits(held_out)
+    questions = first_questions(splits, limits, config.evaluation.max_samples, skipped)
+    clips = first_clips(splits, limits, config.evaluation.live_clips, skipped)
+    if not questions and not clips:
         raise UserError(
             f"{run}: the validation splits {', '.join(splits)} hold no question about an image "
-            f"(skipped: {dict(skipped) or 'none'})."
+            f"and no live captions (skipped: {dict(skipped) or 'none'})."
         )
     training = training_texts(
         _trained(config.data.sources), _limits(config.data.sources), questions
@@ -132,14 +136,16 @@ def evaluate_run(
     model, processor = load_model(export, "auto"), load_processor(export)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
-    result = evaluate(
+    batch_size = config.evaluation.batch_size
+    live = evaluate_clips(clips, model.eval(), processor, batch_size) if clips else None
+    result: dict[str, Any] = evaluate(
         questions,
         training,
         functools.partial(
             generate_answers,
             model,
             processor,
-            batch_size=config.evaluation.batch_size,
+            batch_size=batch_size,
             max_new_tokens=config.evaluation.max_new_tokens,
         ),
     )
@@ -151,13 +157,26 @@ def evaluate_run(
         "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
+        "live": live,
         "attention": measure_image_attention(
             model, processor, questions, config.evaluation.attention_samples
-        ),
+        )
+        if questions
+        else None,
         **result,
     }
     write_atomic(run / EVALUATION_FILE, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def scores_said(result: Mapping[str, Any]) -> list[str]:
+    """The scores of an evaluation in words, those that there are."""
+    said = []
+    if result["exact_match"] is not None:
+        said += [f"exact match {result['exact_match']:.3f}", f"blind {result['blind']:.3f}"]
+    if (live := result.get("live")) and live["match"] is not None:
+        said += [f"live captions {live['match']:.3f}", f"blind {live['blind_match']:.3f}"]
+    return said
 
 
 def _limits(sources: Mapping[str, SourceConfig]) -> dict[str, int | None]:
@@ -198,7 +217,7 @@ def evaluate_sweep(
             there = run / EVALUATION_FILE
             if _read(there, "step") != step or (_read(there, "overrides") or []) != [*overrides]:
                 result = evaluate_run(run, run / EXPORT, overrides, config_dir)
-                done = f"exact match {result['exact_match']:.3f}, blind {result['blind']:.3f}"
+                done = ", ".join(scores_said(result))
             print(f"{run.name}: step {step}, {done}", flush=True)
         except UserError as error:
             failures += 1

@@ -215,7 +215,8 @@ def evaluate(
 
     :param answer: conversations -> answers; `generate_answers` with a model.
     :param training: samples that the image-free guess knows; without any there is no guess.
-    :return: `exact_match`, `blind`, `guess` (None without training samples), `questions`; the same
+    :return: `exact_match`, `blind`, `guess` (None without training samples), `questions` (without
+        any, all three are None); the same
         by family under `families`; `guess_samples`, how many training samples the guess is from;
         and `answers`, one record a question.
     """
@@ -249,12 +250,13 @@ def evaluate(
 
 
 def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def share(field: str) -> float:
-        return sum(bool(r[field]) for r in records) / max(1, len(records))
+    def share(field: str) -> float | None:
+        return sum(bool(r[field]) for r in records) / len(records) if records else None
 
+    guessed = bool(records) and records[0]["guess_correct"] is not None
     return {
         "exact_match": share("correct"),
         "blind": share("blind_correct"),
-        "guess": share("guess_correct") if records[0]["guess_correct"] is not None else None,
+        "guess": share("guess_correct") if guessed else None,
         "questions": len(records),
     }

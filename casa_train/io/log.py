@@ -49,6 +49,11 @@ class LineFile:
         self._waiting.clear()
         self._refused, self._dropped = False, 0
 
+    @property
+    def waiting(self) -> int:
+        """Lines that are not on the disk yet."""
+        return len(self._waiting)
+
     def close(self) -> None:
         """A last attempt."""
         self.add([])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
+from casa_train.evaluate.evaluation import scores_said
 from casa_train.report.jobs import read_sweep
 from casa_train.report.run_report import report
 from casa_train.report.sweep_page import markdown, write_sweep
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     parts = [f"report {path}"]
     if evaluation is not None:
-        scores = f"exact match {evaluation['exact_match']:.2f}, blind {evaluation['blind']:.2f}"
+        scores = scores_said(evaluation)
         if evaluation["guess"] is not None:
-            scores += f", image-free guess {evaluation['guess']:.2f}"
-        parts = [scores, f"export {evaluation['export']}", *parts]
+            scores.insert(2, f"image-free guess {evaluation['guess']:.3f}")
+        parts = [*scores, f"export {evaluation['export']}", *parts]
     print(f"{arguments.run.name}: {', '.join(parts)}")
     return 0
 

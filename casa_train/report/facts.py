@@ -47,11 +47,16 @@ def facts(run: RunData) -> list[Fact]:
         scores = run.evaluation
         blind, guess = percent(scores["blind"]), percent(scores["guess"])
         note = f"of {count(scores['questions'], 'question')}"
-        found += [
-            Fact("exact match", percent(scores["exact_match"]), note),
-            Fact("blind", blind, "another sample's image"),
-            Fact("image-free guess", guess, "from the question alone"),
-        ]
+        if scores["questions"]:
+            found += [
+                Fact("exact match", percent(scores["exact_match"]), note),
+                Fact("blind", blind, "another sample's image"),
+                Fact("image-free guess", guess, "from the question alone"),
+            ]
+        if live := scores.get("live"):
+            note = f"of {count(live['seconds'], 'second')} of {count(live['clips'], 'clip')}"
+            blind = f"blind {percent(live['blind_match'])}"
+            found.append(Fact("live captions", percent(live["match"]), f"{note}; {blind}"))
     total, waiting = np.nansum(seconds), np.nansum(waits)
     note = f"{percent(waiting / total)} waiting for data" if total else ""
     found.append(Fact("median step", duration(series.median(seconds)), note))

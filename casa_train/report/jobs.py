@@ -170,6 +170,8 @@ def _read_evaluation(job: Job, path: Path) -> None:
     """Scores of an export, which answered by itself; they count more."""
     if path.is_file():
         scores = _json(path)
+        if scores["exact_match"] is None:  # live captions alone
+            return
         job.exact_match, job.blind = float(scores["exact_match"]), float(scores["blind"])
         at = "" if scores.get("step") is None else f" at step {scores['step']}"
         job.measured = f"{scores['questions']} questions{at}"

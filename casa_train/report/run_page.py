@@ -17,6 +17,7 @@ from casa_train.report.bad_samples import bad_samples
 from casa_train.report.benchmarks import benchmarks
 from casa_train.report.curves import draw_plots
 from casa_train.report.facts import facts
+from casa_train.report.live_captions import live_captions
 from casa_train.report.run_data import RunData
 from casa_train.report.samples import sample_rows
 from casa_train.report.validations import validations
@@ -44,6 +45,7 @@ def write_report(run: RunData, path: Path) -> None:
         starts=start_rows(run.starts),
         restarted=len(columns.restarts) > 0,
         smoothed=len(run.metrics) >= series.SMOOTH_FROM,
+        live=live_captions(run.evaluation),
         image_attention=draw_image_attention(run.evaluation),
         samples=sample_rows(run),
         validation=validations(run),

@@ -38,14 +38,15 @@ def llava_video(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sa
     exchanges = exchanges_of(key, row.get("conversations"), repaired)
     # One placeholder stands for the whole video; build_turns is given it for each frame.
     exchanges = [e.replace("<video>", PLACEHOLDER) for e in exchanges]
-    _check_frames(key, row, images)
+    times = _check_frames(key, row, images)
     if sum(e.count(PLACEHOLDER) for e in exchanges) == 1:
         exchanges = [e.replace(PLACEHOLDER, PLACEHOLDER * len(images)) for e in exchanges]
     turns = build_turns(key, exchanges, len(images), repaired)
     source = row.get("data_source") or row.get("subset")
     if not isinstance(source, str):
         raise BadRow("no_source", f"sample {key} has no 'data_source'")
-    return Sample(key, source, turns, tuple(images), video=True, repaired=tuple(sorted(repaired)))
+    fixed = tuple(sorted(repaired))
+    return Sample(key, source, turns, tuple(images), True, fixed, tuple(times))
 
 
 def live_whisperx(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> Sample:
@@ -86,6 +87,7 @@ def live_whisperx(key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> 
         tuple(images),
         video=True,
         repaired=tuple(sorted(repaired)),
+        times=tuple(times),
     )
 
 

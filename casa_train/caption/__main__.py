@@ -1,0 +1,43 @@
+"""python -m casa_train.caption VIDEO [VIDEO ...] --export DIR: live captions of videos, of a camera
+(--camera 0) or of a video on standard input (-), printed as they come and written with --out DIR.
+python -m casa_train.caption --serve --export DIR: a page to watch them on.
+"""
+
+from __future__ import annotations
+
+from casa_train.io.environment import set_environment
+
+set_environment()  # before anything imports torch
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from casa_train.caption.command_line import add_arguments, check_together
+from casa_train.caption.run_captions import run_captions
+from casa_train.caption.web.serve import serve
+from casa_train.errors import UserError
+from casa_train.io.log import drop_unwritten
+from casa_train.io.quiet import quiet_libraries
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m casa_train.caption", description=__doc__)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        check_together(arguments)
+        return serve(arguments) if arguments.serve else run_captions(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    drop_unwritten()  # a console on a full disk is no failure
+    sys.exit(code)

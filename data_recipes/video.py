@@ -7,15 +7,18 @@ that moment. Frames keep their aspect and are at most 504 * 504 pixels.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from casa_train.video.containers import FAULTS, Video
+from casa_train.video.showing import EXACT, shown_at, upright
+
 FPS = 2.0
 SHORT = 10.0  # seconds, below which a clip gives SHORT_FRAMES frames, evenly
 SHORT_FRAMES = 20
-MAX_PIXELS = 504 * 504
 JPEG_QUALITY = 90
 LEAST_DECODED = 0.9  # share of the frames that must be there: its text is about the whole clip
 # Decoding a damaged file must end, too: no clip of a recipe needs more.
@@ -39,24 +42,20 @@ def decode_clip(
     :param start: seconds; :param end: the last moment of interest; None: the end of the video.
     :raises BadRow: a video that cannot be read, is empty or too long, or ends before the clip.
     """
-    import av
-
     from casa_train.data.schemas.rows import BadRow
 
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else video) as container:
-            stream = container.streams.video[0]
-            origin = float((stream.start_time or 0) * stream.time_base)
-            length = _length(container, stream, whole=end is None)
+        with Video(video) as opened:
+            length = _length(opened, whole=end is None)
             stop = length if end is None else min(end, length)
             if stop <= start:
                 raise BadRow("clip_outside_video", f"{start} s to {end} s of {length:.1f} s")
             if stop - start > longest:
                 raise BadRow("video_too_long", f"{stop - start:.0f} s, expected at most {longest}")
-            container.seek(int((origin + start) * av.time_base))  # the key frame before it
+            opened.seek(start)
             times = _times(start, stop, whole=end is None)
-            found = list(_at(container.decode(stream), times, origin))
-    except (av.FFmpegError, IndexError, OSError, ValueError, MemoryError) as error:
+            found = list(_jpegs(shown_at(_pictures(opened), times)))
+    except FAULTS as error:
         if isinstance(error, BadRow):
             raise
         raise BadRow("unreadable_video", str(error)) from error
@@ -77,64 +76,33 @@ def _times(start: float, stop: float, whole: bool) -> list[float]:
     return [round(start + i / FPS, 3) for i in range(frames)]
 
 
-def _length(container: Any, stream: Any, whole: bool) -> float:
+def _length(video: Video, whole: bool) -> float:
     """Seconds that a video lasts.
 
     :param whole: go through its packets, since what a header says is not always true; for a clip of
         a long video the header has to do.
     """
-    if not whole and container.duration:
-        return float(container.duration) / 1e6
-    first, last = math.inf, -math.inf
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            first = min(first, packet.pts)
-            last = max(last, packet.pts + (packet.duration or 0))
-    return float((last - first) * stream.time_base) if last > first else 0.0
+    announced = video.container.duration
+    return announced / 1e6 if announced and not whole else video.length()
 
 
-def _at(frames: Iterator[Any], times: list[float], origin: float) -> Iterator[bytes]:
-    """For each time the last frame that was shown by then, as JPEG; ends where decoding does.
-
-    :param origin: seconds of the container's clock at which the video begins.
-    """
-    import av
-
-    shown: Any = None
-    wanted = 0
-    for _ in range(MAX_DECODED):
-        try:
-            frame = next(frames, None)
-        except av.FFmpegError:
-            frame = None
+def _pictures(video: Video) -> Iterator[tuple[float, Any]]:
+    """The pictures of a video up to its first damage."""
+    last = -math.inf
+    for begins, frame in itertools.islice(video.pictures(through_damage=False), MAX_DECODED):
         if frame is None:
-            break
-        if frame.time is None:
-            continue
-        encoded: bytes | None = None
-        while wanted < len(times) and shown and times[wanted] < frame.time - origin - 1e-4:
-            encoded = encoded or _jpeg(shown)
-            yield encoded
-            wanted += 1
-        if wanted == len(times):
-            return
-        shown = frame
-    if shown is not None and wanted < len(times):
-        # The last frame is shown for as long as it lasts, half a second at most.
-        last = shown.time - origin + 1 / FPS
-        encoded = _jpeg(shown)
-        yield from (encoded for time in times[wanted:] if time <= last)
+            # The last picture is shown for as long as it lasts, half a second at most.
+            begins = last + 1 / FPS + 2 * EXACT
+        last = begins
+        yield begins, frame
 
 
-def _jpeg(frame: Any) -> bytes:
-    width, height = frame.width, frame.height
-    if width < 1 or height < 1:
-        raise ValueError(f"a frame of {width}x{height} pixels")
-    scale = min(1.0, math.sqrt(MAX_PIXELS / (width * height)))
-    size = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
-    image = frame.to_image(width=size[0], height=size[1], interpolation="BICUBIC")
-    if rotation := getattr(frame, "rotation", 0):
-        image = image.rotate(rotation, expand=True)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
+def _jpegs(shown: Iterator[tuple[float, Any]]) -> Iterator[bytes]:
+    """Each moment's picture as JPEG; one that is shown at several moments is encoded once."""
+    before, encoded = None, b""
+    for _, frame in shown:
+        if frame is not before:
+            buffer = io.BytesIO()
+            upright(frame).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            before, encoded = frame, buffer.getvalue()
+        yield encoded

@@ -14,8 +14,9 @@ from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.schemas.video_rows import FRAME_END
+from casa_train.video.showing import MAX_PIXELS
 from data_recipes.__main__ import main
-from data_recipes.video import MAX_PIXELS, decode_clip
+from data_recipes.video import decode_clip
 from tests.helpers import published
 
 SUBSET = "0_30_s_academic_v0_1"

@@ -1,0 +1,189 @@
+"""The pictures of one video inside a container, with the times at which they begin.
+
+Containers are read through Python's file objects alone: a playlist that names other files or
+addresses opens none of them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import av
+
+FAULTS = (av.FFmpegError, IndexError, OSError, ValueError, MemoryError)
+"""What reading a container raises where it is damaged or no video."""
+
+USUAL_RATE = 25.0  # pictures a second where a stream says neither times nor a rate
+
+
+class NoVideo(ValueError):
+    """A container without a moving picture; the text says what it holds instead."""
+
+
+class NoDecoder(ValueError):
+    """A video of a codec that this installation of PyAV cannot decode."""
+
+
+class Input:
+    """A file as PyAV reads it, which ends where it is told to.
+
+    :param file: what is read; only `read` is used where it cannot seek.
+    :param name: tells apart formats that begin alike.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, ended: threading.Event) -> None:
+        self.file = file
+        self.name = name
+        self.ended = ended
+        if file.seekable():
+            self.seek = file.seek
+            self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        return b"" if self.ended.is_set() else self.file.read(size)
+
+
+def _opens_no_other(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise PermissionError(f"it names another file ({url}), which is not opened")
+
+
+class Video:
+    """The first moving picture of a container; close it, or use it as a context manager.
+
+    :raises NoVideo, NoDecoder: it holds no video, or one of an unknown codec.
+    :raises FAULTS: it cannot be read.
+    """
+
+    def __init__(
+        self,
+        video: BinaryIO | bytes,
+        name: str = "",
+        ended: threading.Event | None = None,
+        threads: int = 0,
+    ) -> None:
+        """:param threads: that decode whole pictures beside each other; 0: as PyAV has it."""
+        file = io.BytesIO(video) if isinstance(video, bytes) else video
+        source = Input(file, name, ended or threading.Event())
+        self.container: Any = av.open(source, io_open=_opens_no_other)
+        try:
+            self.stream = _moving(self.container)
+        except ValueError:
+            self.container.close()
+            raise
+        if threads:
+            self.stream.codec_context.thread_count = threads
+            self.stream.codec_context.thread_type = "AUTO"
+        self.origin: float | None = None
+        """Second of the container's clock at which the first picture begins; None: not known."""
+        if self.stream.start_time is not None:
+            self.origin = float(self.stream.start_time * self.stream.time_base)
+        self.reached = 0.0
+        """Seconds to the end of what was read so far, of sound as well."""
+        self.damaged = 0
+        """Pieces of the video that could not be decoded."""
+        self.fault: str | None = None
+        """Why reading broke off; None where it did not."""
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.container.close()
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second, as the header says or as is usual."""
+        for rate in (self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate):
+            if rate and 0 < rate <= 1000:
+                return float(rate)
+        return USUAL_RATE
+
+    @property
+    def announced(self) -> float | None:
+        """Seconds that the header says this video lasts; None where it says nothing."""
+        if self.stream.duration:
+            return float(self.stream.duration * self.stream.time_base)
+        return self.container.duration / av.time_base if self.container.duration else None
+
+    def length(self) -> float:
+        """Seconds of the video by its packets, all of which it reads."""
+        first, last = math.inf, -math.inf
+        for packet in self.container.demux(self.stream):
+            if packet.pts is not None:
+                first = min(first, packet.pts)
+                last = max(last, packet.pts + (packet.duration or 0))
+        return float((last - first) * self.stream.time_base) if last > first else 0.0
+
+    def seek(self, second: float) -> None:
+        """Goes to the last key picture that begins by `second`, or to where the file can go."""
+        self.origin = self.origin or 0.0  # where it goes is no beginning
+        self.container.seek(int((self.origin + second) * av.time_base))
+
+    def pictures(self, through_damage: bool) -> Iterator[tuple[float, Any]]:
+        """(second at which it begins, av.VideoFrame) of each picture; then (end of the last, None).
+
+        A picture without a time of its own follows the one before it at the video's rate.
+
+        :param through_damage: leave out what cannot be decoded; else it ends the video.
+        """
+        last: Any = None
+        begins = -1 / self.rate
+        for frame in self._decoded(through_damage):
+            begins = begins + 1 / self.rate if frame.time is None else frame.time
+            if self.origin is None:
+                self.origin = begins
+            begins -= self.origin if frame.time is not None else 0.0
+            last = frame
+            yield begins, frame
+        if last is not None:
+            yield begins + _lasts(last, 1 / self.rate), None
+
+    def _decoded(self, through_damage: bool) -> Iterator[Any]:
+        packets = self.container.demux(self.stream, *self.container.streams.audio)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError as error:
+                self.fault = str(error)
+                return
+            if packet is None:
+                return
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self.reached = max(self.reached, end - (self.origin or 0.0))
+            if packet.stream is not self.stream:
+                continue
+            try:
+                # A decoder may have finished some pictures before it meets the damage.
+                frames = packet.decode()
+            except av.FFmpegError:
+                self.damaged += 1
+                if not through_damage:
+                    return
+                continue
+            yield from frames
+
+
+def _lasts(frame: Any, usual: float) -> float:
+    """Seconds for which the last picture stays; `usual` where it does not say."""
+    duration = getattr(frame, "duration", 0)
+    return float(duration * frame.time_base) if duration and frame.time_base else usual
+
+
+def _moving(container: Any) -> Any:
+    """The first video of a container that is no cover picture of a piece of music."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams if s.type != "video"})
+        raise NoVideo(f"no moving picture, only {' and '.join(kinds) or 'an empty container'}")
+    if streams[0].codec_context is None:
+        raise NoDecoder("a video of a codec that PyAV cannot decode")
+    return streams[0]

@@ -1,0 +1,1 @@
+"""Tests of casa_train/video."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.caption.options import NAMES, PUBLISHED, TURN_END, CaptionOptions
-from casa_train.caption.web.serve import add_serve_arguments
+from casa_train.caption.web.serve_arguments import add_serve_arguments
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
 from casa_train.io.precision import DTYPES

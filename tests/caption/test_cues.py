@@ -42,7 +42,9 @@ def test_words_join_the_line_before_them_until_the_next_words_or_silence() -> No
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(
-        st.one_of(st.just(""), st.text("ab  é", max_size=60), st.text("x", min_size=50, max_size=90)),
+        st.one_of(
+            st.just(""), st.text("ab  é", max_size=60), st.text("x", min_size=50, max_size=90)
+        ),
         max_size=40,
     )
 )
@@ -112,7 +114,7 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(name="disk")
 def disk_of(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", "64k") as disk:
+    with small_disk(tmp_path / "disk", "512k") as disk:
         yield disk
 
 

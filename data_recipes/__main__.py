@@ -20,6 +20,7 @@ from data_recipes import (
     mixture,
     retokenize,
     synthetic,
+    synthetic_clips,
 )
 
 
@@ -57,6 +58,11 @@ RECIPES = {
         "Renders small pictures with questions: no download, answers known by construction.",
         synthetic.add_arguments,
         synthetic.run,
+    ),
+    "synthetic_clips": Recipe(
+        "Renders short films of shapes with captions and questions, in formats of published videos.",
+        synthetic_clips.add_arguments,
+        synthetic_clips.run,
     ),
     "mixture": Recipe(
         "Not a dataset: writes the configuration of a mixture of everything that is prepared.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,10 +52,13 @@ CHAT = """{{ '<|bos|>' }}{% for m in messages %}
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer(texts: Iterable[str] = (), special: Sequence[str] = ()) -> Any:
     """A small byte-level BPE tokenizer: any text encodes, the usual answers are one or two tokens.
 
     It does not depend on the arguments of the recipe, so datasets of several runs can be mixed.
+
+    :param texts: what it learns from beside this recipe's own texts.
+    :param special: special tokens that it has beside this recipe's own.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -65,17 +68,17 @@ def build_tokenizer() -> Any:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[PAD, BOS, USER, ASSISTANT, END],
+        special_tokens=[PAD, BOS, USER, ASSISTANT, END, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(corpus(), trainer)
+    backend.train_from_iterator([*corpus(), *texts], trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
+        additional_special_tokens=[USER, ASSISTANT, *special],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT,
     )

@@ -58,7 +58,7 @@ def random_background(rng: np.random.Generator) -> Rgb:
     return red, green, blue
 
 
-def _paint(rng: np.random.Generator, colour: str) -> Rgb:
+def paint(rng: np.random.Generator, colour: str) -> Rgb:
     """The named colour, a little off."""
     red, green, blue = np.clip(COLOURS[colour] + rng.integers(-10, 11, 3), 0, 255).tolist()
     return red, green, blue
@@ -126,7 +126,7 @@ class Canvas:
         left = cell.left + gap / 2 + self.rng.random() * (cell.width - side - gap)
         top = cell.top + gap / 2 + self.rng.random() * (cell.height - side - gap)
         side, left, top = side * self.SCALE, left * self.SCALE, top * self.SCALE
-        fill, box = _paint(self.rng, colour), (left, top, left + side, top + side)
+        fill, box = paint(self.rng, colour), (left, top, left + side, top + side)
         if kind == "circle":
             self._draw.ellipse(box, fill=fill)
         else:
@@ -155,7 +155,7 @@ def random_ink(rng: np.random.Generator, background: Rgb) -> Rgb:
 
     base = luminance(background)
     strong = [name for name, rgb in COLOURS.items() if base - luminance(rgb) > 70]
-    return _paint(rng, pick(rng, strong))
+    return paint(rng, pick(rng, strong))
 
 
 def print_text(
@@ -196,7 +196,7 @@ def draw_bars(rng: np.random.Generator, colours: list[str], levels: list[int]) -
     for i, (colour, level) in enumerate(zip(colours, levels, strict=True)):
         x = left + 1 + i * cell + (cell - bar) / 2
         box = (round(x), round(bottom - level * step), round(x + bar), bottom)
-        draw.rectangle(box, fill=_paint(rng, colour))
+        draw.rectangle(box, fill=paint(rng, colour))
     draw.line((left, 0, left, bottom), fill=ink)
     draw.line((left, bottom, width, bottom), fill=ink)
     return image

@@ -60,7 +60,7 @@ RECIPES = {
         synthetic.run,
     ),
     "synthetic_clips": Recipe(
-        "Renders short films of shapes with captions and questions, in formats of published videos.",
+        "Renders films of shapes with captions and questions, in the formats of published videos.",
         synthetic_clips.add_arguments,
         synthetic_clips.run,
     ),

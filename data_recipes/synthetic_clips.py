@@ -1,4 +1,4 @@
-"""Short films with captions word by word and questions, rendered here as published datasets have them.
+"""Films with captions word by word and questions, rendered here as published datasets have them.
 
 What films show and say is in `synthetic_motion`. Here they become mp4 files, and beside them stand
 annotations in the formats of Live-WhisperX-526K and LLaVA-Video-178K: the recipes `live_whisperx`
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=local_path,
         required=True,
         metavar="DIR",
-        help="where train/, validation/, tokenizer/ and summary.json go; either split is a --source "
-        "of live_whisperx and of llava_video",
+        help="where train/, validation/, tokenizer/ and summary.json go; each split is a --source "
+        "of live_whisperx and llava_video",
     )
     parser.add_argument("--clips", type=int, required=True, metavar="N", help="training films")
     parser.add_argument("--seed", type=int, required=True, metavar="S", help="0 or more")
@@ -160,14 +160,15 @@ def write_films(
     starts = range(0, count, BATCH)
     if workers == 1 or len(starts) == 1:
         for start in starts:
-            progress.update(task(start), {"samples": min(BATCH, count - start)})
+            rendered = task(start)
+            progress.update(rendered, {"samples": rendered})
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
             min(workers, len(starts)), mp_context=context, initializer=_ignore_interrupts
         ) as pool:
-            for films in pool.map(task, starts):
-                progress.update(films, {"samples": films})
+            for rendered in pool.map(task, starts):
+                progress.update(rendered, {"samples": rendered})
     progress.close()
     films = [film(seed, split, i) for i in range(count)]
     lines = [json.dumps(live_line(i, films[i])) for i in range(count)]

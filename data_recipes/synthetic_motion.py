@@ -140,6 +140,7 @@ def _events(rng: np.random.Generator, times: Sequence[int], shapes: int) -> Iter
     changes = rng.multinomial(spare - last_goes, [1 / shapes] * shapes).tolist()
     steps = [step for n in changes for step in ("come", *["change"] * n, "go")]
     state: State | None = None
+    words: tuple[str, ...]
     # Without the last shape's going there is one step more than there are times.
     for time, step in zip(times, steps, strict=False):
         if step == "go":

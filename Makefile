@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 DATA := demo_data
 TASKS := colour,shape,count
+LIVE_RUN := runs/demo_live
+LIVE_DATA := demo_live_data
+LIVE_TOKENS := --tokenizer $(LIVE_DATA)/clips/tokenizer --template demo_live
 COMPAT := .venv-compat
 NEWEST := .venv-newest
 LMMS := .venv-lmms
@@ -19,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 # The GPU check takes an interpreter that it is given as it is; otherwise .venv, which it makes.
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 
-.PHONY: help setup demo test test-fast test-slurm test-compat test-newest test-lmms \
+.PHONY: help setup demo demo-live test test-fast test-slurm test-compat test-newest test-lmms \
 	gpu-check check clean
 
 help:  ## list the targets
@@ -42,6 +45,20 @@ demo: setup  ## data, training, export, evaluation and report of a tiny model on
 	$(BIN)/python -m casa_train.export $(RUN) --out $(RUN)/export
 	$(BIN)/python -m casa_train.evaluate $(RUN)
 	@$(BIN)/python -m casa_train.report $(RUN)
+
+demo-live: setup  ## films, an image stage, live captions from its export, a held-out film captioned
+	$(BIN)/python -m data_recipes synthetic_clips --out $(LIVE_DATA)/clips --clips 800 --validation 60 --seed 0
+	$(BIN)/python -m data_recipes synthetic --out $(LIVE_DATA)/pictures --samples 20000 --validation 200 --seed 0 --tasks colour,shape $(LIVE_TOKENS)
+	$(BIN)/python -m data_recipes live_whisperx --source $(LIVE_DATA)/clips/train --out $(LIVE_DATA)/live $(LIVE_TOKENS)
+	$(BIN)/python -m data_recipes llava_video --source $(LIVE_DATA)/clips/train --out $(LIVE_DATA)/clip_questions $(LIVE_TOKENS)
+	$(BIN)/python -m data_recipes live_whisperx --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/live $(LIVE_TOKENS)
+	$(BIN)/python -m data_recipes llava_video --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/clip_questions $(LIVE_TOKENS)
+	$(BIN)/python -m casa_train +experiment=demo_live_images
+	$(BIN)/python -m casa_train.export $(LIVE_RUN)_images --out $(LIVE_RUN)_images/export
+	$(BIN)/python -m casa_train +experiment=demo_live
+	$(BIN)/python -m casa_train.export $(LIVE_RUN) --out $(LIVE_RUN)/export
+	$(BIN)/python -m casa_train.evaluate $(LIVE_RUN)
+	$(BIN)/python -m casa_train.caption $(LIVE_DATA)/clips/validation/video/000000.mp4 --export $(LIVE_RUN)/export --out $(LIVE_RUN)/captions
 
 test: setup  ## the whole test suite
 	$(BIN)/python $(PYTEST)
@@ -89,5 +106,5 @@ check: setup  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## remove the demo's data and run, and caches
-	rm -rf $(DATA) $(RUN) .pytest_cache .hypothesis .ruff_cache .mypy_cache
+clean:  ## remove the demos' data and runs, and caches
+	rm -rf $(DATA) $(RUN) $(LIVE_DATA) $(LIVE_RUN) $(LIVE_RUN)_images .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -44,7 +44,7 @@ SUPERSAMPLED = 4
 COLOUR_FORM, SHAPE_FORM = "Which colour came {which}?", "Which shape came {which}?"
 COUNT_FORM = "How many shapes came?"
 ENDS = ("first", "last")
-PROMPT = "Say what happens."
+PROMPT = "Describe the video while it plays."  # as the captioner asks
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,11 @@ VALIDATED = [override for override in RUN if not override.startswith("evaluation
 # that this takes the option that is added here; a checkout's own conf/ does not need it.
 OWN_CONF = ["--config-dir", "conf"]
 SMALL: list[tuple[str, list[str]]] = [
-    ("data_recipes synthetic", ["--samples", "240", "--validation", "24", "--workers", "1"]),
-    ("data_recipes finevision", ["--workers", "1"]),
+    ("data_recipes synthetic ", ["--samples", "240", "--validation", "24", "--workers", "1"]),
+    ("data_recipes synthetic_clips", ["--clips", "4", "--validation", "2", "--workers", "1"]),
+    ("data_recipes (finevision|live_whisperx|llava_video)", ["--workers", "1"]),
     ("casa_train .*dry_run=true", []),
+    ("casa_train .*experiment=demo_live ", [*RUN, "data.image_tokens=200", "data.text_tokens=200"]),
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),
     ("casa_train .*evaluation.benchmarks=", [*VALIDATED, "data.text_tokens=320"]),
@@ -58,6 +60,7 @@ SMALL: list[tuple[str, list[str]]] = [
 """What is added to a command, `MODULE ARGUMENTS`, by the first pattern that it begins with."""
 
 RAN, BIN = "ran.json", "bin"
+DEMOS = ("demo", "demo-live")
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ '<|' + message['role'] + '|>' }}{% endif %}"
@@ -83,8 +86,8 @@ class World:
         if command in self.ran:
             return
         variables, words = leading_variables(words)
-        if words[:2] == ["make", "demo"]:
-            for line in make_lines("demo"):
+        if words[0] == "make" and words[1] in DEMOS:
+            for line in make_lines(words[1]):
                 self.run(line)
         elif words[0] == "make":
             assert any("pytest" in line for line in make_lines(words[1])), command

@@ -17,14 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from casa_train.data.budget import Budget
-from casa_train.data.fit import (
-    LEAST_FRAME_TOKENS,
-    NEVER,
-    Fit,
-    image_tokens,
-    processor_for,
-    token_counts,
-)
+from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
+from casa_train.data.image_lengths import image_tokens, token_counts
 from casa_train.data.lengths import measure
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
@@ -293,7 +287,7 @@ def test_tokens_of_many_images_are_those_of_each(
 
 def test_tokens_of_every_small_image_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves round to even; in parts that are not full."""
-    monkeypatch.setattr("casa_train.data.fit.IMAGES", 1000)
+    monkeypatch.setattr("casa_train.data.image_lengths.IMAGES", 1000)
     widths, heights = (side.ravel() for side in np.meshgrid(np.arange(1, 130), np.arange(1, 130)))
     for limits in ((784, 0), (20_000, 0), (20_000, 3136)):
         found = token_counts(widths, heights, *limits)

@@ -115,19 +115,7 @@ def open_data(
     splits = open_splits(data.sources, processor)
     fits = build_fits(config, splits, processor)
     planner = build_planner(config, fits)
-    notes = [
-        f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
-        "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
-        for name, (dropped, total) in planner.dropped().items()
-        if dropped
-    ]
-    for name, source in planner.sources.items():
-        for count, fate in (
-            (source.shortened, "exceed the budgets and lose trailing turns or frames"),
-            (source.rated_out, "have no turn left by data.ratings"),
-        ):
-            if count:
-                notes.append(f"source {name}: {count} of {len(source.text)} samples {fate}")
+    notes = _planned_notes(planner, splits, processor)
 
     def loader(rank: int) -> PackLoader:
         return PackLoader(
@@ -138,6 +126,33 @@ def open_data(
         )
 
     return Data({name: split.fingerprint for name, split in splits.items()}, notes, loader)
+
+
+def _planned_notes(
+    planner: Planner, splits: Mapping[str, Split], processor: CasaProcessor
+) -> list[str]:
+    """What budgets and ratings leave out or shorten."""
+    notes = [
+        f"source {name}: {dropped} of {total} samples exceed the budgets and are left out; "
+        "to keep them raise data.text_tokens or data.image_tokens, or lower data.max_pixels"
+        for name, (dropped, total) in planner.dropped().items()
+        if dropped
+    ]
+    for name, source in planner.sources.items():
+        for number, fate in (
+            (source.shortened, "exceed the budgets and lose trailing turns or frames"),
+            (source.rated_out, "have no turn left by data.ratings"),
+            (
+                source.without_captions,
+                "are live captions that could end behind a frame, but their index does not say "
+                f"where: to train them, too, count it anew with\n"
+                f"  {_recount_command(splits[name], processor)}\n(images stay where they are) and "
+                f"set data.sources.{name}.path=NEW",
+            ),
+        ):
+            if number:
+                notes.append(f"source {name}: {number} of {len(source.text)} samples {fate}")
+    return notes
 
 
 def _streamed(
@@ -261,11 +276,6 @@ def open_splits(
                 "data_recipes retokenize', or set model.tokenizer to the one it used."
             )
         if split.turns_fingerprint != turns:
-            # Every field: one that is not given would be the tokenizer's own.
-            fields = json.dumps(processor.template, ensure_ascii=False)
-            count = [*"python -m data_recipes retokenize --data".split(), str(source.path)]
-            count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
-            count += ["--template", fields, "--out", "NEW"]
             found = (
                 f"with another chat template ({split.turns_fingerprint[:12]}...) than "
                 f"model.template ({turns[:12]}...)"
@@ -274,12 +284,21 @@ def open_splits(
             )
             raise UserError(
                 f"{section}.{name} ({source.path}) was counted {found}: count it anew with\n"
-                f"  {shlex.join(count)}\n(images stay where they are) and set "
+                f"  {_recount_command(split, processor)}\n(images stay where they are) and set "
                 f"{section}.{name}.path=NEW, or choose the template it was counted with."
             )
     origins = {f"{section}.{name}": split.origin for name, split in splits.items()}
     refuse_double_counting({n: (o["dataset"], o["subset"]) for n, o in origins.items() if o})
     return splits
+
+
+def _recount_command(split: Split, processor: CasaProcessor) -> str:
+    """The command that counts a split for this processor; the user names NEW."""
+    # Every field: one that is not given would be the tokenizer's own.
+    fields = json.dumps(processor.template, ensure_ascii=False)
+    count = [*"python -m data_recipes retokenize --data".split(), str(split.directory)]
+    count += ["--tokenizer", str(processor.tokenizer.name_or_path or "NAME")]
+    return shlex.join([*count, "--template", fields, "--out", "NEW"])
 
 
 def build_fits(
@@ -300,7 +319,5 @@ def build_planner(config: Config, fits: Mapping[str, Fit]) -> Planner:
         text, images, counts = fit.lengths(count)
         shards = split.index.column("shard").to_numpy()[:count] if data.locality else None
         size = SourceSize(count, given.weight, given.repeats, shards)
-        sources[name] = PlanSource(
-            text, images, size, split.modality, counts["shortened"], counts["ratings"]
-        )
+        sources[name] = PlanSource(text, images, size, split.modality, **counts)
     return Planner(sources, data, config.seed)

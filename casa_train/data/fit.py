@@ -1,14 +1,16 @@
 """What of a sample is trained, from the index alone: turns by rating, and what the budgets allow.
 
 A conversation over budget loses trailing turns. The frames of a video shrink together until they
-fit; below 64 image tokens a frame, frames are left out evenly instead. The plan asks for lengths,
-and materialising asks again how a sample is cut: both get the same answer, since it depends on the
+fit; below 64 image tokens a frame, frames are left out evenly instead, and of live captions, which
+stand between their frames, the last ones with their text. The plan asks for lengths, and
+materialising asks again how a sample is cut: both get the same answer, since it depends on the
 index, the budgets and the configuration alone. `Fit.cut` says how one sample is cut; `Fit.lengths`
 knows the outcome for all of them, in arrays: millions of samples take seconds.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -19,11 +21,12 @@ from casa_train.data.image_lengths import image_tokens, token_counts
 from casa_train.data.prepared.plan import VIDEO
 from casa_train.data.prepared.ratings import carry_images, kept_images, kept_turns
 from casa_train.data.prepared.shards import Split
-from casa_train.data.sample import Sample, filter_turns, keep_images
+from casa_train.data.sample import Sample, cut_answer, filter_turns, keep_images
 from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor
 from casa_train.modeling.processing_casa import CasaProcessor
 
 LEAST_FRAME_TOKENS = 64
+LIVE = "live_whisperx"  # the schema of live captions
 ROWS = 1 << 15  # samples that are cut at once: what a cache holds
 NEVER = np.iinfo(np.int32).max  # a length that fits no budget
 
@@ -65,9 +68,9 @@ class Fit:
         self.max_pixels = processor.max_pixels
         self.min_pixels = processor.min_pixels
         self.video = split.modality == VIDEO
-        # Captions of a live video stand between its frames: without a frame two of them would
-        # meet, and be other tokens than the index counted.
-        self.frames_may_go = split.meta["schema"] != "live_whisperx"
+        # Captions of a live video stand between its frames: without one of them two captions would
+        # meet, which nobody said at once, so only its last frames may go, with their captions.
+        self.live = split.meta["schema"] == LIVE
         # The index has the turns; what opens a conversation and stands around images comes on top.
         self.base = processor.opening_tokens()
         self.per_image = len(processor.pre_image_tokens) + len(processor.post_image_tokens)
@@ -80,8 +83,8 @@ class Fit:
         counts no tokens: materialising skips its sample.
 
         :param count: only the first so many samples.
-        :return: the arrays, and how many samples were `shortened` or left without a turn by
-            `ratings`.
+        :return: the arrays, and how many samples were `shortened`, left without a turn
+            (`rated_out`), or not cut because the index lacks their captions (`without_captions`).
         """
         split = self.split
         user, offsets = split.list_column("user_tokens")
@@ -104,13 +107,15 @@ class Fit:
         empty = turn_counts == 0
         text[empty] = NEVER
         over = np.flatnonzero(~self.budget.holds(text, images) & ~empty)
-        shortened = 0
+        shortened = unknown = 0
         for start in range(0, len(over), ROWS):
             rows = over[start : start + ROWS]
             fitted, cut_text, cut_images = self._cut_lengths(rows, words, turns, tokens)
             text[rows[fitted]], images[rows[fitted]] = cut_text[fitted], cut_images[fitted]
             shortened += int(fitted.sum())
-        counts = {"shortened": shortened, "ratings": int(empty.sum())}
+            unknown += int((~fitted & ~self._has_captions(rows)).sum()) if self.live else 0
+        counts = {"shortened": shortened, "rated_out": int(empty.sum())}
+        counts["without_captions"] = unknown
         return text.astype(np.int32), images.astype(np.int32), counts
 
     def cut(self, row: int) -> Cut | None:
@@ -124,7 +129,7 @@ class Fit:
                 kept, max_pixels = fitted
                 tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
                 return Cut(count, kept, max_pixels, fixed + self.per_image * len(kept), tokens)
-        return None
+        return self._cut_answer(row, turns)
 
     def apply(self, row: int, sample: Sample) -> tuple[Sample, int]:
         """The sample as it is trained, and the upper bound on the pixels of its images."""
@@ -138,7 +143,8 @@ class Fit:
         shown = [image for turn in sample.turns for image in turn.images]
         kept = [shown[position] for position in cut.images]
         if len(kept) < len(sample.images):
-            sample = keep_images(sample, kept)
+            live = sample.is_live
+            sample = cut_answer(sample, len(kept)) if live else keep_images(sample, kept)
         return sample, cut.max_pixels
 
     def _cut_lengths(
@@ -184,7 +190,51 @@ class Fit:
             cut_images[smaller] = self._shrunk_tokens(
                 images_at, first_images[smaller], number[ends], frames[ends]
             )
+        if self.live:
+            left = np.flatnonzero(~fitted & self._has_captions(rows))
+            if len(left):
+                parts = self._cut_answers(rows[left], words, tokens)
+                fitted[left], cut_text[left], cut_images[left] = parts
         return fitted, cut_text, cut_images
+
+    def _has_captions(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) bool, which live samples the index knows well enough to cut them."""
+        columns = ("user_tokens", "widths", "caption_tokens")
+        offsets = [self.split.list_column(name)[1] for name in columns]
+        turns, frames, captions = (at[rows + 1] - at[rows] for at in offsets)
+        known: np.ndarray = (turns == 1) & (frames > 0) & (captions == frames)
+        return known
+
+    def _cut_answers(
+        self, rows: np.ndarray, words: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_cut_answer` of many live samples at once, for `_cut_lengths`.
+
+        :param rows: samples that have captions.
+        """
+        captions, offsets = self.split.list_column("caption_tokens")
+        at, firsts, counts = _ragged(offsets, rows)
+        images_at = _ragged(self.split.list_column("widths")[1], rows)[0]
+        number = np.arange(len(at)) - np.repeat(firsts, counts) + 1
+        # Of the beginning of a row that ends with a frame: its text, and tokens of its frames.
+        said = _sums_within(captions[at], firsts, counts)
+        turn = words[self.split.list_column("user_tokens")[1][rows]]
+        before = self.base + turn - said[firsts + counts - 1]
+        text = np.repeat(before, counts) + said + self.per_image * number
+        whole = _sums_within(tokens[images_at], firsts, counts)
+        budget = self.budget.images
+        shrunk = whole > budget
+        most = max(1, budget // LEAST_FRAME_TOKENS) if budget else 0  # frames that shrink
+        possible = (text <= self.budget.text) & (~shrunk | (number <= most))
+        last = np.maximum.reduceat(np.where(possible, np.arange(len(at)), -1), firsts)
+        fitted = last >= 0
+        last = np.maximum(last, 0)
+        cut_images = whole[last]
+        smaller = np.flatnonzero(fitted & shrunk[last])
+        if len(smaller):
+            frames = number[last[smaller]]
+            cut_images[smaller] = self._shrunk_tokens(images_at, firsts[smaller], frames, frames)
+        return fitted, text[last], cut_images
 
     def _fit_many(
         self, number: np.ndarray, whole: np.ndarray, room: np.ndarray, only: np.ndarray
@@ -198,7 +248,7 @@ class Fit:
         budget = self.budget.images
         possible = room >= self.per_image * number
         frames = number
-        if self.video and self.frames_may_go and self.per_image:
+        if self.video and not self.live and self.per_image:
             spare = ~possible & only & (room >= self.per_image)
             frames = np.where(spare, room // self.per_image, number)
             possible = possible | spare
@@ -207,7 +257,7 @@ class Fit:
             return possible & fit, frames, ~fit
         thinned = budget // np.maximum(frames, 1) < LEAST_FRAME_TOKENS
         frames = np.where(thinned & ~fit, max(1, budget // LEAST_FRAME_TOKENS), frames)
-        if not self.frames_may_go:
+        if self.live:
             possible = possible & (frames == number)
         return possible, frames, ~fit
 
@@ -232,6 +282,31 @@ class Fit:
         tokens = token_counts(widths, heights, (each * SIDE**2)[row], self.min_pixels)
         return np.bincount(row, tokens, len(frames)).astype(np.int64)
 
+    def _cut_answer(self, row: int, turns: list[tuple[int, list[tuple[int, int]]]]) -> Cut | None:
+        """The longest beginning of a live sample that fits and ends with a frame's text.
+
+        Frames that stay shrink together as those of other videos do.
+        """
+        if not self.live or not turns or not self._has_captions(np.array([row])).all():
+            return None
+        ((words, sizes),) = turns
+        captions = self._values("caption_tokens", row)
+
+        def fit(frames: int) -> tuple[int, tuple[tuple[int, ...], int] | None]:
+            fixed = self.base + words - sum(captions[frames:])
+            room = self.budget.text - fixed
+            return fixed, self._fit_images(sizes[:frames], room, spare=False)
+
+        # With every frame a beginning has more text and less room for each, so they are bisected.
+        frames = bisect_left(range(1, len(sizes) + 1), True, key=lambda n: fit(n)[1] is None)
+        if not frames:
+            return None
+        fixed, fitted = fit(frames)
+        assert fitted is not None
+        kept, max_pixels = fitted
+        tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
+        return Cut(1, kept, max_pixels, fixed + self.per_image * frames, tokens)
+
     def _fit_images(
         self, sizes: list[tuple[int, int]], room: int, spare: bool
     ) -> tuple[tuple[int, ...], int] | None:
@@ -242,7 +317,7 @@ class Fit:
         """
         count, budget = len(sizes), self.budget.images
         if room < self.per_image * count:
-            if not (self.video and spare and self.frames_may_go and room >= self.per_image):
+            if not (self.video and spare and not self.live and room >= self.per_image):
                 return None
             count = room // self.per_image
         whole = sum(image_tokens(*size, self.max_pixels, self.min_pixels) for size in sizes)
@@ -252,7 +327,7 @@ class Fit:
             return None
         if budget // count < LEAST_FRAME_TOKENS:
             count = max(1, budget // LEAST_FRAME_TOKENS)
-        if count < len(sizes) and not self.frames_may_go:
+        if count < len(sizes) and self.live:
             return None
         even = np.linspace(0, len(sizes) - 1, count).round().astype(int)
         each = min(self.max_pixels // SIDE**2, budget // count)
@@ -260,22 +335,15 @@ class Fit:
 
     def _turns(self, row: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """For each turn that its ratings leave: its text tokens and the sizes of its images."""
-        split = self.split
-
-        def values(name: str) -> list[int]:
-            column, offsets = split.list_column(name)
-            part: list[int] = column[offsets[row] : offsets[row + 1]].tolist()
-            return part
-
-        pairs = zip(values("user_tokens"), values("assistant_tokens"), strict=True)
-        tokens = [user + assistant for user, assistant in pairs]
+        user, assistant = (self._values(name, row) for name in ("user_tokens", "assistant_tokens"))
+        tokens = [sum(pair) for pair in zip(user, assistant, strict=True)]
         shown: list[list[tuple[int, int]]] = [[] for _ in tokens]
-        columns = (values(name) for name in ("image_turns", "widths", "heights"))
+        columns = (self._values(name, row) for name in ("image_turns", "widths", "heights"))
         for turn, width, height in zip(*columns, strict=True):
             shown[turn].append((width, height))
         keep = [True] * len(tokens)
         for name, least in self.ratings.items():
-            rated, offsets = split.turn_ratings(name)
+            rated, offsets = self.split.turn_ratings(name)
             own = rated[offsets[row] : offsets[row + 1]].tolist()
             keep = [k and not 0 < r < least for k, r in zip(keep, own, strict=True)]
         turns = []
@@ -287,6 +355,11 @@ class Fit:
             turns.append((count, sizes or carried))
             carried = []
         return turns
+
+    def _values(self, name: str, row: int) -> list[int]:
+        column, offsets = self.split.list_column(name)
+        part: list[int] = column[offsets[row] : offsets[row + 1]].tolist()
+        return part
 
 
 def processor_for(processor: CasaProcessor, max_pixels: int) -> CasaImageProcessor:

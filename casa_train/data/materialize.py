@@ -113,7 +113,8 @@ def encode_sample(
     :param images: image code with another bound on pixels.
     :raises ImageError: an image that cannot be used.
     """
-    encoded = processor.encode(sample.messages(list(sample.images)))
+    messages = sample.messages(list(sample.images))
+    encoded = processor.encode(messages, continue_final=sample.open)
     load = (images or processor.image_processor).load
     loaded = [
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)

@@ -37,12 +37,15 @@ class Turn:
     :param ratings: one for each of `RATINGS`; 0 where the source rates nothing.
     :param live: an answer that goes on while frames arrive (live captioning): the frames
         interleaved with the pieces of `assistant` that follow them.
+    :param open: what is here of the answer is a beginning: its end is not learned. The last turn
+        alone can be open.
     """
 
     user: tuple[Part, ...]
     assistant: str
     ratings: tuple[int, ...] = (0,) * len(RATINGS)
     live: tuple[Part, ...] = ()
+    open: bool = False
 
     @property
     def answer(self) -> tuple[Part, ...]:
@@ -76,6 +79,17 @@ class Sample:
     video: bool = False
     repaired: tuple[str, ...] = ()
     times: tuple[float, ...] = ()
+
+    @property
+    def open(self) -> bool:
+        """Whether the last answer is left open: the processor's `continue_final`."""
+        return bool(self.turns) and self.turns[-1].open
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is one answer over all of its images, so that it can be cut at each."""
+        slots = [p for t in self.turns for p in t.live if isinstance(p, ImageSlot)]
+        return len(self.turns) == 1 and 0 < len(slots) == len(self.images)
 
     def messages(self, images: list[Any] | None = None) -> list[dict[str, Any]]:
         """The conversation as the processor's messages.
@@ -138,6 +152,25 @@ def keep_images(sample: Sample, kept: Collection[int]) -> Sample:
     turns = tuple(replace(t, user=parts(t.user), live=parts(t.live)) for t in sample.turns)
     times = tuple(sample.times[i] for i in order) if sample.times else ()
     return replace(sample, turns=turns, images=tuple(sample.images[i] for i in order), times=times)
+
+
+def cut_answer(sample: Sample, frames: int) -> Sample:
+    """The first frames of a live sample, each with its text; the answer is left open.
+
+    The stream goes on behind the cut, so the last frame that stays keeps all of its text, what says
+    that it waits for the next one included, and no end of an answer is learned: the text of a cut
+    sample is the beginning of that of the whole one, token for token.
+
+    :param sample: one that `is_live`.
+    :param frames: how many stay, at least 1.
+    """
+    (turn,) = sample.turns
+    if frames >= len(sample.images):
+        return sample
+    kept = turn.live[: turn.live.index(ImageSlot(frames))]
+    said = "".join(part for part in kept if isinstance(part, str))
+    turn = replace(turn, assistant=said, live=kept, open=True)
+    return replace(sample, turns=(turn,), images=sample.images[:frames])
 
 
 def filter_turns(sample: Sample, minimum: Mapping[str, int]) -> Sample:

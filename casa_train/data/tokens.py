@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,14 @@ class TurnTokens:
     :param user: for each turn what it has beside its answer and what stands around images: text,
         and the template's share; :param assistant: its answer and the end token.
     :param special: whether a text spells a special token.
+    :param captions: of a live sample for each frame the text tokens behind it, up to the next one
+        or the end of the turn; empty of every other sample.
     """
 
     user: list[int]
     assistant: list[int]
     special: bool
+    captions: list[int] = field(default_factory=list)
 
 
 class TurnCounter:
@@ -140,6 +143,7 @@ class TurnCounter:
         """:raises BadRow: a text that the tokenizer refuses."""
         try:
             turns = self.processor.turn_tokens(sample.messages())
+            captions = self._captions(sample) if sample.is_live else []
         except (UnicodeError, TypeError) as error:  # half of a surrogate pair, by tokenizer
             detail = f"sample {sample.key} cannot be tokenized: {error}"
             raise BadRow("bad_text", detail) from error
@@ -148,4 +152,15 @@ class TurnCounter:
             [read for read, _ in turns],
             [learned for _, learned in turns],
             any(self.processor.holds_special(text) for text in texts),
+            captions,
         )
+
+    def _captions(self, sample: Sample) -> list[int]:
+        """Text tokens behind each frame. A frame's text begins at a token boundary, so they do not
+        depend on what follows: a cut behind a frame leaves the tokens before it as they are.
+        """
+        encoded = self.processor.encode(sample.messages())
+        before, after = len(self.processor.pre_image_tokens), len(self.processor.post_image_tokens)
+        starts = [point + after for point in encoded.points]
+        ends = [*(point - before for point in encoded.points[1:]), encoded.turn_ends[-1]]
+        return [end - start for start, end in zip(starts, ends, strict=True)]

@@ -20,6 +20,7 @@ from casa_train.data.budget import Budget
 from casa_train.data.fit import LEAST_FRAME_TOKENS, NEVER, Fit, processor_for
 from casa_train.data.image_lengths import image_tokens, token_counts
 from casa_train.data.lengths import measure
+from casa_train.data.materialize import encode_sample
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample
 from casa_train.data.tokens import load_tokenizer
@@ -113,9 +114,9 @@ def trained(fit: Fit, row: int, processor: CasaProcessor) -> tuple[int, int, int
 
 def tokens_of(sample: Sample, max_pixels: int, processor: CasaProcessor) -> tuple[int, int, int]:
     """Text tokens, image tokens and images of a sample, each image of at most `max_pixels`."""
-    encoded = processor.encode(sample.messages(list(sample.images)))
-    images = [processor_for(processor, max_pixels).load(image) for image in encoded.images]
-    return len(encoded.ids), sum(i.shape[1] * i.shape[2] // 784 for i in images), len(images)
+    encoded = encode_sample(sample, processor, processor_for(processor, max_pixels))
+    tokens = sum(i.shape[1] * i.shape[2] // 784 for i in encoded.images)
+    return len(encoded.ids), tokens, len(encoded.images)
 
 
 @pytest.mark.parametrize("ratings", [{}, {"relevance": 3}, {"relevance": 5}], ids=str)
@@ -146,7 +147,7 @@ def test_lengths_are_those_of_what_is_trained(
         if len(sample.turns) < len(uncut.turns):  # one turn more would not have fitted
             longer = replace(uncut, turns=uncut.turns[: len(sample.turns) + 1])
             assert not fit.budget.holds(*tokens_of(longer, MAX_PIXELS, processor)[:2])
-    assert counts == {"shortened": shortened, "ratings": empty}
+    assert counts == {"shortened": shortened, "rated_out": empty, "without_captions": 0}
     assert (shortened > 0) == (budgets[0] < 1000)
     assert (empty > 0) == (ratings != {})
 
@@ -296,9 +297,18 @@ def test_tokens_of_every_small_image_are_those_of_each(monkeypatch: pytest.Monke
 
 
 class Columns:
-    """Columns of an index, as a `Split` gives them."""
+    """Columns of an index, as a `Split` gives them.
 
-    def __init__(self, rows: list[list[tuple[int, int, int, list[tuple[int, int]]]]], schema: str):
+    :param captions: for each row the text tokens behind its frames, which are not in `rows`; empty
+        where the index does not know them.
+    """
+
+    def __init__(
+        self,
+        rows: list[list[tuple[int, int, int, list[tuple[int, int]]]]],
+        schema: str,
+        captions: list[list[int]],
+    ) -> None:
         self.meta = {"schema": schema}
         self.modality = "image" if schema == "finevision" else "video"
         turns = [turn for row in rows for turn in row]
@@ -308,7 +318,13 @@ class Columns:
             for number, (_, _, _, sizes) in enumerate(row)
             for width, height in sizes
         ]
+        said = [sum(own) for row, own in zip(rows, captions, strict=True) for _ in row]
         self._turns = np.array([turn[:3] for turn in turns], np.int32).reshape(-1, 3)
+        self._turns[:, 1] += np.array(said, np.int32)
+        self._captions = (
+            np.array([tokens for own in captions for tokens in own], np.int32),
+            np.cumsum([0, *map(len, captions)]).astype(np.int32),
+        )
         self._images = np.array(images, np.int32).reshape(-1, 3)
         shown = [sum(len(turn[3]) for turn in row) for row in rows]
         self._offsets = tuple(
@@ -319,6 +335,8 @@ class Columns:
         return len(self._offsets[0]) - 1
 
     def list_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if name == "caption_tokens":
+            return self._captions
         if name in ("image_turns", "widths", "heights"):
             at = ("image_turns", "widths", "heights").index(name)
             return self._images[:, at], self._offsets[1]
@@ -331,7 +349,7 @@ class Columns:
 def slowly(fit: Fit) -> tuple[list[int], list[int], dict[str, int]]:
     """`Fit.lengths`, one sample after the other."""
     text, images = [], []
-    counts = {"shortened": 0, "ratings": 0}
+    counts = {"shortened": 0, "rated_out": 0, "without_captions": 0}
     for row in range(len(fit.split)):
         turns = fit._turns(row)
         sizes = [size for _, shown in turns for size in shown]
@@ -340,13 +358,15 @@ def slowly(fit: Fit) -> tuple[list[int], list[int], dict[str, int]]:
             sum(image_tokens(*size, fit.max_pixels, fit.min_pixels) for size in sizes),
         )
         if not turns:
-            counts["ratings"] += 1
+            counts["rated_out"] += 1
             whole = NEVER, whole[1]
         elif not fit.budget.holds(*whole):
             cut = fit.cut(row)
             if cut is not None:
                 counts["shortened"] += 1
                 whole = cut.text_tokens, cut.image_tokens
+            elif fit.live:
+                counts["without_captions"] += not fit._values("caption_tokens", row)
         text.append(whole[0])
         images.append(whole[1])
     return text, images, counts
@@ -361,10 +381,18 @@ def fits(draw: st.DrawFn, processor: Any) -> Fit:
     turn = st.tuples(
         st.integers(0, 60), st.integers(0, 60), st.integers(0, 5), st.lists(size, max_size=longest)
     )
-    rows = draw(st.lists(st.lists(turn, max_size=5), min_size=1, max_size=12))
+    conversation = st.lists(turn, max_size=5)
+    if schema == "live_whisperx":
+        conversation |= st.lists(turn, min_size=1, max_size=1)
+    rows = draw(st.lists(conversation, min_size=1, max_size=12))
+    known = [
+        len(row[0][3]) if schema == "live_whisperx" and len(row) == 1 and draw(st.booleans()) else 0
+        for row in rows
+    ]
+    captions = [draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)) for n in known]
     budgets = draw(st.tuples(st.integers(1, 300), st.integers(0, 1500)))
     ratings = draw(st.sampled_from([{}, {"relevance": 3}, {"relevance": 5}]))
-    fit = Fit(Columns(rows, schema), processor, Budget(*budgets), ratings)  # type: ignore[arg-type]
+    fit = Fit(Columns(rows, schema, captions), processor, Budget(*budgets), ratings)  # type: ignore[arg-type]
     fit.max_pixels = draw(st.sampled_from([784, 19_600, 400 * 400]))
     fit.per_image = draw(st.integers(0, 3))
     return fit
@@ -379,7 +407,7 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_lengths_of_all_samples_are_those_of_each(
     processor: CasaProcessor, few_at_once: None
 ) -> None:
-    met = {"shortened": 0, "ratings": 0, "whole": 0, "unfit": 0}
+    met = {"shortened": 0, "rated_out": 0, "without_captions": 0, "whole": 0, "unfit": 0}
 
     @settings(max_examples=150, deadline=None)
     @given(fits(processor))
@@ -389,10 +417,32 @@ def test_lengths_of_all_samples_are_those_of_each(
         assert (text.tolist(), images.tolist(), counts) == expected
         assert fit.lengths(2)[0].tolist() == text[:2].tolist()
         unfit = (~fit.budget.holds(text, images)).sum()
-        met["shortened"] += counts["shortened"]
-        met["ratings"] += counts["ratings"]
-        met["unfit"] += int(unfit) - counts["ratings"]
+        for name, number in counts.items():
+            met[name] += number
+        met["unfit"] += int(unfit) - counts["rated_out"]
         met["whole"] += len(text) - int(unfit) - counts["shortened"]
 
     compare()
     assert min(met.values()) > 20, met
+
+
+def test_lengths_of_live_samples_are_those_of_each(
+    processor: CasaProcessor, few_at_once: None
+) -> None:
+    """One answer over many frames, with captions that the index knows."""
+    draw, cut = random.Random(2), 0
+    for _ in range(200):
+        shown = [
+            [(draw.randint(1, 400), draw.randint(1, 400)) for _ in range(draw.randint(0, 30))]
+            for _ in range(5)
+        ]
+        rows = [[(draw.randint(0, 60), draw.randint(0, 60), 0, sizes)] for sizes in shown]
+        captions = [[draw.randint(0, 9) for _ in sizes] for sizes in shown]
+        budget = Budget(draw.randint(1, 300), draw.choice([0, 1, 63, 64, draw.randint(0, 1500)]))
+        fit = Fit(Columns(rows, "live_whisperx", captions), processor, budget)  # type: ignore[arg-type]
+        fit.per_image = draw.randint(0, 3)
+        text, images, counts = fit.lengths()
+        assert (text.tolist(), images.tolist(), counts) == slowly(fit)
+        for sizes, found in zip(shown, map(fit.cut, range(5)), strict=True):
+            cut += found is not None and 1 < len(found.images) < len(sizes)
+    assert cut > 100

@@ -50,6 +50,8 @@ class PlanSource:
     :param modality: image or video; a pack holds one of the two.
     :param shortened: samples that lost turns or frames to the budgets; :param rated_out: samples
         that their ratings left no turn, among those that fit no pack.
+    :param without_captions: live samples among those that fit no pack, of which an older index does
+        not know where they can be cut.
     """
 
     text: np.ndarray
@@ -58,6 +60,7 @@ class PlanSource:
     modality: str = IMAGE
     shortened: int = 0
     rated_out: int = 0
+    without_captions: int = 0
 
 
 @dataclass(frozen=True)

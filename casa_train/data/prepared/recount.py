@@ -9,7 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from casa_train.data.prepared.shard_index import INDEX_FILE, INDEX_SCHEMA, write_index
+from casa_train.data.prepared.shard_index import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    with_added,
+    write_index,
+)
 from casa_train.data.prepared.shard_writer import Count, turn_columns
 from casa_train.data.prepared.shards import FORMAT_VERSION, META_FILE, Split
 from casa_train.data.sample import RATINGS
@@ -29,16 +34,18 @@ def recount(
     directory.mkdir(parents=True, exist_ok=True)
     counts: dict[str, list[list[int]]] = {"user_tokens": [], "assistant_tokens": []}
     special = 0
-    columns: dict[str, list[list[int]]] = {"image_turns": [], **{name: [] for name in RATINGS}}
+    names = "image_turns", "caption_tokens", *RATINGS
+    columns: dict[str, list[list[int]]] = {name: [] for name in names}
     for row in range(len(split)):
         sample = split.read(row, with_images=False)
         tokens = count(sample)
         special += tokens.special
         counts["user_tokens"].append(tokens.user)
         counts["assistant_tokens"].append(tokens.assistant)
+        columns["caption_tokens"].append(tokens.captions)
         for name, values in turn_columns(sample).items():  # an older index may know other turns
             columns[name].append(values)
-    table = split.index
+    table = with_added(split.index)
     for name, lists in {**counts, **columns}.items():
         field = INDEX_SCHEMA.field(name)
         table = table.set_column(

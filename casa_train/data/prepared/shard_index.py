@@ -34,8 +34,11 @@ INDEX_SCHEMA = pa.schema(
         ("user_tokens", pa.list_(pa.int32())),
         ("assistant_tokens", pa.list_(pa.int32())),
         *((name, pa.list_(pa.int8())) for name in RATINGS),  # 0: not rated
+        # For each frame of a live sample, the text tokens behind it; empty of every other sample.
+        ("caption_tokens", pa.list_(pa.int32())),
     ]
 )
+ADDED = ("caption_tokens",)  # columns that splits of this format may lack: they are older
 _SHARD = b"shard"  # key of the part's own metadata
 
 
@@ -76,6 +79,8 @@ def merge_parts(directory: Path, numbers: Sequence[int]) -> int:
                 INDEX_SCHEMA.get_field_index("shard"), "shard", shard
             ).replace_schema_metadata()
         )
+    # Of a recipe that an earlier version began, parts may lack a column.
+    tables = [with_added(table) for table in tables]
     merged = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
     write_index(directory, merged)
     return int(merged.num_rows)
@@ -92,6 +97,17 @@ def open_index(path: Path) -> pa.Table:
     :raises pyarrow.ArrowInvalid: a damaged file.
     """
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def with_added(table: pa.Table) -> pa.Table:
+    """The table with every column of `ADDED`, of empty lists where it lacks one."""
+    for name in ADDED:
+        if name not in table.column_names:
+            field = INDEX_SCHEMA.field(name)
+            offsets = pa.array([0], pa.int32()).take(pa.array([0] * (len(table) + 1), pa.int32()))
+            empty = pa.ListArray.from_arrays(offsets, pa.array([], field.type.value_type))
+            table = table.append_column(field, empty)
+    return table
 
 
 def _write(path: Path, table: pa.Table) -> None:

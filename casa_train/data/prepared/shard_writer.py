@@ -90,6 +90,7 @@ class Shard:
                 "heights": [height for _, _, height in headers],
                 "user_tokens": tokens.user,
                 "assistant_tokens": tokens.assistant,
+                "caption_tokens": tokens.captions,
                 **turn_columns(sample),
             }
         )

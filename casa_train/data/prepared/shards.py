@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from casa_train.data.prepared.shard_index import INDEX_FILE, INDEX_SCHEMA, open_index
+from casa_train.data.prepared.shard_index import ADDED, INDEX_FILE, INDEX_SCHEMA, open_index
 from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import SCHEMAS, BadRow
 from casa_train.errors import UserError
@@ -50,13 +50,14 @@ class Split:
         self.directory = Path(directory)
         self.meta = self._read_meta(uncounted)
         self.index = self._read_index(check)
-        columns = {n: self.index.column(n).chunk(0) for n in INDEX_SCHEMA.names}
+        there = [n for n in INDEX_SCHEMA.names if n not in ADDED or n in self.index.column_names]
+        columns = {n: self.index.column(n).chunk(0) for n in there}
         self._keys, self._sources = columns["key"], columns["source"]
         self._numbers = {n: columns[n].to_numpy() for n in ("shard", "json_offset", "json_size")}
         self._lists = {
             field.name: (columns[field.name].flatten().to_numpy(), columns[field.name].offsets)
             for field in INDEX_SCHEMA
-            if pa.types.is_list(field.type)
+            if field.name in there and pa.types.is_list(field.type)
         }
         self._lists = {n: (values, o.to_numpy()) for n, (values, o) in self._lists.items()}
         self._files: OrderedDict[int, io.BufferedReader] = OrderedDict()
@@ -106,7 +107,12 @@ class Split:
         return str(self._sources[row].as_py())
 
     def list_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A list column as (values, offsets): sample i owns values[offsets[i]:offsets[i + 1]]."""
+        """A list column as (values, offsets): sample i owns values[offsets[i]:offsets[i + 1]].
+
+        One that an earlier version did not write is a column of empty lists.
+        """
+        if name in ADDED and name not in self._lists:
+            return np.zeros(0, np.int32), np.zeros(len(self) + 1, np.int32)
         return self._lists[name]
 
     def turn_ratings(self, name: str) -> tuple[np.ndarray, np.ndarray]:

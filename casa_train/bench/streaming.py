@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
-from casa_train.bench import _paths
+from casa_train.bench import _held_streams, _paths, _published_streams
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
@@ -22,18 +20,14 @@ from casa_train.bench._benchmark import (
     device_and_dtype,
     machine,
 )
-from casa_train.bench._paths import TokenClock
-from casa_train.bench._timing import synchronise, tensor_bytes
+from casa_train.bench._streamed_models import SIZES, load_models, sources
+from casa_train.bench._streams import Script, Stream, Turn
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
-from casa_train.export.loading import load_model
-from casa_train.io.quiet import quiet_libraries
 from casa_train.io.tables import aligned
-from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.image_processing_casa import SIDE
-from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 
-METHOD = """\
+METHOD = f"""\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and
 takes N new tokens greedily. The streams take turns in one process, so that noise hits all of them:
 the first turns are those of a second stream, which starts when the last turns of the long one
@@ -44,10 +38,13 @@ last are medians over up to eight turns, last/first their ratio; cache tokens, b
 those of the long stream's first and last turn. Streaming state: the keys and values of the open
 window, and the ids of the stream.
 
-The sessions that CASA (arXiv 2512.19535) publishes, with random weights of the published sizes:
-    python -m casa_train.bench streaming --size helium1-2b --image-size 896 --turns 256
-It takes about 45 GiB of GPU memory.
+--published adds the sessions that CASA (arXiv 2512.19535) publishes, in their layout: from the
+first tenth of the turns to the last (medians), every row with the machine that it was measured on.
+Theirs have the default prompt, text and new tokens; with random weights of the published sizes
+    python -m casa_train.bench streaming --published --size helium1-2b --image-size 896 --turns 256
+takes about 45 GiB of GPU memory.
 
+{_held_streams.METHOD}
 --compare-paths decodes single turns in three ways instead: by decode steps, as streams do; by a
 whole forward pass a token; and transformers' own generate on the plain backbone, without image.
 Medians over --turns turns.
@@ -55,110 +52,7 @@ Medians over --turns turns.
 
 WARM_UP_TURNS = 2
 MEDIAN_OF = 8  # first and last turns, and at most a quarter of all
-
-# Sizes of random models. smollm2-135m: SmolLM2-135M's with a small tower; helium1-2b: Helium1-2B's
-# with the Qwen2.5-VL tower.
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tiny": (
-        dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=256)
-        | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16),
-        dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2)
-        | dict(out_hidden_size=64, fullatt_block_indexes=[1]),
-    ),
-    "small": (
-        dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=8192)
-        | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64),
-        dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=2)
-        | dict(out_hidden_size=256, fullatt_block_indexes=[3]),
-    ),
-    "smollm2-135m": (
-        dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
-        | dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True),
-        dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=2)
-        | dict(out_hidden_size=576, fullatt_block_indexes=[3]),
-    ),
-    "helium1-2b": (
-        dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=28, vocab_size=64000)
-        | dict(num_attention_heads=16, num_key_value_heads=8, head_dim=128),
-        dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
-        | dict(out_hidden_size=2048, fullatt_block_indexes=[7, 15, 23, 31]),
-    ),
-}
-MECHANISMS = ("casa", "insertion")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one turn took and what the stream held after it.
-
-    :param first_token: seconds until the first new token.
-    :param tokens_per_second: of the new tokens after the first.
-    :param cache_bytes: keys and values of the KV cache; `state_bytes`: all else the stream keeps.
-    :param memory_bytes: weights, cache, state and temporaries at the turn's peak; None on the CPU.
-    """
-
-    first_token: float
-    tokens_per_second: float
-    cache_tokens: int
-    cache_bytes: int
-    state_bytes: int
-    memory_bytes: int | None
-
-
-class Stream:
-    """One stream of a model and its cache."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache()
-        self.device = model.lm_head.weight.device
-        self.weight_bytes = tensor_bytes(list(model.parameters()))
-
-    def turn(self, ids: Tensor, point: int, frame: Tensor, new_tokens: int) -> Turn:
-        """Enters ids (1, T) with a frame (3, H, W) before column `point`; takes `new_tokens`."""
-        clock = TokenClock()
-        cuda = self.device.type == "cuda"
-        synchronise(self.device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            allocated = torch.cuda.memory_allocated(self.device)
-            own = self.weight_bytes + self.cache_bytes() + self.state_bytes()
-        began = time.perf_counter()
-        self.model.generate_from_image(
-            ids,
-            [frame],
-            [[point]],
-            reset_streaming=False,
-            past_key_values=self.cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            streamer=clock,
-        )
-        synchronise(self.device)
-        memory = None
-        if cuda:  # what the other streams hold is not this one's
-            memory = own + torch.cuda.max_memory_allocated(self.device) - allocated
-        return Turn(
-            first_token=clock.arrivals[1] - began,  # the prompt comes back first
-            tokens_per_second=clock.tokens_per_second(),
-            cache_tokens=int(self.cache.get_seq_length()),
-            cache_bytes=self.cache_bytes(),
-            state_bytes=self.state_bytes(),
-            memory_bytes=memory,
-        )
-
-    def cache_tensors(self) -> list[Any]:
-        if hasattr(self.cache, "layers"):
-            return [[layer.keys, layer.values] for layer in self.cache.layers]
-        return [self.cache.key_cache, self.cache.value_cache]  # transformers 4
-
-    def cache_bytes(self) -> int:
-        return tensor_bytes(self.cache_tensors())
-
-    def state_bytes(self) -> int:
-        """What the stream keeps beside the cache; nothing counts twice that stands in both."""
-        state = getattr(self.cache, "casa", None)
-        return tensor_bytes(self.cache_tensors(), state) - self.cache_bytes()
+ROUNDS, MOST = 20, 256  # of --fps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,10 +75,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, default=224, help="side of a frame in pixels (default: 224)"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--published",
+        action="store_true",
+        help="also the published sessions, and these in their layout",
+    )
+    instead.add_argument(
+        "--fps",
+        type=float,
+        metavar="X",
+        help="how many streams of X frames/s one process holds, instead of first and last turns",
+    )
+    instead.add_argument(
         "--compare-paths",
         action="store_true",
         help="ways to decode instead of first and last turns",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help=f"of --fps, for each number of streams (default: {ROUNDS})"
+    )
+    parser.add_argument(
+        "--most", type=int, help=f"streams at which --fps stops asking (default: {MOST})"
     )
 
 
@@ -197,12 +109,21 @@ def run(arguments: argparse.Namespace) -> Report:
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
     models = load_models(arguments, device, dtype)
-    facts, sources = machine(device, dtype), _sources(models, arguments)
+    facts = machine(device, dtype)
     options = {k: v for k, v in vars(arguments).items() if k not in ("name", "json", "export")}
+    data: dict[str, Any] = {"machine": facts, "arguments": options}
+    lines = [describe_machine(facts), *sources(models, arguments)]
     if arguments.compare_paths:
         paths = _paths.compare_paths(models, arguments)
-        text = "\n".join([describe_machine(facts), *sources, "", _paths.table(paths)])
-        return Report(text, {"machine": facts, "arguments": options, "paths": paths})
+        return Report("\n".join([*lines, "", _paths.table(paths)]), {**data, "paths": paths})
+    shape = (
+        f"{arguments.turns} turns of one {arguments.image_size}x{arguments.image_size} frame, "
+        f"{arguments.text_tokens} text tokens and {arguments.new_tokens} new ones"
+    )
+    if arguments.fps is not None:
+        held = _held_streams.held_streams(models, script(models, arguments), arguments)
+        lines += [f"{shape}; {arguments.rounds} rounds", "", _held_streams.table(held, arguments)]
+        return Report("\n".join(lines), {**data, "held": held})
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
     turns, young = play(models, arguments, k)
     streams = {
@@ -213,13 +134,17 @@ def run(arguments: argparse.Namespace) -> Report:
         }
         for label in models
     }
-    shape = (
-        f"{arguments.turns} turns of one {arguments.image_size}x{arguments.image_size} frame, "
-        f"{arguments.text_tokens} text tokens and {arguments.new_tokens} new ones; first and last: "
-        f"medians of {k}"
-    )
-    text = "\n".join([describe_machine(facts), *sources, shape, "", table(streams)])
-    return Report(text, {"machine": facts, "arguments": options, "streams": streams})
+    data["streams"] = streams
+    lines += [f"{shape}; first and last: medians of {k}", "", table(streams)]
+    if arguments.published:
+        side, new = arguments.image_size, arguments.new_tokens
+        ours = [
+            _published_streams.session(label, facts, turns[label], side, new) for label in models
+        ]
+        sessions = [*ours, *_published_streams.PUBLISHED]
+        data["sessions"] = [session.record() for session in sessions]
+        lines += ["", _published_streams.table(sessions), _published_streams.NOTE]
+    return Report("\n".join(lines), data)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -236,6 +161,16 @@ def check(arguments: argparse.Namespace) -> None:
             f"--image-size is {arguments.image_size}; it must be a positive multiple of {SIDE}, "
             "the side of an image token."
         )
+    if arguments.fps is not None and not (math.isfinite(arguments.fps) and arguments.fps > 0):
+        raise UserError(f"--fps is {arguments.fps}; expected a number of frames/s above 0.")
+    for name, default in (("rounds", ROUNDS), ("most", MOST)):
+        value = getattr(arguments, name)
+        if value is not None and arguments.fps is None:
+            raise UserError(f"--{name} is {value}, but only --fps reads it; leave it out.")
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1.")
+        if value is None and arguments.fps is not None:
+            setattr(arguments, name, default)
     for path in arguments.export or []:
         if not (path / "config.json").is_file():
             raise UserError(
@@ -244,47 +179,16 @@ def check(arguments: argparse.Namespace) -> None:
             )
 
 
-def load_models(
-    arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Models by the label of their columns, in eval mode; none ends a turn early."""
-    if arguments.export:
-        quiet_libraries()
-        loaded = [load_model(path, dtype) for path in arguments.export]
-    else:
-        loaded = [random_model(name, arguments.size, device) for name in MECHANISMS]
-    models: dict[str, Any] = {}
-    for model in loaded:
-        label = str(model.config.fusion["mechanism"])
-        if label in models:
-            label += f" {len(models) + 1}"
-        model.generation_config.eos_token_id = None
-        models[label] = model.to(device, dtype).eval()
-    return models
-
-
-def random_model(mechanism: str, size: str, device: torch.device) -> CasaForConditionalGeneration:
-    text, vision = SIZES[size]
-    special = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config = CasaConfig(
-        text_config={"model_type": "llama", **text, **special},
-        vision_config={**vision, "window_size": 112},
-        fusion={"mechanism": mechanism},
+def script(models: dict[str, Any], arguments: argparse.Namespace) -> Script:
+    """What enters, in ids that every model has."""
+    return Script(
+        seed=arguments.seed,
+        image_size=arguments.image_size,
+        vocabulary=min(model.config.text_config.vocab_size for model in models.values()),
+        prompt_tokens=arguments.prompt_tokens,
+        text_tokens=arguments.text_tokens,
+        new_tokens=arguments.new_tokens,
     )
-    with device:
-        model = CasaForConditionalGeneration(config)
-    model.initialise_fusion()
-    return model
-
-
-def _sources(models: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    """A line for each model: where it comes from, and how large it is."""
-    lines = []
-    for label, model in models.items():
-        parameters = sum(p.numel() for p in model.parameters())
-        where = model.config.name_or_path if arguments.export else f"random, {arguments.size}"
-        lines.append(f"{label}: {where}, {parameters / 1e6:,.1f} M parameters")
-    return lines
 
 
 def play(
@@ -293,17 +197,10 @@ def play(
     """All turns of a long stream of each model, and the first `k` turns of a young one that
     alternate with the last `k` of the long one.
     """
-    generator = torch.Generator().manual_seed(arguments.seed)
-    side, new_tokens = arguments.image_size, arguments.new_tokens
-    frames = torch.randint(0, 256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
-    vocabulary = min(model.config.text_config.vocab_size for model in models.values())
+    entering = script(models, arguments)
 
     def turn(stream: Stream, index: int) -> Turn:
-        prompt = arguments.prompt_tokens if index == 0 else 0
-        shape = (1, prompt + arguments.text_tokens)
-        draw = torch.Generator().manual_seed(arguments.seed + index)  # alike for every stream
-        ids = torch.randint(0, vocabulary, shape, generator=draw).to(stream.device)
-        return stream.turn(ids, prompt, frames[index % len(frames)], new_tokens)
+        return stream.turn(*entering.given(stream, index))
 
     for model in models.values():
         warm_up = Stream(model)
@@ -367,7 +264,7 @@ def table(streams: dict[str, dict[str, Any]]) -> str:
 
 BENCHMARK = Benchmark(
     measures="first and last turns of a stream of frames: time to first token, tokens/s, KV cache "
-    "and memory",
+    "and memory; how many streams one process holds",
     description=METHOD,
     add_arguments=add_arguments,
     run=run,

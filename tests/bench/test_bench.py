@@ -6,119 +6,19 @@ Nothing here asserts a time.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from casa_train import modeling
 from casa_train.bench.__main__ import benchmarks, main
 from casa_train.bench._timing import interleaved, peak_bytes, tensor_bytes
 from casa_train.bench.attention import LAYOUTS
 from casa_train.bench.images import render
-from casa_train.export.writer import write_export
-from tests.helpers.tiny import tiny_model
+from tests.helpers.bench_numbers import bench
 
 CPU = torch.device("cpu")
-TURNS, TEXT, NEW, PROMPT = 5, 2, 3, 4
-STREAM = ["--turns", str(TURNS), "--text-tokens", str(TEXT), "--new-tokens", str(NEW)]
-STREAM += ["--prompt-tokens", str(PROMPT), "--image-size", "56", "--device", "cpu"]
-
-
-def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """Runs a benchmark in this process; returns what it wrote."""
-    out = tmp_path / "numbers.json"
-    assert main([*arguments, "--json", str(out)]) == 0
-    found: dict[str, Any] = json.loads(out.read_text())
-    assert all(math.isfinite(number) for number in numbers(found))
-    return found
-
-
-def numbers(value: Any) -> list[float]:
-    if isinstance(value, dict):
-        return [x for item in value.values() for x in numbers(item)]
-    if isinstance(value, list):
-        return [x for item in value for x in numbers(item)]
-    return [value] if isinstance(value, int | float) else []
-
-
-def save_export(directory: Path, mechanism: str) -> Path:
-    """An export of a tiny model; a stream of random ids needs no processor."""
-    model = tiny_model(mechanism)
-    write_export(
-        directory,
-        save_model=lambda path: model.save_pretrained(path),
-        save_processor=lambda path: (path / "processor_config.json").write_text("{}"),
-        source=Path(str(modeling.__file__)).parent,
-        card="",
-        provenance={},
-        gate=lambda path: "",
-    )
-    return directory
-
-
-def check_stream(turns: list[dict[str, Any]], image_tokens: int, token_bytes: int) -> None:
-    """The cache holds the text, and images only where the mechanism inserts them."""
-    for index, turn in enumerate(turns, start=1):
-        # The last new token of a turn enters with the next one.
-        expected = PROMPT + index * (TEXT + NEW + image_tokens) - 1
-        assert turn["cache_tokens"] == expected
-        assert turn["cache_bytes"] >= expected * token_bytes
-        assert turn["first_token"] > 0 and turn["tokens_per_second"] > 0
-
-
-def check_state(casa: list[dict[str, Any]], insertion: list[dict[str, Any]]) -> None:
-    """Beside the cache only the ids of the stream may grow from turn to turn."""
-    for turns in (casa, insertion):
-        growth = turns[-1]["state_bytes"] - turns[1]["state_bytes"]
-        new_ids = (TURNS - 2) * (TEXT + NEW)
-        assert 0 <= growth <= new_ids * 8
-    assert casa[1]["state_bytes"] > insertion[1]["state_bytes"]  # the open window
-
-
-def test_streaming_compares_random_models(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = bench(tmp_path, "streaming", "--size", "tiny", *STREAM)
-    casa, insertion = (found["streams"][name] for name in ("casa", "insertion"))
-    token_bytes = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, fp32
-    check_stream(casa["turns"], image_tokens=0, token_bytes=token_bytes)
-    check_stream(insertion["turns"], image_tokens=4, token_bytes=token_bytes)
-    check_state(casa["turns"], insertion["turns"])
-    # The first turns that are timed are those of a stream of their own.
-    assert [turn["cache_tokens"] for turn in casa["first_turns"]] == [PROMPT + TEXT + NEW - 1]
-    assert casa["cache_tokens"]["last"] == casa["turns"][-1]["cache_tokens"]
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.startswith("KV cache, tokens")]
-    assert rows[0].split()[3:] == ["8", "28", "3.50", "12", "48", "4.00"]
-
-
-def test_streaming_compares_ways_to_decode(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = bench(tmp_path, "streaming", "--size", "tiny", "--compare-paths", *STREAM)
-    speeds = found["paths"]
-    assert list(speeds) == ["casa", "insertion"]
-    steps, passes, backbone = (
-        speeds["casa"][way] for way in ("decode steps", "whole passes", "backbone alone")
-    )
-    assert len({steps, passes, backbone}) == 3  # each was measured
-    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("casa  "))
-    shown = [f"{x:.1f}" for x in (steps, passes, backbone)]
-    ratios = [f"{steps / x:.2f}" for x in (passes, backbone)]
-    assert row.split() == ["casa", shown[0], shown[1], ratios[0], shown[2], ratios[1]]
-
-
-def test_streaming_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exports = [save_export(tmp_path / name, name) for name in ("casa", "insertion")]
-    found = bench(tmp_path, "streaming", *STREAM, "--export", *map(str, [*exports, exports[0]]))
-    assert list(found["streams"]) == ["casa", "insertion", "casa 3"]
-    for name, image_tokens in (("casa", 0), ("insertion", 4), ("casa 3", 0)):
-        check_stream(found["streams"][name]["turns"], image_tokens, token_bytes=2 * 2 * 2 * 16 * 4)
-    assert f"insertion: {exports[1]}" in capsys.readouterr().out
 
 
 def test_attention_compares_equal_results(
@@ -194,6 +94,9 @@ def test_a_dense_mask_holds_what_segments_hold() -> None:
         (["streaming", "--export", "nowhere"], "--export nowhere: config.json is missing"),
         (["streaming", "--image-size", "100"], "--image-size is 100; it must be a positive mult"),
         (["streaming", "--new-tokens", "1"], "--new-tokens is 1; it must be at least 2"),
+        (["streaming", "--fps", "nan"], "--fps is nan; expected a number of frames/s above 0"),
+        (["streaming", "--fps", "2", "--most", "0"], "--most is 0; it must be at least 1"),
+        (["streaming", "--rounds", "9"], "--rounds is 9, but only --fps reads it; leave it out"),
         (["attention", "--scale", "0"], "--scale is 0.0; expected a number above 0"),
         (["attention", "--json", "no/such/folder.json"], "--json no/such/folder.json: the folder"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import av
@@ -126,16 +126,19 @@ class Video:
         self.origin = self.origin or 0.0  # where it goes is no beginning
         self.container.seek(int((self.origin + second) * av.time_base))
 
-    def pictures(self, through_damage: bool) -> Iterator[tuple[float, Any]]:
+    def pictures(
+        self, through_damage: bool, sound: Callable[[Any], None] | None = None
+    ) -> Iterator[tuple[float, Any]]:
         """(second at which it begins, av.VideoFrame) of each picture; then (end of the last, None).
 
         A picture without a time of its own follows the one before it at the video's rate.
 
         :param through_damage: leave out what cannot be decoded; else it ends the video.
+        :param sound: is given each packet of sound where it stands between the pictures.
         """
         last: Any = None
         begins = -1 / self.rate
-        for frame in self._decoded(through_damage):
+        for frame in self._decoded(through_damage, sound):
             begins = begins + 1 / self.rate if frame.time is None else frame.time
             if self.origin is None:
                 self.origin = begins
@@ -145,7 +148,7 @@ class Video:
         if last is not None:
             yield begins + _lasts(last, 1 / self.rate), None
 
-    def _decoded(self, through_damage: bool) -> Iterator[Any]:
+    def _decoded(self, through_damage: bool, sound: Callable[[Any], None] | None) -> Iterator[Any]:
         packets = self.container.demux(self.stream, *self.container.streams.audio)
         while True:
             try:
@@ -159,6 +162,8 @@ class Video:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 self.reached = max(self.reached, end - (self.origin or 0.0))
             if packet.stream is not self.stream:
+                if sound is not None:
+                    sound(packet)
                 continue
             try:
                 # A decoder may have finished some pictures before it meets the damage.
@@ -187,3 +192,8 @@ def _moving(container: Any) -> Any:
     if streams[0].codec_context is None:
         raise NoDecoder("a video of a codec that PyAV cannot decode")
     return streams[0]
+
+
+def short(error: BaseException) -> str:
+    """The reason alone, without PyAV's number of it and the file's name again."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

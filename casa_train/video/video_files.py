@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from casa_train.errors import UserError
-from casa_train.video.containers import FAULTS, NoDecoder, NoVideo, Video
+from casa_train.video.containers import FAULTS, NoDecoder, NoVideo, Video, short
 from casa_train.video.frames import Frame, FrameSource
 from casa_train.video.showing import EXACT, moments, shown_at, upright
 
@@ -112,7 +112,7 @@ class VideoFile(FrameSource):
             if isinstance(file, Pipe):
                 how = "a piped one is read in order: send MPEG-TS, Matroska or fragmented MP4"
             raise UserError(
-                f"{self.name}: cannot be read as a video ({_short(error)}); {KINDS}; {how}"
+                f"{self.name}: cannot be read as a video ({short(error)}); {KINDS}; {how}"
             ) from error
 
     def _from_start(self, video: Video) -> Iterator[tuple[float, Any]]:
@@ -222,8 +222,3 @@ def _undecodable(name: str, found: str) -> UserError:
         f"{name}: found {found}; expected one that this installation of PyAV decodes, such as "
         "H.264; convert it with: ffmpeg -i VIDEO -c:v libx264 OUT.mp4"
     )
-
-
-def _short(error: BaseException) -> str:
-    """The reason alone, without PyAV's number of it and the file's name again."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

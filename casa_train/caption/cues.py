@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from casa_train.video.burning import Cue
 
 WIDTH = 42  # characters of a line, as broadcasters have them
 LINES = 2
 HOLD = 4.0  # seconds for which the last words stay
 PAUSE = 3.0  # seconds of silence, after which a line begins anew
-
-
-@dataclass(frozen=True)
-class Cue:
-    """Lines that are shown from `start` to `end`, in seconds of the video."""
-
-    start: float
-    end: float
-    text: str
 
 
 class RollUp:

@@ -90,7 +90,8 @@ def run_captions(arguments: argparse.Namespace) -> int:
             log(f"subtitles: {arguments.out}")
     if arguments.burn is not None and stopped is None:
         log(f"rendering {arguments.burn}")
-        for note in burn(Path(arguments.videos[0]), files[0, 0].cues, arguments.burn):
+        burnt = burn(Path(arguments.videos[0]), files[0, 0].cues, arguments.burn)
+        for note in burnt.notes:
             log(note)
     if stopped is not None:
         return stopped

@@ -1,4 +1,4 @@
-"""`evaluate` on live captions: clips side by side are each alone, blind ones see another's frames."""
+"""`evaluate` on live captions: clips side by side are each alone, blind is with another's frames."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from casa_train.evaluate.__main__ import main
 from casa_train.evaluate.live_clips import evaluate_clips, first_clips, other_frames
 from casa_train.report.__main__ import main as report
 from data_recipes.__main__ import main as recipes
+from data_recipes.synthetic_motion import PROMPT
 from tests.helpers.commands import TINY, on_data
 from tests.helpers.tiny_export import write_tiny_export
 
@@ -51,7 +52,7 @@ def test_clips_are_read_with_their_words_and_times(live: Path) -> None:
         assert all(
             b - a == pytest.approx(0.5) for a, b in zip(clip.times, clip.times[1:], strict=False)
         )
-        assert clip.prompt == "Say what happens."
+        assert clip.prompt == PROMPT
         assert any(clip.due) and not any("..." in words for words in clip.due)
     assert len(first_clips({"live": split}, {"live": 2}, 5, skipped)) == 2
     swapped = other_frames(clips)
@@ -78,7 +79,9 @@ def test_a_model_that_says_what_is_due_scores_one_and_blind_less(
     live: Path, captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = first_clips({"live": Split(live)}, {"live": None}, 6, Counter())
-    words = {id(frame): due for clip in clips for frame, due in zip(clip.frames, clip.due, strict=True)}
+    words = {
+        id(frame): due for clip in clips for frame, due in zip(clip.frames, clip.due, strict=True)
+    }
     plain = CaptionStreams._caption
 
     def told(self: Any, frames: Any, heard: Any, deadline: Any) -> Any:

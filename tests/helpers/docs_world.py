@@ -50,6 +50,10 @@ SMALL: list[tuple[str, list[str]]] = [
     ("casa_train ", RUN),
     ("casa_train.evaluate .*--benchmarks", ["--samples", "2"]),
     ("casa_train.evaluate ", ["evaluation.max_samples=6"]),
+    (
+        "casa_train.bench streaming .*--fps",
+        ["--turns", "2", "--size", "tiny", "--image-size", "56", "--rounds", "1", "--most", "2"],
+    ),
     ("casa_train.bench streaming", ["--turns", "3", "--size", "tiny", "--image-size", "56"]),
     ("casa_train.bench attention", ["--scale", "0.004", "--repeats", "1"]),
     ("casa_train.bench packing", ["--samples", "4000", "--steps", "16", "--sources", "0"]),

@@ -194,6 +194,7 @@ Stored = tuple[str, dict[str, Any], list[bytes]]
 def _stored(folder: Path, number: int) -> Iterator[Stored]:
     """Key, row and images of the samples of a shard, in order."""
     from casa_train.data.prepared.shard_writer import shard_name
+    from casa_train.data.prepared.shards import IMAGES_OF
 
     path = folder / shard_name(number)
     if not path.is_file():  # nothing was set aside
@@ -210,7 +211,7 @@ def _stored(folder: Path, number: int) -> Iterator[Stored]:
             else:
                 images.setdefault(key, {})[int(extension.partition(".")[0])] = file.read()
     for key, row in rows.items():
-        own = images.get(key, {})
+        own = images.get(row.pop(IMAGES_OF, key), {})
         yield key, row, [own[i] for i in range(len(own))]
 
 

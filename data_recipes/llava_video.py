@@ -1,7 +1,7 @@
 """LLaVA-Video-178K (`lmms-lab/LLaVA-Video-178K`): questions in JSON, videos in tars.
 
-Videos are read in the order of the tars, each is decoded once for all questions about it. Samples
-are stored with their frames, so several questions about a video repeat its frames.
+Videos are read in the order of the tars; each is decoded, and its frames are stored, once for all
+questions about it.
 """
 
 from __future__ import annotations

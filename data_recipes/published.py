@@ -36,7 +36,7 @@ from data_recipes.pipeline import (
 )
 
 AUTO = "auto"  # --template where it is not given
-VERSION = 2  # raise when the same arguments would write something else
+VERSION = 2  # raise when the same arguments would write other samples
 
 
 def add_arguments(

@@ -268,17 +268,28 @@ def kill_after(process: subprocess.Popen[bytes], train: Path, shards: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(1, (2, 7)), (2, (3,))])
+@pytest.mark.parametrize(
+    ("name", "workers", "kills"),
+    [("finevision", 1, (2, 7)), ("finevision", 2, (3,)), ("llava_video", 1, (2,))],
+)
 def test_a_killed_recipe_goes_on_at_the_last_finished_shard(
-    tmp_path: Path, tokenizer: str, workers: int, kills: tuple[int, ...]
+    tmp_path: Path, tokenizer: str, name: str, workers: int, kills: tuple[int, ...]
 ) -> None:
-    rows = [[published.fine_row(100 * f + i) for i in range(40)] for f in range(20)]
-    source = published.finevision(tmp_path / "source", rows)
-    command = [sys.executable, "-m", "data_recipes", "finevision", "--source", str(source)]
+    if name == "finevision":
+        rows = [[published.fine_row(100 * f + i) for i in range(40)] for f in range(20)]
+        source, subset = published.finevision(tmp_path / "source", rows), "chartqa"
+    else:  # four questions a video, whose frames they share
+        paths = [f"v/{i}.mp4" for i in range(80)]
+        videos = [published.video(1 + i / 4, fps=4) for i in range(3)]
+        about = [published.video_row(i, path) for i, path in enumerate(paths * 4)]
+        members = {path: videos[i % 3] for i, path in enumerate(paths)}
+        source = published.llava_video(tmp_path / "source", about, [members])
+        subset = "0_30_s_academic_v0_1"
+    command = [sys.executable, "-m", "data_recipes", name, "--source", str(source)]
     command += ["--tokenizer", tokenizer, "--template", "auto", "--workers", str(workers)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert recipe("finevision", source, whole, tokenizer) == 0
-    train = killed / "chartqa" / "train"
+    assert recipe(name, source, whole, tokenizer) == 0
+    train = killed / subset / "train"
     finished: dict[Path, int] = {}
     for shards in kills:
         process = start(command, killed)
@@ -295,7 +306,7 @@ def test_a_killed_recipe_goes_on_at_the_last_finished_shard(
     (train / "shard-000019.tar.tmp").write_bytes(b"half a shard")
     assert start(command, killed).wait() == 0
     assert all(path.stat().st_mtime_ns == then for path, then in tars.items())
-    assert files(killed / "chartqa") == files(whole / "chartqa")
+    assert files(killed / subset) == files(whole / subset)
 
 
 def _group_runs(group: int) -> bool:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
+from casa_train.data.prepared.shard_writer import Shard
 from casa_train.data.prepared.shards import Split
-from casa_train.data.sample import ImageSlot
+from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.schemas.video_rows import FRAME_END
 from casa_train.video.showing import MAX_PIXELS
@@ -174,8 +178,133 @@ def test_extracted_videos_and_damaged_annotations(tmp_path: Path, tokenizer: str
     assert found["skipped"] == {"damaged_annotations": 1}
 
 
+def clips(tmp_path: Path, count: int, questions: int) -> Path:
+    """A source of clips in two tars, with so many questions about each; they come mixed."""
+    paths = [f"v/{i}.mp4" for i in range(count)]
+    rows = [published.video_row(i, path) for i, path in enumerate(paths * questions)]
+    videos = [published.video(1 + i, fps=4) for i in range(count)]
+    halves = (slice(0, count // 2), slice(count // 2, None))
+    tars = [dict(zip(paths[half], videos[half], strict=True)) for half in halves]
+    return published.llava_video(tmp_path / "source", rows, tars)
+
+
+def members(train: Path) -> dict[str, list[str]]:
+    """Names of the members of each shard."""
+    found = {}
+    for path in sorted(train.glob("shard-*.tar")):
+        with tarfile.open(path) as tar:
+            found[path.name] = tar.getnames()
+    return found
+
+
+def number_of(sample: Sample) -> int:
+    """Of the row that a sample was made from."""
+    return int(sample.turns[0].assistant.split()[-1].strip("."))
+
+
+def check_frames(split: Split, count: int) -> None:
+    """Every sample shows the frames of its own clip, i being 1 + i seconds long."""
+    for sample in split:
+        clip = number_of(sample) % count
+        assert sample.images == tuple(decode_clip(published.video(1 + clip, fps=4), 180).images)
+
+
+def test_frames_are_stored_once_for_all_questions_about_a_clip(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_recipes.llava_video.JOB_SAMPLES", 4)  # two clips a shard
+    source = clips(tmp_path, 4, 3)
+    assert recipe("llava_video", source, tmp_path / "out", tokenizer) == 0
+    train = tmp_path / "out" / SUBSET / "train"
+    split = Split(train)
+    assert len(split) == 12 and split.meta["images"] == 12 * 20
+    check_frames(split, 4)
+    assert {number_of(sample) for sample in split} == set(range(12))
+    names = members(train)
+    assert len(names) == 2
+    for stored in names.values():
+        assert sum(name.endswith(".json") for name in stored) == 6
+        assert sum(name.endswith(".jpg") for name in stored) == 2 * 20
+
+    # Plain webdataset: a sample without frames names the one before it that has them.
+    for path in names:
+        frames: dict[str, list[bytes]] = {}
+        for found in webdataset.WebDataset(str(train / path), shardshuffle=False):
+            row, key = json.loads(found["json"]), found["__key__"]
+            own = [found[f"{i}.jpg"] for i in range(20) if f"{i}.jpg" in found]
+            assert bool(own) == ("images_of" not in row)
+            frames[key] = own or frames[row["images_of"]]
+            (sample,) = (s for s in split if s.key == key)
+            assert tuple(frames[key]) == sample.images
+
+    # A second index, and what of a pack is trained, lead to the same frames.
+    template = '{user_end: "<|end|>\\n"}'
+    options = ["--tokenizer", tokenizer, "--template", template, "--workers", "1"]
+    again = ["retokenize", "--data", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+    assert main([*again, *options]) == 0
+    check_frames(Split(tmp_path / "again" / SUBSET / "train"), 4)
+
+
+def test_a_first_question_that_is_unusable_leaves_the_frames_to_the_next(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    rows = [published.video_row(i, "v/0.mp4") for i in range(3)]
+    rows[0]["conversations"] = []
+    source = published.llava_video(
+        tmp_path / "source", rows, [{"v/0.mp4": published.video(1, fps=4)}]
+    )
+    assert recipe("llava_video", source, tmp_path / "out", tokenizer) == 0
+    train = tmp_path / "out" / SUBSET / "train"
+    assert [number_of(sample) for sample in Split(train)] == [1, 2]
+    check_frames(Split(train), 1)
+    (names,) = members(train).values()
+    assert sorted({name.split(".")[0][-1] for name in names if name.endswith(".jpg")}) == ["1"]
+
+
+def test_frames_of_held_out_clips_are_shared_too(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples that were set aside are written anew: into the held-out split, or back."""
+    monkeypatch.setattr("data_recipes.llava_video.JOB_SAMPLES", 4)
+    source = clips(tmp_path, 5, 4)
+    assert recipe("llava_video", source, tmp_path / "out", tokenizer, "--validation", "9") == 0
+    found = {}
+    for name, samples in (("train", 12), ("validation", 8)):
+        split = Split(tmp_path / "out" / SUBSET / name)
+        check_frames(split, 5)
+        assert len(split) == samples
+        names = [n for stored in members(split.directory).values() for n in stored]
+        assert sum(n.endswith(".jpg") for n in names) == samples // 4 * 20
+        found[name] = {number_of(sample) for sample in split}
+    assert found["train"] | found["validation"] == set(range(20))
+
+
+def test_data_with_repeated_frames_reads_as_before(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote them; a shard of each kind may stand in one split."""
+    source = clips(tmp_path, 2, 3)
+    shared, repeated = tmp_path / "shared", tmp_path / "repeated"
+    assert recipe("llava_video", source, shared, tokenizer) == 0
+    write = Shard.write
+
+    def apart(self: Shard, *row: Any) -> bool:
+        self._video = "", []
+        return write(self, *row)
+
+    monkeypatch.setattr(Shard, "write", apart)
+    assert recipe("llava_video", source, repeated, tokenizer) == 0
+    one, other = (Split(path / SUBSET / "train") for path in (shared, repeated))
+    assert list(one) == list(other)
+    sizes = [sum(s["bytes"] for s in split.meta["shards"]) for split in (one, other)]
+    assert sizes[0] < 0.5 * sizes[1]
+
+
 @pytest.mark.slow
-def test_processes_change_no_byte(tmp_path: Path, tokenizer: str) -> None:
+def test_processes_change_no_byte(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_recipes.llava_video.JOB_SAMPLES", 2)  # three shards
     rows = [published.video_row(i, f"v/{i % 3}.mp4") for i in range(5)]
     tars = [{f"v/{i}.mp4": published.video(1 + i, fps=2) for i in range(3)}]
     source = published.llava_video(tmp_path / "source", rows, tars)

@@ -24,7 +24,7 @@ from casa_train.data.prepared.shard_index import (
     read_part,
     write_part,
 )
-from casa_train.data.prepared.shards import FORMAT_VERSION, META_FILE
+from casa_train.data.prepared.shards import FORMAT_VERSION, IMAGES_OF, META_FILE
 from casa_train.data.sample import RATINGS, Sample
 from casa_train.data.schemas.rows import MODALITIES, SCHEMAS, BadRow
 from casa_train.data.tokens import TurnTokens
@@ -51,6 +51,9 @@ class Shard:
         self.repaired: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
+        # The video that was stored last: the sample that has its frames, and they.
+        self._video: tuple[str, list[bytes]] = "", []
+        self._images_of: dict[str, str] = {}  # a sample without images of its own -> whose it shows
         self._tar: webdataset.TarWriter | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -59,6 +62,8 @@ class Shard:
 
     def write(self, key: str, row: Mapping[str, Any], images: Sequence[bytes]) -> bool:
         """Adds one row; `row` is the dataset's row without its images.
+
+        The frames of a video are stored once for all rows about it that follow each other.
 
         :return: False when the row cannot be used; it is counted in `skipped` by its reason.
         """
@@ -73,9 +78,16 @@ class Shard:
             return False
         if self._tar is None:
             self._tar = webdataset.TarWriter(str(self._path(".tmp")), mtime=0, user="", group="")
-        members: dict[str, Any] = {"__key__": key, "json": json.dumps(row, sort_keys=True).encode()}
-        for i, (data, (extension, _, _)) in enumerate(zip(images, headers, strict=True)):
-            members[f"{i}.{extension}"] = data
+        stored = {name: value for name, value in row.items() if name != IMAGES_OF}
+        if sample.video and images and list(images) == self._video[1]:
+            stored[IMAGES_OF] = self._images_of[key] = self._video[0]
+        elif sample.video:
+            self._video = key, list(images)
+        members: dict[str, Any] = {"__key__": key}
+        members["json"] = json.dumps(stored, sort_keys=True).encode()
+        if key not in self._images_of:
+            for i, (data, (extension, _, _)) in enumerate(zip(images, headers, strict=True)):
+                members[f"{i}.{extension}"] = data
         self._tar.write(members)
         self._keys.add(key)
         self.repaired.update(sample.repaired)
@@ -140,6 +152,9 @@ class Shard:
                     image = int(extension.partition(".")[0])
                     row["image_offsets"][image] = member.offset_data
                     row["image_sizes"][image] = member.size
+        for key, owner in self._images_of.items():
+            for name in ("image_offsets", "image_sizes"):
+                rows[key][name] = rows[owner][name]
         sync_file(self._path(".tmp"))
         os.replace(self._path(".tmp"), self._path())
         return self._path().stat().st_size

@@ -6,6 +6,10 @@ A dataset directory holds one folder a split::
     DIR/train/index.arrow          one row a sample: where its members lie, how long it is
     DIR/train/meta.json            schema, tokenizer fingerprint, every shard with its size
 
+A video that several samples are about is stored once: the first of them in the tar has its frames,
+the JSON of the others names that sample under "images_of". Their rows in the index lead straight to
+those frames, so whoever reads by the index need not know.
+
 The tars open with plain webdataset. Training reads members by offset and never scans a tar.
 """
 
@@ -33,6 +37,7 @@ from casa_train.io.files import sha256
 META_FILE = "meta.json"
 FORMAT_VERSION = 3
 UNCOUNTED = 2  # the same but for the counts of tokens, which knew no chat template
+IMAGES_OF = "images_of"  # in a stored row: the key of the sample before it that has its images
 OPEN_SHARDS = 64  # files that a process keeps open
 
 

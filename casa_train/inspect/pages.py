@@ -33,6 +33,7 @@ from casa_train.inspect.data_page import MessageView, OneSample, Page, Part
 from casa_train.inspect.packs import view_packs
 from casa_train.inspect.statistics import view_plan
 from casa_train.inspect.streams import view_stream
+from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.pages import pictures
 from casa_train.run.configuration import load_run_config
@@ -190,6 +191,12 @@ def inspect_sample(target: Target, wanted: str) -> Page:
         ("text tokens", f"{lengths[0]:,} of {config.data.text_tokens:,}"),
         ("image tokens", f"{lengths[1]:,} of {config.data.image_tokens:,}"),
     ]
+    if cut := materializer.fits[name].cut(row):
+        turns, images = (len(split.index.column(n)[row]) for n in ("user_tokens", "widths"))
+        trained = f"{cut.turns:,} of {turns:,} turns, {len(cut.images):,} of {images:,} images"
+        if cut.images:
+            trained += f" of at most {cut.max_pixels // SIDE**2:,} tokens"
+        about.append(("trained", trained))
     pack = Pack(0, ((name, row, *lengths),), *lengths)
     return Page(
         title=target.title,

@@ -16,7 +16,7 @@ from PIL import Image
 from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.prepared.plan import Pack, slowest_rank
 from casa_train.data.prepared.shards import Split
-from casa_train.data.tokens import load_tokenizer
+from casa_train.data.tokens import load_tokenizer, save_tokenizer
 from casa_train.errors import UserError
 from casa_train.inspect.__main__ import main
 from casa_train.inspect.packs import TokenTexts, _tokens, side_for, view_packs
@@ -31,6 +31,7 @@ from data_recipes.__main__ import main as recipes
 from tests.helpers import data_stream
 from tests.helpers.commands import TEMPLATE, on_data
 from tests.helpers.counting import writer_for
+from tests.helpers.published import live_line
 from tests.helpers.report_pages import HOSTILE, Page
 
 BUDGETS = ["data.text_tokens=200", "data.image_tokens=24"]
@@ -241,6 +242,28 @@ def test_one_sample_before_and_after(odd: Path, tmp_path: Path) -> None:
     assert "unreadable_image" in page.text
     _, page = look(tmp_path, str(odd), *BUDGETS, "--sample", "large")  # fits no pack, is shown
     assert len([i for i in page.all("img") if str(i["alt"]).endswith("of the pack")]) == 3
+
+
+def test_what_the_budgets_leave_of_a_sample_is_said(
+    odd: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    _, page = look(tmp_path, str(odd), "data.text_tokens=17", "--sample", "many")
+    assert re.search(r"trained\s*1 of 2 turns, 3 of 3 images of at most 9 tokens", page.text)
+
+    tokenizer = load_tokenizer(str(data_dir / "tokenizer"))
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    writer = writer_for(
+        CasaProcessor(tokenizer, template=TEMPLATE), tmp_path / "train", "live_whisperx"
+    )
+    words = [[n / 2, n / 2, f"w{n}"] for n in range(12)]
+    line, times = live_line("v.mp4", 0, 6, words), [n / 2 for n in range(12)]
+    frames = [picture(56, 84)] * 12
+    assert writer.write("clip", {"messages": line, "frame_times": times}, frames)
+    writer.close()
+    _, page = look(tmp_path, f"{tmp_path}/train", "data.text_tokens=70", "--sample", "clip")
+    (said,) = re.findall(r"1 of 1 turns, (\d+) of 12 images of at most", page.text)
+    pictures_shown = [i for i in page.all("img") if str(i["alt"]).endswith("of the pack")]
+    assert 1 < int(said) == len(pictures_shown) < 12
 
 
 def test_a_run_directory_is_looked_at_with_its_own_configuration(

@@ -108,12 +108,13 @@ class VideoFile(FrameSource):
         except NoDecoder as error:
             raise _undecodable(self.name, str(error)) from error
         except FAULTS as error:
-            how = "is it whole?"
-            if isinstance(file, Pipe):
-                how = "a piped one is read in order: send MPEG-TS, Matroska or fragmented MP4"
-            raise UserError(
-                f"{self.name}: cannot be read as a video ({short(error)}); {KINDS}; {how}"
-            ) from error
+            raise self._unreadable(short(error)) from error
+
+    def _unreadable(self, why: str) -> UserError:
+        how = "is it whole?"
+        if isinstance(self._file, Pipe):
+            how = "a piped one is read in order: send MPEG-TS, Matroska or fragmented MP4"
+        return UserError(f"{self.name}: cannot be read as a video ({why}); {KINDS}; {how}")
 
     def _from_start(self, video: Video) -> Iterator[tuple[float, Any]]:
         """The video's pictures, the first of them decoded, from the one shown at the start on."""
@@ -135,6 +136,8 @@ class VideoFile(FrameSource):
         first = next(pictures, None)
         if first is None:
             codec = video.stream.codec_context.name
+            if isinstance(self._file, Pipe):
+                raise self._unreadable(f"no picture of its {codec} came")
             raise _undecodable(self.name, f"a {codec} video, no picture of which can be decoded")
         self._measure(first[1])
         return chain([first], pictures)

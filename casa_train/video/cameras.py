@@ -63,7 +63,8 @@ class Live(FrameSource):
         self._over = False
         self._changed = threading.Condition()
         # A device may keep a read for ever; such a thread does not keep the process.
-        threading.Thread(target=self._follow, args=(pictures,), daemon=True, name=name).start()
+        self._thread = threading.Thread(target=self._follow, args=(pictures,), daemon=True)
+        self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._newest or self._over, timeout=patience)
         if self._newest is None:
@@ -100,12 +101,13 @@ class Live(FrameSource):
             tick += 1
             if not self._due(moment):
                 continue
-            if self.closed or self._is_gone():
+            picture = None if self.closed else self._picture()
+            if picture is None:
                 return
-            assert self._newest is not None
-            yield Frame(moment, upright(self._newest[0], self._max_pixels))
+            yield Frame(moment, upright(picture, self._max_pixels))
 
-    def _is_gone(self) -> bool:
+    def _picture(self) -> Any:
+        """The newest one; None, with the reason in `ended_early`, where no more will come."""
         with self._changed:
             over, newest = self._over, self._newest
         still = time.monotonic() - newest[1] if newest else 0.0
@@ -113,7 +115,12 @@ class Live(FrameSource):
             self.ended_early = f"sends nothing more ({self._failed or 'it ended'})"
         elif still > self._patience:
             self.ended_early = f"has sent no picture for {still:.0f} s"
-        return self.ended_early is not None
+        return newest[0] if newest and self.ended_early is None else None
+
+    def close(self) -> None:
+        super().close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=1.0)  # the device is free for the next one by then
 
 
 class Camera(Live):

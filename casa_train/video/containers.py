@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -138,17 +139,24 @@ class Video:
         """
         last: Any = None
         begins = -1 / self.rate
-        for frame in self._decoded(through_damage, sound):
-            begins = begins + 1 / self.rate if frame.time is None else frame.time
-            if self.origin is None:
-                self.origin = begins
-            begins -= self.origin if frame.time is not None else 0.0
+        for frame, clock in self._decoded(through_damage, sound):
+            if clock is None:
+                begins += 1 / self.rate
+            else:
+                self.origin = clock if self.origin is None else self.origin
+                begins = clock - self.origin
             last = frame
             yield begins, frame
         if last is not None:
             yield begins + _lasts(last, 1 / self.rate), None
 
-    def _decoded(self, through_damage: bool, sound: Callable[[Any], None] | None) -> Iterator[Any]:
+    def _decoded(
+        self, through_damage: bool, sound: Callable[[Any], None] | None
+    ) -> Iterator[tuple[Any, float | None]]:
+        """(av.VideoFrame, second of the container's clock at which it begins) in order."""
+        # AVI has places in a row and no times: pictures that are stored in another order than they
+        # are shown take the places in order. The times that PyAV makes up go back and forth.
+        places: deque[float] | None = deque() if self.container.format.name == "avi" else None
         packets = self.container.demux(self.stream, *self.container.streams.audio)
         while True:
             try:
@@ -165,15 +173,19 @@ class Video:
                 if sound is not None:
                     sound(packet)
                 continue
+            if places is not None and packet.dts is not None:
+                places.append(float(packet.dts * packet.time_base))
             try:
-                # A decoder may have finished some pictures before it meets the damage.
                 frames = packet.decode()
             except av.FFmpegError:
                 self.damaged += 1
+                if places:
+                    places.popleft()
                 if not through_damage:
                     return
                 continue
-            yield from frames
+            for frame in frames:
+                yield frame, places.popleft() if places else frame.time
 
 
 def _lasts(frame: Any, usual: float) -> float:

@@ -117,6 +117,19 @@ def test_other_containers_and_late_beginnings(tmp_path: Path, container: str) ->
     assert [f.image.tobytes() for f in part] == [f.image.tobytes() for f in frames[6:]]
 
 
+def test_avi_shows_pictures_in_order_though_it_has_no_times(tmp_path: Path) -> None:
+    # Its pictures are stored in another order than they are shown: these are B-frames.
+    slow = {"preset": "medium"}
+    clip = videos.encoded(tmp_path / "b.avi", videos.numbered(20), None, options=slow)
+    with open_source(clip, 15) as source:
+        shown = [videos.number_of(frame.image) for frame in source]
+    assert shown == [2 * n for n in range(10)]
+    frames = decode_clip(clip.read_bytes(), 5)
+    images = [Image.open(io.BytesIO(jpeg)) for jpeg in frames.images]
+    expected = [int((second + videos.CLOCK) * 30) for second in frames.times]
+    assert [videos.number_of(image) for image in images] == expected
+
+
 def test_odd_sizes(tmp_path: Path) -> None:
     pictures = videos.numbered(5, height=33, width=47)
     clip = videos.encoded(

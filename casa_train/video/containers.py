@@ -40,12 +40,23 @@ class Input:
         self.file = file
         self.name = name
         self.ended = ended
+        self.interrupt: BaseException | None = None
         if file.seekable():
             self.seek = file.seek
             self.tell = file.tell
 
     def read(self, size: int) -> bytes:
-        return b"" if self.ended.is_set() else self.file.read(size)
+        try:
+            return b"" if self.ended.is_set() else self.file.read(size)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.interrupt = error
+            self.ended.set()
+            return b""
+
+    def check(self) -> None:
+        """Raises what interrupted a read: PyAV, which calls it, prints such and reads on."""
+        if self.interrupt is not None:
+            raise self.interrupt
 
 
 def _opens_no_other(url: str, flags: int, options: dict[str, str]) -> Any:
@@ -68,8 +79,12 @@ class Video:
     ) -> None:
         """:param threads: that decode whole pictures beside each other; 0: as PyAV has it."""
         file = io.BytesIO(video) if isinstance(video, bytes) else video
-        source = Input(file, name, ended or threading.Event())
-        self.container: Any = av.open(source, io_open=_opens_no_other)
+        self._input = Input(file, name, ended or threading.Event())
+        try:
+            self.container: Any = av.open(self._input, io_open=_opens_no_other)
+        except av.FFmpegError:
+            self._input.check()
+            raise
         try:
             self.stream = _moving(self.container)
         except ValueError:
@@ -162,8 +177,10 @@ class Video:
             try:
                 packet = next(packets, None)
             except av.FFmpegError as error:
+                self._input.check()
                 self.fault = str(error)
                 return
+            self._input.check()
             if packet is None:
                 return
             if packet.pts is not None:

@@ -341,6 +341,20 @@ def test_closing_ends_a_pipe_that_waits(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
+def test_an_interrupt_ends_a_pipe_that_waits(tmp_path: Path) -> None:
+    piped = videos.copied(videos.real("bikes"), tmp_path / "piped.ts", "mpegts")
+    process = read_pipe(
+        f"head -c 300000 {piped}; sleep 120",
+        "import os, signal, threading\n"
+        "from casa_train.video.frame_sources import open_source\n"
+        "source = open_source('-', 2)\n"
+        "threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try: list(source)\nexcept KeyboardInterrupt: print('interrupted', source.closed)",
+    )
+    out, _ = process.communicate(timeout=60)
+    assert out == "interrupted True\n"
+
+
 def test_closing_from_another_thread_ends_a_file() -> None:
     source: FrameSource = open_source(videos.real("bikes"), 5, realtime=True)
     threading.Timer(0.7, source.close).start()

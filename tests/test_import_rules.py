@@ -68,6 +68,8 @@ HOMES = {
     "matplotlib": "report/",
     "av": "video/",
     "lmms_eval": "evaluate/lmms/",
+    "starlette": "caption/web/",
+    "uvicorn": "caption/web/",
 }
 TOPS = ("casa_train", "conf", "data_recipes", "launch", "tests")
 # Files that a user writes, which explanations name as examples.

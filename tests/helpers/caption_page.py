@@ -11,10 +11,12 @@ import json
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -38,7 +40,8 @@ class StandIn:
     """A captioner that says the next word of `words` to each frame, in two pieces.
 
     :param seconds: that it thinks for each piece.
-    :param streams: those that were opened and not thrown away, by what they were asked.
+    :ivar asked: (second, number of the stream) of every frame; :ivar opened: what each was asked.
+    :ivar live: its streams that are still there.
     """
 
     options: CaptionOptions = field(default_factory=CaptionOptions)
@@ -46,7 +49,8 @@ class StandIn:
     seconds: float = 0.0
     asked: list[tuple[float, int]] = field(default_factory=list)
     opened: list[CaptionOptions] = field(default_factory=list)
-    broken_by: str = ""
+    live: weakref.WeakSet[StandInStream] = field(default_factory=weakref.WeakSet)
+    processor: Any = field(default_factory=lambda: SimpleNamespace(max_pixels=84 * 84))
 
     def asking(self, **values: Any) -> StandIn:
         options = self.options.changed(**values)
@@ -55,7 +59,9 @@ class StandIn:
 
     def open(self) -> StandInStream:
         self.opened.append(self.options)
-        return StandInStream(self, len(self.opened) - 1)
+        stream = StandInStream(self, len(self.opened) - 1)
+        self.live.add(stream)
+        return stream
 
 
 class StandInStream:

@@ -54,7 +54,12 @@ class ChildFrames:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "casa_train.caption.web.frame_child"),
-                *(str(self.path.absolute()), self.shown, str(self.fps)),
+                *(
+                    str(self.path.absolute()),
+                    self.shown,
+                    str(self.fps),
+                    str(self.limits.frame_pixels),
+                ),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,5 +1,5 @@
-"""python -m casa_train.caption.web.frame_child FILE TITLE FPS: decodes a video that anybody may
-have made.
+"""python -m casa_train.caption.web.frame_child FILE TITLE FPS PIXELS: decodes a video that
+anybody may have made.
 
 Frames go to standard output as messages: a letter, the length of what follows (big endian, 4 bytes)
 and that: I what is known of the video (JSON), F a frame (seconds as a double, width, height, then
@@ -51,7 +51,7 @@ def send(out: BinaryIO, kind: bytes, *parts: bytes) -> None:
 
 def main() -> int:
     """Decodes until the end of the video, or until nobody reads."""
-    name, title, fps = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    name, title, fps, pixels = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no message
     limit_oneself()
@@ -61,7 +61,7 @@ def main() -> int:
 
     try:
         # An open file, so that what stands in it as a name of another is not looked for.
-        with open_source(open(name, "rb"), fps, title=title) as source:
+        with open_source(open(name, "rb"), fps, max_pixels=pixels, title=title) as source:
             about = {"duration": source.duration}
             send(out, b"I", json.dumps(about).encode())
             for frame in source:

@@ -15,7 +15,7 @@ class Limits:
     :param streams: streams at once, each with a cache of its own.
     :param request_bytes: of a request that is neither a file nor a picture.
     :param picture_bytes, picture_pixels: of one frame of a browser's camera.
-    :param frame_pixels: of one frame as the decoder of a file hands it over, scaled down.
+    :param frame_pixels: of one frame of a file; larger ones are scaled down where they are decoded.
     :param silence: seconds within which a visitor who sends a body has to send more of it.
     :param camera_silence: seconds without a frame after which a camera is gone.
     :param nobody: seconds without a viewer after which a stream ends.
@@ -28,7 +28,7 @@ class Limits:
     request_bytes: int = 64 << 10
     picture_bytes: int = 2 * MIB
     picture_pixels: int = 4 << 20
-    frame_pixels: int = 1 << 20
+    frame_pixels: int = 952 * 952
     silence: float = 30.0
     camera_silence: float = 20.0
     nobody: float = 8.0

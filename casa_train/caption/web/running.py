@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,6 +65,8 @@ def make_server(
     def begin(filled: Mapping[str, Any]) -> Callable[[], Captions]:
         return captioner.asking(**read_form(filled)).open
 
+    # Frames that come in larger than this, the processor would make smaller anyway.
+    limits = replace(limits, frame_pixels=captioner.processor.max_pixels)
     hub = Hub(begin, fps, limits, videos)
     shown = Shown(page(), export, form_fields(captioner.options))
     # Where any machine may come, any name may be this server's; there a token is asked for.

@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 # The GPU check takes an interpreter that it is given as it is; otherwise .venv, which it makes.
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 
-.PHONY: help setup demo demo-live test test-fast test-slurm test-compat test-newest test-lmms \
+.PHONY: help setup demo demo-live test test-fast test-slurm test-page test-compat test-newest test-lmms \
 	gpu-check check clean
 
 help:  ## list the targets
@@ -68,6 +68,9 @@ test-fast: setup  ## the tests for daily work
 
 test-slurm: setup  ## the batch scripts on a SLURM of two nodes on this machine (slurm-wlm, munge)
 	$(BIN)/python -m pytest -q tests/launch/test_slurm.py
+
+test-page: setup  ## the page of live captions in a Chromium (chromium)
+	$(BIN)/python -m pytest -q tests/caption/web/test_page_in_chromium.py
 
 test-compat: setup $(COMPAT)/.installed  ## the core's tests on transformers 4.51.3, exports to and from 5.x
 	OTHER_PYTHON=$(CURDIR)/$(BIN)/python $(COMPAT)/bin/python $(PYTEST) $(CORE)

@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw
 
 from casa_train.caption.captioner import FrameCaption
 from casa_train.caption.options import CaptionOptions
+from casa_train.caption.web.address import bind
 from casa_train.caption.web.hub import Hub
 from casa_train.caption.web.limits import Limits
 from casa_train.caption.web.running import make_server
-from casa_train.caption.web.serve import bind
 
 OWN = {"X-Casa-Caption": "1"}
 WORDS = "a red ball rolls to the left . now it stops . nothing moves for a while".split()

@@ -250,6 +250,8 @@ class LiveStream:
         self._publish(caption)
 
     def _count(self) -> None:
+        if self.over:
+            return  # that it is over is the last event
         self._publish({"event": "viewers", "viewers": len(self.viewers)})
 
     def _tell(self, state: str, message: str = "") -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import uvicorn
 
 from casa_train.caption.captioner import Captioner
-from casa_train.caption.web.guard import LOOPBACK
+from casa_train.caption.web.address import LOOPBACK, Address
 from casa_train.caption.web.hub import Hub
 from casa_train.caption.web.limits import Limits
 from casa_train.caption.web.live_stream import Captions
 from casa_train.caption.web.options_form import form_fields, read_form
 from casa_train.caption.web.routes import Shown, application
-from casa_train.caption.web.serve import Address
 from casa_train.pages import html
 
 LAST_SECONDS = 2  # for requests that are under way when the server ends

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
+from casa_train.caption.web.address import bind
 from casa_train.caption.web.running import page as render_page
-from casa_train.caption.web.serve import bind
 from casa_train.errors import UserError
 from tests.helpers.caption_page import OWN, Page, StandIn, serving
 

@@ -74,7 +74,7 @@ def test_a_video_plays_with_its_captions_and_is_paused_and_stopped(tab: Tab) -> 
         " parseFloat(document.getElementById('time').textContent.slice(2))]"
     )
     shown, clock = tab.run(times)
-    assert shown > 0.5 and abs(shown - clock) < 0.8  # beside the clock
+    assert shown > 0.5 and abs(shown - clock) < 1.2  # beside the clock
     tab.wait("document.querySelectorAll('#stage polyline').length === 3")
     for name in ("lag", "cache", "memory"):
         assert tab.run(f"document.getElementById('now-{name}').textContent") != "–"
@@ -156,7 +156,7 @@ def test_a_page_that_is_closed_ends_its_stream(browser: Browser, page: Page) -> 
     assert page.client.get("/state").json()["streams"]
     tab.call("Page.close")
     other = browser.tab(page.url)
-    other.wait("fetch('/state').then((a) => a.json()).then((s) => !s.streams.length)", 5)
+    other.wait("fetch('/state').then((a) => a.json()).then((s) => !s.streams.length)", 15)
 
 
 @pytest.mark.parametrize("width, height", [(1280, 900), (360, 780)])

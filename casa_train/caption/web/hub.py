@@ -15,7 +15,7 @@ from casa_train.caption.web.child_frames import ChildFrames
 from casa_train.caption.web.clock import Clock
 from casa_train.caption.web.limits import Limits
 from casa_train.caption.web.live_stream import Captions, Frames, LiveStream
-from casa_train.caption.web.uploads import Uploads, Video, videos_in
+from casa_train.caption.web.uploads import Uploads, Video, video_in, videos_in
 from casa_train.errors import UserError
 
 SWEEP_SECONDS = 1.0
@@ -79,10 +79,13 @@ class Hub:
         :raises UserError: there is none.
         """
         name = source.get("video", source.get("upload"))
-        choices = self.videos() if "video" in source else self.uploads.videos
-        if not isinstance(name, str) or name not in choices:
+        found = None
+        if isinstance(name, str):
+            upload = "video" not in source
+            found = self.uploads.videos.get(name) if upload else video_in(self.folder, name)
+        if found is None:
             raise UserError(f"video {str(name)[:100]!r} is not among those here; choose another.")
-        return choices[name]
+        return found
 
     def start(
         self, source: Mapping[str, Any], options: Mapping[str, Any], realtime: bool

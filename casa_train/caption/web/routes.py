@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -101,6 +102,7 @@ class Site:
 
     async def state(self, _: Request) -> Response:
         limits = self.hub.limits
+        videos = await asyncio.to_thread(self.hub.videos)  # a disk may be slow
         return _json(
             {
                 "model": self.shown.model,
@@ -109,7 +111,7 @@ class Site:
                 "upload_bytes": limits.upload_bytes,
                 "picture_pixels": limits.picture_pixels,
                 "formats": FORMATS,
-                "videos": sorted(self.hub.videos()),
+                "videos": list(videos),
                 "streams": [s.about() for s in self.hub.streams.values() if not s.over],
             }
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import shutil
@@ -63,20 +62,28 @@ def media_type(head: bytes) -> str | None:
 
 
 def videos_in(folder: Path | None) -> dict[str, Video]:
-    """The videos that lie in a folder, by name; links out of it are none of them."""
-    found: dict[str, Video] = {}
-    if folder is None:
-        return found
-    root = folder.resolve()
-    for path in sorted(root.iterdir()):
-        with contextlib.suppress(OSError):
-            if path.resolve().parent != root or not path.is_file() or not path.name.isprintable():
-                continue
-            with path.open("rb") as file:
-                kind = media_type(file.read(HEAD_BYTES))
-            if kind is not None:
-                found[path.name] = Video(path.name, path, f"/videos/{quote(path.name)}", kind)
-    return found
+    """The videos that lie in a folder, by name."""
+    try:
+        names = [] if folder is None else sorted(path.name for path in folder.iterdir())
+    except OSError:  # it was there when the server started
+        names = []
+    found = {name: video_in(folder, name) for name in names}
+    return {name: video for name, video in found.items() if video is not None}
+
+
+def video_in(folder: Path | None, name: str) -> Video | None:
+    """The video of that name in a folder; None: there is none. A link out of it is none."""
+    if folder is None or not name.isprintable():
+        return None
+    path = folder / name
+    try:
+        if path.resolve().parent != folder.resolve() or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            kind = media_type(file.read(HEAD_BYTES))
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return None
+    return None if kind is None else Video(name, path, f"/videos/{quote(name)}", kind)
 
 
 class Uploads:

@@ -157,6 +157,7 @@ def test_a_paused_stream_stands_and_goes_on(page: Page, model: StandIn) -> None:
         until(lambda: len(model.asked) > asked + 1)
         page.client.post(f"/streams/{stream}/stop")
         until(lambda: events[-1].get("state") == "stopped")
+        until(lambda: not model.live, 5)  # its cache goes, though it is still watched
     times = [c["time"] for c in of(events, "caption")]
     assert times == [n / 2 for n in range(len(times))]  # none was passed over
 

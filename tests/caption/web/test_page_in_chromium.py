@@ -159,6 +159,17 @@ def test_a_page_that_is_closed_ends_its_stream(browser: Browser, page: Page) -> 
     other.wait("fetch('/state').then((a) => a.json()).then((s) => !s.streams.length)", 15)
 
 
+def test_the_printed_address_with_a_token_opens_all_of_it(browser: Browser, videos: Path) -> None:
+    with serving(StandIn(), videos=videos, host="0.0.0.0") as page:
+        tab = browser.tab(f"{page.url}/?token={page.token}")
+        tab.wait("document.querySelector('select[name=video]').options.length === 2")
+        assert tab.run("location.search") == ""
+        play(tab, "ball.webm", "a red")
+        tab.wait("document.getElementById('video').currentTime > 0.3")
+        assert not tab.complaints
+        tab.call("Page.close")
+
+
 @pytest.mark.parametrize("width, height", [(1280, 900), (360, 780)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_window(

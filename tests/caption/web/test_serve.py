@@ -21,8 +21,10 @@ import psutil
 import pytest
 
 from casa_train.caption.__main__ import main
+from casa_train.caption.captioner import Captioner
+from casa_train.caption.options import CaptionOptions
 from casa_train.caption.web.address import bind
-from tests.helpers.caption_page import OWN, write_video
+from tests.helpers.caption_page import OWN, serving, write_video
 from tests.helpers.commands import ROOT, environment
 from tests.helpers.tiny_export import write_tiny_export
 
@@ -131,6 +133,25 @@ def test_it_ends_at_once_with_its_children_and_uploads(
         assert not folders(tmp_path)
         printed = process.stdout.read().decode()
         assert "Traceback" not in printed and "Error" not in printed, printed
+
+
+@pytest.mark.fresh
+def test_the_page_says_what_the_command_says(
+    export: Path, videos: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = {"prompt": "What rolls there?", "max_new_tokens": 5, "repetition_penalty": 1.3}
+    options = [word for k, v in asked.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    video = str(videos / "ball.mp4")
+    assert main([video, "--export", str(export), "--out", str(tmp_path), *options]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "ball.jsonl").read_text().splitlines()]
+    with serving(Captioner.load(export, CaptionOptions()), None, videos) as page:
+        first, second = (page.start({"video": "ball.mp4"}, **asked) for _ in range(2))
+        found = [page.to_the_end(stream) for stream in (first, second)]
+    for events in found:
+        captions = [e for e in events if e["event"] == "caption"] or events[0]["captions"]
+        for name in ("time", "text", "tokens", "cache_tokens"):
+            assert [c[name] for c in captions] == [line[name] for line in lines], name
+    assert len(lines) == 2 and lines[0]["text"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:

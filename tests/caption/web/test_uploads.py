@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import struct
 import time
@@ -173,11 +174,25 @@ def test_the_folder_shows_its_videos_and_nothing_around_it(tmp_path: Path, clip:
     (folder / "inside.mp4").symlink_to(folder / "ä film?.mp4")
     (folder / "deeper").mkdir()
     (folder / "deeper" / "b.mp4").write_bytes(clip)
+    (folder / "circle.mp4").symlink_to(folder / "circle.mp4")
     os.mkfifo(folder / "pipe.mp4")  # opening it would wait for ever
     assert sorted(videos_in(folder)) == ["inside.mp4", "ä film?.mp4"]
     with serving(StandIn(), videos=folder) as page:
         assert page.client.get("/state").json()["videos"] == ["inside.mp4", "ä film?.mp4"]
         url = videos_in(folder)["ä film?.mp4"].url
         assert page.client.get(url).content == clip
-        for name in ("../secret.mp4", "..%2Fsecret.mp4", "link.mp4", "%2e%2e%2fsecret.mp4", "x"):
+        for name in (
+            "deeper%2Fb.mp4",
+            ".",
+            "a%00b",
+            "circle.mp4",
+            "pipe.mp4",
+            "../secret.mp4",
+            "..%2Fsecret.mp4",
+            "link.mp4",
+            "%2e%2e%2fsecret.mp4",
+            "x",
+        ):
             assert page.client.get(f"/videos/{name}").status_code in (400, 404), name
+        shutil.rmtree(folder)
+        assert page.client.get("/state").json()["videos"] == []

@@ -16,7 +16,7 @@ class Limits:
     :param request_bytes: of a request that is neither a file nor a picture.
     :param picture_bytes, picture_pixels: of one frame of a browser's camera.
     :param frame_pixels: of one frame of a file; larger ones are scaled down where they are decoded.
-    :param silence: seconds within which a visitor who sends a body has to send more of it.
+    :param silence: seconds within which more of an upload has to come, and all of another request.
     :param camera_silence: seconds without a frame after which a camera is gone.
     :param nobody: seconds without a viewer after which a stream ends.
     :param frame_seconds: of waiting for a decoded frame.

@@ -131,7 +131,7 @@ class Site:
         return _json({"id": await self.hub.uploads.take(name, request.stream())}, 201)
 
     async def start(self, request: Request) -> Response:
-        body = await _body(request, self.hub.limits.request_bytes)
+        body = await _body(request, self.hub.limits.request_bytes, self.hub.limits.silence)
         try:
             wanted = json.loads(body)
             source, options = wanted["source"], wanted.get("options", {})
@@ -165,7 +165,7 @@ class Site:
         if not isinstance(stream.frames, CameraFrames):
             raise UserError("this stream takes no pictures: it reads a file.")
         limits = self.hub.limits
-        content = await _body(request, limits.picture_bytes)
+        content = await _body(request, limits.picture_bytes, limits.silence)
         picture = read_picture(content, limits.picture_pixels)
         if stream.over:
             raise UserError("this stream is over; start another.")
@@ -195,17 +195,24 @@ async def _events(stream: LiveStream) -> AsyncIterator[bytes]:
         await events.aclose()  # type: ignore[attr-defined]  # now, not when it is collected
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def _body(request: Request, most: int, seconds: float) -> bytes:
     """
-    :raises UserError: it is longer than `most` bytes.
+    :raises UserError: it is longer than `most` bytes, or has not come within so many seconds.
     """
     message = f"the request is longer than {most:,} bytes."
     _check_length(request, most, message)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise UserError(message)
+
+    async def read() -> None:
+        async for chunk in request.stream():
+            body.extend(chunk)
+            if len(body) > most:
+                raise UserError(message)
+
+    try:
+        await asyncio.wait_for(read(), seconds)
+    except asyncio.TimeoutError:
+        raise UserError(f"the request did not come within {seconds:g} s.") from None
     return bytes(body)
 
 

@@ -38,6 +38,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "ball.mp4", 1.0)
+    write_video(folder / "short.mp4", 0.5)
     write_video(folder / "long.mp4", 30.0)
     return folder
 
@@ -84,9 +85,9 @@ def test_ten_streams_in_a_row_do_not_grow_the_memory(export: Path, videos: Path)
     with started(export, videos, "--fps", "8") as (process, client):
         held = []
         for _ in range(13):
-            found = list(events(client, start(client, "ball.mp4")))
+            found = list(events(client, start(client, "short.mp4")))
             captions = [e for e in found if e["event"] == "caption"]
-            assert found[-1]["state"] == "ended" and len(captions) >= 4
+            assert found[-1]["state"] == "ended" and len(captions) >= 3
             # The text tokens of this stream alone: none begins where another ended.
             assert captions[0]["cache_tokens"] < 100 < captions[-1]["cache_tokens"] + 100
             held.append(psutil.Process(process.pid).memory_info().rss)

@@ -122,6 +122,11 @@ def test_an_upload_that_stands_still_or_breaks_off_leaves_nothing(page: Page, cl
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(head.encode() + b"\r\n\r\n" + clip[:1000])
         assert b"stood still" in slow.recv(5000)
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(
+            head.replace("uploads", "streams").replace("90000", "90").encode() + b"\r\n\r\n{"
+        )
+        assert b"did not come within 1 s" in slow.recv(5000)
     with socket.create_connection((host, int(port))) as broken:
         broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         broken.sendall(head.encode() + b"\r\n\r\n" + clip[:1000])

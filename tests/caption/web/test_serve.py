@@ -62,8 +62,8 @@ def started(export: Path, videos: Path, *options: str) -> Iterator[tuple[Any, ht
         with httpx.Client(base_url=url, headers=OWN, timeout=60) as client:
             yield process, client
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # which removes its folder of uploads
+        process.wait(30)
 
 
 def start(client: httpx.Client, video: str) -> str:

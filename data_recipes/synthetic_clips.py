@@ -27,7 +27,7 @@ from data_recipes.synthetic_motion import FPS, PROMPT, Film, film, pictures, tex
 from data_recipes.synthetic_scenes import SPLITS, SplitName
 
 VERSION = 1  # raise when the same arguments would render something else
-SIDES = (56, 1024)
+SIDES = (56, 1024)  # from 2 x 2 image tokens on
 QUALITY = 20  # constant rate factor of H.264
 BATCH = 25  # films that a process renders at a time
 QUESTIONS = 2  # about one film, of the five that there are
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side",
         type=int,
-        default=112,
+        default=56,
         metavar="P",
         help=f"width and height in pixels, an even number of {SIDES[0]} to {SIDES[1]} "
-        "(default: 112)",
+        "(default: 56)",
     )
     parser.add_argument(
         "--workers",

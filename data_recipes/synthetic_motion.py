@@ -37,8 +37,9 @@ QUIET_SHARE = 0.25  # of films with a long silence
 START = 0.01, 0.04  # seconds behind an event at which its words begin, and how long each lasts
 GONE = "gone"
 MOST_SHAPES = 4
-SIDE = (0.42, 0.58)  # of a shape, as a share of the picture's
-SPEED = 0.035  # of a shape at most, in pictures' sides a video frame
+SIDE = (0.72, 0.9)  # of a shape, as a share of a quarter's
+SPEED = 0.03  # of a shape at most, in pictures' sides a video frame
+HOPS = 0.15  # chance of one, a video frame
 SUPERSAMPLED = 4
 
 COLOUR_FORM, SHAPE_FORM = "Which colour came {which}?", "Which shape came {which}?"
@@ -187,24 +188,31 @@ def pictures(plan: Film, side: int) -> Iterator[Image.Image]:
 
 
 class _Path:
-    """A shape on its way: straight on, and back from the edges.
+    """A shape on its way: it drifts in a quarter of the picture, and hops to another now and then.
+
+    In a quarter, because a tiny vision tower learns shapes soonest where an image token sees one.
 
     :param side: pixels of the picture.
     """
 
     def __init__(self, rng: np.random.Generator, side: int) -> None:
-        self.size = round(side * rng.uniform(*SIDE))
-        self._room = side - self.size
+        self._rng, self._quarter = rng, side / 2
+        self.size = round(self._quarter * rng.uniform(*SIDE))
+        self._room = self._quarter - self.size
+        self._corner = rng.integers(2, size=2)
         self._at = rng.random(2) * self._room
         self._speed = rng.uniform(-SPEED, SPEED, 2) * side
 
     def place(self) -> tuple[int, int]:
         """Left and top, in pixels."""
-        left, top = np.rint(self._at).astype(int).tolist()
+        left, top = np.rint(self._corner * self._quarter + self._at).astype(int).tolist()
         return left, top
 
     def move(self) -> None:
         """One video frame further."""
+        if self._rng.random() < HOPS:
+            axis = int(self._rng.integers(2))
+            self._corner[axis] = 1 - self._corner[axis]
         self._at += self._speed
         outside = (self._at < 0) | (self._at > self._room)
         self._speed[outside] *= -1

@@ -51,8 +51,8 @@ demo-live: setup  ## films, an image stage, live captions from its export, a hel
 	$(BIN)/python -m data_recipes synthetic --out $(LIVE_DATA)/pictures --samples 20000 --validation 200 --seed 0 --tasks colour,shape $(LIVE_TOKENS)
 	$(BIN)/python -m data_recipes live_whisperx --source $(LIVE_DATA)/clips/train --out $(LIVE_DATA)/live $(LIVE_TOKENS)
 	$(BIN)/python -m data_recipes llava_video --source $(LIVE_DATA)/clips/train --out $(LIVE_DATA)/clip_questions $(LIVE_TOKENS)
-	$(BIN)/python -m data_recipes live_whisperx --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/live $(LIVE_TOKENS)
-	$(BIN)/python -m data_recipes llava_video --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/clip_questions $(LIVE_TOKENS)
+	$(BIN)/python -m data_recipes live_whisperx --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/live $(LIVE_TOKENS) --workers 1
+	$(BIN)/python -m data_recipes llava_video --source $(LIVE_DATA)/clips/validation --out $(LIVE_DATA)/held_out/clip_questions $(LIVE_TOKENS) --workers 1
 	$(BIN)/python -m casa_train +experiment=demo_live_images
 	$(BIN)/python -m casa_train.export $(LIVE_RUN)_images --out $(LIVE_RUN)_images/export
 	$(BIN)/python -m casa_train +experiment=demo_live

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ VERSION = 1  # raise when the same arguments would render something else
 SIDES = (56, 1024)  # from 2 x 2 image tokens on
 QUALITY = 20  # constant rate factor of H.264
 BATCH = 25  # films that a process renders at a time
-QUESTIONS = 2  # about one film, of the five that there are
 
 IMAGE_END = "<|image_end|>"  # behind a picture: where a model has seen it and says what comes next
 SUBSET = "shapes"  # of what has the format of LLaVA-Video
@@ -174,14 +172,14 @@ def write_films(
     lines = [json.dumps(live_line(i, films[i])) for i in range(count)]
     offsets = itertools.accumulate((len(line) + 1 for line in lines[:-1]), initial=0)
     _write(directory / CAPTIONS, "\n".join([*lines, json.dumps(list(offsets))]) + "\n")
-    rows = [row for i in range(count) for row in question_rows(i, films[i])]
+    rows = [question_row(i, films[i]) for i in range(count)]
     _write(directory / SUBSET / f"{SUBSET}_oe_qa_processed.json", json.dumps(rows, indent=1) + "\n")
     _write(directory / "README.md", CARD)
     return {
         "films": count,
         "seconds": round(sum(one.seconds for one in films)),
         "words": sum(len(one.words()) for one in films),
-        "questions": len(rows),
+        "questions": sum(len(one.questions()) for one in films),
     }
 
 
@@ -241,18 +239,18 @@ def live_line(index: int, plan: Film) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [clip, text]}, {"role": "assistant", "content": [words]}]
 
 
-def question_rows(index: int, plan: Film) -> Iterator[dict[str, Any]]:
-    """Rows of LLaVA-Video about a film, a question each."""
+def question_row(index: int, plan: Film) -> dict[str, Any]:
+    """A row of LLaVA-Video: all questions about a film, one turn each."""
     questions = plan.questions()
-    for number in range(QUESTIONS):
-        # Which of them are asked: all about equally often, no two alike.
-        question, answer = questions[(index * QUESTIONS + number) % len(questions)]
-        yield {
-            "id": f"{index:06d}-{number}",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
-                {"from": "gpt", "value": answer},
-            ],
-            "data_source": SUBSET,
-            "video": video_path(index),
-        }
+    first = index % len(questions)  # each question is asked first equally often
+    turns: list[dict[str, str]] = []
+    for question, answer in [*questions[first:], *questions[:first]]:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {
+        "id": f"{index:06d}",
+        "conversations": turns,
+        "data_source": SUBSET,
+        "video": video_path(index),
+    }

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from casa_train.caption.cues import Cue, RollUp
+from casa_train.caption.cues import RollUp
 from casa_train.caption.playing import Spoken
 from casa_train.errors import UserError
 from casa_train.io.log import LineFile
+from casa_train.video.burning import Cue
 
 SUFFIXES = (".srt", ".vtt", ".jsonl")
 

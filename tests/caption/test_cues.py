@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from casa_train.caption.caption_files import CaptionFiles, timestamp
 from casa_train.caption.captioner import FrameCaption
-from casa_train.caption.cues import HOLD, LINES, WIDTH, Cue, RollUp
+from casa_train.caption.cues import HOLD, LINES, WIDTH, RollUp
 from casa_train.caption.playing import Spoken
 from casa_train.errors import UserError
+from casa_train.video.burning import Cue
 from tests.helpers.small_disk import Filler, small_disk
 
 

@@ -1,4 +1,4 @@
-"""`evaluate` on live captions: clips side by side are each alone, blind is with another's frames."""
+"""`evaluate` on live captions: clips side by side are each alone, blind ones swap frames."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
+from casa_train.video.filming import write_film
 from data_recipes.pipeline import Progress, save_summary, writing
 from data_recipes.synthetic import build_tokenizer
 from data_recipes.synthetic_motion import FPS, PROMPT, Film, film, pictures, texts
@@ -27,7 +28,6 @@ from data_recipes.synthetic_scenes import SPLITS, SplitName
 
 VERSION = 1  # raise when the same arguments would render something else
 SIDES = (56, 1024)  # from 2 x 2 image tokens on
-QUALITY = 20  # constant rate factor of H.264
 BATCH = 25  # films that a process renders at a time
 
 IMAGE_END = "<|image_end|>"  # behind a picture: where a model has seen it and says what comes next
@@ -202,23 +202,9 @@ def _render_batch(
         path = directory / video_path(i)
         if not path.exists():  # by an earlier run that was ended
             temporary = path.with_name(f".{path.name}.tmp")
-            render(film(seed, split, i), side, temporary)
+            write_film(temporary, pictures(film(seed, split, i), side), FPS)
             os.replace(temporary, path)
     return len(numbers)
-
-
-def render(plan: Film, side: int, path: Path) -> None:
-    """Writes a film as H.264 in an mp4 file, the same bytes on every run."""
-    import av
-
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.width = stream.height = side
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "ultrafast", "crf": str(QUALITY), "threads": "1"}
-        for picture in pictures(plan, side):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode(None))
 
 
 def video_path(index: int) -> str:

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from casa_train.caption.options import CaptionOptions
 from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.video_rows import FRAME_END
 from data_recipes.__main__ import main
@@ -95,6 +96,10 @@ def test_answers_are_evenly_spread() -> None:
     assert {len(answers) for answers in asked.values()} == {4, 6}
     for question, answers in asked.items():
         assert max(answers.values()) < 1.5 * min(answers.values()), (question, answers)
+
+
+def test_films_are_captioned_for_what_the_captioner_asks() -> None:
+    assert CaptionOptions().prompt == PROMPT
 
 
 def test_words_are_single_tokens() -> None:

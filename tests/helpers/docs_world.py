@@ -22,12 +22,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
+from casa_train.video.filming import write_film
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.benchmark_copies import write_benchmark
 from tests.helpers.commands import ROOT, TINY, environment
 from tests.helpers.fork_server import FORK_ALL, available, write_python
 from tests.helpers.readmes import blocks
 from tests.helpers.tiny import HIDDEN, MROPE_SECTION, tiny_text_config, tiny_vision_config
+from tests.helpers.tiny_export import write_tiny_export
 from tests.helpers.toy_mechanism import write_toy
 
 RUN = [*TINY, "trainer.steps=2", "data.max_pixels=3136"]
@@ -140,6 +142,8 @@ def make_world(folder: Path) -> None:
     Image.new("RGB", (56, 56), "orange").save(folder / "picture.png")
     save_model(folder / "my_model")
     save_tower(folder / "my_tower")
+    write_tiny_export(folder / "my_captioner")
+    write_film(folder / "clip.mp4", [Image.new("RGB", (64, 48), c) for c in ("red", "blue")], 1)
     write_toy(folder / "mine")
     for name in BENCHMARKS:
         write_benchmark(folder / "benchmarks", name, 4)

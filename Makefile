@@ -58,6 +58,7 @@ demo-live: setup  ## films, an image stage, live captions from its export, a hel
 	$(BIN)/python -m casa_train +experiment=demo_live
 	$(BIN)/python -m casa_train.export $(LIVE_RUN) --out $(LIVE_RUN)/export
 	$(BIN)/python -m casa_train.evaluate $(LIVE_RUN)
+	@$(BIN)/python -m casa_train.report $(LIVE_RUN)
 	$(BIN)/python -m casa_train.caption $(LIVE_DATA)/clips/validation/video/000000.mp4 --export $(LIVE_RUN)/export --out $(LIVE_RUN)/captions
 
 test: setup  ## the whole test suite

@@ -11,7 +11,7 @@ MIB = 1 << 20
 class Limits:
     """
     :param upload_bytes: of one uploaded file.
-    :param kept_uploads: files that are kept at once; the oldest that no stream reads goes.
+    :param kept_uploads: files that are kept beside those that a stream reads; the oldest goes.
     :param streams: streams at once, each with a cache of its own.
     :param request_bytes: of a request that is neither a file nor a picture.
     :param picture_bytes, picture_pixels: of one frame of a browser's camera.

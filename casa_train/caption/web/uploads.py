@@ -148,8 +148,9 @@ class Uploads:
 
     def _make_room(self) -> None:
         """Lets the oldest files go that nobody reads."""
+        # Those that are read take no other's place: the newest would be the one to go.
         idle = [identity for identity, v in self.videos.items() if not v.readers]
-        for identity in idle[: max(len(self.videos) - self.limits.kept_uploads, 0)]:
+        for identity in idle[: max(len(idle) - self.limits.kept_uploads, 0)]:
             self.videos.pop(identity).path.unlink(missing_ok=True)
 
 

@@ -13,6 +13,8 @@ from casa_train.caption.web.clock import Clock
 from casa_train.caption.web.limits import Limits
 from casa_train.errors import UserError
 
+MOST_SCANS = 16  # of a JPEG: a progressive one has ten, and a camera's one
+
 
 class CameraFrames:
     """The newest frame that came; one that nobody took before the next came is skipped.
@@ -30,6 +32,7 @@ class CameraFrames:
     def __init__(self, clock: Clock, limits: Limits) -> None:
         self.clock, self.limits = clock, limits
         self.skipped = 0
+        self._begun = False
         self._newest: tuple[float, Image.Image] | None = None
         self._arrived = asyncio.Event()
 
@@ -41,6 +44,7 @@ class CameraFrames:
 
     def arrive(self, picture: Image.Image) -> None:
         self.skipped += self._newest is not None
+        self._begun = True
         self._newest = self.clock.position(), picture
         self._arrived.set()
 
@@ -61,7 +65,8 @@ class CameraFrames:
         try:
             await asyncio.wait_for(self._arrived.wait(), self.limits.camera_silence)
         except asyncio.TimeoutError:
-            if self.clock.running:
+            # The clock stands while the stream is paused, and before the first frame.
+            if self.clock.running or not self._begun:
                 seconds = f"{self.limits.camera_silence:g}"
                 raise UserError(f"the camera sent no picture for {seconds} s") from None
 
@@ -69,8 +74,12 @@ class CameraFrames:
 def read_picture(content: bytes, pixels: int) -> Image.Image:
     """A camera's JPEG as an RGB picture; its size is looked at before it is decoded.
 
-    :raises UserError: it is none, or has more than so many pixels.
+    :raises UserError: it is none, has more than so many pixels, or more scans than a camera makes:
+        each costs a pass over the whole picture and takes ten bytes of the file.
     """
+    scans = content.count(b"\xff\xda")  # within a scan's data, a zero follows every 0xff
+    if scans > MOST_SCANS:
+        raise UserError(f"a frame of {scans:,} JPEG scans; at most {MOST_SCANS} are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Pillow warns of bombs that it would still decode

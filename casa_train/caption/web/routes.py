@@ -166,7 +166,8 @@ class Site:
             raise UserError("this stream takes no pictures: it reads a file.")
         limits = self.hub.limits
         content = await _body(request, limits.picture_bytes, limits.silence)
-        picture = read_picture(content, limits.picture_pixels)
+        # Not in the loop: the others' events would wait for it.
+        picture = await asyncio.to_thread(read_picture, content, limits.picture_pixels)
         if stream.over:
             raise UserError("this stream is over; start another.")
         stream.frames.arrive(picture)

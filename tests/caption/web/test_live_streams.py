@@ -43,7 +43,14 @@ def model() -> StandIn:
 
 @pytest.fixture
 def page(model: StandIn, videos: Path) -> Iterator[Page]:
-    with serving(model, Limits(nobody=2.0, camera_silence=1.0, streams=3), videos) as found:
+    with serving(model, Limits(nobody=2.0, camera_silence=2.0, streams=3), videos) as found:
+        yield found
+
+
+@pytest.fixture
+def patient() -> Iterator[Page]:
+    """One that waits for a camera's first picture."""
+    with serving(StandIn()) as found:
         yield found
 
 
@@ -238,30 +245,39 @@ def test_a_camera_is_captioned_as_its_pictures_come(page: Page) -> None:
             time.sleep(0.1)
         assert page.client.get(f"/streams/{stream}/picture").status_code == 200
         until(lambda: events[-1].get("state") == "failed")  # it sends none any more
-        assert "sent no picture for 1 s" in events[-1]["message"]
+        assert "sent no picture for 2 s" in events[-1]["message"]
     times = [c["time"] for c in of(events, "caption")]
     assert times[0] == 0 and times == sorted(times) and times[-1] > 0.15
     assert [c["text"].strip() for c in of(events, "caption")] == WORDS[:3]
 
 
-def test_pictures_that_are_none_are_refused_and_the_next_one_is_taken(page: Page) -> None:
-    stream = page.start({"camera": True})
+def test_a_camera_that_never_sends_a_picture_is_one_message(page: Page) -> None:
+    events = page.to_the_end(page.start({"camera": True}))
+    assert events[-1]["state"] == "failed"
+    assert "sent no picture for 2 s" in events[-1]["message"]
+
+
+def test_pictures_that_are_none_are_refused_and_the_next_one_is_taken(patient: Page) -> None:
+    stream = patient.start({"camera": True})
     path = f"/streams/{stream}/frames"
     png = io.BytesIO()
     Image.new("RGB", (9, 9)).save(png, "PNG")
     bomb = jpeg((4000, 1100))  # 4.4 of 4.2 million pixels in 70 KB
+    scan = bytes.fromhex("ffda0008010100003f00")
+    passes = jpeg()[:-2] + 30 * scan + b"\xff\xd9"  # of 200,000, two minutes of decoding
     for content, found in (
         (b"", "no JPEG"),
         (b"\xff\xd8\xff" + bytes(50), "no JPEG"),
         (jpeg()[:-100], "no JPEG"),
         (png.getvalue(), "no JPEG"),
         (bomb, "4000 x 1100 pixels"),
+        (passes, "31 JPEG scans"),
         (bytes((2 << 20) + 1), "longer than 2,097,152 bytes"),
     ):
-        answer = page.client.post(path, content=content)
+        answer = patient.client.post(path, content=content)
         assert answer.status_code == 400 and found in answer.json()["error"]
-    with watching(page, stream) as events:
-        assert page.client.post(path, content=jpeg()).status_code == 204
+    with watching(patient, stream) as events:
+        assert patient.client.post(path, content=jpeg()).status_code == 204
         until(lambda: of(events, "caption"))
 
 

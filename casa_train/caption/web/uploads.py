@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ from casa_train.caption.web.limits import MIB, Limits
 from casa_train.errors import UserError
 
 HEAD_BYTES = 4096
+PREFIX = "casa-caption-"
+UNLOCKED_SECONDS = 60  # from a folder's making within which it surely has its lock
 CONTAINERS = {
     # offset and bytes that open a file: what it is, as browsers call it
     (0, b"\x1aE\xdf\xa3"): "video/webm",  # Matroska too: browsers play what they can of it
@@ -87,11 +92,16 @@ def video_in(folder: Path | None, name: str) -> Video | None:
 
 
 class Uploads:
-    """Files of visitors, in a temporary folder that goes with the server."""
+    """Files of visitors, in a temporary folder that goes with the server.
+
+    What a killed server left, the next one removes: the folder's lock tells whose is in use.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.folder = Path(tempfile.mkdtemp(prefix="casa-caption-"))
+        _sweep(Path(tempfile.gettempdir()))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._lock = _locked(self.folder)
         self.videos: dict[str, Video] = {}
         self._coming = 0
 
@@ -123,6 +133,9 @@ class Uploads:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     async def _write(self, body: AsyncIterator[bytes], file: int) -> str:
         """Returns the media type."""
@@ -152,6 +165,32 @@ class Uploads:
         idle = [identity for identity, v in self.videos.items() if not v.readers]
         for identity in idle[: max(len(idle) - self.limits.kept_uploads, 0)]:
             self.videos.pop(identity).path.unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> int | None:
+    """The descriptor that holds a folder's lock; None: another process holds it."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def _sweep(temporary: Path) -> None:
+    """Removes this user's folders whose server is no more."""
+    for folder in temporary.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another's, or gone meanwhile
+            about = folder.lstat()
+            # A new one may not have its lock yet.
+            if about.st_uid != os.getuid() or time.time() - about.st_mtime < UNLOCKED_SECONDS:
+                continue
+            if (held := _locked(folder)) is not None:
+                try:
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(held)
 
 
 def _checked(head: bytes) -> str:

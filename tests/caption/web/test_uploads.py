@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -192,6 +193,28 @@ def test_uploads_go_with_the_server(clip: bytes) -> None:
         assert folder.stat().st_mode & 0o077 == 0
         assert kept(page) == 1
     assert not folder.exists()
+
+
+def test_what_a_killed_server_left_goes_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, new, other = (tmp_path / name for name in ("casa-caption-a", "casa-caption-b", "c"))
+    running = uploads.Uploads(Limits())
+    for folder in (left, new, other):
+        folder.mkdir()
+        (folder / "film").write_bytes(b"film")
+    for folder in (left, other, running.folder):
+        os.utime(folder, (1e9, 1e9))
+    link = tmp_path / "casa-caption-link"
+    link.symlink_to(other)
+    os.utime(link, (1e9, 1e9), follow_symlinks=False)
+    found = uploads.Uploads(Limits())
+    assert not left.exists() and (new / "film").exists() and (other / "film").exists()
+    assert running.folder.is_dir()
+    found.close()
+    running.close()
+    assert not running.folder.exists() and not found.folder.exists()
 
 
 def test_the_folder_shows_its_videos_and_nothing_around_it(tmp_path: Path, clip: bytes) -> None:

@@ -67,7 +67,9 @@ class Guard:
         host = request.headers.get("host", "")
         if self.hosts is not None and _name(host) not in self.hosts:
             return _refused(
-                403, f"Host {host[:80]!r} is not this server; expected {_words(self.hosts)}."
+                403,
+                f"Host {host[:80]!r} is not this server; expected {_words(self.hosts)}. Behind a "
+                "proxy or by another name: start the command with --token.",
             )
         navigates = request.method == "GET" and request.url.path == "/"
         site = request.headers.get("sec-fetch-site", "same-origin")
@@ -75,7 +77,9 @@ class Guard:
             return _refused(403, f"a request from another site ({site[:20]}) is refused.")
         if request.method not in ("GET", "HEAD"):
             origin = request.headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != host:
+            # A proxy may have changed Host; then what the browser says of the site decides.
+            told = "sec-fetch-site" in request.headers
+            if origin is not None and not told and urlsplit(origin).netloc != host:
                 return _refused(403, f"a request from {origin[:80]} is refused.")
             if OWN_HEADER not in request.headers:
                 return _refused(403, f"header {OWN_HEADER} is missing; send it with any value.")

@@ -68,8 +68,8 @@ def make_server(
     limits = replace(limits, frame_pixels=captioner.processor.max_pixels)
     hub = Hub(begin, fps, limits, videos)
     shown = Shown(page(), export, form_fields(captioner.options))
-    # Where any machine may come, any name may be this server's; there a token is asked for.
-    hosts = LOOPBACK if address.host in LOOPBACK else None
+    # Where a token is asked for, any name may be this server's: another machine's, or a proxy's.
+    hosts = LOOPBACK if address.token is None else None
     config = uvicorn.Config(
         application(hub, shown, address.token, hosts),
         log_level="error",

@@ -57,6 +57,24 @@ def test_forms_and_scripts_of_other_sites_start_nothing(page: Page) -> None:
     page.client.post(f"/streams/{own.json()['id']}/stop")
 
 
+def test_behind_a_proxy_the_page_works_with_a_token() -> None:
+    with serving(StandIn(), token="open-sesame-7") as page:
+        # One that keeps the name by which it was called, and one that puts its own in its place.
+        site = {"Origin": "https://lab.example", "Sec-Fetch-Site": "same-origin"}
+        for host in ("lab.example", page.url[7:]):
+            headers = {**OWN, **site, "Host": host}
+            answer = httpx.post(
+                f"{page.url}/streams?token=open-sesame-7", content=FIELDS, headers=headers
+            )
+            assert answer.status_code == 201, answer.text
+            page.client.post(f"/streams/{answer.json()['id']}/stop?token=open-sesame-7")
+            headers["Sec-Fetch-Site"] = "same-site"
+            answer = httpx.post(
+                f"{page.url}/streams?token=open-sesame-7", content=FIELDS, headers=headers
+            )
+            assert answer.status_code == 403
+
+
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 def test_other_sites_may_link_to_the_page_and_embed_nothing(page: Page, site: str) -> None:
     header = {"Sec-Fetch-Site": site}

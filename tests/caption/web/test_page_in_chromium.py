@@ -106,6 +106,19 @@ def test_a_second_viewer_joins_and_does_not_end_it(browser: Browser, tab: Tab, p
     assert tab.run(SAID).split()[1:9] == "a red ball rolls to the left .".split()
 
 
+def test_an_address_opens_a_stream_younger_than_the_page_and_says_if_it_is_over(
+    tab: Tab, page: Page
+) -> None:
+    stream = page.start({"video": "ball.webm"})
+    tab.run(f"location.hash = '{stream}'")
+    tab.wait(f"{SAID}.includes('a red')")
+    page.client.post(f"/streams/{stream}/stop")
+    tab.wait(f"{STATUS} === 'ball.webm stopped'")
+    tab.run("location.hash = '0123456789abcdef'")
+    tab.wait("document.getElementById('notice').textContent.includes('is over')")
+    assert tab.run("document.getElementById('stage').hidden && !location.hash")
+
+
 def test_an_upload_that_the_browser_cannot_play_shows_its_frames(
     tab: Tab, page: Page, videos: Path, tmp_path: Path
 ) -> None:

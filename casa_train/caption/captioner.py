@@ -118,11 +118,13 @@ class Captioner:
 class _Stream:
     """One row of the batch.
 
+    :param end: the ids that end its frames: where a model has several, those that it said last.
     :param entering: ids that were said, or stand in place of what was, and have not entered yet.
     """
 
     prompt: str
     choice: TokenChoice
+    end: list[int]
     began: bool = False
     entering: list[int] = field(default_factory=list)
 
@@ -136,7 +138,9 @@ class CaptionStreams:
         options, end = captioner.options, captioner.frame_end
         exempt = {*end, *_turn_ends(captioner)}
         stop = {end[0], *_turn_ends(captioner)}
-        self._rows = [_Stream(prompt, TokenChoice(options, exempt, stop)) for prompt in prompts]
+        self._rows = [
+            _Stream(prompt, TokenChoice(options, exempt, stop), end) for prompt in prompts
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -175,13 +179,14 @@ class CaptionStreams:
         ]
         logits = self._show(frames)
         open_, cut = [True] * len(rows), [False] * len(rows)
-        first = last = 0.0
+        first, last = 0.0, [0.0] * len(rows)
         for count in range(options.max_new_tokens):
             tokens = self._choose(logits, open_)
-            last = time.perf_counter()
-            first = first or last
+            now = time.perf_counter()
+            first = first or now
             for row, token in enumerate(tokens):
                 if open_[row]:
+                    last[row] = now
                     open_[row] = not self._ends(row, token, texts[row])
             late = deadline is not None and time.monotonic() >= deadline
             if not any(open_) or late or count + 1 == options.max_new_tokens:
@@ -190,14 +195,14 @@ class CaptionStreams:
         for row in [row for row, goes_on in enumerate(open_) if goes_on]:
             # The words stay, and so does the end that training has behind every frame's words.
             cut[row] = True
-            rows[row].entering = [texts[row].ids[-1], *self.captioner.frame_end]
+            rows[row].entering = [texts[row].ids[-1], *rows[row].end]
         memory = _memory(self.captioner.device)
         return [
             FrameCaption(
                 text=texts[row].finish(),
                 tokens=len(texts[row].ids),
                 first_token=first - began,
-                tokens_per_second=_rate(len(texts[row].ids) - 1, last - first),
+                tokens_per_second=_rate(len(texts[row].ids) - 1, last[row] - first),
                 cache_tokens=self._cache_tokens(row),
                 memory_bytes=memory,
                 cut=cut[row],
@@ -281,8 +286,9 @@ class CaptionStreams:
             text.ids.append(token)
             # A turn that ends early goes on with the next frame, as if only the frame had ended;
             # where that is how frames end, the very token enters.
-            turn = self.captioner.options.frame_end == TURN_END
-            self._rows[row].entering = [token] if turn else list(self.captioner.frame_end)
+            if self.captioner.options.frame_end == TURN_END:
+                self._rows[row].end = [token]
+            self._rows[row].entering = self._rows[row].end
             return True
         if not text.add(token):
             return False

@@ -25,6 +25,9 @@ class FrameText:
     ) -> None:
         self._processor, self._heard = processor, heard
         self._end, self._begin = end, begin
+        # A decoder of SentencePiece drops the space that a text begins with: behind these it stays.
+        self._before = processor.tokenizer.encode(begin, add_special_tokens=False) if begin else []
+        self._skipped = len(self._decode(self._before))
         self.ids: list[int] = []
         self.text = begin
         self._told = 0
@@ -32,10 +35,7 @@ class FrameText:
     def add(self, token: int) -> bool:
         """Takes a token; returns whether the text that ends a frame is complete with it."""
         self.ids.append(token)
-        # The library's clean-up would draw " ..." to the word before it.
-        said = self._processor.decode(
-            self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        said = self._decode([*self._before, *self.ids])[self._skipped :]
         mark = self._end.strip()
         ended = bool(mark) and _ends(said, self._end)
         self.text = self._begin + (said[: len(said) - len(mark)].rstrip() if ended else said)
@@ -43,15 +43,26 @@ class FrameText:
         return ended
 
     def finish(self) -> str:
-        """Nothing comes any more: tells the rest; returns the whole text, stripped."""
-        self._tell(len(self.text.rstrip()))
+        """Nothing comes any more: tells the rest; returns the whole text, stripped.
+
+        A character that was cut is left out.
+        """
+        self.text = self.text.rstrip(UNFINISHED).rstrip()
+        self._tell(len(self.text))
         return self.text.strip()
+
+    def _decode(self, ids: list[int]) -> str:
+        # The library's clean-up would draw " ..." to the word before it.
+        text: str = self._processor.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def _settled(self, mark: str) -> int:
         """Characters that will stay whatever comes."""
         text = self.text.rstrip(UNFINISHED)
         held = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-        return len(text[: len(text) - held].rstrip()) if mark else len(text)
+        return len(text[: len(text) - held].rstrip())
 
     def _tell(self, upto: int) -> None:
         if self._heard is not None and upto > self._told:

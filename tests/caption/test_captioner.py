@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,26 @@ def test_words_put_into_its_mouth_are_heard_and_read() -> None:
     assert streams.caption(pictures(1))[0].text == ""
 
 
+@pytest.mark.parametrize("name", ["demo", "helium", "helium, BPE"])
+def test_words_put_into_its_mouth_stand_apart_from_the_first_that_it_says(name: str) -> None:
+    """Decoders of SentencePiece drop the space that a text begins with."""
+    on = captioner(name, begin="In this video", max_new_tokens=40)
+    frames = [{"type": "video", "video": [None]}]
+    told = [on.options.begin, f"{on.options.begin} é red{FRAME_END}"]
+    before, whole = (
+        on.processor.encode(
+            [{"role": "assistant", "content": [*frames, {"type": "text", "text": text}]}],
+            continue_final=True,
+        ).ids
+        for text in told
+    )
+    assert whole[: len(before)] == before
+    heard: list[str] = []
+    streams = scripted(on, whole[len(before) :])
+    first = streams.caption(pictures(1), lambda row, piece: heard.append(piece))[0]
+    assert first.text == "In this video é red" == "".join(heard) and not first.cut
+
+
 def test_what_is_heard_is_what_stays() -> None:
     """Nothing of a frame's end and no half character is heard, and all of the words are."""
     on = captioner("demo", max_new_tokens=40)
@@ -184,6 +205,46 @@ def test_what_is_heard_is_what_stays() -> None:
     caption = scripted(on, ids).caption(pictures(1), lambda row, piece: pieces.append(piece))[0]
     assert caption.text == "a.b é ..c 日本" and "".join(pieces).strip() == caption.text
     assert "\ufffd" not in "".join(pieces) and len(pieces) > 5
+
+
+def test_half_a_character_that_is_cut_is_neither_heard_nor_written() -> None:
+    ids = processor_of("demo").tokenizer.encode(" red \u65e5")
+    on = captioner("demo", max_new_tokens=len(ids) - 1)
+    pieces: list[str] = []
+    caption = scripted(on, ids).caption(pictures(1), lambda row, piece: pieces.append(piece))[0]
+    assert caption.cut and caption.text == "red" and "".join(pieces) == " red"
+
+
+def test_a_cut_frame_ends_with_the_token_that_the_model_ends_frames_with() -> None:
+    """A released model has several; another one than its own would look like another document."""
+    on = captioner("chatml", frame_end=TURN_END, max_new_tokens=2)
+    first = on.processor.answer_end_token
+    own, *words = on.processor.tokenizer.encode("<|endoftext|> red circle left".replace(" ", ""))
+    on.model.generation_config.eos_token_id = [first, own]
+    assert own != first and len(words) >= 4
+    streams = scripted(on, [*words[:2], own, *words[2:4], own])
+    cuts = [streams.caption(pictures(1))[0].cut for _ in range(4)]
+    assert cuts == [True, False, True, False]
+    pre, post = on.processor.pre_image_tokens, on.processor.post_image_tokens
+    between = [*pre, *post]
+    expected = [*words[:2], first, *between, own, *between, *words[2:4], own, *between]
+    assert streams.cache.casa.history[0].tolist()[-len(expected) :] == expected
+
+
+def test_the_speed_of_a_stream_is_its_own_beside_a_longer_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on = captioner("demo", max_new_tokens=12)
+    encode = processor_of("demo").tokenizer.encode
+    short, long = encode(" ..."), encode(" red blue green gray circle")[:12]
+    assert len(short) == 4 and len(long) == 12
+    seconds = iter(range(100))
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), monotonic=time.monotonic)
+    monkeypatch.setattr("casa_train.caption.captioner.time", clock)
+    found = scripted(on, short, long).caption(pictures(2))
+    # One token a second of this clock, which begins to count with the first one.
+    assert [caption.tokens for caption in found] == [4, 12]
+    assert [caption.tokens_per_second for caption in found] == [1.0, 1.0]
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from casa_train.data.prepared.plan import VIDEO
 from casa_train.data.prepared.ratings import carry_images, kept_images, kept_turns
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample, cut_answer, filter_turns, keep_images
+from casa_train.data.schemas.video_rows import LIVE
 from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor
 from casa_train.modeling.processing_casa import CasaProcessor
 
 LEAST_FRAME_TOKENS = 64
-LIVE = "live_whisperx"  # the schema of live captions
 ROWS = 1 << 15  # samples that are cut at once: what a cache holds
 NEVER = np.iinfo(np.int32).max  # a length that fits no budget
 

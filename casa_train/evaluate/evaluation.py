@@ -175,7 +175,9 @@ def scores_said(result: Mapping[str, Any]) -> list[str]:
     if result["exact_match"] is not None:
         said += [f"exact match {result['exact_match']:.3f}", f"blind {result['blind']:.3f}"]
     if (live := result.get("live")) and live["match"] is not None:
-        said += [f"live captions {live['match']:.3f}", f"blind {live['blind_match']:.3f}"]
+        said.append(f"live captions {live['match']:.3f}")
+        if live["blind_match"] is not None:  # of one clip there is none
+            said.append(f"blind {live['blind_match']:.3f}")
     return said
 
 

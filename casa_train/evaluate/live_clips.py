@@ -18,14 +18,11 @@ from casa_train.caption.options import CaptionOptions
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot, Sample
 from casa_train.data.schemas.rows import BadRow
-from casa_train.data.schemas.video_rows import FRAME_END
+from casa_train.data.schemas.video_rows import FRAME_END, LIVE
 from casa_train.evaluate.exact_match import question_text
 from casa_train.evaluate.live_scores import ClipCaptions, LiveScore
 from casa_train.evaluate.shares import spread
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
-
-LIVE = "live_whisperx"
-"""The schema whose answers go on while frames arrive."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +93,24 @@ def evaluate_clips(
     """Scores of an export, overall under the names of `LiveScore.record`, blind and by source; and
     the words of every clip.
 
+    Of a single clip there is no blind score: nothing else could be shown in its place.
+
     :param batch_size: clips that play side by side.
     """
     captioner = Captioner(model, processor, CaptionOptions())
     seen = say(captioner, clips, [clip.frames for clip in clips], batch_size)
-    blind = say(captioner, clips, other_frames(clips), batch_size)
+    others = other_frames(clips) if len(clips) > 1 else []
+    blind = say(captioner, clips, others, batch_size) if others else [None]
     scores = {"all": LiveScore(), "blind": LiveScore()}
     sources: dict[str, tuple[LiveScore, LiveScore]] = {}
     records = []
     for clip, words, guessed in zip(clips, seen, blind, strict=True):
         own = sources.setdefault(clip.source, (LiveScore(), LiveScore()))
         for which, said, score in zip(scores, (words, guessed), own, strict=True):
-            captions = ClipCaptions(clip.times, clip.due, tuple(said))
-            scores[which].add(captions)
-            score.add(captions)
+            if said is not None:
+                captions = ClipCaptions(clip.times, clip.due, tuple(said))
+                scores[which].add(captions)
+                score.add(captions)
         records.append(
             {
                 "id": clip.id,

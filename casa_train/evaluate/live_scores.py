@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 QUIET = 1.0
-"""Seconds around a frame in which nothing is due, where it counts as silence: words that come a
-frame early or late are a delay, and no false words."""
+"""Seconds around a frame, one frame at least, in which nothing is due where it counts as silence:
+words that come a frame early or late are a delay, and no false words."""
+
+EXACT = 1e-6  # seconds by which differences of times in decimals are off
 
 LATEST = 5.0
 """Seconds after which words that were due no longer count as said late, but as missed."""
@@ -55,8 +57,7 @@ class LiveScore:
         self.clips += 1
         by_second: dict[int, tuple[list[str], list[str]]] = {}
         for time, a, b in zip(clip.times, due, said, strict=True):
-            # A frame's words belong to the second that it ends, as a viewer reads them.
-            texts = by_second.setdefault(math.floor(time - clip.times[0]), ([], []))
+            texts = by_second.setdefault(math.floor(time - clip.times[0] + EXACT), ([], []))
             for words, text in zip(texts, (a, b), strict=True):
                 words += text.split()
         for expected, found in by_second.values():
@@ -66,10 +67,9 @@ class LiveScore:
         self.events += sum(map(bool, due))
         self.delays += _delays(clip.times, due, said)
         step = _step(clip.times)
+        quiet = max(QUIET, step) + EXACT
         for i, time in enumerate(clip.times):
-            near = (
-                w for t, w in zip(clip.times, due, strict=True) if abs(t - time) <= QUIET + 1e-6
-            )
+            near = (w for t, w in zip(clip.times, due, strict=True) if abs(t - time) <= quiet)
             if not any(near):
                 self.silence += step
                 self.false_words += len(said[i].split())
@@ -108,13 +108,14 @@ def _delays(times: Sequence[float], due: Sequence[str], said: Sequence[str]) -> 
     """
     delays = []
     start = 0
+    early = max(QUIET, _step(times)) + EXACT
     for i, words in enumerate(due):
         if not words:
             continue
         close = [
             j
             for j in range(start, len(said))
-            if said[j] == words and times[i] - QUIET <= times[j] <= times[i] + LATEST
+            if said[j] == words and times[i] - early <= times[j] <= times[i] + LATEST + EXACT
         ]
         if close:
             nearest = min(close, key=lambda j: (abs(j - i), j))

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from casa_train.data.prepared.shards import Split
+from casa_train.data.schemas.video_rows import LIVE
 
 K = TypeVar("K", str, tuple[str, str])
 Groups = dict[tuple[str, str], np.ndarray]
@@ -60,7 +61,12 @@ def spread(groups: Mapping[K, Sequence[int] | np.ndarray], total: int) -> dict[K
 
 
 def show_image_first(split: Split, rows: np.ndarray) -> np.ndarray:
-    """Those of the rows whose first turn shows an image."""
+    """Those of the rows that ask about an image in their first turn.
+
+    The frames of live captions stand in the answer, and nothing is asked about them.
+    """
+    if split.meta["schema"] == LIVE:
+        return rows[:0]
     turns, offsets = split.list_column("image_turns")
     shown = rows[offsets[rows] < offsets[rows + 1]]
     first: np.ndarray = shown[turns[offsets[shown]] == 0]

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -15,8 +16,11 @@ from casa_train.caption.captioner import Captioner, CaptionStreams
 from casa_train.caption.options import CaptionOptions
 from casa_train.config.compose import compose_config
 from casa_train.data.prepared.shards import Split
-from casa_train.evaluate.__main__ import main
+from casa_train.evaluate.__main__ import live_table, main
+from casa_train.evaluate.evaluation import scores_said
+from casa_train.evaluate.exact_match import first_questions
 from casa_train.evaluate.live_clips import evaluate_clips, first_clips, other_frames
+from casa_train.evaluate.shares import show_image_first
 from casa_train.report.__main__ import main as report
 from data_recipes.__main__ import main as recipes
 from data_recipes.synthetic_motion import PROMPT
@@ -93,6 +97,25 @@ def test_a_model_that_says_what_is_due_scores_one_and_blind_less(
     assert scores["match"] == 1.0 and scores["found"] == 1.0
     assert scores["median_delay_frames"] == 0 and scores["false_words"] == 0
     assert scores["blind_match"] < 0.5
+
+
+def test_of_one_clip_nothing_is_blind(live: Path, captioner: Captioner) -> None:
+    clips = first_clips({"live": Split(live)}, {"live": None}, 1, Counter())
+    scores = evaluate_clips(clips, captioner.model, captioner.processor, 4)
+    assert scores["blind_match"] is None and scores["match"] == 0.0
+    assert scores_said({"exact_match": None, "live": scores}) == ["live captions 0.000"]
+    assert " - " in live_table(scores)
+
+
+def test_frames_in_answers_ask_nothing(live: Path, data_dir: Path) -> None:
+    """A live split beside one with questions takes none of their places."""
+    splits = {"live": Split(live), "pictures": Split(data_dir / "validation")}
+    for name, split in splits.items():
+        rows = np.arange(len(split))[1:]
+        assert len(show_image_first(split, rows)) == (0 if name == "live" else len(rows))
+    limits = dict.fromkeys(splits)
+    questions = first_questions(splits, limits, 8, Counter())
+    assert len(questions) == 8 and all(q.id.startswith("pictures/") for q in questions)
 
 
 def stored(run: Path) -> dict[str, Any]:

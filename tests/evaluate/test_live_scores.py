@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 from casa_train.evaluate.live_scores import ClipCaptions, LiveScore
 
 
-def score_of(*clips: tuple[dict[int, str], dict[int, str], int]) -> dict[str, object]:
-    """Clips of so many frames, two a second from second 3.5 on, with the words of some of them."""
+def score_of(
+    *clips: tuple[dict[int, str], dict[int, str], int], first: float = 3.5, step: float = 0.5
+) -> dict[str, object]:
+    """Clips of so many frames, with the words of some of them.
+
+    :param first: second of the first frame, and :param step: to the next.
+    """
     score = LiveScore()
     for due, said, frames in clips:
-        times = tuple(3.5 + i / 2 for i in range(frames))
+        times = tuple(first + i * step for i in range(frames))
         texts = (tuple(words.get(i, "") for i in range(frames)) for words in (due, said))
         score.add(ClipCaptions(times, *texts))
     return score.record()
@@ -32,6 +37,20 @@ def test_words_a_frame_late_in_the_same_second_match_and_in_another_one_do_not()
     late = score_of(({3: "red"}, {4: "red"}, 8))
     assert (late["match"], late["seconds"]) == (0.0, 2)
     assert (late["median_delay_frames"], late["found"]) == (1, 1.0)
+
+
+def test_seconds_begin_where_they_do_whatever_the_times_are_in_binary() -> None:
+    assert 3.6 + 2 * 0.5 - 3.6 < 1  # what the third frame is past the first
+    late = score_of(({1: "red"}, {2: "red"}, 8), first=3.6)
+    assert (late["match"], late["seconds"]) == (0.0, 2)
+
+
+def test_a_frame_early_or_late_is_no_false_word_however_slow_the_frames_are() -> None:
+    said = {1: "red", 6: "blue", 9: "oh"}
+    found = score_of(({2: "red", 5: "blue"}, said, 10), step=2.0)
+    assert (found["found"], found["false_words"]) == (1.0, 1)
+    assert found["silent_seconds"] == pytest.approx(4 * 2.0)  # frames 0, 7, 8 and 9
+    assert found["median_delay_frames"] == 0  # of -1 and 1
 
 
 def test_delays_are_those_of_words_in_order() -> None:

@@ -21,6 +21,9 @@ from casa_train.data.schemas.conversation import (
     safe_path,
 )
 
+LIVE = "live_whisperx"
+"""The schema whose answers go on while frames arrive."""
+
 FRAME_END = " ..."
 """Ends the text of a frame while captions go on, so that a model learns when to wait for the next
 frame, as in the published LiveCC data code. The last frame ends with the turn itself."""

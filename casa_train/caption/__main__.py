@@ -5,12 +5,17 @@ python -m casa_train.caption --serve --export DIR: a page to watch them on.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # seconds of imports: Ctrl-C just ends them
+
 from casa_train.io.environment import set_environment
 
 set_environment()  # before anything imports torch
 
 import argparse
-import signal
+import io
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        # A console that lacks a character shows another one: captions speak every language.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         check_together(arguments)
@@ -35,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

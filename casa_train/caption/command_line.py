@@ -125,7 +125,9 @@ def check_together(arguments: argparse.Namespace) -> None:
             )
         if burn.suffix.lower() != ".mp4":
             raise UserError(f"--burn {burn}: expected the name of an .mp4 file.")
-        if burn.absolute() == Path(videos[0]).absolute():
+        if burn.is_dir():
+            raise UserError(f"--burn {burn} is a directory; expected the name of a file.")
+        if burn.exists() and Path(videos[0]).exists() and burn.samefile(videos[0]):
             raise UserError(f"--burn {burn} is the video itself; name another file.")
 
 

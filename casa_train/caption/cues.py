@@ -9,6 +9,9 @@ LINES = 2
 HOLD = 4.0  # seconds for which the last words stay
 PAUSE = 3.0  # seconds of silence, after which a line begins anew
 
+SPACED = {code: " " for code in (*range(0x20), *range(0x7F, 0xA0))}
+"""For `str.translate`: what would steer a terminal or a player becomes space."""
+
 
 class RollUp:
     """Makes cues as words come.
@@ -24,7 +27,7 @@ class RollUp:
 
     def add(self, time: float, words: str) -> list[Cue]:
         """Takes the words of a frame, or none; returns the cues that are complete with it."""
-        words = " ".join(words.split())
+        words = " ".join(words.translate(SPACED).split())
         done = []
         if self._open is not None and (words or time - self._open[0] >= HOLD):
             done = self.close(time)

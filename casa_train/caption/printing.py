@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from casa_train.caption.cues import SPACED
 from casa_train.caption.playing import Spoken
 from casa_train.io.log import log
 from casa_train.io.numbers import MISSING, memory
@@ -66,10 +66,14 @@ class Printer:
     """Prints captions as they come; of several videos or models each line names its own.
 
     :param models: their labels; :param videos: their names.
+    :param alone: nothing else is left of captions, so that without a reader there is nothing to do.
+    :raises BrokenPipeError: nobody reads any more what is said to them `alone`.
     """
 
-    def __init__(self, models: Sequence[str], videos: Sequence[str]) -> None:
-        self.models, self.videos = list(models), list(videos)
+    def __init__(self, models: Sequence[str], videos: Sequence[str], alone: bool = False) -> None:
+        self.models = list(models)
+        self.videos = [name.translate(SPACED) for name in videos]
+        self._gone: type[OSError] | tuple[()] = BrokenPipeError if alone else ()
         self.totals: dict[tuple[int, int], Totals] = defaultdict(Totals)
         self._alone = len(models) == len(videos) == 1
         self._width = max(
@@ -81,7 +85,7 @@ class Printer:
         """Only a single stream shows words before a frame's are complete."""
         if not self._alone:
             return
-        _say(piece if self._begun else f"{_clock(time)}  {piece.lstrip()}")
+        self._say(piece if self._begun else f"{_clock(time)}  {piece.lstrip()}")
         self._begun = True
 
     def captioned(self, model: int, video: int, spoken: Spoken) -> None:
@@ -91,11 +95,21 @@ class Printer:
         notes += ["cut"] * caption.cut + [f"{spoken.dropped} dropped"] * (spoken.dropped > 0)
         end = f"  [{', '.join(notes)}]"
         if self._alone and self._begun:
-            _say(end + "\n")
+            self._say(end, "\n")
         elif caption.text:
             name = self._named(model, video).ljust(self._width)
-            log(f"{name}{'  ' if name else ''}{_clock(spoken.time)}  {caption.text}{end}")
+            line = f"{name}{'  ' if name else ''}{_clock(spoken.time)}  {caption.text}{end}"
+            self._say(line, "\n")
         self._begun = False
+
+    def _say(self, text: str, end: str = "") -> None:
+        """As with `log`, a console on a full disk ends nothing."""
+        try:
+            print(text.translate(SPACED), end=end, flush=True)
+        except self._gone:
+            raise
+        except OSError:
+            pass
 
     def ended(self, video: int, reason: str | None) -> None:
         if reason is not None:
@@ -117,9 +131,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds, 1), 60)
     hours, minutes = divmod(int(minutes), 60)
     return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
-
-
-def _say(text: str) -> None:
-    """Part of a line; as with `log`, a console on a full disk ends nothing."""
-    with contextlib.suppress(OSError):
-        print(text, end="", flush=True)

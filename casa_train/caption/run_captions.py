@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from casa_train.caption.caption_files import CaptionFiles
@@ -41,9 +44,10 @@ class Telling:
 
     def captioned(self, model: int, video: int, spoken: Spoken) -> None:
         self.printer.captioned(model, video, spoken)
-        self._ends[model, video] = spoken.time + 1 / self.fps
         if (files := self.files.get((model, video))) is not None:
-            files.add(spoken)
+            with undisturbed():
+                self._ends[model, video] = spoken.time + 1 / self.fps
+                files.add(spoken)
 
     def ended(self, video: int, reason: str | None) -> None:
         self.printer.ended(video, reason)
@@ -55,6 +59,24 @@ class Telling:
         return all([files.close(self._ends.get(at, 0.0)) for at, files in self.files.items()])
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait, so that what is written of a frame is whole in every file."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: came.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def run_captions(arguments: argparse.Namespace) -> int:
     """Captions videos; returns the exit code: 0 where all went well.
 
@@ -63,6 +85,7 @@ def run_captions(arguments: argparse.Namespace) -> int:
     options = options_of(arguments)
     exports = [arguments.export, *([arguments.compare] if arguments.compare else [])]
     with contextlib.ExitStack() as stack:
+        _check_places(arguments)
         sources, failed = _open(arguments, stack)
         dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
         captioners = [
@@ -72,17 +95,20 @@ def run_captions(arguments: argparse.Namespace) -> int:
         labels = _labels(captioners, exports)
         names = _stems([source.name for source in sources])
         files = _files(arguments, labels, names)
-        printer = Printer(labels, [source.name for source in sources])
+        printer = Printer(labels, [source.name for source in sources], alone=not files)
         told = Telling(printer, files, arguments.fps)
         streams = [captioner.open(len(sources)) for captioner in captioners]
         stopped: int | None = None
         began = time.monotonic()
         try:
             Playing(streams, sources, told).run()
-        except KeyboardInterrupt:  # of a camera that is how it ends
-            stopped = 0 if any(source.live for source in sources) else 130
+        except KeyboardInterrupt:
+            stopped = 128 + signal.SIGINT
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
         finally:
-            whole = told.close()
+            with undisturbed():
+                whole = told.close()
         seen = max((totals.frames for totals in printer.totals.values()), default=0)
         log(f"\n{count(seen, 'frame')} in {time.monotonic() - began:.1f} s")
         log(printer.summary())
@@ -93,9 +119,30 @@ def run_captions(arguments: argparse.Namespace) -> int:
         burnt = burn(Path(arguments.videos[0]), files[0, 0].cues, arguments.burn)
         for note in burnt.notes:
             log(note)
-    if stopped is not None:
+    if stopped is not None and arguments.camera is None:  # of a camera that is how it ends
         return stopped
     return 1 if failed or told.broken or not whole else 0
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Before a model is read and a video played: whether there is a place for what is written.
+
+    :raises UserError: naming the option.
+    """
+    for option, path, directory in (
+        ("--out", arguments.out, arguments.out),
+        ("--burn", arguments.burn, arguments.burn and arguments.burn.parent),
+    ):
+        try:
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    pass
+        except OSError as error:
+            raise UserError(
+                f"{option} {path} cannot be written ({error.strerror or error}); expected a place "
+                "for files; name another one."
+            ) from error
 
 
 def _open(

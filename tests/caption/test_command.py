@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import signal
+import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,10 @@ import numpy as np
 import pytest
 
 from casa_train.caption.__main__ import main
+from casa_train.caption.captioner import Captioner, CaptionStreams
+from casa_train.caption.cues import SPACED
+from casa_train.caption.run_captions import Telling
+from casa_train.io.log import LineFile
 from tests.helpers.tiny_export import write_tiny_export
 
 GO = ["--max-new-tokens", "4"]
@@ -68,7 +76,8 @@ def test_a_video_is_captioned_and_written(
     assert all(line["first_token_seconds"] > 0 and line["memory_bytes"] > 2**20 for line in lines)
     printed = capsys.readouterr().out
     said = [line for line in lines if line["text"]]
-    assert said and all(line["text"].split()[-1] in printed for line in said)
+    words = [line["text"].translate(SPACED).split() for line in said]
+    assert words and all(word in printed for line in words for word in line)
     assert "12 frames in" in printed and "cache tokens" in printed
     srt = (tmp_path / "out" / "clip.srt").read_text()
     assert srt.count(" --> ") == len(said)
@@ -145,6 +154,98 @@ def test_the_released_captioners_values_and_single_ones_on_top(
     assert max(tokens for _, _, tokens, _ in found[0]) <= 6
 
 
+@pytest.mark.parametrize("clock", [[], ["--realtime", "--fps", "8"]], ids=["file", "realtime"])
+def test_an_interruption_waits_until_a_frame_is_in_all_files(
+    exports: Any, video: Path, tmp_path: Path, clock: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes right after a line was written, before the next file has its part of the frame."""
+    add, came = LineFile.add, []
+
+    def interrupted(self: LineFile, lines: list[str]) -> None:
+        add(self, lines)
+        if self.path.suffix == ".jsonl" and lines and json.loads(lines[0])["time"] >= 1:
+            came.append(signal.raise_signal(signal.SIGINT))
+
+    monkeypatch.setattr(LineFile, "add", interrupted)
+    out = ["--out", str(tmp_path), *clock]
+    assert main([str(video), "--export", str(exports("casa")), *GO, *out]) == 130
+    lines = lines_of(tmp_path / "clip.jsonl")
+    assert len(came) == 1 and len({line["time"] for line in lines}) == len(lines)
+    said = [line["time"] for line in lines if line["text"]]
+    for suffix in ("srt", "vtt"):
+        assert (tmp_path / f"clip.{suffix}").read_text().count(" --> ") == len(said) > 0
+
+
+def test_an_interruption_before_anything_plays_is_one_line(
+    exports: Any, video: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Captioner, "load", load)
+    assert main([str(video), "--export", str(exports("casa"))]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+class Gone(io.TextIOWrapper):
+    """A pipe whose reader leaves after so many lines."""
+
+    def __init__(self, lines: int) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.lines = lines
+
+    def write(self, text: str) -> int:
+        self.lines -= text.count("\n")
+        if self.lines < 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_nobody_who_reads_ends_it_unless_files_are_written(
+    exports: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioned: list[float] = []
+    plain = Telling.captioned
+
+    def counted(self: Telling, model: int, number: int, spoken: Any) -> None:
+        captioned.append(spoken.time)
+        plain(self, model, number, spoken)
+
+    monkeypatch.setattr(Telling, "captioned", counted)
+    monkeypatch.setattr(sys, "stdout", Gone(1))
+    arguments = [str(video), "--export", str(exports("casa")), *GO]
+    assert main(arguments) == 128 + signal.SIGPIPE
+    assert len(captioned) < 6
+    captioned.clear()
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert len(captioned) == len(lines_of(tmp_path / "clip.jsonl")) == 6
+
+
+def test_a_console_of_few_characters_and_captions_that_would_steer_it(
+    exports: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = CaptionStreams._caption
+
+    def told(self: Any, frames: Any, heard: Any, deadline: Any) -> Any:
+        said = "日本\x1b[2J\nred\r"
+        heard(0, said)
+        return [replace(caption, text=said) for caption in plain(self, frames, None, deadline)]
+
+    monkeypatch.setattr(CaptionStreams, "_caption", told)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    named = tmp_path / "a\nb.mp4"
+    named.write_bytes(video.read_bytes())
+    out = ["--out", str(tmp_path), "--end", "1"]
+    assert main([str(named), "--export", str(exports("casa")), *GO, *out]) == 0
+    console.seek(0)
+    printed = console.read()
+    assert printed.count("?? [2J red") == 2 and "\x1b" not in printed and "a b.mp4" in printed
+    srt = (tmp_path / "a\nb.srt").read_text()
+    assert "日本 [2J red" in srt and "\x1b" not in srt
+    assert lines_of(tmp_path / "a\nb.jsonl")[0]["text"] == "日本\x1b[2J\nred\r"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -156,6 +257,10 @@ def test_the_released_captioners_values_and_single_ones_on_top(
         (["VIDEO", "--start", "2", "--end", "1"], ["--end is 1"]),
         (["VIDEO", "--burn", "x.avi"], ["--burn x.avi", ".mp4"]),
         (["VIDEO", "--burn", "VIDEO"], ["is the video itself"]),
+        (["VIDEO", "--burn", "LINK"], ["is the video itself"]),
+        (["VIDEO", "--burn", "FOLDER"], ["is a directory"]),
+        (["VIDEO", "--burn", "/proc/x.mp4"], ["--burn /proc/x.mp4", "cannot be written"]),
+        (["VIDEO", "--out", "VIDEO"], ["--out", "cannot be written"]),
         (["VIDEO", "VIDEO", "--burn", "x.mp4"], ["--burn", "one video file"]),
         (["VIDEO", "--compare", "nowhere"], ["nowhere is no export"]),
         (["VIDEO", "--compare", "nowhere", "--realtime"], ["--compare beside --realtime"]),
@@ -166,9 +271,12 @@ def test_the_released_captioners_values_and_single_ones_on_top(
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_arguments_are_one_message(
-    exports: Any, video: Path, arguments: list[str], words: list[str], capsys: Any
+    exports: Any, video: Path, arguments: list[str], words: list[str], tmp_path: Path, capsys: Any
 ) -> None:
-    given = [str(video) if word == "VIDEO" else word for word in arguments]
+    named = {"VIDEO": video, "LINK": tmp_path / "link.mp4", "FOLDER": tmp_path / "folder.mp4"}
+    named["LINK"].symlink_to(video)
+    named["FOLDER"].mkdir()
+    given = [str(named.get(word, word)) for word in arguments]
     assert main([*given, "--export", str(exports("casa"))]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("error:") == 1 and "Traceback" not in captured.err

@@ -383,6 +383,14 @@ def test_words_without_times_or_letters_are_dropped() -> None:
     assert sample.repaired == ("word_dropped",)
 
 
+def test_a_word_that_is_how_frames_end_is_none() -> None:
+    """A captioner would stop in the middle of what it learned to say."""
+    words = [[10.0, 10.1, "well"], [10.1, 10.2, "..."], [10.2, 10.3, "so..."], [10.3, 10.4, "on"]]
+    sample = live(words, [10.5, 11.0])
+    assert sample.turns[0].live[1] == " well so... on" + FRAME_END
+    assert sample.repaired == ("word_dropped",)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

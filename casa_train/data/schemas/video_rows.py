@@ -133,11 +133,12 @@ def _question(part: Mapping[str, Any]) -> str:
 
 
 def _word(entry: Any) -> tuple[float, str] | None:
-    """(end, word) of an entry (start, end, word); None where one of them is missing."""
+    """(end, word) of an entry (start, end, word); None where one of them is missing or no word."""
     if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 3:
         return None
     start, end, word = entry
-    if not isinstance(word, str) or not word.strip():
+    # A word that is how frames end would teach that they go on behind their end.
+    if not isinstance(word, str) or word.strip() in ("", FRAME_END.strip()):
         return None
     # A word that could not be aligned has no times of its own.
     last = end if isinstance(end, int | float) else start

@@ -170,7 +170,8 @@ def cut_answer(sample: Sample, frames: int) -> Sample:
     kept = turn.live[: turn.live.index(ImageSlot(frames))]
     said = "".join(part for part in kept if isinstance(part, str))
     turn = replace(turn, assistant=said, live=kept, open=True)
-    return replace(sample, turns=(turn,), images=sample.images[:frames])
+    images, times = sample.images[:frames], sample.times[:frames]
+    return replace(sample, turns=(turn,), images=images, times=times)
 
 
 def filter_turns(sample: Sample, minimum: Mapping[str, int]) -> Sample:

@@ -286,6 +286,7 @@ def test_a_live_turn_is_cut_between_slots() -> None:
     (turn,) = cut_answer(sample, 2).turns
     assert turn.live == (ImageSlot(0), FRAME_END, ImageSlot(1), " one" + FRAME_END)
     assert turn.assistant == f"{FRAME_END} one{FRAME_END}" and turn.open
+    assert cut_answer(sample, 2).images == (b"a", b"b") and cut_answer(sample, 2).times == (0, 0.5)
     assert dataclasses.replace(turn, open=False, live=(), assistant="") == dataclasses.replace(
         sample.turns[0], live=(), assistant=""
     )

@@ -22,12 +22,19 @@ class CaptionFiles:
 
     :param directory: None: nothing is written, cues are kept alone.
     :param log: is told when the disk refuses, and when no longer.
-    :param keep: all cues in `cues`, too.
+    :param keep: all cues in `cues`, too, in seconds of the video.
+    :param offset: second of a player's clock at which the video's second 0 is; subtitles go by that
+        clock, and the JSONL by the video's.
     :raises UserError: the directory cannot be written.
     """
 
     def __init__(
-        self, directory: Path | None, name: str, log: Callable[[str], None], keep: bool = False
+        self,
+        directory: Path | None,
+        name: str,
+        log: Callable[[str], None],
+        keep: bool = False,
+        offset: float = 0.0,
     ) -> None:
         self._files: list[LineFile] = []
         if directory is not None:
@@ -35,6 +42,7 @@ class CaptionFiles:
             self._files = [LineFile(directory / (name + suffix), log) for suffix in SUFFIXES]
         self.cues: list[Cue] = []
         self._keep = keep
+        self._offset = offset
         self._roll = RollUp()
         self._numbers = 0
         self._add(".vtt", ["WEBVTT", ""])
@@ -64,7 +72,7 @@ class CaptionFiles:
             if self._keep:
                 self.cues.append(cue)
             self._numbers += 1
-            span = (cue.start, cue.end)
+            span = (cue.start + self._offset, cue.end + self._offset)
             srt, vtt = (" --> ".join(timestamp(t, mark) for t in span) for mark in (",", "."))
             self._add(".srt", [str(self._numbers), srt, *cue.text.split("\n"), ""])
             self._add(".vtt", [vtt, *_escaped(cue.text).split("\n"), ""])

@@ -94,7 +94,7 @@ def run_captions(arguments: argparse.Namespace) -> int:
         ]
         labels = _labels(captioners, exports)
         names = _stems([source.name for source in sources])
-        files = _files(arguments, labels, names)
+        files = _files(arguments, labels, names, [source.offset for source in sources])
         printer = Printer(labels, [source.name for source in sources], alone=not files)
         told = Telling(printer, files, arguments.fps)
         streams = [captioner.open(len(sources)) for captioner in captioners]
@@ -202,15 +202,18 @@ def _stems(names: Sequence[str]) -> list[str]:
 
 
 def _files(
-    arguments: argparse.Namespace, labels: Sequence[str], names: Sequence[str]
+    arguments: argparse.Namespace,
+    labels: Sequence[str],
+    names: Sequence[str],
+    offsets: Sequence[float],
 ) -> dict[tuple[int, int], CaptionFiles]:
     out = arguments.out
     if out is None and arguments.burn is None:
         return {}
     found = {}
     for model, label in enumerate(labels):
-        for video, name in enumerate(names):
+        for video, (name, offset) in enumerate(zip(names, offsets, strict=True)):
             stem = f"{name}.{label.strip('/').replace('/', '-')}" if len(labels) > 1 else name
             keep = arguments.burn is not None
-            found[model, video] = CaptionFiles(out, stem, warn, keep)
+            found[model, video] = CaptionFiles(out, stem, warn, keep, offset)
     return found

@@ -104,7 +104,7 @@ def _copy(
     if sound is not None and not _fits_mp4(sound):
         notes.append(f"its sound ({_codec(sound)}) was left out: MP4 does not hold it")
         sound = None
-    begin = float((video.container.start_time or 0) / av.time_base)
+    begin = video.begins
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         encoder = _encoder(container, video, size)
         copied = None if sound is None else container.add_stream_from_template(sound)
@@ -151,12 +151,14 @@ def _drawn(
     waiting = sorted(cues, key=lambda cue: cue.start)
     shown: list[Cue] = []
     text, overlay = "", None
+    coded: tuple[int, int] | None = None  # sizes change where broadcasts were joined
     # A picture's length is the time until the next one.
     for (begins, frame), (ends, _) in itertools.pairwise(pictures):
         while waiting and waiting[0].start <= begins + EXACT:
             shown.append(waiting.pop(0))
         shown = [cue for cue in shown if cue.end > begins + EXACT]
-        planes = _upright_planes(frame)
+        coded = coded or (frame.width, frame.height)
+        planes = _upright_planes(frame, *coded)
         height, width = planes[0].shape
         said = "\n".join(cue.text for cue in shown if cue.text.strip())
         if said != text:
@@ -168,12 +170,14 @@ def _drawn(
         yield begins, ends - begins, whole
 
 
-def _upright_planes(frame: Any) -> list[Any]:
+def _upright_planes(frame: Any, width: int, height: int) -> list[Any]:
     """Light (height, width) and two colours (half of each) as uint8, turned and of even size.
+
+    :param width: of the coded picture, to which one of another size is scaled; :param height: too.
 
     Colours stay as they are coded: a way over RGB would change them.
     """
-    coded = frame.reformat(format="yuv420p")
+    coded = frame.reformat(width, height, format="yuv420p")
     planes = []
     for plane in coded.planes:
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)

@@ -18,6 +18,11 @@ import av
 FAULTS = (av.FFmpegError, IndexError, OSError, ValueError, MemoryError)
 """What reading a container raises where it is damaged or no video."""
 
+GAP = 10.0
+"""Seconds by which the clock of a broadcast may run ahead from one packet to the next."""
+BACK = 0.1
+"""Seconds by which it may run back. Beyond these it was set anew (ffmpeg's limits, too)."""
+
 USUAL_RATE = 25.0  # pictures a second where a stream says neither times nor a rate
 
 
@@ -59,6 +64,36 @@ class Input:
             raise self.interrupt
 
 
+class Jumps:
+    """Takes the jumps out of a broadcast's clock: what follows one is shown right behind it.
+
+    A programme that was joined to another, or a sender that began anew, goes on with another time,
+    for which no viewer waits.
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        """Seconds by which the clock is ahead of the time that passed."""
+        self._last: dict[int, tuple[float, float]] = {}  # by stream: its last packet and its end
+
+    def mend(self, packet: Any) -> None:
+        """Puts a packet that was read at its place; all packets have to come by, in order."""
+        if packet.dts is None:
+            return
+        step = packet.time_base
+        time = float(packet.dts * step) - self.ahead
+        if packet.stream.index in self._last:
+            last, due = self._last[packet.stream.index]
+            if time - due > GAP or last - time > BACK:
+                self.ahead += time - due
+                time = due
+        self._last[packet.stream.index] = time, time + float((packet.duration or 0) * step)
+        ticks = round(self.ahead / step)
+        packet.dts -= ticks
+        if packet.pts is not None:
+            packet.pts -= ticks
+
+
 def _opens_no_other(url: str, flags: int, options: dict[str, str]) -> Any:
     raise PermissionError(f"it names another file ({url}), which is not opened")
 
@@ -79,9 +114,10 @@ class Video:
     ) -> None:
         """:param threads: that decode whole pictures beside each other; 0: as PyAV has it."""
         file = io.BytesIO(video) if isinstance(video, bytes) else video
+        self.container: Any
         self._input = Input(file, name, ended or threading.Event())
         try:
-            self.container: Any = av.open(self._input, io_open=_opens_no_other)
+            self.container = av.open(self._input, io_open=_opens_no_other)
         except av.FFmpegError:
             self._input.check()
             raise
@@ -97,6 +133,10 @@ class Video:
         """Second of the container's clock at which the first picture begins; None: not known."""
         if self.stream.start_time is not None:
             self.origin = float(self.stream.start_time * self.stream.time_base)
+        self.begins = float((self.container.start_time or 0) / av.time_base)
+        """Second of the container's clock at which the first of its sound and picture begins."""
+        self.jumped = False
+        """Whether its clock was set anew."""
         self.reached = 0.0
         """Seconds to the end of what was read so far, of sound as well."""
         self.damaged = 0
@@ -149,7 +189,8 @@ class Video:
 
         A picture without a time of its own follows the one before it at the video's rate.
 
-        :param through_damage: leave out what cannot be decoded; else it ends the video.
+        :param through_damage: leave out what cannot be decoded, and jumps of a broadcast's clock;
+            else the first damage ends the video, and its clock stays as it is.
         :param sound: is given each packet of sound where it stands between the pictures.
         """
         last: Any = None
@@ -172,6 +213,7 @@ class Video:
         # AVI has places in a row and no times: pictures that are stored in another order than they
         # are shown take the places in order. The times that PyAV makes up go back and forth.
         places: deque[float] | None = deque() if self.container.format.name == "avi" else None
+        jumps = Jumps() if through_damage and _may_jump(self.container) else None
         packets = self.container.demux(self.stream, *self.container.streams.audio)
         while True:
             try:
@@ -183,6 +225,9 @@ class Video:
             self._input.check()
             if packet is None:
                 return
+            if jumps is not None:
+                jumps.mend(packet)
+                self.jumped = self.jumped or jumps.ahead != 0.0
             if packet.pts is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 self.reached = max(self.reached, end - (self.origin or 0.0))
@@ -203,6 +248,11 @@ class Video:
                 continue
             for frame in frames:
                 yield frame, places.popleft() if places else frame.time
+
+
+def _may_jump(container: Any) -> bool:
+    """Whether its format is one of broadcasts, such as MPEG-TS."""
+    return bool(container.format.flags & av.format.Flags.ts_discont.value)
 
 
 def _lasts(frame: Any, usual: float) -> float:

@@ -16,7 +16,7 @@ class Frame:
     """A picture and when it is shown.
 
     :param time: seconds of the video since its first picture.
-    :param image: RGB, upright.
+    :param image: RGB, upright; of pixels as they are stored, also where a player stretches them.
     """
 
     time: float
@@ -44,9 +44,11 @@ class FrameSource(ABC):
         self.began: float | None = None
         """Of a live source that is being read, `time.monotonic()` at its second 0."""
         self.size: tuple[int, int] = (0, 0)
-        """Width and height of its pictures as a player shows them, before frames are scaled."""
+        """Width and height of its upright pictures in stored pixels, before frames are scaled."""
         self.ended_early: str | None = None
         """Why it ended before it should have; None where it did not."""
+        self.offset = 0.0
+        """Second of a player's clock at which its second 0 is shown: sound may begin before."""
         self._closed = threading.Event()
 
     @property

@@ -139,7 +139,7 @@ class VideoFile(FrameSource):
             if isinstance(self._file, Pipe):
                 raise self._unreadable(f"no picture of its {codec} came")
             raise _undecodable(self.name, f"a {codec} video, no picture of which can be decoded")
-        self._measure(first[1])
+        self._measure(video, first[1])
         return chain([first], pictures)
 
     def _sought(self, video: Video) -> Iterator[tuple[float, Any]] | None:
@@ -152,10 +152,11 @@ class VideoFile(FrameSource):
         first = next(pictures, None)
         if first is None or first[0] > self.start + EXACT:
             return None
-        self._measure(first[1])
+        self._measure(video, first[1])
         return chain([first], pictures)
 
-    def _measure(self, frame: Any) -> None:
+    def _measure(self, video: Video, frame: Any) -> None:
+        self.offset = max(0.0, (video.origin or 0.0) - video.begins)
         sideways = getattr(frame, "rotation", 0) % 180 == 90
         self.size = (frame.height, frame.width) if sideways else (frame.width, frame.height)
 
@@ -198,6 +199,8 @@ class VideoFile(FrameSource):
         reached = max(self._played, self._video.reached)
         if self._video.fault:
             self.ended_early = f"cannot be read beyond {reached:.1f} s ({self._video.fault})"
+        elif self._video.jumped:
+            return  # what a header says of a clock that jumps is no length
         elif self.duration and self.duration - reached > CUT:
             self.ended_early = (
                 f"ends after {reached:.1f} s, and its header announces {self.duration:.1f} s"

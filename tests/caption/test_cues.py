@@ -100,6 +100,15 @@ def test_files_hold_what_was_said(tmp_path: Path) -> None:
     assert [cue.start for cue in files.cues] == [0.5, 1.5]
 
 
+def test_subtitles_go_by_the_clock_of_a_player_and_the_jsonl_by_the_video(tmp_path: Path) -> None:
+    files = CaptionFiles(tmp_path, "clip", print, keep=True, offset=1.25)
+    files.add(spoken(0.5, "red"))
+    assert files.close(1.0) and files.cues == [Cue(0.5, 1.0, "red")]
+    assert "00:00:01,750 --> 00:00:02,250" in (tmp_path / "clip.srt").read_text()
+    assert "00:00:01.750 --> 00:00:02.250" in (tmp_path / "clip.vtt").read_text()
+    assert json.loads((tmp_path / "clip.jsonl").read_text())["time"] == 0.5
+
+
 def test_cues_without_a_directory_are_kept_alone(tmp_path: Path) -> None:
     files = CaptionFiles(None, "clip", print, keep=True)
     files.add(spoken(0.0, "red"))

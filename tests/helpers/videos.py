@@ -30,10 +30,12 @@ def copied(
     keep: Sequence[str] = ("video", "audio"),
     rotation: int = 0,
     delay: float = 0.0,
+    picture_delay: float = 0.0,
 ) -> Path:
     """The same coded pictures and sound in another container.
 
-    :param rotation: degrees of a display matrix; :param delay: seconds before everything.
+    :param rotation: degrees of a display matrix; :param delay: seconds before everything, and
+    :param picture_delay: more of them before the picture.
     """
     with av.open(str(source)) as old, av.open(str(out), "w", format=container_format) as new:
         pairs = {s: new.add_stream_from_template(s) for s in old.streams if s.type in keep}
@@ -43,7 +45,8 @@ def copied(
         for packet in old.demux(list(pairs)):
             if packet.dts is None:
                 continue
-            later = round(delay / packet.time_base)
+            after = delay + (picture_delay if packet.stream.type == "video" else 0.0)
+            later = round(after / packet.time_base)
             packet.pts, packet.dts = packet.pts + later, packet.dts + later
             packet.stream = pairs[packet.stream]
             new.mux(packet)

@@ -86,6 +86,40 @@ def test_sound_and_picture_stay_together_after_a_late_beginning(tmp_path: Path) 
     assert starts == pytest.approx([0.0, 0.0], abs=0.002)
 
 
+def test_text_goes_by_the_picture_where_sound_begins_before(tmp_path: Path) -> None:
+    clip, late = videos.real("bigbuckbunny"), tmp_path / "late.mkv"
+    videos.copied(clip, late, delay=2.0, picture_delay=1.5)
+    burn(late, [Cue(0.8, 1.4, "A red circle grows")], tmp_path / "burnt.mp4")
+    with av.open(str(tmp_path / "burnt.mp4")) as container:
+        picture, sound = (
+            float(s.start_time * s.time_base)
+            for s in (container.streams.video[0], container.streams.audio[0])
+        )
+    assert (picture, sound) == pytest.approx((1.5, 0.0), abs=0.1)
+    after = videos.decoded(tmp_path / "burnt.mp4")
+    before = videos.decoded(clip)
+    written = [
+        t - after[0][0]
+        for (t, burnt), (_, plain) in zip(after, before, strict=True)
+        if (changed(plain, burnt) > 12).sum() > 10
+    ]
+    assert written and 0.8 <= written[0] + 1e-3 < 0.85 and 1.3 < written[-1] < 1.4
+
+
+def test_a_video_whose_size_changes_is_written_in_its_first_one(tmp_path: Path) -> None:
+    small, large = (
+        videos.encoded(tmp_path / f"{side}.ts", videos.numbered(20, side, side), None)
+        for side in (64, 98)
+    )
+    clip = tmp_path / "joined.ts"
+    clip.write_bytes(small.read_bytes() + large.read_bytes())
+    burnt = burn(clip, [Cue(5.0, 6.0, "never")], tmp_path / "burnt.mp4")
+    after = videos.decoded(tmp_path / "burnt.mp4")
+    assert burnt.pictures == len(after) == 40
+    assert {p.shape for _, p in after} == {(64, 64, 3)}
+    assert [videos.number_of(p) for _, p in after] == [*range(20), *range(20)]
+
+
 def test_where_there_is_no_h264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(burning, "ENCODERS", burning.ENCODERS[1:])
     late = videos.copied(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -128,6 +129,81 @@ def test_avi_shows_pictures_in_order_though_it_has_no_times(tmp_path: Path) -> N
     images = [Image.open(io.BytesIO(jpeg)) for jpeg in frames.images]
     expected = [int((second + videos.CLOCK) * 30) for second in frames.times]
     assert [videos.number_of(image) for image in images] == expected
+
+
+@pytest.mark.parametrize("container", ["mpegts", "matroska", "mov"])
+def test_sound_that_begins_before_the_picture_is_the_offset(tmp_path: Path, container: str) -> None:
+    clip = videos.real("bigbuckbunny")
+    late = videos.copied(clip, tmp_path / "late", container, delay=3.0, picture_delay=1.25)
+    with av.open(str(late)) as opened:
+        picture, sound = (
+            float(s.start_time * s.time_base)
+            for s in (opened.streams.video[0], opened.streams.audio[0])
+        )
+    assert picture - sound == pytest.approx(1.25, abs=0.1)
+    for start in (0.0, 1.5):
+        with open_source(late, 2, start=start, end=2.9, max_pixels=100 * 100) as source:
+            assert source.offset == pytest.approx(picture - sound, abs=1e-3)
+            assert next(iter(source)).time == start
+    alone = videos.copied(clip, tmp_path / "alone", container, keep=["video"], delay=3.0)
+    with open_source(alone, 2) as source:
+        assert source.offset == 0.0
+
+
+def joined(out: Path, delays: list[float]) -> Path:
+    """Broadcasts of 20 pictures each, of two sizes in turn, joined to one; each at a time."""
+    parts = []
+    for number, delay in enumerate(delays):
+        side = 48 * (1 + number % 2)
+        part = out.with_name(f"part{number}.ts")
+        whole = videos.encoded(out.with_name("whole.ts"), videos.numbered(20, side, side), None)
+        parts.append(videos.copied(whole, part, "mpegts", delay=delay).read_bytes())
+    out.write_bytes(b"".join(parts))
+    return out
+
+
+@pytest.mark.parametrize("delays", [[5.0, 3600.0, 3601.0], [3600.0, 5.0, 9.0], [4.0, 4.0, 4.0]])
+def test_a_broadcast_whose_clock_jumps_goes_on_at_once(tmp_path: Path, delays: list[float]) -> None:
+    clip = joined(tmp_path / "joined.ts", delays)
+    # A gap of less than 10 s is one in which nothing was sent: its last picture stays.
+    still = [b - a - 20 / 30 for a, b in zip(delays, delays[1:], strict=False)]
+    gaps = [gap if 0 < gap < 10 else 0.0 for gap in still]
+    begins = [part * 20 / 30 + sum(gaps[:part]) for part in range(3)]
+    with open_source(clip, 10) as source:
+        frames = list(source)
+        assert source.ended_early is None
+    assert len(frames) == math.ceil((begins[-1] + 20 / 30) * 10 - 1e-6)
+    for frame in frames:
+        part = max(n for n in range(3) if begins[n] <= frame.time + videos.CLOCK)
+        number = min(19, int((frame.time + videos.CLOCK - begins[part]) * 30))
+        assert videos.number_of(frame.image) == number, frame.time
+        assert frame.image.height == 48 * (1 + part % 2)
+
+
+def test_a_screen_recording_may_stand_still_for_as_long_as_it_likes(tmp_path: Path) -> None:
+    begins = [0.0, 0.4, 25.0, 25.2, 190.0]
+    clip = videos.encoded(tmp_path / "still.mkv", videos.numbered(5), begins)
+    with open_source(clip, 1) as source:
+        shown = [videos.number_of(frame.image) for frame in source]
+    assert shown[:191] == [0] + [1] * 24 + [2] + [3] * 164 + [4]
+
+
+def test_pixels_stay_as_they_are_stored(tmp_path: Path) -> None:
+    """As recipes store them, and as those read them whose models are trained further."""
+    clip = tmp_path / "wide.mkv"
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 72, 56, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(64, 45)
+        for picture in videos.numbered(3, 56, 72):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(clip)) as opened:
+        assert opened.streams.video[0].sample_aspect_ratio == Fraction(64, 45)
+    with open_source(clip, 4) as source:
+        assert source.size == next(iter(source)).image.size == (72, 56)
+    recipe = decode_clip(clip.read_bytes(), 5)
+    assert Image.open(io.BytesIO(recipe.images[0])).size == (72, 56)
 
 
 def test_odd_sizes(tmp_path: Path) -> None:

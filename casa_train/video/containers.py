@@ -22,6 +22,8 @@ GAP = 10.0
 """Seconds by which the clock of a broadcast may run ahead from one packet to the next."""
 BACK = 0.1
 """Seconds by which it may run back. Beyond these it was set anew (ffmpeg's limits, too)."""
+NEAR = 1.0
+"""Seconds of silence, or of a still picture, that may lie between the parts of one."""
 
 USUAL_RATE = 25.0  # pictures a second where a stream says neither times nor a rate
 
@@ -72,23 +74,28 @@ class Jumps:
     """
 
     def __init__(self) -> None:
-        self.ahead = 0.0
-        """Seconds by which the clock is ahead of the time that passed."""
-        self._last: dict[int, tuple[float, float]] = {}  # by stream: its last packet and its end
+        self.found = False
+        """Whether there was one."""
+        # By stream: a file's last pictures may come behind the first sound of the next one.
+        self._ahead: dict[int, float] = {}  # seconds by which its clock is ahead of what passed
+        self._last: dict[int, tuple[float, float]] = {}  # when its last packet began and ended
 
     def mend(self, packet: Any) -> None:
         """Puts a packet that was read at its place; all packets have to come by, in order."""
         if packet.dts is None:
             return
-        step = packet.time_base
-        time = float(packet.dts * step) - self.ahead
-        if packet.stream.index in self._last:
-            last, due = self._last[packet.stream.index]
-            if time - due > GAP or last - time > BACK:
-                self.ahead += time - due
-                time = due
-        self._last[packet.stream.index] = time, time + float((packet.duration or 0) * step)
-        ticks = round(self.ahead / step)
+        step, stream = packet.time_base, packet.stream.index
+        clock = float(packet.dts * step)
+        ahead = self._ahead.setdefault(stream, 0.0)
+        last, due = self._last.get(stream, (-math.inf, clock - ahead))
+        if clock - ahead - due > GAP or last - (clock - ahead) > BACK:
+            self.found = True
+            # With the stream that jumped before it, so that sound and picture stay together.
+            others = (a for a in self._ahead.values() if last < clock - a <= due + NEAR)
+            ahead = self._ahead[stream] = next(others, clock - due)
+        time = clock - ahead
+        self._last[stream] = time, time + float((packet.duration or 0) * step)
+        ticks = round(ahead / step)
         packet.dts -= ticks
         if packet.pts is not None:
             packet.pts -= ticks
@@ -227,7 +234,7 @@ class Video:
                 return
             if jumps is not None:
                 jumps.mend(packet)
-                self.jumped = self.jumped or jumps.ahead != 0.0
+                self.jumped = jumps.found
             if packet.pts is not None:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 self.reached = max(self.reached, end - (self.origin or 0.0))

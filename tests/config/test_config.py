@@ -363,7 +363,10 @@ def test_a_run_of_an_earlier_version_keeps_its_template() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.template=chatnl", ["model.template is 'chatnl'", "one of chatml, demo, demo_live, helium"]),
+        (
+            "model.template=chatnl",
+            ["model.template is 'chatnl'", "one of chatml, demo, demo_live, helium"],
+        ),
         ("model/template=chatnl", ["model/template/chatnl", "Available options", "chatml demo"]),
         ("model.template=/nowhere.yaml", ["'/nowhere.yaml'", "cannot be read", "a YAML file"]),
         (f"model.template={ROOT}/Makefile", ["Makefile", "cannot be read"]),

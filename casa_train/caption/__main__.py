@@ -15,6 +15,7 @@ from casa_train.io.environment import set_environment
 set_environment()  # before anything imports torch
 
 import argparse
+import contextlib
 import io
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         # A console that lacks a character shows another one: captions speak every language.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # it was a file when Python began, and is a pipe now
+                stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from casa_train.caption.captioner import Captioner, CaptionStreams
 from casa_train.caption.cues import SPACED
 from casa_train.caption.run_captions import Telling
 from casa_train.io.log import LineFile
+from tests.helpers import videos
 from tests.helpers.tiny_export import write_tiny_export
 
 GO = ["--max-new-tokens", "4"]
@@ -88,6 +90,25 @@ def test_a_video_is_captioned_and_written(
         plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == len(plain)
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(frames, plain, strict=True)) > 100
+
+
+def test_subtitles_wait_for_a_picture_that_begins_after_its_sound(
+    exports: Any, tmp_path: Path
+) -> None:
+    late = tmp_path / "late.mkv"
+    videos.copied(videos.real("bigbuckbunny"), late, delay=1.0, picture_delay=2.0)
+    with av.open(str(late)) as opened:
+        begins = [s.start_time * s.time_base for s in opened.streams]
+        ahead = float(begins[0] - begins[1])
+    assert ahead > 1.5
+    out = ["--out", str(tmp_path / "out"), "--fps", "3", "--end", "1.9"]
+    assert main([str(late), "--export", str(exports("casa")), *out, *GO]) == 0
+    lines = lines_of(tmp_path / "out" / "late.jsonl")
+    assert [line["time"] for line in lines] == pytest.approx([n / 3 for n in range(6)], abs=1e-3)
+    said = [line["time"] for line in lines if line["text"].strip()]
+    srt = (tmp_path / "out" / "late.srt").read_text()
+    first = re.findall(r"00:00:(\S+) -->", srt)[0].replace(",", ".")
+    assert said and float(first) == pytest.approx(said[0] + ahead, abs=2e-3)
 
 
 def test_several_videos_play_side_by_side_as_each_alone(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ class Totals:
     spoken: int = 0
     dropped: int = 0
     cut: int = 0
-    first_tokens: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
+    first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    rates: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     cache: tuple[int, int] = (0, 0)
     most_memory: int = 0
     last: Spoken | None = None
@@ -37,9 +37,9 @@ class Totals:
         self.spoken += bool(caption.text)
         self.dropped += spoken.dropped
         self.cut += caption.cut
-        self.first_tokens = [*self.first_tokens[1 - REMEMBERED :], caption.first_token]
+        self.first_tokens.append(caption.first_token)
         if caption.tokens_per_second is not None:
-            self.rates = [*self.rates[1 - REMEMBERED :], caption.tokens_per_second]
+            self.rates.append(caption.tokens_per_second)
         first = self.cache[0] if self.last is not None else caption.cache_tokens
         self.cache = first, caption.cache_tokens
         self.most_memory = max(self.most_memory, caption.memory_bytes)

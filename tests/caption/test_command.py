@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -175,6 +176,15 @@ def test_the_released_captioners_values_and_single_ones_on_top(
     assert max(tokens for _, _, tokens, _ in found[0]) <= 6
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Ctrl-C is heard, also in a test run that began in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("clock", [[], ["--realtime", "--fps", "8"]], ids=["file", "realtime"])
 def test_an_interruption_waits_until_a_frame_is_in_all_files(
     exports: Any, video: Path, tmp_path: Path, clock: list[str], monkeypatch: pytest.MonkeyPatch
@@ -197,6 +207,7 @@ def test_an_interruption_waits_until_a_frame_is_in_all_files(
         assert (tmp_path / f"clip.{suffix}").read_text().count(" --> ") == len(said) > 0
 
 
+@pytest.mark.usefixtures("listening")
 def test_an_interruption_before_anything_plays_is_one_line(
     exports: Any, video: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

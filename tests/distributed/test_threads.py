@@ -103,6 +103,7 @@ COMMANDS = {
     "casa_train.evaluate": ["run"],
     "casa_train.inspect": ["demo"],
     "casa_train.bench": ["images"],
+    "casa_train.caption": ["clip.mp4", "--export", "export"],
     "data_recipes": ["synthetic", "--out", "data", "--samples", 1, "--seed", 1],
 }
 

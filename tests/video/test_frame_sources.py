@@ -449,6 +449,8 @@ def test_an_interrupt_ends_a_pipe_that_waits(tmp_path: Path) -> None:
         f"head -c 300000 {piped}; sleep 120",
         "import os, signal, threading\n"
         "from casa_train.video.frame_sources import open_source\n"
+        # Also where a shell began the tests in the background, which hear no Ctrl-C then.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "source = open_source('-', 2)\n"
         "threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: list(source)\nexcept KeyboardInterrupt: print('interrupted', source.closed)",

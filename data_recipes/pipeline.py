@@ -325,6 +325,16 @@ class Pool:
             ) from error
 
 
+def check_least(*options: tuple[str, int, int]) -> None:
+    """:param options: an option's name, its value and the least that it may be.
+
+    :raises UserError: naming the first one that is less.
+    """
+    for name, value, least in options:
+        if value < least:
+            raise UserError(f"{name} is {value}; expected a whole number of at least {least}.")
+
+
 def _start_worker(parent: int) -> None:
     # Ctrl-C reaches every process of the terminal; only the first has something to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,6 +24,7 @@ from data_recipes.pipeline import (
     Encoding,
     SplitPlan,
     add_template_argument,
+    check_least,
     encoding_of,
     print_summary,
     save_summary,
@@ -113,10 +114,8 @@ def prepare(
     :param plan: the directory of the split -> what to write there.
     :raises UserError: bad numbers, a directory that holds something else, an unreadable source.
     """
-    numbers = ("--workers", arguments.workers), ("--limit", arguments.limit)
-    for name, value in (*numbers, ("--validation", arguments.validation)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; expected a whole number of at least 1.")
+    given = ((name, getattr(arguments, name)) for name in ("workers", "limit", "validation"))
+    check_least(*((f"--{name}", value, 1) for name, value in given if value is not None))
     usual, its_template = arguments.usual
     template = its_template if arguments.tokenizer == usual else AUTO
     encoding = copy_tokenizer(arguments.out, arguments.tokenizer, arguments.template or template)

@@ -22,6 +22,7 @@ from data_recipes.pipeline import (
     Row,
     SplitPlan,
     add_template_argument,
+    check_least,
     encoding_of,
     print_summary,
     save_summary,
@@ -136,14 +137,12 @@ def run(arguments: argparse.Namespace) -> None:
     validation = arguments.validation
     if validation is None:
         validation = 0 if tasks == ["text"] else min(max(arguments.samples // 10, 1), 2000)
-    for name, value, least in (
+    check_least(
         ("--samples", arguments.samples, 1),
         ("--seed", arguments.seed, 0),
         ("--validation", validation, 0),
         ("--workers", arguments.workers, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; expected a whole number of at least {least}.")
+    )
     if tasks == ["text"] and validation:
         raise UserError(
             f"--validation is {validation} with --tasks text; text-only samples are never held "

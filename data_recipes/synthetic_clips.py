@@ -20,8 +20,9 @@ from typing import Any
 
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
+from casa_train.io.files import write_atomic
 from casa_train.video.filming import write_film
-from data_recipes.pipeline import Progress, save_summary, writing
+from data_recipes.pipeline import Progress, check_least, save_summary, writing
 from data_recipes.synthetic import build_tokenizer
 from data_recipes.synthetic_motion import FPS, PROMPT, Film, film, pictures, texts
 from data_recipes.synthetic_scenes import SPLITS, SplitName
@@ -87,14 +88,12 @@ def run(arguments: argparse.Namespace) -> None:
     validation = arguments.validation
     if validation is None:
         validation = min(max(arguments.clips // 10, 1), 200)
-    for name, value, least in (
+    check_least(
         ("--clips", arguments.clips, 1),
         ("--seed", arguments.seed, 0),
         ("--validation", validation, 0),
         ("--workers", arguments.workers, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; expected a whole number of at least {least}.")
+    )
     side = arguments.side
     if side % 2 or not SIDES[0] <= side <= SIDES[1]:
         raise UserError(
@@ -171,10 +170,12 @@ def write_films(
     films = [film(seed, split, i) for i in range(count)]
     lines = [json.dumps(live_line(i, films[i])) for i in range(count)]
     offsets = itertools.accumulate((len(line) + 1 for line in lines[:-1]), initial=0)
-    _write(directory / CAPTIONS, "\n".join([*lines, json.dumps(list(offsets))]) + "\n")
+    write_atomic(directory / CAPTIONS, "\n".join([*lines, json.dumps(list(offsets))]) + "\n")
     rows = [question_row(i, films[i]) for i in range(count)]
-    _write(directory / SUBSET / f"{SUBSET}_oe_qa_processed.json", json.dumps(rows, indent=1) + "\n")
-    _write(directory / "README.md", CARD)
+    write_atomic(
+        directory / SUBSET / f"{SUBSET}_oe_qa_processed.json", json.dumps(rows, indent=1) + "\n"
+    )
+    write_atomic(directory / "README.md", CARD)
     return {
         "films": count,
         "seconds": round(sum(one.seconds for one in films)),
@@ -186,12 +187,6 @@ def write_films(
 def _ignore_interrupts() -> None:
     # Ctrl-C reaches every process of the terminal; only the first has something to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _render_batch(

@@ -134,6 +134,17 @@ def path_or_hub_id(value: str) -> str:
     return _argument(value, Place(hub=True))
 
 
+def whole_from(least: int) -> Callable[[str], int]:
+    """The type of a command's argument that is a whole number from `least` on."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"it is {text!r}; expected a whole number from {least} on")
+        return int(text)
+
+    return whole
+
+
 def _argument(value: str, place: Place) -> str:
     try:
         return place.resolve("it", value)

@@ -53,7 +53,7 @@ class LiveScore:
 
     def add(self, clip: ClipCaptions) -> None:
         """Takes one more clip."""
-        due, said = ([_plain(text) for text in texts] for texts in (clip.due, clip.said))
+        due, said = ([plain(text) for text in texts] for texts in (clip.due, clip.said))
         self.clips += 1
         by_second: dict[int, tuple[list[str], list[str]]] = {}
         for time, a, b in zip(clip.times, due, said, strict=True):
@@ -91,7 +91,8 @@ class LiveScore:
         }
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Words as they are compared: without regard to case and space."""
     return " ".join(text.casefold().split())
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from casa_train.evaluate.live_scores import plain
+from casa_train.evaluate.shares import spread
+
 CLIPS = 6  # that are shown, evenly over those that were played
 
 
@@ -17,8 +20,7 @@ def live_captions(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None
     if not live:
         return None
     captions = live["captions"]
-    count = min(CLIPS, len(captions))
-    shown = [captions[i * len(captions) // count] for i in range(count)]
+    shown = [captions[i] for i in spread({"": range(len(captions))}, CLIPS)[""]]
     return {
         "scores": [("all", live), *(live["sources"].items() if len(live["sources"]) > 1 else ())],
         "clips": [{"id": clip["id"], "rows": _rows(clip)} for clip in shown],
@@ -30,6 +32,6 @@ def _rows(clip: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for time, due, said in zip(clip["times"], clip["due"], clip["said"], strict=True):
         if due or said:
-            same = due.casefold().split() == said.casefold().split()
+            same = plain(due) == plain(said)
             rows.append({"time": time, "due": due, "said": said, "same": same})
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from casa_train.config.bounds import local_path
+from casa_train.config.bounds import local_path, whole_from
 from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.protocols import PROTOCOLS
 from casa_train.evaluate.benchmarks.question import BENCHMARKS
@@ -44,14 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=local_path, metavar="DIR", help="for answers and scores (default: beside it)"
     )
     group.add_argument(
-        "--samples", type=_positive, metavar="N", help="questions of each, evenly (default: all)"
+        "--samples",
+        type=whole_from(1),
+        metavar="N",
+        help="questions of each, evenly (default: all)",
     )
     group.add_argument(
-        "--batch-size", type=_positive, metavar="N", help=f"questions at once ({BATCH_SIZE})"
+        "--batch-size", type=whole_from(1), metavar="N", help=f"questions at once ({BATCH_SIZE})"
     )
     group.add_argument(
         "--image-size",
-        type=_side,
+        type=whole_from(SIDE),
         metavar="PIXELS",
         help="an image has at most the pixels of a square of this side (default: the protocol's)",
     )
@@ -131,16 +134,3 @@ def names_of(text: str) -> list[str]:
             f"some of {','.join(BENCHMARKS)}, or all."
         )
     return [name for name in BENCHMARKS if name in asked or "all" in asked]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; expected a whole number from 1 on")
-    return int(text)
-
-
-def _side(text: str) -> int:
-    side = _positive(text)
-    if side < SIDE:
-        raise argparse.ArgumentTypeError(f"it is {side}; expected {SIDE} or more")
-    return side

@@ -8,7 +8,6 @@ way and keeps all.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ from casa_train.caption.options import TURN_END, CaptionOptions
 from casa_train.caption.token_choice import TokenChoice
 from casa_train.errors import UserError
 from casa_train.export.loading import load_model, load_processor
+from casa_train.metrics.meter import memory_bytes, reset_peak
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 Heard = Callable[[int, str], None]
 
 
@@ -58,6 +57,8 @@ class Captioner:
     """A model and how it is asked; makes streams.
 
     :param model: of an export, in eval mode.
+    :ivar frame_end: ids that end a frame in which nothing is said.
+    :ivar turn_ends: tokens that end an answer.
     :ivar lock: held while a frame is captioned, so that streams of several threads take turns.
     :raises UserError: a model without a chat template for streams.
     """
@@ -68,6 +69,9 @@ class Captioner:
         self.lock = threading.Lock()
         self.device: torch.device = model.lm_head.weight.device
         self.frame_end = _frame_end(processor, options.frame_end)
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        self.turn_ends: set[int] = {*ends, processor.answer_end_token} - {None}
 
     @classmethod
     def load(
@@ -77,20 +81,17 @@ class Captioner:
         device: str | None = None,
         dtype: torch.dtype | str = "auto",
         image_size: int | None = None,
+        processor: Any = None,
     ) -> Captioner:
         """Loads an export as its users do.
 
         :param device: None: the GPU if there is one.
         :param image_size: frames of at most so many pixels squared; None: as the export says.
+        :param processor: of the export, where `stream_processor` has read it already.
         :raises UserError: a directory that is no export, or one without a template for streams.
         """
         options.check()
-        sizes = {} if image_size is None else {"image_size": image_size}
-        processor = load_processor(export, **sizes)
-        try:
-            _frame_end(processor, options.frame_end)  # before gigabytes are read
-        except UserError as error:
-            raise UserError(f"{export}: {error}") from error
+        processor = processor or stream_processor(export, options, image_size)
         model = load_model(export, dtype)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         return cls(model, processor, options)
@@ -136,8 +137,8 @@ class CaptionStreams:
         self.captioner = captioner
         self.cache = DynamicCache()
         options, end = captioner.options, captioner.frame_end
-        exempt = {*end, *_turn_ends(captioner)}
-        stop = {end[0], *_turn_ends(captioner)}
+        exempt = {*end, *captioner.turn_ends}
+        stop = {end[0], *captioner.turn_ends}
         self._rows = [
             _Stream(prompt, TokenChoice(options, exempt, stop), end) for prompt in prompts
         ]
@@ -167,7 +168,8 @@ class CaptionStreams:
     ) -> list[FrameCaption]:
         options, rows = self.captioner.options, self._rows
         began = time.perf_counter()
-        _begin_memory(self.captioner.device)
+        if self.captioner.device.type == "cuda":
+            reset_peak(self.captioner.device)
         texts = [
             FrameText(
                 self.captioner.processor,
@@ -282,7 +284,7 @@ class CaptionStreams:
 
     def _ends(self, row: int, token: int, text: FrameText) -> bool:
         """Whether a token ends the row's frame; then it waits to enter with the next one."""
-        if token in _turn_ends(self.captioner):
+        if token in self.captioner.turn_ends:
             text.ids.append(token)
             # A turn that ends early goes on with the next frame, as if only the frame had ended;
             # where that is how frames end, the very token enters.
@@ -310,6 +312,21 @@ class CaptionStreams:
         if not self.cache.get_seq_length():  # no layer keeps any
             return 0
         return sum(stop - start for start, stop in self.cache.casa.slots[row])
+
+
+def stream_processor(export: Path, options: CaptionOptions, image_size: int | None = None) -> Any:
+    """The processor of an export, which is read before gigabytes of weights are.
+
+    :param image_size: see `Captioner.load`.
+    :raises UserError: a directory that is no export, or one without a template for streams.
+    """
+    sizes = {} if image_size is None else {"image_size": image_size}
+    processor = load_processor(export, **sizes)
+    try:
+        _frame_end(processor, options.frame_end)
+    except UserError as error:
+        raise UserError(f"{export}: {error}") from error
+    return processor
 
 
 def opening(options: CaptionOptions, prompt: str) -> list[dict[str, Any]]:
@@ -352,13 +369,6 @@ def _frame_end(processor: Any, frame_end: str) -> list[int]:
     return ids
 
 
-def _turn_ends(captioner: Captioner) -> set[int]:
-    """Tokens that end an answer."""
-    ends = captioner.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, (list, tuple)) else [ends]
-    return {*ends, captioner.processor.answer_end_token} - {None}
-
-
 def _to(heard: Heard, row: int) -> Callable[[str], None]:
     return lambda piece: heard(row, piece)
 
@@ -367,17 +377,7 @@ def _rate(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
-def _begin_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def _memory(device: torch.device) -> int:
     """Bytes: the peak of the GPU's tensors, or what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # not on Linux
-        return 0
-    return pages * PAGE
+    now, peak = memory_bytes(device)
+    return int(peak if device.type == "cuda" else now)

@@ -8,7 +8,7 @@ from typing import Any
 
 from casa_train.caption.options import NAMES, PUBLISHED, TURN_END, CaptionOptions
 from casa_train.caption.web.serve_arguments import add_serve_arguments
-from casa_train.config.bounds import local_path
+from casa_train.config.bounds import local_path, whole_from
 from casa_train.errors import UserError
 from casa_train.io.precision import DTYPES
 from casa_train.modeling.image_processing_casa import SIDE
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the export")
     parser.add_argument(
         "--image-size",
-        type=_side,
+        type=whole_from(SIDE),
         metavar="PIXELS",
         help="a frame has at most the pixels of a square of this side (default: the export's)",
     )
@@ -159,12 +159,6 @@ def _seconds(text: str) -> float:
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"it is {text}; expected seconds from 0 on")
     return value
-
-
-def _side(text: str) -> int:
-    if not text.isdecimal() or int(text) < SIDE:
-        raise argparse.ArgumentTypeError(f"it is {text!r}; expected pixels, {SIDE} or more")
-    return int(text)
 
 
 def _number(text: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from casa_train.data.schemas.video_rows import FRAME_END
@@ -105,11 +105,6 @@ PUBLISHED = {
 }
 """The values of the live captioner that CASA's authors publish (kyutai-labs/casa, 2026), for the
 released models."""
-
-
-def as_record(options: CaptionOptions) -> dict[str, Any]:
-    """For files that say how captions were made."""
-    return asdict(options)
 
 
 NAMES = tuple(field.name for field in fields(CaptionOptions))

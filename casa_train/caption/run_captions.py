@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from casa_train.caption.caption_files import CaptionFiles
-from casa_train.caption.captioner import Captioner
+from casa_train.caption.captioner import Captioner, stream_processor
 from casa_train.caption.command_line import options_of
 from casa_train.caption.playing import Playing, Spoken
 from casa_train.caption.printing import Printer
 from casa_train.errors import UserError
-from casa_train.export.loading import load_processor
 from casa_train.io.log import log, warn
 from casa_train.io.numbers import count
 from casa_train.io.precision import DTYPES
@@ -86,11 +85,14 @@ def run_captions(arguments: argparse.Namespace) -> int:
     exports = [arguments.export, *([arguments.compare] if arguments.compare else [])]
     with contextlib.ExitStack() as stack:
         _check_places(arguments)
-        sources, failed = _open(arguments, stack)
+        processors = [stream_processor(export, options, arguments.image_size) for export in exports]
+        # Frames are read as large as a processor takes them, and no larger.
+        pixels = max(processor.max_pixels for processor in processors)
+        sources, failed = _open(arguments, pixels, stack)
         dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
         captioners = [
-            Captioner.load(export, options, arguments.device, dtype, arguments.image_size)
-            for export in exports
+            Captioner.load(export, options, arguments.device, dtype, processor=processor)
+            for export, processor in zip(exports, processors, strict=True)
         ]
         labels = _labels(captioners, exports)
         names = _stems([source.name for source in sources])
@@ -146,15 +148,13 @@ def _check_places(arguments: argparse.Namespace) -> None:
 
 
 def _open(
-    arguments: argparse.Namespace, stack: contextlib.ExitStack
+    arguments: argparse.Namespace, pixels: int, stack: contextlib.ExitStack
 ) -> tuple[list[FrameSource], int]:
     """The sources that can be opened, and how many cannot.
 
+    :param pixels: of a frame at most.
     :raises UserError: none can.
     """
-    # Frames are read as large as the processor takes them, and no larger.
-    size = {} if arguments.image_size is None else {"image_size": arguments.image_size}
-    pixels = load_processor(arguments.export, **size).max_pixels
     sources: list[FrameSource] = []
     errors: list[UserError] = []
     names = arguments.videos or [f"camera:{arguments.camera}"]

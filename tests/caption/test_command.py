@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import av
 import numpy as np
 import pytest
 
+from casa_train.caption import run_captions
 from casa_train.caption.__main__ import main
 from casa_train.caption.captioner import Captioner, CaptionStreams
 from casa_train.caption.cues import SPACED
@@ -176,6 +178,27 @@ def test_the_released_captioners_values_and_single_ones_on_top(
     assert max(tokens for _, _, tokens, _ in found[0]) <= 6
 
 
+def test_frames_are_as_large_as_the_larger_of_two_exports_takes_them(
+    exports: Any, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = tmp_path / "larger"
+    shutil.copytree(exports("casa"), larger)
+    config = json.loads((larger / "processor_config.json").read_text())
+    config["max_pixels"] *= 4
+    (larger / "processor_config.json").write_text(json.dumps(config))
+    opened: list[int] = []
+    plain = run_captions.open_source
+
+    def noting(*given: Any, max_pixels: int, **options: Any) -> Any:
+        opened.append(max_pixels)
+        return plain(*given, max_pixels=max_pixels, **options)
+
+    monkeypatch.setattr(run_captions, "open_source", noting)
+    both = ["--export", str(exports("casa")), "--compare", str(larger), "--end", "1"]
+    assert main([str(video), *both, *GO]) == 0
+    assert opened == [config["max_pixels"]]
+
+
 @pytest.fixture
 def listening() -> Iterator[None]:
     """Ctrl-C is heard, also in a test run that began in the background of a shell."""
@@ -211,7 +234,7 @@ def test_an_interruption_waits_until_a_frame_is_in_all_files(
 def test_an_interruption_before_anything_plays_is_one_line(
     exports: Any, video: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Captioner, "load", load)

@@ -3,9 +3,9 @@ anybody may have made.
 
 Frames go to standard output as messages: a letter, the length of what follows (big endian, 4 bytes)
 and that: I what is known of the video (JSON), F a frame (seconds as a double, width, height, then
-its RGB bytes), E what is wrong with it (text), and D its end, with
-the reason where that is an early one. The limits stand before anything that
-decodes is imported; whoever takes over a decoder can fill no disk, no memory and no processor.
+its RGB bytes), E what is wrong with it (text), and D its end, with the reason where that is an
+early one. The limits stand before anything that decodes is imported; whoever takes over a decoder
+can fill no disk, no memory and no processor.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import struct
 import sys
 from typing import BinaryIO
 
-MEMORY_BYTES = (
-    4 << 30
-)  # of addresses: libraries and threads take 1 GiB of them, a film of 4K one more
+# Of addresses: libraries and threads take 1 GiB of them, a film of 4K one more.
+MEMORY_BYTES = 4 << 30
 FRAME_CPU_SECONDS = 60  # from one frame to the next
 MOST_TEXT = 4000  # bytes of a message that is no frame
 MESSAGE = struct.Struct(">cI")

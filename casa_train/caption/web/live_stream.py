@@ -9,10 +9,12 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from PIL import Image
 
+from casa_train.caption.captioner import FrameCaption
 from casa_train.caption.web.clock import Clock
 from casa_train.errors import UserError
 
@@ -20,25 +22,6 @@ WAITING_EVENTS = 2000  # that a viewer may be behind; more, and it is let go
 REMEMBERED = 1200  # captions that a viewer who comes later gets: ten minutes at 2 frames a second
 PREVIEW = (640, 640)
 OVER = ("ended", "stopped", "failed")
-
-
-class Captioned(Protocol):
-    """What a model says of one frame: `casa_train.caption.captioner.FrameCaption`."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def first_token(self) -> float: ...
-    @property
-    def tokens_per_second(self) -> float | None: ...
-    @property
-    def cache_tokens(self) -> int: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def cut(self) -> bool: ...
 
 
 class Captions(Protocol):
@@ -49,7 +32,7 @@ class Captions(Protocol):
         frames: Sequence[Image.Image],
         heard: Callable[[int, str], None] | None = None,
         deadline: float | None = None,
-    ) -> Sequence[Captioned]: ...
+    ) -> Sequence[FrameCaption]: ...
 
 
 class Frames(Protocol):
@@ -224,26 +207,20 @@ class LiveStream:
             piece = {"event": "piece", "time": moment, "text": text}
             self._loop.call_soon_threadsafe(self._publish, piece)
 
-        def answer() -> Captioned:
+        def answer() -> FrameCaption:
             if self._halted or model is None:
                 raise Halted
             deadline = time.monotonic() + 1 / self.fps if self.realtime else None
             return model.caption([picture], heard, deadline)[0]
 
-        said: Captioned = await self.on_model(answer)
+        said: FrameCaption = await self.on_model(answer)
         position = self.clock.position()
         caption = {
             "event": "caption",
             "time": moment,
             "position": position,
             "lag": max(position - moment, 0.0),
-            "text": said.text,
-            "tokens": said.tokens,
-            "first_token": said.first_token,
-            "tokens_per_second": said.tokens_per_second,
-            "cache_tokens": said.cache_tokens,
-            "memory_bytes": said.memory_bytes,
-            "cut": said.cut,
+            **asdict(said),
             "skipped": self.passed_over(),
         }
         self.captions.append(caption)

@@ -37,7 +37,7 @@ class Shown:
     """What the page shows of the server.
 
     :param html: the page; :param model: what is running.
-    :param fields: of the options, each with name, label, kind, default and bounds.
+    :param fields: of the options, each with name, kind and default.
     """
 
     html: str

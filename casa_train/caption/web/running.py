@@ -40,19 +40,6 @@ def page() -> str:
     return html.render("live.html.j2", __package__, script=script)
 
 
-def run(
-    captioner: Captioner,
-    export: str,
-    address: Address,
-    fps: float,
-    limits: Limits,
-    videos: Path | None = None,
-) -> None:
-    """Serves until SIGINT or SIGTERM."""
-    server = make_server(captioner, export, address, fps, limits, videos)
-    server.run(sockets=[address.listening])
-
-
 def make_server(
     captioner: Captioner,
     export: str,
@@ -61,6 +48,8 @@ def make_server(
     limits: Limits,
     videos: Path | None = None,
 ) -> PageServer:
+    """What serves until SIGINT or SIGTERM, by its `run(sockets=[address.listening])`."""
+
     def begin(filled: Mapping[str, Any]) -> Callable[[], Captions]:
         return captioner.asking(**read_form(filled)).open
 

@@ -27,7 +27,7 @@ def serve(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"--serve needs {library}, which is not installed; pip install 'casa_train[live]'."
             )
-    from casa_train.caption.web.running import run
+    from casa_train.caption.web.running import make_server
 
     limits = _limits(arguments)
     options = options_of(arguments)
@@ -43,7 +43,9 @@ def serve(arguments: argparse.Namespace) -> int:
                 arguments.export, options, arguments.device, dtype, arguments.image_size
             )
             print(f"live captions by {arguments.export}: {address.url}", flush=True)
-            run(captioner, str(arguments.export), address, arguments.fps, limits, videos)
+            export = str(arguments.export)
+            server = make_server(captioner, export, address, arguments.fps, limits, videos)
+            server.run(sockets=[address.listening])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
     return 0

@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "the pinned versions need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check torch --constraint constraints.txt
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev,live]' --constraint constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev,live,lora,real]' --constraint constraints.txt
 	touch $@
 
 demo: setup  ## data, training, export, evaluation and report of a tiny model on the CPU, in minutes

@@ -67,6 +67,7 @@ HOMES = {
     "hydra": "__main__.py config/",
     "matplotlib": "report/",
     "av": "video/",
+    "gguf": "convert/",
     "lmms_eval": "evaluate/lmms/",
     "starlette": "caption/web/",
     "uvicorn": "caption/web/",

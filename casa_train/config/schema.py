@@ -238,6 +238,8 @@ class MetricsConfig:
     """Steps that are taken apart into `profile/` of the run directory: milliseconds by part of the
     model beside the least that they could take, and of the last of them a trace. Two, such as
     [20,21], are enough; see conf/README.md for what they cost."""
+    profile_trace: bool = True
+    """Whether that last one is recorded as a trace; without it its times are those of any step."""
     peak_tflops: PositiveFloat | None = None
     """What one device can do at most, in TFLOP/s, for the utilisation (mfu). null: what is known of
     the GPU in bf16; of CPUs, unknown GPUs and fp32 nothing is."""

@@ -1,6 +1,9 @@
 """python -m casa_train.convert kyutai DIR_OR_HUB_ID --out EXPORT [--verify --trust-remote-code]: a
 released CASA checkpoint as an export of this project, and the proof by its own code.
 
+`python -m casa_train.convert gguf FILE --out DIR` is another conversion: a Llama out of a GGUF file
+as a backbone to start from (`gguf_backbone.py`).
+
 With --verify and an EXPORT that was converted from the same files, it is compared alone.
 """
 
@@ -18,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from casa_train.config.bounds import local_path, path_or_hub_id
+from casa_train.convert import gguf_backbone
 from casa_train.convert.conversion import Choices, convert, open_source
 from casa_train.convert.name_tree import name_tree
 from casa_train.convert.original import Places
@@ -39,7 +43,10 @@ from casa_train.setup.pretrained import Pretrained
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where --verify found a difference."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["gguf"]:
+        return gguf_backbone.main(given[1:])
+    arguments = _parser().parse_args(given)
     quiet_libraries()
     try:
         if arguments.verify and not arguments.trust_remote_code:
@@ -78,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verify and (arguments.out / EXPORT_MARKER).is_file():
             digest = source_digest(source.directory)
             check_same_source(arguments.out, digest, source.name)
-            given = None if arguments.rules is None else rules
-            check_same_choices(arguments.out, choices.given(), given)
+            own = None if arguments.rules is None else rules
+            check_same_choices(arguments.out, choices.given(), own)
             print(f"{arguments.out} was converted from {source.name}: compared alone")
         else:
             convert(source, arguments.out, rules, choices, print)

@@ -146,7 +146,8 @@ class StepProfile(Hook):
             self._roofline = Roofline(self.config, self.model, self.ranks)
         trace = None
         last = max(s for s in self.steps if s <= self.config.trainer.steps)
-        if self.directory is not None and self.ranks.first and step == last:
+        wanted = step == last and self.config.metrics.profile_trace
+        if self.directory is not None and self.ranks.first and wanted:
             trace = self.directory / f"step_{step}.trace.json"
         self._watched = self.meter.watch = WatchedStep(self.model, self.ranks.device, trace)
 

@@ -1,5 +1,6 @@
 """python -m casa_train.evaluate RUN [--export DIR] [overrides ...]: exact match of an export on the
 validation sets; with --sweep DIR of every job of a sweep, exported first where it is not.
+python -m casa_train.evaluate RUN --text: does it answer without pictures as its plain backbone?
 python -m casa_train.evaluate EXPORT --benchmarks all [--source DIR]: the benchmarks of the paper.
 """
 
@@ -24,6 +25,7 @@ from casa_train.evaluate.benchmarks.command import run_benchmarks
 from casa_train.evaluate.benchmarks.results import PAGE
 from casa_train.evaluate.benchmarks.table import benchmarks_table
 from casa_train.evaluate.evaluation import OVERRIDES, evaluate_run, evaluate_sweep
+from casa_train.evaluate.text_answers import compare_texts, text_table
 from casa_train.io.log import drop_unwritten, log
 from casa_train.io.quiet import quiet_libraries
 from casa_train.io.tables import aligned
@@ -76,6 +78,15 @@ def _benchmarks(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _text(arguments: argparse.Namespace) -> int:
+    if arguments.overrides or arguments.sweep is not None:
+        stray = "--sweep" if arguments.sweep is not None else ", ".join(arguments.overrides)
+        raise UserError(f"{stray} says nothing beside --text; name a run, and --export at most.")
+    run = arguments.run
+    print(text_table(compare_texts(run, arguments.export or run / EXPORT)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m casa_train.evaluate", description=__doc__)
@@ -92,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
     parser.add_argument("--export", type=local_path, help="the export (default: RUN/export)")
+    parser.add_argument(
+        "--text", action="store_true", default=None, help="compare texts without pictures, alone"
+    )
     add_config_dir(parser)
     add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
@@ -106,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_alone(arguments)
         if arguments.benchmarks is not None:
             return _benchmarks(arguments)
+        if arguments.text:
+            return _text(arguments)
         if (sweep := arguments.sweep) is not None:
             return 2 if evaluate_sweep(sweep, arguments.only, overrides, config_dir) else 0
         result = evaluate_run(run, arguments.export or run / EXPORT, overrides, config_dir)

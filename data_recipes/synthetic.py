@@ -7,36 +7,21 @@ written as shards, with a tokenizer and a summary.
 from __future__ import annotations
 
 import argparse
-import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.errors import UserError
-from data_recipes.pipeline import (
-    Encoding,
-    Row,
-    SplitPlan,
-    add_template_argument,
-    check_least,
-    encoding_of,
-    print_summary,
-    save_summary,
-    summary_of,
-    write_split,
-    writing,
-)
+from data_recipes import whole
+from data_recipes.pipeline import Encoding, Row, check_least
 from data_recipes.synthetic_scenes import SPLITS, TASK_NAMES, Example, corpus, digest, example
 
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
 VERSION = 3  # raise when the same arguments would render something else
-SHARD = 2000  # samples
 
 VOCABULARY = 512  # bytes, special tokens and room for every answer as one token or two
 PAD, BOS, USER, ASSISTANT, END = "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -90,15 +75,8 @@ def build_tokenizer(texts: Iterable[str] = (), special: Sequence[str] = ()) -> A
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the recipe."""
-    parser.add_argument(
-        "--out",
-        type=local_path,
-        required=True,
-        metavar="DIR",
-        help="where train/, validation/, tokenizer/ and summary.json go",
-    )
+    whole.add_arguments(parser, "rendering")
     parser.add_argument("--samples", type=int, required=True, metavar="N", help="training samples")
-    parser.add_argument("--seed", type=int, required=True, metavar="S", help="0 or more")
     parser.add_argument(
         "--validation",
         type=int,
@@ -111,20 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only "
         "samples are always a small part of the training split)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=path_or_hub_id,
-        metavar="DIR_OR_HUB_ID",
-        help="tokenizer to count with and to copy (default: one built here)",
-    )
-    add_template_argument(parser)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        default=os.cpu_count() or 1,
-        help="rendering processes (default: one a core)",
     )
 
 
@@ -157,43 +121,12 @@ def run(arguments: argparse.Namespace) -> None:
         "tokenizer": arguments.tokenizer,
         "template": arguments.template or "auto",
     }
-    _prepare(arguments.out, wanted, arguments.workers)
-
-
-def _prepare(out: Path, wanted: dict[str, Any], workers: int) -> None:
-    from casa_train.data.tokens import load_tokenizer, save_tokenizer
-
-    name = wanted["tokenizer"]
-    # What cannot be used is refused before anything is written.
-    tokenizer = build_tokenizer() if name is None else load_tokenizer(name)
-    encoding = encoding_of(
-        out / "tokenizer", tokenizer, wanted["template"], name or "of this recipe"
-    )
-    with writing(out, wanted) as done:
-        if done:
-            print(f"{out} already holds this dataset: nothing to do.")
-            return
-        header = {"recipe": "synthetic", "arguments": wanted}
-        save_summary(out, {**header, "finished": False})
-        save_tokenizer(tokenizer, out / "tokenizer")
-        summary = _write_splits(out, wanted, encoding, workers)
-        save_summary(out, {**header, "finished": True, **summary})
-    print_summary(out, summary)
-    for split, found in summary.items():
-        tasks = ", ".join(f"{task} {number}" for task, number in found["per_task"].items())
-        print(f"  {split}: {tasks}")
+    write_splits = partial(_write_splits, arguments.out, wanted, arguments.workers)
+    whole.prepare(arguments.out, "synthetic", wanted, write_splits)
 
 
 def _tasks(names: str) -> list[str]:
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if chosen == ["all"]:
-        return list(TASK_NAMES)
-    unknown = [name for name in chosen if name not in TASK_NAMES]
-    if unknown or not chosen:
-        raise UserError(
-            f"--tasks names {', '.join(map(repr, unknown)) or 'nothing'}; expected a comma-"
-            f"separated list out of {', '.join(TASK_NAMES)}, or 'all'."
-        )
+    chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
 
@@ -227,9 +160,7 @@ class DrawJob:
             yield Row(f"{self.split}-{i:07d}", sample.row(), sample.images)
 
 
-def _write_splits(
-    out: Path, wanted: dict[str, Any], encoding: Encoding, workers: int
-) -> dict[str, Any]:
+def _write_splits(out: Path, wanted: dict[str, Any], workers: int, encoding: Encoding) -> Any:
     """Validation, then training without its pictures; returns what was written, by split."""
     from casa_train.data.prepared.shards import Split
 
@@ -244,17 +175,14 @@ def _write_splits(
                 wanted["seed"],
                 tuple(wanted["tasks"]),
                 start,
-                min(start + SHARD, size),
+                min(start + whole.SHARD, size),
                 held_out,
             )
-            for start in range(0, size, SHARD)
+            for start in range(0, size, whole.SHARD)
         ]
-        plan = SplitPlan(out / split, "finevision", split, jobs, size, "samples")
-        meta = write_split(plan, encoding, min(workers, len(jobs)))
-        written = Split(out / split)
-        tasks = Counter(written.source(i).removeprefix("synthetic_") for i in range(len(written)))
-        summary[split] = {**summary_of(meta), "per_task": dict(sorted(tasks.items()))}
+        summary[split] = whole.write(out / split, jobs, encoding, workers, "synthetic")
         if split == "validation":
+            written = Split(out / split)
             held_out = frozenset(digest(image) for sample in written for image in sample.images)
     return summary
 

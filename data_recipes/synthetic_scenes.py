@@ -37,6 +37,7 @@ from data_recipes.synthetic_drawing import (
     random_size,
     shuffled,
 )
+from data_recipes.whole import rated_row
 
 SplitName = Literal["validation", "train"]
 SPLITS: tuple[SplitName, ...] = ("validation", "train")
@@ -100,20 +101,7 @@ class Example:
 
     def row(self) -> dict[str, Any]:
         """FineVision's columns, without `images`. Ratings say whether a turn needs a picture."""
-        visual = 5 if self.images else 1
-        row: dict[str, Any] = {
-            "texts": [{"user": user, "assistant": assistant} for user, assistant in self.texts],
-            "source": self.source,
-        }
-        for name, rating in (
-            ("relevance", 5),
-            ("image_correspondence", visual),
-            ("visual_dependency", visual),
-            ("formatting", 5),
-        ):
-            row[f"{name}_ratings"] = [rating] * len(self.texts)
-            row[f"{name}_min"] = rating
-        return row
+        return rated_row(self.source, self.texts, visual=bool(self.images))
 
 
 # ------------------------------------------------------------------------------------------ tasks

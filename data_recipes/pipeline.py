@@ -431,9 +431,9 @@ def finished(out: Path, wanted: Mapping[str, Any]) -> bool:
             "or delete the directory."
         ) from error
     different = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
-        if there.get(name) != value
+        f"{name} is {there.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in {**wanted, **there}
+        if there.get(name) != wanted.get(name)
     ]
     if different:
         raise UserError(

@@ -16,12 +16,24 @@ from typing import Any, Literal
 from casa_train.errors import UserError
 from data_recipes import whole
 from data_recipes.pipeline import Encoding, Row, check_least
-from data_recipes.synthetic_scenes import SPLITS, TASK_NAMES, Example, corpus, digest, example
+from data_recipes.synthetic_scenes import (
+    REWORDED,
+    SPLITS,
+    TASK_NAMES,
+    Example,
+    Style,
+    corpus,
+    digest,
+    example,
+)
+from data_recipes.synthetic_wordings import WORDINGS
 
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
 VERSION = 3  # raise when the same arguments would render something else
+STYLES = ("short", "free")
+SCALES = (0.5, 8.0)
 
 VOCABULARY = 512  # bytes, special tokens and room for every answer as one token or two
 PAD, BOS, USER, ASSISTANT, END = "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -90,6 +102,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only "
         "samples are always a small part of the training split)",
     )
+    parser.add_argument(
+        "--wording",
+        choices=STYLES,
+        default=STYLES[0],
+        help="short: a few fixed questions, answered in a word; free: many wordings, answered in "
+        f"whole sentences, for {', '.join(WORDINGS)} (default: {STYLES[0]})",
+    )
+    parser.add_argument(
+        "--hold-out-wordings",
+        action="store_true",
+        help="with --wording free: some wordings are never trained, and every second held-out "
+        f"sample is asked in them, as TASK{REWORDED}",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help=f"of the pictures' sides, {SCALES[0]} to {SCALES[1]} (default: 1, where a shape fits "
+        "a token of 28 pixels)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -112,6 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--validation is {validation} with --tasks text; text-only samples are never held "
             "out. Add a task with pictures, or set --validation 0."
         )
+    style = _style(arguments, tasks)
     wanted = {
         "version": VERSION,
         "samples": arguments.samples,
@@ -120,8 +154,12 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": tasks,
         "tokenizer": arguments.tokenizer,
         "template": arguments.template or "auto",
+        # Named only where they are set: a dataset of before these options is the same one.
+        **({"wording": arguments.wording} if style.free else {}),
+        **({"hold_out_wordings": True} if style.hold_out else {}),
+        **({"scale": style.scale} if style.scale != 1 else {}),
     }
-    write_splits = partial(_write_splits, arguments.out, wanted, arguments.workers)
+    write_splits = partial(_write_splits, arguments.out, wanted, style, arguments.workers)
     whole.prepare(arguments.out, "synthetic", wanted, write_splits)
 
 
@@ -129,6 +167,25 @@ def _tasks(names: str) -> list[str]:
     chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
+
+
+def _style(arguments: argparse.Namespace, tasks: Sequence[str]) -> Style:
+    free = arguments.wording == "free"
+    if arguments.hold_out_wordings and not free:
+        raise UserError(
+            "--hold-out-wordings without --wording free: short questions have no other wordings. "
+            "Add --wording free, or leave it out."
+        )
+    fixed = [task for task in tasks if task not in WORDINGS and task != "text"]
+    if free and fixed:
+        raise UserError(
+            f"--wording free has no wordings for {', '.join(fixed)}; expected --tasks out of "
+            f"{', '.join(WORDINGS)}, such as --tasks {','.join(WORDINGS)}."
+        )
+    least, most = SCALES
+    if not least <= arguments.scale <= most:
+        raise UserError(f"--scale is {arguments.scale}; expected a number of {least} to {most}.")
+    return Style(free, arguments.hold_out_wordings, arguments.scale)
 
 
 @dataclass(frozen=True)
@@ -144,6 +201,7 @@ class DrawJob:
     start: int
     stop: int
     held_out: frozenset[bytes]
+    style: Style
 
     @property
     def name(self) -> str:
@@ -154,13 +212,15 @@ class DrawJob:
         return self.stop - self.start
 
     def rows(self) -> Iterator[Row]:
-        draw = partial(example, self.seed, self.split, list(self.tasks))
+        draw = partial(example, self.seed, self.split, list(self.tasks), style=self.style)
         for i in range(self.start, self.stop):
             sample, _ = draw_apart(draw, i, draw(i), self.held_out)
             yield Row(f"{self.split}-{i:07d}", sample.row(), sample.images)
 
 
-def _write_splits(out: Path, wanted: dict[str, Any], workers: int, encoding: Encoding) -> Any:
+def _write_splits(
+    out: Path, wanted: dict[str, Any], style: Style, workers: int, encoding: Encoding
+) -> dict[str, Any]:
     """Validation, then training without its pictures; returns what was written, by split."""
     from casa_train.data.prepared.shards import Split
 
@@ -177,6 +237,7 @@ def _write_splits(out: Path, wanted: dict[str, Any], workers: int, encoding: Enc
                 start,
                 min(start + whole.SHARD, size),
                 held_out,
+                style,
             )
             for start in range(0, size, whole.SHARD)
         ]

@@ -1,8 +1,8 @@
 """The pictures of the synthetic recipe, and what is asked about them.
 
-Sample i of a split is a pure function of (seed, split, i, tasks): it can be rendered by any number
-of processes. For every question the answers are uniformly distributed, so what a model scores
-above 1 / (number of answers) it has read from the pictures.
+Sample i of a split is a pure function of (seed, split, i, tasks, style): it can be rendered by any
+number of processes. For every question the answers are uniformly distributed, so what a model
+scores above 1 / (number of answers) it has read from the pictures.
 
 Two pictures in one sample come in two layouts. *Interleaved*: each question stands right after the
 picture it is about. *In front*: both pictures stand before the first question. A mechanism that
@@ -17,6 +17,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,8 @@ from data_recipes.synthetic_drawing import (
     random_size,
     shuffled,
 )
+from data_recipes.synthetic_wordings import WORDINGS, without_picture
+from data_recipes.synthetic_wordings import ask as ask_freely
 from data_recipes.whole import rated_row
 
 SplitName = Literal["validation", "train"]
@@ -56,15 +59,20 @@ MAX_COUNT = 4
 MAX_TURNS = 3
 PAIR_SHARE = 0.1
 TEXT_PERIOD = 25  # one text-only training sample in so many
+REWORDED = "_reworded"  # ends the sources of held-out wordings
 TASK_NAMES = ("colour", "shape", "count", "position", "digit", "word", "chart", "text")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with a `{where}` slot for "in the first image", and its answer."""
+    """A question with a `{where}` slot for "in the first image", and its answer.
+
+    :param subject: what it names, for another wording of it.
+    """
 
     text: str
     answer: str
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,11 @@ class Example:
     task: str
     images: tuple[bytes, ...]
     texts: tuple[tuple[str, str], ...]
+    reworded: bool = False  # asked in wordings that training never uses
 
     @property
     def source(self) -> str:
-        return f"synthetic_{self.task}"
+        return f"synthetic_{self.task}{REWORDED if self.reworded else ''}"
 
     @property
     def digests(self) -> frozenset[bytes]:
@@ -135,7 +144,7 @@ def _colour(rng: np.random.Generator, pictures: int) -> list[Scene]:
         colours = shuffled(rng, COLOURS)[: len(kinds)]
         form = pick(rng, COLOUR_FORMS)
         questions = [
-            Question(form.replace("{kind}", kind), colour)
+            Question(form.replace("{kind}", kind), colour, kind)
             for kind, colour in zip(kinds, colours, strict=True)
         ]
         scenes.append(Scene(_assortment(rng, kinds, colours), questions))
@@ -150,7 +159,7 @@ def _shape(rng: np.random.Generator, pictures: int) -> list[Scene]:
         kinds = shuffled(rng, KINDS)[: len(colours)]
         form = pick(rng, SHAPE_FORMS)
         questions = [
-            Question(form.replace("{colour}", colour), kind)
+            Question(form.replace("{colour}", colour), kind, colour)
             for kind, colour in zip(kinds, colours, strict=True)
         ]
         scenes.append(Scene(_assortment(rng, kinds, colours), questions))
@@ -168,13 +177,15 @@ def _count(rng: np.random.Generator, pictures: int) -> list[Scene]:
         if total:  # asked alone: the number of all shapes bounds that of each kind
             number = int(rng.integers(1, MAX_COUNT + 1))
             shown = [pick(rng, list(KINDS)) for _ in range(number)]
-            questions = [Question(form.replace("{plural}", "shapes"), str(number))]
+            questions = [Question(form.replace("{plural}", "shapes"), str(number), "shapes")]
         else:
             shown, questions = [], []
             for kind in (kinds.pop(), kinds.pop()):
                 number = int(rng.integers(1, MAX_COUNT + 1))
                 shown += [kind] * number
-                questions.append(Question(form.replace("{plural}", KINDS[kind]), str(number)))
+                plural = KINDS[kind]
+                question = Question(form.replace("{plural}", plural), str(number), plural)
+                questions.append(question)
         # The grid is chosen whatever the number: a shape's size must not tell how many there are.
         cells = shuffled(rng, canvas.region.split(columns, rows))
         for kind, cell in zip(shown, cells, strict=False):
@@ -340,30 +351,82 @@ def task_of(seed: int, split: SplitName, index: int, tasks: Sequence[str]) -> st
     return visual[(block * TEXT_PERIOD + slot) % len(visual)]
 
 
+@dataclass(frozen=True)
+class Style:
+    """How pictures are asked about, and how large they are.
+
+    :param free: whether questions are worded freely and answered in sentences.
+    :param hold_out: whether some of those wordings are never trained; every second held-out
+        sample is asked in them.
+    :param scale: of the pictures' sides.
+    """
+
+    free: bool = False
+    hold_out: bool = False
+    scale: float = 1.0
+
+
+Ask = Callable[[Question, str], tuple[str, str]]
+"""A question and where it is asked about -> its words and its answer."""
+
+
 def example(
-    seed: int, split: SplitName, tasks: Sequence[str], index: int, attempt: int = 0
+    seed: int,
+    split: SplitName,
+    tasks: Sequence[str],
+    index: int,
+    attempt: int = 0,
+    style: Style = Style(),
 ) -> Example:
-    """Sample `index` of a split. Another `attempt` gives another sample of the same task."""
+    """Sample `index` of a split. Another `attempt` gives another sample of the same task.
+
+    Words are drawn apart from pictures: whatever the style, they show the same.
+    """
     task = task_of(seed, split, index, tasks)
     rng = _generator(seed, split, index, attempt, purpose=1)
     if task == "text":
-        return Example(task, (), tuple(_text_turns(rng)))
+        texts = _text_turns(rng)
+        return Example(task, (), tuple(starmap(without_picture, texts) if style.free else texts))
     pictures = 2 if rng.random() < PAIR_SHARE else 1
     scenes = TASKS[task](rng, pictures)
     turns = int(rng.integers(1, MAX_TURNS + 1))
-    texts: list[tuple[str, str]]
+    reworded = style.hold_out and split == "validation" and index % 2 == 1
+    ask: Ask = _as_drawn
+    if style.free:
+        words = _generator(seed, split, index, attempt, purpose=2)
+        ask = _in_sentences(words, task, scenes, style, reworded)
     if pictures == 1:
-        texts = [(q.text.replace("{where}", ""), q.answer) for q in scenes[0].questions[:turns]]
+        texts = [ask(question, "") for question in scenes[0].questions[:turns]]
     else:
-        texts = _ask_about_pair(rng, scenes, turns)
-    return Example(task, tuple(_png(scene.image) for scene in scenes), tuple(texts))
+        texts = _ask_about_pair(rng, scenes, turns, ask)
+    images = tuple(_png(scene.image, style.scale) for scene in scenes)
+    return Example(task, images, tuple(texts), reworded)
+
+
+def _as_drawn(question: Question, where: str) -> tuple[str, str]:
+    return question.text.replace("{where}", where), question.answer
+
+
+def _in_sentences(
+    rng: np.random.Generator, task: str, scenes: list[Scene], style: Style, reworded: bool
+) -> Ask:
+    wordings = WORDINGS[task]
+    forms = wordings.trained if style.hold_out else wordings.every
+    # Of two pictures, what they show tells which one is meant: there a shape is always named.
+    only = len(scenes) == len(scenes[0].questions) == 1 and task != "count"
+
+    def ask(question: Question, where: str) -> tuple[str, str]:
+        asked = wordings.held_out if reworded else forms
+        return ask_freely(rng, asked, task, question.subject, question.answer, where, only)
+
+    return ask
 
 
 def _ask_about_pair(
-    rng: np.random.Generator, scenes: list[Scene], turns: int
+    rng: np.random.Generator, scenes: list[Scene], turns: int, ask: Ask
 ) -> list[tuple[str, str]]:
     asked = [
-        [(q.text.replace("{where}", f" in the {ordinal} image"), q.answer) for q in scene.questions]
+        [ask(question, f" in the {ordinal} image") for question in scene.questions]
         for scene, ordinal in zip(scenes, ORDINALS, strict=True)
     ]
     if all(scene.distinct for scene in scenes) and rng.random() < 0.5:
@@ -381,7 +444,10 @@ def _generator(
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, scale: float) -> bytes:
+    if scale != 1:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

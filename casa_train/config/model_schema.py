@@ -24,6 +24,7 @@ BackboneFields = Annotated[
             "num_hidden_layers": _DEPTH,
             "rms_norm_eps": _POSITIVE,
             "rope_theta": _POSITIVE,
+            "no_rope_layer_interval": _COUNT,
             "max_window_layers": Bound(0, MOST_COUNT, "0 or more"),
             "initializer_range": _NOT_NEGATIVE,
             "attention_dropout": Bound(0, 1, "0 or more, below 1", open_most=True),

@@ -14,8 +14,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from casa_train.convert.rules import Rules
 from casa_train.convert.tensor_plan import HEAD
 from casa_train.errors import UserError
-from casa_train.modeling.configuration_casa import CasaConfig
-from casa_train.modeling.decoder import ALIASES, BACKBONES
+from casa_train.modeling.backbones import BACKBONES
+from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
 from casa_train.setup.model import NOT_SIZES
 from casa_train.setup.pretrained import TEXT_TOKENS
 

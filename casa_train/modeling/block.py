@@ -1,7 +1,8 @@
 """The pieces of a decoder block over packed tokens, and what all blocks of a forward pass share.
 
 A fusion mechanism composes its blocks from these pieces (`FusionMechanism.run_layer`). Weights are
-those of a Hugging Face decoder layer: `self_attn.{q,k,v,o}_proj`, `mlp` and its two norms.
+those of a Hugging Face decoder layer: `self_attn.{q,k,v,o}_proj`, `self_attn.{q,k}_norm` where it
+norms its heads (Qwen3), `mlp` and its two norms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .attention import varlen_attention
 from .image_attention import ImageAttention
 from .lean import linear
 from .regions import Compiler, add_normed, normed
-from .rope import Table
+from .rope import STILL, Table
 from .segments import Segments
 from .streaming import FlatCache, StreamingState
 from .windows import Range
@@ -71,6 +72,7 @@ class DecoderContext:
     :param compiler: what compiles the layers' regions; None: they run eagerly.
     :param image_heads: by layer index, image keys and values that were made for all layers at once.
     :param elsewhere: copies of this context on other devices.
+    :param still: the copy of this context for layers without RoPE.
     """
 
     mechanism: Any
@@ -88,6 +90,7 @@ class DecoderContext:
     compiler: Compiler | None = None
     image_heads: dict[int, Heads] = field(default_factory=dict)
     elsewhere: dict[torch.device, DecoderContext] = field(default_factory=dict)
+    still: DecoderContext | None = None
 
     def on(self, device: torch.device) -> DecoderContext:
         """This context for layers that live on `device`: with a `device_map` there are several."""
@@ -95,8 +98,15 @@ class DecoderContext:
             return self
         if device not in self.elsewhere:
             plan = replace(self.plan, **_moved(self.plan, device))
-            self.elsewhere[device] = replace(self, **{**_moved(self, device), "plan": plan})
+            moved = {**_moved(self, device), "plan": plan, "still": None}
+            self.elsewhere[device] = replace(self, **moved)
         return self.elsewhere[device]
+
+    def without_rope(self) -> DecoderContext:
+        """This context for layers whose queries and keys are not turned."""
+        if self.still is None:
+            self.still = replace(self, rope=STILL)
+        return self.still
 
 
 def _moved(holder: Any, device: torch.device) -> dict[str, Any]:
@@ -112,7 +122,9 @@ def _moved(holder: Any, device: torch.device) -> dict[str, Any]:
 
 
 class Heads(NamedTuple):
-    """Projections before RoPE: q (tokens, H, D), k and v (tokens, Hkv, D); None: not needed."""
+    """Before RoPE and behind norms of heads: q (tokens, H, D), k and v (tokens, Hkv, D); None: not
+    needed.
+    """
 
     q: Tensor | None
     k: Tensor | None
@@ -120,12 +132,20 @@ class Heads(NamedTuple):
 
 
 def project(owner: Any, x: Tensor, head_dim: int, queries: bool = True, keys: bool = True) -> Heads:
-    """(tokens, C) -> heads, through `owner`'s q_proj, k_proj and v_proj."""
+    """(tokens, C) -> heads, through `owner`'s q_proj, k_proj and v_proj, and its norms of heads."""
     return Heads(
-        split_heads(linear(owner.q_proj, x), head_dim) if queries else None,
-        split_heads(linear(owner.k_proj, x), head_dim) if keys else None,
+        norm_heads(owner, "q_norm", linear(owner.q_proj, x), head_dim) if queries else None,
+        norm_heads(owner, "k_norm", linear(owner.k_proj, x), head_dim) if keys else None,
         split_heads(linear(owner.v_proj, x), head_dim) if keys else None,
     )
+
+
+def norm_heads(owner: Any, name: str, x: Tensor, head_dim: int) -> Tensor:
+    """(tokens, heads * D) -> (tokens, heads, D), each head through `owner`'s norm of that name, if
+    it has one (Qwen3: before RoPE).
+    """
+    heads, norm = split_heads(x, head_dim), owner._modules.get(name)
+    return heads if norm is None else normed(norm, heads)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

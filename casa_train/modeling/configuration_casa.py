@@ -12,7 +12,11 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 # Qwen2.5-VL's text decoder; transformers 4.51.3 has one configuration for the whole model.
 QWEN_TEXT, QWEN_WHOLE = "qwen2_5_vl_text", "qwen2_5_vl"
 QWEN_NOT_TEXT = ("text_config", "vision_config", "image_token_id", "video_token_id")
+# It knows Qwen2.5-VL's text decoder by the name of the whole model.
+ALIASES = {QWEN_WHOLE: QWEN_TEXT}
 ROPE_IN_ONE_DICT = int(transformers.__version__.split(".")[0]) >= 5
+# Backbones that the oldest release of transformers lacks, and those that brought them.
+SINCE = {"smollm3": "4.53"}
 
 
 class CasaConfig(PretrainedConfig):
@@ -64,8 +68,10 @@ class CasaConfig(PretrainedConfig):
         """As the library's, with RoPE written in the words of both transformers generations."""
         out: dict[str, Any] = super().to_dict()
         text = out["text_config"]
-        if isinstance(text, dict) and text.get("rope_parameters"):
-            rope = dict(text["rope_parameters"])
+        rope = dict((isinstance(text, dict) and text.get("rope_parameters")) or {})
+        if (
+            "rope_theta" in rope
+        ):  # Gemma 3, which is refused later on, has one for each kind of layer
             text["rope_theta"] = rope.pop("rope_theta")
             text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
         if isinstance(text, dict) and text.get("model_type") == QWEN_WHOLE:
@@ -76,14 +82,27 @@ class CasaConfig(PretrainedConfig):
 
 
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
-    """A backbone's configuration, whichever transformers generation wrote it."""
+    """A backbone's configuration, whichever transformers generation wrote it.
+
+    :raises ValueError: a backbone that came with a later release.
+    """
     values = dict(values)
     if values.get("rope_parameters"):
         for name in ("rope_theta", "rope_scaling") if ROPE_IN_ONE_DICT else ("rope_parameters",):
             values.pop(name, None)
     model_type = values.pop("model_type")
+    if model_type in SINCE and model_type not in CONFIG_MAPPING:
+        raise ValueError(too_old(model_type))
     if model_type in (QWEN_WHOLE, QWEN_TEXT):
         model_type = QWEN_TEXT if QWEN_TEXT in CONFIG_MAPPING else QWEN_WHOLE
         for name in QWEN_NOT_TEXT:
             values.pop(name, None)
     return AutoConfig.for_model(model_type, **values)
+
+
+def too_old(model_type: str) -> str:
+    """What to say of a backbone of `SINCE` that this release of transformers lacks."""
+    return (
+        f"backbone {model_type!r} needs transformers {SINCE[model_type]} or newer, this is "
+        f"{transformers.__version__}: install a newer one"
+    )

@@ -12,34 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.helium.modeling_helium import HeliumDecoderLayer, HeliumMLP
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP as Qwen2_5_VLMLP
 
 from .activation_checkpointing import run_block
+from .backbones import BACKBONES, backbone_named, turns
 from .block import DecoderContext
 from .fusion import FusionMechanism
 from .regions import RegionMLP, compiling, normed
-from .rope import (
-    STATIC_ROPE_TYPES,
-    Rope,
-    RotateHalves,
-    RotatePairs,
-    mrope_section,
-    rope_settings,
-)
-
-# Backbones by model_type; the decoder layers of each have the children that `block.py` uses.
-BACKBONES: dict[str, Rope] = {
-    "llama": RotateHalves(),
-    "helium": RotatePairs(),
-    "qwen2": RotateHalves(),
-    "qwen2_5_vl_text": RotateHalves(),
-}
-# transformers 4.51.3 knows Qwen2.5-VL's text decoder by the name of the whole model.
-ALIASES = {"qwen2_5_vl": "qwen2_5_vl_text"}
+from .rope import ROTATIONS, STATIC_ROPE_TYPES, Rope, mrope_section, rope_settings
 
 
 def backbone_rope(config: Any) -> Rope:
@@ -47,12 +26,7 @@ def backbone_rope(config: Any) -> Rope:
 
     :raises ValueError: an unsupported model type.
     """
-    name = ALIASES.get(config.model_type, config.model_type)
-    if name not in BACKBONES:
-        raise ValueError(
-            f"backbone {config.model_type!r} is not supported; choose one of {sorted(BACKBONES)}"
-        )
-    return BACKBONES[name]
+    return ROTATIONS[backbone_named(config.model_type).rotation]
 
 
 def check_backbone(config: Any) -> None:
@@ -60,38 +34,67 @@ def check_backbone(config: Any) -> None:
 
     :raises ValueError: naming the model type or the setting.
     """
-    backbone_rope(config)
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError(
-            f"backbone {config.model_type!r} with use_sliding_window=true is not supported: "
-            "self-attention here always sees the whole sample; set it to false"
-        )
+    entry, name = backbone_named(config.model_type), f"backbone {config.model_type!r}"
+    _check_windows(config, entry.window, name)
     rope_type = rope_settings(config)["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise ValueError(
-            f"backbone {config.model_type!r} with RoPE type {rope_type!r} is not supported; "
-            f"choose one of {list(STATIC_ROPE_TYPES)}"
+            f"{name} with RoPE type {rope_type!r} is not supported; choose one of "
+            f"{list(STATIC_ROPE_TYPES)}"
+        )
+    depth = config.num_hidden_layers
+    turned = None if entry.unturned is None else getattr(config, entry.unturned, None)
+    if entry.unturned is not None and (not isinstance(turned, list | tuple) or len(turned) < depth):
+        raise ValueError(
+            f"{name} has {entry.unturned} {turned}; expected a list of {depth} numbers, one a "
+            "layer, 0 where it has no RoPE: leave it out for every fourth"
         )
     heads, width = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or width // heads
     if config.model_type == "helium" and heads * head_dim != width:
         raise ValueError(
-            f"backbone 'helium' has {heads} heads of head_dim {head_dim} and hidden_size {width}; "
-            f"its output projection expects heads that fill the width: set head_dim to "
-            f"{width // heads}"
+            f"{name} has {heads} heads of head_dim {head_dim} and hidden_size {width}; its output "
+            f"projection expects heads that fill the width: set head_dim to {width // heads}"
         )
     section = mrope_section(config)
-    multimodal = ALIASES.get(config.model_type, config.model_type) == "qwen2_5_vl_text"
-    if multimodal and (section is None or len(section) != 3 or 2 * sum(section) != head_dim):
+    if entry.axes == 3 and (section is None or len(section) != 3 or 2 * sum(section) != head_dim):
         raise ValueError(
-            f"backbone {config.model_type!r} has mrope_section {section}; expected three numbers "
-            f"that add up to {head_dim // 2}, half its head width. Set rope_scaling, for instance "
+            f"{name} has mrope_section {section}; expected three numbers that add up to "
+            f"{head_dim // 2}, half its head width. Set rope_scaling, for instance "
             "{type: mrope, mrope_section: [16, 24, 24]}"
         )
 
 
+def _check_windows(config: Any, field: str, name: str) -> None:
+    """:raises ValueError: a layer's self-attention does not see the whole sample."""
+    whole = "self-attention here always sees the whole sample"
+    value = getattr(config, field, None)
+    if field == "sliding_window" and value is not None:
+        raise ValueError(
+            f"{name} with sliding_window={value} is not supported: {whole}. Set it to null, which "
+            "computes the same for samples of at most so many tokens"
+        )
+    if value:
+        raise ValueError(
+            f"{name} with {field}={str(value).lower()} is not supported: {whole}; set it to false"
+        )
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        raise ValueError(
+            f"{name} with layer_types {kinds} is not supported: {whole}; expected full_attention "
+            "in every layer, or no layer_types"
+        )
+
+
 class FusedLayer(nn.Module):
-    """The forward of a decoder layer with a child `fusion`, whatever its backbone."""
+    """The forward of a decoder layer with a child `fusion`, whatever its backbone.
+
+    :ivar turned: whether RoPE turns queries and keys here, those of fusion, too: it attends in the
+        block's own space, with its projections or with copies that begin there, and there a block
+        without RoPE tells no positions apart.
+    """
+
+    turned: bool
 
     def forward(self, h: Tensor, images: Tensor, context: DecoderContext) -> tuple[Tensor, Tensor]:
         """One decoder block over packed tokens, as the mechanism composes it.
@@ -102,6 +105,8 @@ class FusedLayer(nn.Module):
         """
         out: tuple[Tensor, Tensor]
         run, context = context.mechanism.run_layer, context.on(h.device)
+        if not self.turned:
+            context = context.without_rope()
         if context.compiler is None:  # while generating, every microsecond counts
             out = run(self, h, images, context)
         else:
@@ -110,44 +115,22 @@ class FusedLayer(nn.Module):
         return out
 
 
-# Written out, because pickle finds a class by its name in its module.
-class FusedLlamaDecoderLayer(FusedLayer, LlamaDecoderLayer): ...
+def _fused(kind: type, base: type, name: str) -> Any:
+    """A subclass of `base` with the forward of `kind`, where pickle looks for it: in this module,
+    by its name.
+    """
+    made = type(name, (kind, base), {"__module__": __name__})
+    globals()[name] = made
+    return made
 
 
-class FusedHeliumDecoderLayer(FusedLayer, HeliumDecoderLayer): ...
-
-
-class FusedQwen2DecoderLayer(FusedLayer, Qwen2DecoderLayer): ...
-
-
-class FusedQwen2_5_VLDecoderLayer(FusedLayer, Qwen2_5_VLDecoderLayer): ...
-
-
-class FusedLlamaMLP(RegionMLP, LlamaMLP): ...
-
-
-class FusedHeliumMLP(RegionMLP, HeliumMLP): ...
-
-
-class FusedQwen2MLP(RegionMLP, Qwen2MLP): ...
-
-
-class FusedQwen2_5_VLMLP(RegionMLP, Qwen2_5_VLMLP): ...
-
-
-FUSED: dict[type, type[FusedLayer]] = {
-    LlamaDecoderLayer: FusedLlamaDecoderLayer,
-    HeliumDecoderLayer: FusedHeliumDecoderLayer,
-    Qwen2DecoderLayer: FusedQwen2DecoderLayer,
-    Qwen2_5_VLDecoderLayer: FusedQwen2_5_VLDecoderLayer,
-}
+FUSED: dict[type, type[FusedLayer]] = {}
 # Any other class of network keeps its own forward.
-FUSED_MLPS: dict[type, type[RegionMLP]] = {
-    LlamaMLP: FusedLlamaMLP,
-    HeliumMLP: FusedHeliumMLP,
-    Qwen2MLP: FusedQwen2MLP,
-    Qwen2_5_VLMLP: FusedQwen2_5_VLMLP,
-}
+FUSED_MLPS: dict[type, type[RegionMLP]] = {}
+for _entry in BACKBONES.values():
+    _family = _entry.layer.__name__.removesuffix("DecoderLayer")
+    FUSED[_entry.layer] = _fused(FusedLayer, _entry.layer, f"Fused{_family}DecoderLayer")
+    FUSED_MLPS[_entry.mlp] = _fused(RegionMLP, _entry.mlp, f"Fused{_family}MLP")
 
 
 def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
@@ -157,6 +140,7 @@ def fuse_layers(backbone: Any, mechanism: FusionMechanism) -> None:
     for index, layer in enumerate(backbone.layers):
         layer.__class__ = FUSED[type(layer)]
         layer.mlp.__class__ = FUSED_MLPS.get(type(layer.mlp), type(layer.mlp))
+        layer.turned = turns(backbone.config, index)
         layer.fusion = mechanism.make_layer(layer, index)
     # RoPE tables are computed here; the library's module would only carry a buffer along.
     del backbone.rotary_emb

@@ -24,7 +24,8 @@ class GatedCrossAttention(WindowedMechanism):
     """Options: `every` n puts a new layer before blocks n-1, 2n-1, ...
 
     Text without an image before it passes the new layers unchanged, so that text alone gives the
-    backbone's own logits; in Flamingo the feed-forward part acts on it too.
+    backbone's own logits; in Flamingo the feed-forward part acts on it too. The projections are
+    new, and go through no norms of heads, whatever the backbone has.
     """
 
     name = "gated_cross_attention"

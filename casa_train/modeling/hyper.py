@@ -28,10 +28,20 @@ from .fusion import register
 from .image_attention import IMAGE_GATE
 from .lean import linear
 from .regions import normed
-from .windowed import WindowedMechanism, image_heads, linear_like, read_windows
+from .windowed import (
+    WindowedMechanism,
+    head_norms,
+    image_heads,
+    linear_like,
+    norm_like,
+    read_windows,
+)
 
 # sigmoid(-2) = 0.12: the model starts near its backbone, and images already have a gradient.
 GATE_START = -2.0
+# What may begin as a copy of the layer's self-attention. There is a norm of keys where the backbone
+# norms its heads: the queries come through theirs, too.
+COPIED = ("k_proj", "v_proj", "k_norm")
 
 
 @register
@@ -72,12 +82,12 @@ class HyperAttention(WindowedMechanism):
         fusion.gate.weight.zero_()
         fusion.gate.bias.fill_(GATE_START)
         if self.fusion["init"] == "from_self_attention":
-            for name in ("k_proj", "v_proj"):
+            for name in filter(fusion._modules.get, COPIED):
                 getattr(fusion, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
 
     def copied(self, name: str) -> bool:
         own = self.fusion["init"] == "from_self_attention"
-        return own and (".fusion.k_proj." in name or ".fusion.v_proj." in name)
+        return own and any(f".fusion.{part}." in name for part in COPIED)
 
     def run_layer(
         self, layer: Any, h: Tensor, images: Tensor, context: DecoderContext
@@ -115,6 +125,8 @@ class HyperLayer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.k_proj = linear_like(attention.k_proj)
         self.v_proj = linear_like(attention.v_proj)
+        if "k_norm" in head_norms(attention):
+            self.k_norm = norm_like(attention.k_norm)
         self.gate = nn.Linear(attention.q_proj.in_features, 1)
 
     def forward(

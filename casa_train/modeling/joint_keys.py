@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import Heads, split_heads
+from .block import Heads, norm_heads, split_heads
 
 
 class KeySource(NamedTuple):
@@ -25,7 +25,8 @@ class KeySource(NamedTuple):
 
     :param norm: its output is its input, normalised, times its `weight`, which is its only
         parameter.
-    :param owner: has the linears `k_proj` and `v_proj`.
+    :param owner: has the linears `k_proj` and `v_proj`, and where keys are normed by head a norm
+        `k_norm`, which is called for each layer as everywhere.
     :param head_dim: D.
     """
 
@@ -61,8 +62,11 @@ class JointKeys(nn.Module):
         parts = nn.functional.linear(normed, weight, bias).split(
             [x.out_features for x in linears], 1
         )
-        widths = [source.head_dim for source in sources for _ in source.linears]
-        return tuple(split_heads(x, width) for x, width in zip(parts, widths, strict=True))
+        made = [
+            (norm_heads(owner, "k_norm", k, width), split_heads(v, width))
+            for (_, owner, width), k, v in zip(sources, parts[::2], parts[1::2], strict=True)
+        ]
+        return tuple(x for pair in made for x in pair)
 
 
 class JointImageKeys:

@@ -16,18 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from transformers.models.helium.modeling_helium import HeliumRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-# Norms that compute x / sqrt(mean(x^2) + eps) * weight in float32. In half precision some of them
-# round before the weight and again behind it: `F.rms_norm`, which rounds once, is nearer to the
-# true value than these.
-RMS_NORMS = {HeliumRMSNorm, LlamaRMSNorm, Qwen2RMSNorm} | {
-    getattr(modeling_qwen2_5_vl, name, Qwen2RMSNorm)
-    for name in ("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm")  # in transformers 4.51, and in 5
-}
+from .backbones import BACKBONES
+
+# Backbones' norms. In half precision some of them round before the weight and again behind it:
+# `F.rms_norm`, which rounds once, is nearer to the true value than these.
+RMS_NORMS = {backbone.norm for backbone in BACKBONES.values()}
 
 _lean: ContextVar[bool] = ContextVar("lean", default=False)
 
@@ -82,13 +76,15 @@ def one_kernel_pays(x: Tensor) -> bool:
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor | None:
-    """norm(x): (tokens, C); None where it is to be called as a module."""
+    """norm(x): (tokens, C), or (tokens, H, D) for norms of heads; None where it is to be called as
+    a module.
+    """
     if type(norm) not in RMS_NORMS or not (is_lean() or one_kernel_pays(x)) or not untouched(norm):
         return None
     weight = norm._parameters["weight"]
     if weight.dtype != x.dtype:
         return None
-    if x.is_cpu and len(x) == 1 and x.dtype in (torch.float32, torch.float64):
+    if x.is_cpu and x.ndim == 2 and len(x) == 1 and x.dtype in (torch.float32, torch.float64):
         return _norm_of_one_row(x, weight, norm.variance_epsilon)
     return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 

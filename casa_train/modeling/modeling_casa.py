@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .activation_checkpointing import CheckpointedBlocks
 from .attention import varlen_attention
+from .backbones import Backbone
 from .base_model import CasaPreTrainedModel
 from .batching import CasaBatch
 from .block import DecoderContext
@@ -327,6 +328,7 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
 AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
 
 __all__ = [
+    "Backbone",
     "BlockWork",
     "Casa",
     "CasaBatch",

@@ -32,7 +32,7 @@ class Rope(Protocol):
 
 
 class RotateHalves:
-    """Pairs element i with i + D/2 (Llama, Qwen2)."""
+    """Pairs element i with i + D/2 (all backbones but Helium)."""
 
     def __call__(self, x: Tensor, table: Table) -> Tensor:
         return rotate_halves(x, table)
@@ -66,6 +66,21 @@ class ByProduct:
 
 
 BY_PRODUCT = ByProduct()
+
+
+class Still:
+    """Of layers without RoPE, whose queries and keys know no positions (SmolLM3): x as it is."""
+
+    def __call__(self, x: Tensor, table: Table) -> Tensor:
+        return x
+
+    def lay_out(self, cos: Tensor, sin: Tensor) -> Table:
+        return ()
+
+
+STILL = Still()
+# By the names that entries of `backbones.py` use.
+ROTATIONS: dict[str, Rope] = {"halves": RotateHalves(), "pairs": RotatePairs()}
 
 
 def as_products(rope: Rope, table: Table) -> Table:

@@ -25,7 +25,15 @@ from .block_work import BlockWork
 from .joint_keys import KeySource
 from .lean import linear
 from .regions import normed
-from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
+from .windowed import (
+    HEAD_NORMS,
+    WindowedMechanism,
+    head_norms,
+    image_heads,
+    linear_like,
+    norm_like,
+    read_windows,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -127,7 +135,8 @@ class WindowAttention(WindowedMechanism):
         if part in ("norm", "text_norm"):
             return True
         zero = part == "o_proj" and self.fusion["init"] == "zero_output"
-        return part in PROJECTIONS and self.placement != "replace" and not zero
+        projects = part in PROJECTIONS or part in HEAD_NORMS
+        return projects and self.placement != "replace" and not zero
 
     def adopt(self, name: str) -> str | None:
         if self.placement != "replace" or self.shared or ".self_attn." not in name:
@@ -142,7 +151,7 @@ class WindowAttention(WindowedMechanism):
         if fusion is None or self.shared or self.fusion["init"] == "random":
             return
         if attention is not None:
-            for name in PROJECTIONS:
+            for name in (*PROJECTIONS, *head_norms(attention)):
                 getattr(fusion, name).load_state_dict(getattr(attention, name).state_dict())
         for norm in (fusion.norm, fusion.text_norm):
             if norm is not None:
@@ -261,8 +270,9 @@ class WindowAttention(WindowedMechanism):
 class CrossAttentionLayer(nn.Module):
     """The `fusion` child of a decoder layer.
 
-    Four projections and a norm for image tokens, shaped like the layer's own self-attention so that
-    they can be copied; `text_norm` where fusion is a sublayer of its own. No parameters if shared.
+    Four projections, with norms of heads where the layer's own self-attention has them, and a norm
+    for image tokens, shaped like the layer's own so that they can be copied; `text_norm` where
+    fusion is a sublayer of its own. No parameters if shared.
     """
 
     def __init__(self, layer: Any, layer_idx: int, shared: bool, text_norm: bool) -> None:
@@ -275,6 +285,8 @@ class CrossAttentionLayer(nn.Module):
             return
         for name in PROJECTIONS:
             setattr(self, name, linear_like(getattr(layer.self_attn, name)))
+        for name, norm in head_norms(layer.self_attn).items():
+            setattr(self, name, norm_like(norm))
         self.norm = norm_like(layer.input_layernorm)
         if text_norm:
             self.text_norm = norm_like(layer.input_layernorm)

@@ -185,6 +185,15 @@ def linear_like(source: nn.Linear) -> nn.Linear:
     return nn.Linear(source.in_features, source.out_features, bias=source.bias is not None)
 
 
+HEAD_NORMS = ("q_norm", "k_norm")
+
+
+def head_norms(attention: Any) -> dict[str, nn.Module]:
+    """The norms of heads that an attention has, by name: none of most backbones."""
+    found = {name: attention._modules.get(name) for name in HEAD_NORMS}
+    return {name: norm for name, norm in found.items() if norm is not None}
+
+
 def norm_like(source: Any) -> nn.Module:
     """A new norm of the same class, width and epsilon."""
     norm: nn.Module = type(source)(source.weight.shape[0], eps=source.variance_epsilon)

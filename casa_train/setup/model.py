@@ -12,8 +12,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from casa_train.config.schema import Config, ParallelConfig
 from casa_train.data.processor import tokenizer_name
 from casa_train.errors import UserError
-from casa_train.modeling.configuration_casa import CasaConfig
-from casa_train.modeling.decoder import ALIASES, BACKBONES
+from casa_train.modeling.backbones import backbone_named
+from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.setup.own_mechanisms import register_own
@@ -74,11 +74,10 @@ def describe_model(
     model_type = ALIASES.get(model_type, model_type)
     if model_type is None:
         raise UserError(NO_BACKBONE)
-    if model_type not in BACKBONES:
-        raise UserError(
-            f"model.backbone.config.model_type: backbone {model_type!r} is not supported; choose "
-            f"one of {sorted(BACKBONES)}."
-        )
+    try:
+        backbone_named(model_type)
+    except ValueError as error:
+        raise UserError(f"model.backbone.config.model_type: {error}.") from error
     default: Any = CasaConfig(text_config={"model_type": model_type}).text_config
     # Some configurations do not list what their model reads all the same.
     more = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim", "tie_word_embeddings")
@@ -88,8 +87,9 @@ def describe_model(
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
     if tokenizer is not None:
         text["vocab_size"] = rows_for(config, base_text.get("vocab_size"), len(tokenizer))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            text.setdefault(name, getattr(tokenizer, name))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # Not what a backbone has by default, such as SmolLM3's: a small vocabulary may lack it.
+        text.setdefault(name, getattr(tokenizer, name, None))
     try:
         return CasaConfig(
             text_config={**text, "model_type": model_type},

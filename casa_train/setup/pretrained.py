@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from casa_train.errors import UserError
 from casa_train.io.caches import unwritable_cache
+from casa_train.modeling.windowed import HEAD_NORMS
 
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
@@ -296,9 +297,13 @@ def find_backbone(
 
 
 def _adopted(model: Any, name: str) -> bool:
-    """Whether a fusion layer takes the place of self-attention, and so this projection of it."""
+    """Whether a fusion layer takes the place of self-attention, and so this projection of it, or
+    this norm of heads.
+    """
     plain = name.replace(".fusion.", ".self_attn.")
-    return "_proj." in name and model.mechanism.adopt(plain) == name
+    part = name.split(".fusion.")[-1].split(".")[0]
+    taken = part.endswith("_proj") or part in HEAD_NORMS
+    return taken and model.mechanism.adopt(plain) == name
 
 
 def find_vision(model: Any, pretrained: Pretrained, stored: Stored) -> Account:

@@ -18,8 +18,8 @@ from casa_train.config.compose import compose_config
 from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
 from casa_train.config.schema import BenchmarkConfig, Config, GroupConfig, flatten
 from casa_train.errors import UserError
+from casa_train.modeling.backbones import BACKBONES
 from casa_train.modeling.configuration_casa import CasaConfig
-from casa_train.modeling.decoder import BACKBONES
 from casa_train.modeling.mechanisms import MECHANISMS, build_mechanism
 
 SIZES = {

@@ -69,8 +69,8 @@ def write(directory: Path) -> None:
     from casa_train.export.gate import check_export
     from casa_train.export.writer import write_export
     from casa_train.io.environment import MECHANISMS_VARIABLE
+    from casa_train.modeling.backbones import BACKBONES
     from casa_train.modeling.configuration_casa import CasaConfig
-    from casa_train.modeling.decoder import BACKBONES
     from casa_train.modeling.mechanisms import MECHANISMS
     from casa_train.modeling.processing_casa import CasaProcessor
     from casa_train.setup.own_mechanisms import own_class, register_own

@@ -26,6 +26,10 @@ class Settings:
     :param mrope_section: how many of the D/2 RoPE frequencies turn by time, height and width
         (Qwen2.5-VL); None: one-dimensional RoPE.
     :param paired: RoPE turns element 2i with 2i + 1 (Helium), not i with i + D/2.
+    :param llama3: how Llama 3.1 stretches its RoPE to long texts: factor, low_freq_factor,
+        high_freq_factor, original_max_position_embeddings; None: as it is.
+    :param still_blocks: those in which nothing is rotated, neither in self-attention nor in what
+        reads images (SmolLM3).
     :param mechanism: casa, cross_attention, insertion, qformer_insertion, gated_cross_attention or
         hyper_attention. The fields after it are the options of the first two; `every` is also one
         of gated_cross_attention.
@@ -42,6 +46,8 @@ class Settings:
     mechanism: str
     mrope_section: tuple[int, ...] | None = None
     paired: bool = False
+    llama3: tuple[float, float, float, float] | None = None
+    still_blocks: tuple[int, ...] = ()
     share_parameters: bool = False
     text_in_window: bool = True
     placement: str = "parallel"
@@ -520,9 +526,17 @@ def project(
     x: Tensor,
     positions: Sequence[Position] | None = None,
 ) -> Tensor:
-    """(n, C) -> (n, heads, D), each token rotated by its position, if given."""
+    """(n, C) -> (n, heads, D), each head normed where the state holds a norm for that (Qwen3), then
+    each token rotated by its position, if given, where the block rotates anything.
+    """
     split = linear(state, name, x).unflatten(-1, (-1, settings.head_dim))
-    return split if positions is None else rotate(split, positions, settings)
+    norm = name.replace("_proj", "_norm")
+    if norm + ".weight" in state:
+        split = rms_norm(state, norm, settings, split)
+    block = int(name.split("layers.")[1].split(".")[0])
+    if positions is None or block in settings.still_blocks:
+        return split
+    return rotate(split, positions, settings)
 
 
 def project_out(state: State, name: str, read: Tensor, mask: Sequence[Sequence[bool]]) -> Tensor:
@@ -540,7 +554,10 @@ def rotate(x: Tensor, positions: Sequence[Position], settings: Settings) -> Tens
     # Llama-like backbones are trained with angles in float32; rounding them is part of the model.
     exponents = torch.arange(0, settings.head_dim, 2, dtype=torch.float32) / settings.head_dim
     turns = torch.tensor(positions, dtype=torch.float32).reshape(-1, 3)[:, axes]
-    angles = (turns * (1.0 / settings.rope_theta**exponents))[:, None]
+    speeds = 1.0 / settings.rope_theta**exponents
+    if settings.llama3 is not None:
+        speeds = torch.stack([stretched(speed, *settings.llama3) for speed in speeds])
+    angles = (turns * speeds)[:, None]
     cos, sin = angles.cos().double(), angles.sin().double()
     if settings.paired:
         first, second = x[..., 0::2], x[..., 1::2]
@@ -550,6 +567,20 @@ def rotate(x: Tensor, positions: Sequence[Position], settings: Settings) -> Tens
     if settings.paired:
         return torch.stack(turned, dim=-1).flatten(-2)
     return torch.cat(turned, dim=-1)
+
+
+def stretched(speed: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
+    """What becomes of a frequency of RoPE, radians a position, in Llama 3.1: one that turns more
+    than `high` times in a text of the original length stays, one that turns fewer than `low` times
+    is `factor` times slower, and between the two it is mixed.
+    """
+    wavelength = 2 * torch.pi / speed
+    if wavelength < original / high:
+        return speed
+    if wavelength > original / low:
+        return speed / factor
+    kept = (original / wavelength - low) / (high - low)
+    return (1 - kept) * speed / factor + kept * speed
 
 
 def feed_forward(state: State, layer: str, settings: Settings, h: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, HeliumConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    HeliumConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa_train.modeling.configuration_casa import (
@@ -26,7 +34,26 @@ VOCABULARY = 101
 HIDDEN = 64
 # (rows, columns) of image tokens: every shape of one to four tokens.
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1))
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "helium": HeliumConfig}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "llama3": LlamaConfig,
+    "helium": HeliumConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+if "smollm3" in CONFIG_MAPPING:  # from transformers 4.53 on
+    CONFIGS["smollm3"] = CONFIG_MAPPING["smollm3"]
+# What `tiny_text_config` takes.
+BACKBONES = (*CONFIGS, "qwen2_5_vl")
+# Llama 3.1's RoPE with an original length at which a tiny head has frequencies of all three kinds.
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # Which of the eight RoPE frequencies of a tiny head turn by time, by height and by width.
 MROPE_SECTION = (2, 3, 3)
 
@@ -37,7 +64,9 @@ PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 def tiny_text_config(backbone: str = "llama", layers: int = 2, **options: Any) -> PretrainedConfig:
     """A decoder of 4 query and 2 key heads that never stops generating by itself.
 
-    :param backbone: llama, qwen2, helium, or qwen2_5_vl for Qwen2.5-VL's decoder.
+    :param backbone: one of `BACKBONES`: Hugging Face's model types, qwen2_5_vl for Qwen2.5-VL's
+        decoder, llama3 for a Llama with Llama 3.1's RoPE. Qwen3's heads are wider than its width
+        would have them, SmolLM3's blocks 0, 3, 6, ... have no RoPE, and Mistral has no windows.
     """
     values: dict[str, Any] = dict(
         hidden_size=HIDDEN,
@@ -62,7 +91,16 @@ def tiny_text_config(backbone: str = "llama", layers: int = 2, **options: Any) -
         # transformers 4.51 keeps the text fields in the whole model's configuration.
         known = CONFIG_MAPPING[QWEN_TEXT if QWEN_TEXT in CONFIG_MAPPING else QWEN_WHOLE]
         return known(**{**values, **options})
-    return CONFIGS[backbone](**{**values, **options})
+    own: dict[str, dict[str, Any]] = {
+        "llama3": {"rope_theta": 10000.0, "rope_scaling": dict(LLAMA3_ROPE)},
+        "mistral": {"sliding_window": None},
+        "qwen3": {"head_dim": 24},
+        "smollm3": {
+            "no_rope_layers": [int(i % 3 > 0) for i in range(layers)],
+            "tie_word_embeddings": False,
+        },
+    }
+    return CONFIGS[backbone](**{**values, **own.get(backbone, {}), **options})
 
 
 def tiny_vision_config(
@@ -158,7 +196,10 @@ def use_exact_norms(model: CasaForConditionalGeneration) -> None:
 def reference_settings(model: CasaForConditionalGeneration) -> Settings:
     """The hyper-parameters that `reference.py` needs, with the mechanisms' defaults once more."""
     text = model.config.text_config
-    rope = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta}
+    rope = getattr(text, "rope_parameters", None)
+    if not rope:
+        scaling = getattr(text, "rope_scaling", None) or {}
+        rope = {"rope_theta": text.rope_theta, **scaling}
     multimodal = text.model_type.startswith("qwen2_5_vl")
     options = dict(model.config.fusion)
     if options["mechanism"] == "cross_attention":
@@ -172,15 +213,20 @@ def reference_settings(model: CasaForConditionalGeneration) -> Settings:
         spread = {0, (last + 1) // 3, 2 * (last + 1) // 3, last}
         options["hyper_layers"] = tuple(options.pop("layers", None) or sorted(spread))
     options.pop("init", None)
+    still = text.no_rope_layers if text.model_type == "smollm3" else ()
     return Settings(
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
-        head_dim=HIDDEN // text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or HIDDEN // text.num_attention_heads,
         norm_eps=text.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         mrope_section=MROPE_SECTION if multimodal else None,
         paired=text.model_type == "helium",
+        llama3=tuple(rope[name] for name in list(LLAMA3_ROPE)[1:])
+        if rope.get("rope_type") == "llama3"
+        else None,
+        still_blocks=tuple(i for i, turned in enumerate(still) if not turned),
         **options,
     )
 

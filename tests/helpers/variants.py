@@ -14,6 +14,7 @@ from torch import Tensor
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.reference import Reference, Token, reference, sample_tokens
 from tests.helpers.tiny import (
+    CONFIGS,
     VOCABULARY,
     Layout,
     Sample,
@@ -127,11 +128,52 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "hyper_attention-biased": {"mechanism": "hyper_attention", "backbone": "biased"},
 }
+# Norms of heads (Qwen3), blocks without RoPE (SmolLM3): what reads images has and does the same.
+# Each mechanism on both, and the switches that say whose projections those are.
+VARIANTS |= {
+    "casa-qwen3": {
+        "mechanism": "casa",
+        "update_image_tokens": "ffn_and_attention",
+        "backbone": "qwen3",
+    },
+    "casa-shared-qwen3": {"mechanism": "casa", "share_parameters": True, "backbone": "qwen3"},
+    "casa-replace-all-qwen3": {**VARIANTS["casa-replace-all"], "backbone": "qwen3"},
+    "cross_attention-before-qwen3": {
+        "mechanism": "cross_attention",
+        "placement": "before",
+        "backbone": "qwen3",
+    },
+    "qformer_insertion-qwen3": {**VARIANTS["qformer_insertion"], "backbone": "qwen3"},
+    "gated_cross_attention-qwen3": {"mechanism": "gated_cross_attention", "backbone": "qwen3"},
+    "hyper_attention-qwen3": {"mechanism": "hyper_attention", "backbone": "qwen3"},
+    "casa-llama3": {"mechanism": "casa", "backbone": "llama3"},
+    "casa-mistral": {"mechanism": "casa", "backbone": "mistral"},
+}
+if "smollm3" in CONFIGS:
+    VARIANTS |= {
+        "casa-smollm3": {"mechanism": "casa", "backbone": "smollm3", "blocks": 4},
+        "casa-shared-advance-smollm3": {
+            "mechanism": "casa",
+            "share_parameters": True,
+            "image_positions": "advance",
+            "backbone": "smollm3",
+        },
+        "casa-replace-every2-smollm3": {**VARIANTS["casa-replace-every2"], "backbone": "smollm3"},
+        "cross_attention-smollm3": {"mechanism": "cross_attention", "backbone": "smollm3"},
+        "insertion-smollm3": {"mechanism": "insertion", "backbone": "smollm3"},
+        "qformer_insertion-smollm3": {**VARIANTS["qformer_insertion"], "backbone": "smollm3"},
+        "gated_cross_attention-smollm3": {
+            "mechanism": "gated_cross_attention",
+            "backbone": "smollm3",
+        },
+        "hyper_attention-smollm3": {"mechanism": "hyper_attention", "backbone": "smollm3"},
+    }
 MECHANISMS = sorted({variant["mechanism"] for variant in VARIANTS.values()})
 # For daily work every mechanism, and one model each with parameters of the backbone, without
 # self-attention, with positions of three axes and with image tokens that change.
 DAILY = {*MECHANISMS, "casa-shared-biased", "casa-replace-every2", "casa-qwen2_5_vl"}
-DAILY |= {"cross_attention-ffn"}
+DAILY |= {"cross_attention-ffn", "casa-qwen3"}
+DAILY |= {"casa-smollm3"} & VARIANTS.keys()
 
 
 def case(variant: str, *values: Any) -> Any:

@@ -19,6 +19,8 @@ from tests.helpers.tape import Tape, TapeGraphs
 from tests.helpers.tiny import HARD_PACK, VOCABULARY, fill, random_image, tiny_model
 from tests.helpers.variants import (
     DAILY,
+    MECHANISMS,
+    VARIANTS,
     case,
     every_mechanism,
     every_variant,
@@ -106,12 +108,12 @@ def test_a_repeated_step_knows_nothing_of_the_token_it_was_captured_with(
 
 
 @pytest.mark.slow
-@every_mechanism
-def test_a_compiled_step_equals_whole_passes(
-    mechanism: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "variant", [*MECHANISMS, "casa-qwen3", *({"casa-smollm3"} & VARIANTS.keys())]
+)
+def test_a_compiled_step_equals_whole_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph of a whole step, the same for every token until a row ends; for many streams."""
-    model, tokens = shared_model(mechanism), [()] * 4 + [(1,)] * 3
+    model, tokens = shared_model(variant), [()] * 4 + [(1,)] * 3
     expected, _ = by_whole_passes(model, monkeypatch, tokens)
     torch.compiler.reset()
     compiled = torch.compile(packed_model._run_step, fullgraph=True, backend="eager")

@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig
 from casa_train.modeling import streaming
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.tiny import (
+    BACKBONES,
     HARD_PACK,
     PROPERTY,
     VOCABULARY,
@@ -53,7 +54,7 @@ def greedy_check(
     assert torch.equal(logits[:, first - 1 : -1].argmax(-1), out[:, first:])
 
 
-@pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_several_ends_are_carried_and_each_ends_an_answer(backbone: str, tmp_path: Path) -> None:
     """As Llama 3 and Qwen publish theirs, without a token that begins or pads."""
     text = tiny_text_config(backbone, eos_token_id=[7, 9])

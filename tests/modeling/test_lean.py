@@ -19,9 +19,9 @@ from casa_train.modeling.decoder import backbone_rope
 from casa_train.modeling.lean import RMS_NORMS, Lean, linear, rms_norm
 from casa_train.modeling.regions import normed
 from casa_train.modeling.rope import BY_PRODUCT, as_products, rope_frequencies, rope_table
-from tests.helpers.tiny import random_image, tiny_model, tiny_text_config
+from tests.helpers.tiny import BACKBONES, random_image, tiny_model, tiny_text_config
 
-every_backbone = pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
 def norm_of(backbone: str, dtype: torch.dtype) -> Any:
@@ -244,7 +244,8 @@ def test_rotations_as_products_are_those_of_the_backbone(backbone: str) -> None:
     config = tiny_text_config(backbone=backbone)
     rope, frequencies = backbone_rope(config), rope_frequencies(config, torch.device("cpu"))
     table = rope_table(rope, torch.tensor([0, 7, 301]), frequencies, torch.float64)
-    x = torch.randn(3, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    size = (3, 5, config.head_dim if backbone != "qwen2_5_vl" else 16)
+    x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     found = BY_PRODUCT(x, as_products(rope, table))
     torch.testing.assert_close(found, rope(x, table), rtol=0, atol=1e-14)
     narrow = BY_PRODUCT(x.float(), as_products(rope, table))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from tests.helpers.stranger import GREEDY
 from tests.helpers.tiny import (
+    CONFIGS,
     HARD_PACK,
     VOCABULARY,
     fill,
@@ -26,7 +27,7 @@ RETURN = {"return_dict_in_generate": True, **GREEDY}
 NAMES = ("past_key_values", "cache")
 
 
-@pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2"])
+@pytest.mark.parametrize("backbone", CONFIGS)
 @torch.no_grad()
 def test_hidden_states_of_text_are_the_plain_backbones(backbone: str) -> None:
     config = tiny_text_config(backbone, layers=3)

@@ -21,6 +21,7 @@ from transformers import (
 from casa_train.modeling.casa import Casa
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from tests.helpers.tiny import (
+    BACKBONES,
     HARD_PACK,
     PROPERTY,
     VOCABULARY,
@@ -42,7 +43,7 @@ VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = range(VOCABULARY - 4, VOCABULAR
 # Casa as insertion
 
 
-@pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @settings(PROPERTY, max_examples=15)
 @given(pack=layouts(), seed=st.integers(0, 999))
 @example(pack=HARD_PACK, seed=0)

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from casa_train.modeling.decoder import BACKBONES, FUSED, FusedLayer
+from casa_train.modeling.backbones import BACKBONES
+from casa_train.modeling.decoder import FUSED, FusedLayer
 from casa_train.modeling.mechanisms import MECHANISMS
-from tests.helpers import stranger
+from tests.helpers import stranger, tiny
 from tests.helpers.commands import ROOT, environment
 from tests.helpers.stranger import GREEDY, SHORT
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, tiny_model, tiny_text_config
@@ -29,7 +30,7 @@ def saved_and_loaded(model: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("backbone", ["llama", "helium", "qwen2", "qwen2_5_vl"])
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
 @torch.no_grad()
 def test_every_model_pickles_and_copies(mechanism: str, backbone: str, tmp_path: Path) -> None:
     model = tiny_model(mechanism, text_config=tiny_text_config(backbone, tie_word_embeddings=True))

@@ -21,11 +21,18 @@ from casa_train.modeling.regions import add_normed, compiling, normed
 from casa_train.modeling.vision_block import RMSNorm
 from tests.helpers.plain_kernels import plain_kernels
 from tests.helpers.tiny import HARD_PACK, Layout, Sample, fill, packed_inputs
-from tests.helpers.variants import MECHANISMS, build, gradients_of, packed_logits
+from tests.helpers.variants import MECHANISMS, VARIANTS, build, gradients_of, packed_logits
 
 # For every day one mechanism with layers of its own and one without.
 EVERY_DAY = ("casa", "insertion")
-BACKBONES = ("insertion-helium", "casa-qwen2", "casa-qwen2_5_vl", "casa-shared-biased")
+BACKBONES = (
+    "insertion-helium",
+    "casa-qwen2",
+    "casa-qwen2_5_vl",
+    "casa-shared-biased",
+    "casa-qwen3",
+    *({"casa-smollm3"} & VARIANTS.keys()),
+)
 CASES = [
     pytest.param(variant, marks=[] if variant in EVERY_DAY else pytest.mark.slow)
     for variant in (*MECHANISMS, *BACKBONES)

@@ -76,7 +76,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     data = ranks.agree(
         lambda: open_data(config, processor, streams, ranks.world, ranks.gather, work)
     )
-    check_shared_memory_of(config.data, ranks)
+    check_shared_memory_of(config, ranks)
     measured = open_measured(config, processor, ranks, data.fingerprints)
     record = RunRecord(run_dir, config, model.config.to_json_string(), processor)
     lock = record.enter(ranks)

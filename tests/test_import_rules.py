@@ -275,7 +275,7 @@ def test_heavy_libraries_have_one_home() -> None:
 
 
 def test_data_uses_only_the_processor_side_of_modeling() -> None:
-    allowed = {"processing_casa", "image_processing_casa", "windows", "packed"}
+    allowed = {"processing_casa", "image_processing_casa", "tower_kinds", "windows", "packed"}
     for path in sources(PACKAGE / "data"):
         for name in project_imports(path):
             if name.startswith("casa_train.modeling"):

@@ -20,6 +20,7 @@ from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.cost.full_pack import full_inputs, full_pack
 from casa_train.cost.sizes import size_model, work_counter
 from casa_train.data.materialize import PackedBatch
+from casa_train.data.processor import token_side_of
 from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
 from casa_train.engine.starting import build_engine, start_model
@@ -52,10 +53,15 @@ class FullPacks:
         """There is no position: every step is the same."""
 
 
-def batch_of(pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int) -> PackedBatch:
-    """A micro-step of random text and pictures with these lengths; every token is an answer."""
+def batch_of(
+    pack: Sequence[Chunk], vocabulary: int, operations: int, seed: int, side: int
+) -> PackedBatch:
+    """A micro-step of random text and pictures with these lengths; every token is an answer.
+
+    :param side: pixels of an image token's side.
+    """
     generator = torch.Generator().manual_seed(seed)
-    inputs = full_inputs(pack, "cpu")
+    inputs = full_inputs(pack, "cpu", side)
     for image in inputs.images:
         image.random_(256, generator=generator)
     inputs.input_ids.random_(vocabulary, generator=generator)
@@ -187,7 +193,9 @@ class Arm:
         silent = replace(ranks, out=_nothing)
         start_model(config, model, Start(Stored(), [], copies=True), silent)
         text: Any = self.model_config.text_config
-        batch = batch_of(self.pack, text.vocab_size, self.operations, seed)
+        batch = batch_of(
+            self.pack, text.vocab_size, self.operations, seed, token_side_of(self.config)
+        )
         if ranks.device.type == "cuda":
             batch = batch.pin_memory()  # as loaders do
         loader = FullPacks(batch, self.micro_steps)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from casa_train.config.bounds import MOST_COUNT, Bound, PathOrHubId, Sizes
+from casa_train.config.bounds import MOST_COUNT, Bound, Choice, PathOrHubId, Sizes
+from casa_train.config.resume_marks import ADDED
 
 _COUNT = Bound(1, MOST_COUNT, "at least 1")
 _DEPTH = Bound(1, 1000, "1 to 1000")
@@ -38,9 +39,11 @@ VisionFields = Annotated[
             **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), _COUNT),
             **dict.fromkeys(("num_heads", "in_channels", "window_size"), _COUNT),
             **dict.fromkeys(("patch_size", "spatial_merge_size", "temporal_patch_size"), _COUNT),
+            **dict.fromkeys(("num_attention_heads", "num_channels", "num_patches"), _COUNT),
             "tokens_per_second": _COUNT,
-            "depth": _DEPTH,
+            **dict.fromkeys(("depth", "num_hidden_layers"), _DEPTH),
             "initializer_range": _NOT_NEGATIVE,
+            "layer_norm_eps": _POSITIVE,
         }
     ),
 ]
@@ -65,14 +68,23 @@ class BackboneConfig:
 
 @dataclass
 class VisionConfig:
-    """The Qwen2.5-VL vision tower."""
+    """The vision tower, and what leads from its width to the text's."""
 
+    type: Annotated[str, Choice("qwen2_5_vl", "siglip2"), ADDED] = "qwen2_5_vl"
+    """Whose tower: Qwen2.5-VL's, an image token for 28 x 28 pixels, or SigLIP2's of any aspect
+    (NaFlex), 32 x 32 pixels. A checkpoint with the other one is refused."""
     pretrained: PathOrHubId | None = None
-    """Directory or hub id of a Qwen2.5-VL checkpoint with the tower. null: random weights."""
+    """Directory or hub id of a checkpoint with the tower: of Qwen2.5-VL, of SigLIP2 (NaFlex), whole
+    or its vision model alone, or an export of this project. null: random weights."""
     config: VisionFields = field(default_factory=dict)
-    """Fields of `Qwen2_5_VLVisionConfig`."""
+    """Fields of the tower's Hugging Face configuration, `Qwen2_5_VLVisionConfig` or
+    `Siglip2VisionConfig`."""
     train_last_blocks: Annotated[int, Bound(-1, MOST_COUNT, "-1, 0 or more")] = 4
-    """How many of the last blocks train, the merger with them; 0 none, -1 everything."""
+    """How many of the last blocks train, the merger (SigLIP2: the last norm) with them; 0 none, -1
+    everything."""
+    adapter: Annotated[str, Choice("linear", "mlp"), ADDED] = "linear"
+    """From image tokens to the text's width: linear, which stands only where the widths differ, or
+    mlp, two linears with GELU between them. It always trains, with the fusion."""
 
 
 @dataclass

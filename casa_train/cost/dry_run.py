@@ -18,10 +18,10 @@ from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
 from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
+from casa_train.data.processor import token_side_of
 from casa_train.io.numbers import GIB, count, duration, rate, short, with_unit
 from casa_train.io.tables import aligned
 from casa_train.modeling.block_work import Operations, TextSizes
-from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.windows import Chunk
 from casa_train.setup.model import meta_model
@@ -47,7 +47,7 @@ def dry_run(config: Config) -> list[str]:
     seconds = time.perf_counter() - began
 
     text = text_sizes(model_config.text_config, config.model.backbone.trainable)
-    vision = vision_sizes(model_config.vision_config, config.model.vision.train_last_blocks)
+    vision = vision_sizes(model_config, config.model.vision.train_last_blocks)
     mechanism = model.mechanism
     pack = full_pack(config)
     work = count_operations(text, vision, mechanism, pack, config.data.text_tokens)
@@ -94,7 +94,7 @@ def _headline(
         "",
         f"  backbone   {text.layers} blocks of width {text.width:,}, "
         + ("trained" if text.trainable else "frozen"),
-        f"  vision     {vision.depth} blocks of width {vision.width:,}, "
+        f"  vision     {vision.tower.depth} blocks of width {vision.tower.width:,}, "
         + (f"{trained} trained" if vision.trained else "frozen"),
         f"  fusion     {mechanism.name} {where}",
     ]
@@ -203,10 +203,10 @@ def _step(
 
 
 def _assumptions(config: Config, pack: Sequence[Chunk], notes: Sequence[str]) -> list[str]:
-    rows, columns = pack[0].grids[0]
+    (rows, columns), side = pack[0].grids[0], token_side_of(config)
     assumed = [
         *notes,
-        f"full packs: {len(pack)} images of up to {rows * SIDE}x{columns * SIDE} pixels "
+        f"full packs: {len(pack)} images of up to {rows * side}x{columns * side} pixels "
         f"({rows * columns:,} tokens), each a sample with an even share of the text behind it",
         "every text token needs logits, though only answers do",
         "work: attended pairs alone, and nothing that activation checkpointing repeats; an H100's "

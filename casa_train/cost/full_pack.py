@@ -16,8 +16,8 @@ import torch
 
 from casa_train.config.schema import Config
 from casa_train.cost.memory import logits_bytes, saved_bytes, state_bytes
+from casa_train.data.processor import token_side_of
 from casa_train.io.precision import DTYPES
-from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.windows import Chunk
@@ -37,7 +37,7 @@ def full_pack(config: Config) -> list[Chunk]:
     Each is a sample, with an even share of the text behind it.
     """
     budget = config.data.image_tokens
-    side = max(1, isqrt(config.data.max_pixels) // SIDE)
+    side = max(1, isqrt(config.data.max_pixels) // token_side_of(config))
     side = min(side, isqrt(budget))
     grids = [(side, side)] * (budget // side**2)
     if rest := (budget - len(grids) * side**2) // side:
@@ -47,11 +47,14 @@ def full_pack(config: Config) -> list[Chunk]:
     return [Chunk.of_grids(share, (0,), (grid,)) for share, grid in zip(shares, grids, strict=True)]
 
 
-def full_inputs(pack: Sequence[Chunk], device: torch.device | str) -> PackedInputs:
-    """The pack as a model reads it: token 0 everywhere, black images, logits for every token."""
+def full_inputs(pack: Sequence[Chunk], device: torch.device | str, side: int) -> PackedInputs:
+    """The pack as a model reads it: token 0 everywhere, black images, logits for every token.
+
+    :param side: pixels of an image token's side.
+    """
     texts = sum(sample.text for sample in pack)
     images = [
-        torch.zeros(3, SIDE * rows, SIDE * columns, dtype=torch.uint8, device=device)
+        torch.zeros(3, side * rows, side * columns, dtype=torch.uint8, device=device)
         for sample in pack
         for rows, columns in sample.grids
     ]
@@ -94,7 +97,7 @@ def memory_of_rank(config: Config, model: CasaForConditionalGeneration, world: i
     if config.parallel.frozen_precision == "fp8":
         state["fp8 copies of frozen blocks"] = fp8_bytes(model.visual)
     model.joint_image_keys = joins_image_keys(config.parallel)
-    inputs = full_inputs(full_pack(config), "meta")
+    inputs = full_inputs(full_pack(config), "meta", token_side_of(config))
 
     def saved(blocks: str) -> dict[str, int]:
         model.checkpoint_activations(blocks)

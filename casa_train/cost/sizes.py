@@ -23,8 +23,10 @@ from casa_train.errors import UserError
 from casa_train.modeling.block_work import TextSizes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.tower_kinds import tower_shape
 from casa_train.setup.model import describe_model
-from casa_train.setup.pretrained import backbone_config, tower_config
+from casa_train.setup.pretrained import backbone_config
+from casa_train.setup.tower_weights import export_tower, tower_config
 
 # Qwen2.5-VL-3B's as published copies of its config.json have them. Helium1-2B's config.json was not
 # at hand: its layout is Llama's, and these sizes give the 2.02 billion parameters it is known for.
@@ -48,27 +50,16 @@ def text_sizes(config: Any, trainable: bool) -> TextSizes:
     )
 
 
-def vision_sizes(config: Any, trained: int) -> VisionSizes:
-    """The tower's sizes out of its Hugging Face configuration."""
-    side = config.patch_size * config.spatial_merge_size
-    return VisionSizes(
-        depth=config.depth,
-        width=config.hidden_size,
-        ffn=config.intermediate_size,
-        patch=config.in_channels * config.patch_size**2,
-        cell=config.spatial_merge_size**2,
-        window=config.window_size // side,
-        out=config.out_hidden_size,
-        full_blocks=tuple(config.fullatt_block_indexes),
-        trained=trained,
-    )
+def vision_sizes(config: CasaConfig, trained: int) -> VisionSizes:
+    """The tower's sizes, and its adapter's kind, out of a model's configuration."""
+    return VisionSizes(tower_shape(config.vision_config), trained, config.adapter)
 
 
 def work_counter(config: Config, model: CasaForConditionalGeneration) -> WorkCounter:
     """Counts the work of the model as this configuration trains it."""
     return WorkCounter(
         text_sizes(model.config.text_config, config.model.backbone.trainable),
-        vision_sizes(model.config.vision_config, config.model.vision.train_last_blocks),
+        vision_sizes(model.config, config.model.vision.train_last_blocks),
         model.mechanism,
     )
 
@@ -86,7 +77,9 @@ def size_model(config: Config, notes: list[str]) -> CasaConfig:
     if whole:
         assert model.init_from is not None
         export = finder.find(model.init_from, "model.init_from")
-        base_text, base_vision = dict(export["text_config"]), dict(export["vision_config"])
+        base_text = dict(export["text_config"])
+        where = f"model.init_from: {model.init_from}"
+        base_vision = export_tower(export, where, model.vision.type)
     elif model.init_from is not None:
         notes.append(f"model.init_from={model.init_from} is no export here, so it gave no sizes")
     if not whole and model.backbone.pretrained is not None:
@@ -95,7 +88,8 @@ def size_model(config: Config, notes: list[str]) -> CasaConfig:
     if not whole and model.vision.pretrained is not None:
         setting = "model.vision.pretrained"
         found = finder.find(model.vision.pretrained, setting)
-        base_vision = tower_config(found, f"{setting}: {model.vision.pretrained}")
+        where = f"{setting}: {model.vision.pretrained}"
+        base_vision = tower_config(found, where, model.vision.type)
     if "vocab_size" not in {**base_text, **model.backbone.config}:
         base_text["vocab_size"] = _vocabulary(config, notes)
     elif model.backbone.resize_embeddings and "vocab_size" in base_text:

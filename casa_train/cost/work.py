@@ -10,32 +10,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 from casa_train.modeling.block_work import BlockWork, Operations, Pairs, Paper, TextSizes
 from casa_train.modeling.fusion import FusionMechanism
+from casa_train.modeling.tower_kinds import TowerShape
 from casa_train.modeling.windows import Chunk, Grid
 
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """The vision tower.
+    """The vision tower, and what leads to the text's width.
 
-    :param patch: numbers in a patch after the temporal slices are summed: channels * side * side.
-    :param cell: patches that become one image token.
-    :param window: side of an attention window in image tokens.
-    :param full_blocks: indices of the blocks whose attention sees the whole image.
     :param trained: last blocks that train, the merger with them; 0 none, -1 everything.
+    :param adapter: linear, where the widths differ, or mlp.
     """
 
-    depth: int
-    width: int
-    ffn: int
-    patch: int
-    cell: int
-    window: int
-    out: int
-    full_blocks: tuple[int, ...]
+    tower: TowerShape
     trained: int
+    adapter: str
 
 
 def count_operations(
@@ -76,14 +69,17 @@ def repeated_operations(
     z = _image_tokens(paper, text, vision, mechanism, pack)
     repeated = 0
     if blocks in ("vision", "all"):
-        patches = sum(sample.image_tokens for sample in pack) * vision.cell
-        trained = vision.depth if vision.trained < 0 else vision.trained
+        tower = vision.tower
+        patches = sum(sample.image_tokens for sample in pack) * tower.cell
+        trained = tower.depth if vision.trained < 0 else vision.trained
         repeated += sum(
             part.forward for name, part in paper.parts.items() if "trained blocks" in name
         )
-        repeated -= trained * 2 * patches * vision.ffn * vision.width  # as in `_decoder`
+        repeated -= trained * 2 * patches * tower.ffn * tower.width  # as in `_decoder`
         if vision.trained < 0:
-            repeated -= 2 * patches * vision.patch * vision.width  # the patch embedding
+            embedding = Paper()  # stands before the blocks
+            _embed(embedding, vision, [grid for sample in pack for grid in sample.grids])
+            repeated -= embedding.forward
     if blocks in ("decoder", "all"):
         repeated += _decoder(Paper(), text, mechanism, pack, z, pairs)[1]
     return repeated
@@ -98,14 +94,32 @@ def _image_tokens(
 ) -> bool:
     """uint8 images -> what the decoder takes; whether that carries a gradient."""
     z = _tower(paper, vision, [grid for sample in pack for grid in sample.grids])
-    if vision.out != text.width:
-        tokens = sum(sample.image_tokens for sample in pack)
-        z = paper.linear("adapter", tokens, vision.out, text.width, True, z)
+    tokens, out = sum(sample.image_tokens for sample in pack), vision.tower.out
+    if vision.adapter == "mlp":
+        z = paper.linear("adapter", tokens, out, text.width, True, z)
+        z = paper.linear("adapter", tokens, text.width, text.width, True, z)
+    elif out != text.width:
+        z = paper.linear("adapter", tokens, out, text.width, True, z)
     return mechanism.count_resampler(paper, text.width, pack, z)
 
 
-def _tower(paper: Paper, sizes: VisionSizes, grids: Sequence[Grid]) -> bool:
+def _embed(paper: Paper, vision: VisionSizes, grids: Sequence[Grid]) -> bool:
+    """uint8 images -> patches, with their positions where these are learned."""
+    everything, sizes = vision.trained < 0, vision.tower
+    patches = sum(rows * columns for rows, columns in grids) * sizes.cell
+    part = f"vision, {'trained' if everything else 'frozen'} blocks: linears"
+    x = paper.linear(part, patches, sizes.patch, sizes.width, everything, False)
+    side, merge = sizes.table, isqrt(sizes.cell)
+    for rows, columns in set(grids) if side else ():  # the table is resized once for each size
+        height, width = rows * merge, columns * merge
+        paper.linear(part, height, side, side * sizes.width, everything, False)
+        paper.linear(part, width, side, height * sizes.width, everything, False)
+    return x
+
+
+def _tower(paper: Paper, vision: VisionSizes, grids: Sequence[Grid]) -> bool:
     """uint8 images -> image tokens."""
+    sizes = vision.tower
     tokens = sum(rows * columns for rows, columns in grids)
     patches = tokens * sizes.cell
     sizes_of_images = Counter(grids)  # packs hold hundreds of images of a few sizes
@@ -116,13 +130,11 @@ def _tower(paper: Paper, sizes: VisionSizes, grids: Sequence[Grid]) -> bool:
     windowed = sum(
         count * (height * width * sizes.cell) ** 2
         for (rows, columns), count in sizes_of_images.items()
-        for height in _cut(rows, sizes.window)
-        for width in _cut(columns, sizes.window)
+        for height in _cut(rows, sizes.window or rows)
+        for width in _cut(columns, sizes.window or columns)
     )
-    everything = sizes.trained < 0
-    first = 0 if everything else sizes.depth - sizes.trained
-    name = "vision, trained blocks" if everything else "vision, frozen blocks"
-    x = paper.linear(f"{name}: linears", patches, sizes.patch, sizes.width, everything, False)
+    first = 0 if vision.trained < 0 else sizes.depth - vision.trained
+    x = _embed(paper, vision, grids)
     for block in range(sizes.depth):
         trains = block >= first
         name = "vision, trained blocks" if trains else "vision, frozen blocks"
@@ -132,11 +144,13 @@ def _tower(paper: Paper, sizes: VisionSizes, grids: Sequence[Grid]) -> bool:
         pairs = full if block in sizes.full_blocks else windowed
         read = paper.attention(f"{name}: attention", pairs, sizes.width, qkv, qkv, qkv)
         x |= paper.linear(linears, patches, sizes.width, sizes.width, trains, read)
-        for _ in range(2):
+        for _ in range(2 if sizes.gated else 1):
             paper.linear(linears, patches, sizes.width, sizes.ffn, trains, trains)
         x |= paper.linear(linears, patches, sizes.ffn, sizes.width, trains, trains)
     wide = sizes.width * sizes.cell
-    trains = sizes.trained != 0
+    trains = vision.trained != 0
+    if not sizes.merger:
+        return trains
     hidden = paper.linear("vision, merger", tokens, wide, wide, trains, trains)
     return paper.linear("vision, merger", tokens, wide, sizes.out, trains, hidden)
 

@@ -23,7 +23,7 @@ from casa_train.data.prepared.ratings import carry_images, kept_images, kept_tur
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import Sample, cut_answer, filter_turns, keep_images
 from casa_train.data.schemas.video_rows import LIVE
-from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor
+from casa_train.modeling.image_processing_casa import CasaImageProcessor
 from casa_train.modeling.processing_casa import CasaProcessor
 
 LEAST_FRAME_TOKENS = 64
@@ -67,6 +67,7 @@ class Fit:
         self.ratings = dict(ratings or {})
         self.max_pixels = processor.max_pixels
         self.min_pixels = processor.min_pixels
+        self.side = processor.token_side
         self.video = split.modality == VIDEO
         # Captions of a live video stand between its frames: without one of them two captions would
         # meet, which nobody said at once, so only its last frames may go, with their captions.
@@ -91,7 +92,7 @@ class Fit:
         answers, _ = split.list_column("assistant_tokens")
         widths, image_offsets = split.list_column("widths")
         heights, _ = split.list_column("heights")
-        tokens = token_counts(widths, heights, self.max_pixels, self.min_pixels)
+        tokens = token_counts(widths, heights, self.max_pixels, self.min_pixels, self.side)
         words = np.add(user, answers, dtype=np.int64)
         turns, shown = None, tokens
         turn_counts, image_counts = np.diff(offsets), np.diff(image_offsets)
@@ -127,7 +128,7 @@ class Fit:
             fitted = self._fit_images(sizes, self.budget.text - fixed, spare=count == 1)
             if fitted is not None:
                 kept, max_pixels = fitted
-                tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
+                tokens = sum(self._image_tokens(*sizes[i], max_pixels) for i in kept)
                 return Cut(count, kept, max_pixels, fixed + self.per_image * len(kept), tokens)
         return self._cut_answer(row, turns)
 
@@ -277,9 +278,10 @@ class Fit:
         final = (place == frames[row] - 1) & (place > 0)
         even[final] = number[row[final]] - 1
         at = images_at[firsts[row] + even]
-        each = np.minimum(self.max_pixels // SIDE**2, self.budget.images // frames)
+        each = np.minimum(self.max_pixels // self.side**2, self.budget.images // frames)
         widths, heights = (self.split.list_column(name)[0][at] for name in ("widths", "heights"))
-        tokens = token_counts(widths, heights, (each * SIDE**2)[row], self.min_pixels)
+        limits = each * self.side**2
+        tokens = token_counts(widths, heights, limits[row], self.min_pixels, self.side)
         return np.bincount(row, tokens, len(frames)).astype(np.int64)
 
     def _cut_answer(self, row: int, turns: list[tuple[int, list[tuple[int, int]]]]) -> Cut | None:
@@ -304,7 +306,7 @@ class Fit:
         fixed, fitted = fit(frames)
         assert fitted is not None
         kept, max_pixels = fitted
-        tokens = sum(image_tokens(*sizes[i], max_pixels, self.min_pixels) for i in kept)
+        tokens = sum(self._image_tokens(*sizes[i], max_pixels) for i in kept)
         return Cut(1, kept, max_pixels, fixed + self.per_image * frames, tokens)
 
     def _fit_images(
@@ -320,7 +322,7 @@ class Fit:
             if not (self.video and spare and not self.live and room >= self.per_image):
                 return None
             count = room // self.per_image
-        whole = sum(image_tokens(*size, self.max_pixels, self.min_pixels) for size in sizes)
+        whole = sum(self._image_tokens(*size, self.max_pixels) for size in sizes)
         if count == len(sizes) and whole <= budget:
             return tuple(range(count)), self.max_pixels
         if not self.video or budget < 1:
@@ -330,8 +332,11 @@ class Fit:
         if count < len(sizes) and self.live:
             return None
         even = np.linspace(0, len(sizes) - 1, count).round().astype(int)
-        each = min(self.max_pixels // SIDE**2, budget // count)
-        return tuple(even.tolist()), each * SIDE**2
+        each = min(self.max_pixels // self.side**2, budget // count)
+        return tuple(even.tolist()), each * self.side**2
+
+    def _image_tokens(self, width: int, height: int, max_pixels: int) -> int:
+        return image_tokens(width, height, max_pixels, self.min_pixels, self.side)
 
     def _turns(self, row: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """For each turn that its ratings leave: its text tokens and the sizes of its images."""

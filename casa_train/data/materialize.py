@@ -18,7 +18,7 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.transfer import pinned
 from casa_train.errors import UserError
-from casa_train.modeling.image_processing_casa import SIDE, CasaImageProcessor, ImageError
+from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 from casa_train.modeling.packed import PackedInputs
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.windows import Chunk, has_pair
@@ -91,17 +91,22 @@ class PackedBatch:
 
 @dataclass
 class EncodedSample:
-    """One sample as it stands in a pack, images loaded."""
+    """One sample as it stands in a pack, images loaded.
+
+    :param side: pixels of an image token's side.
+    """
 
     ids: list[int]
     answer: list[bool]
     points: list[int]
     images: list[Tensor]
+    side: int
     follows: tuple[bool, ...] = ()
 
     def chunk(self) -> Chunk:
         """Its lengths, as the model and the count of its work want to know them."""
-        grids = [(image.shape[1] // SIDE, image.shape[2] // SIDE) for image in self.images]
+        side = self.side
+        grids = [(image.shape[1] // side, image.shape[2] // side) for image in self.images]
         return Chunk.of_grids(len(self.ids), self.points, grids, self.follows)
 
 
@@ -120,17 +125,24 @@ def encode_sample(
         load(image, f"image {i} of sample {sample.key}") for i, image in enumerate(encoded.images)
     ]
     return EncodedSample(
-        encoded.ids, encoded.answer, encoded.points, loaded, tuple(encoded.follows)
+        encoded.ids,
+        encoded.answer,
+        encoded.points,
+        loaded,
+        processor.token_side,
+        tuple(encoded.follows),
     )
 
 
-def dummy_sample(token: int) -> EncodedSample:
+def dummy_sample(token: int, side: int) -> EncodedSample:
     """One black image token and one text token that nothing is learned from.
 
     Where a pack holds no pair of image and text, this keeps every rank's graph the same.
+
+    :param side: pixels of an image token's side.
     """
-    black = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
-    return EncodedSample(ids=[token], answer=[False], points=[0], images=[black])
+    black = torch.zeros(3, side, side, dtype=torch.uint8)
+    return EncodedSample(ids=[token], answer=[False], points=[0], images=[black], side=side)
 
 
 def in_one_storage(images: Sequence[Tensor]) -> list[Tensor]:
@@ -212,7 +224,7 @@ def _build(
         answers.append((entry.name, sum(encoded.answer[1:])))
     pairs = sum(bool(s.images) and any(s.answer) for s in samples)
     if not has_pair(chunks):
-        dummy = dummy_sample(processor.tokenizer.eos_token_id or 0)
+        dummy = dummy_sample(processor.tokenizer.eos_token_id or 0, processor.token_side)
         samples.append(dummy)
         chunks.append(dummy.chunk())
     rows: list[int] = []

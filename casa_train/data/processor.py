@@ -10,6 +10,7 @@ from casa_train.data.templates import Resolved, resolve
 from casa_train.data.tokens import load_tokenizer
 from casa_train.errors import UserError
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.modeling.tower_kinds import TOWER_KINDS
 
 
 def build_processor(config: Config, kept: Path | None = None) -> CasaProcessor:
@@ -27,17 +28,29 @@ def open_processor(config: Config, kept: Path | None = None) -> tuple[CasaProces
     """
     name = str(kept) if kept is not None and kept.is_dir() else tokenizer_name(config)
     tokenizer = load_tokenizer(name)
+    side, data = token_side_of(config), config.data
+    if data.max_pixels < side**2:
+        raise UserError(
+            f"data.max_pixels is {data.max_pixels}; one image token of model.vision.type="
+            f"{config.model.vision.type} needs {side**2} pixels ({side}x{side}). Raise it."
+        )
     resolved = resolve(asdict(config.model.template), tokenizer, name, "model.template")
     try:
         processor = CasaProcessor(
             tokenizer,
-            config.data.max_pixels,
+            data.max_pixels,
             asdict(resolved.template),
-            min_pixels=config.data.min_pixels,
+            min_pixels=data.min_pixels,
+            token_side=side,
         )
     except ValueError as error:
         raise UserError(f"model.template: {error}") from error
     return processor, resolved
+
+
+def token_side_of(config: Config) -> int:
+    """Pixels of an image token's side: the vision tower's that `config` names."""
+    return TOWER_KINDS[config.model.vision.type].side
 
 
 def tokenizer_name(config: Config) -> str:

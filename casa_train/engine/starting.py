@@ -16,8 +16,8 @@ from casa_train.io.precision import DTYPES
 from casa_train.modeling.decoder import FusedLayer
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.regions import in_region
-from casa_train.modeling.vision import PatchMerger
 from casa_train.modeling.vision_block import ALIGNED, NEEDED, VisionBlock, VisionMLP
+from casa_train.modeling.vision_qwen import PatchMerger
 from casa_train.setup.fusion_start import start_warning
 from casa_train.setup.model import joins_image_keys
 from casa_train.setup.optim import build_groups, build_optimizer, describe

@@ -16,7 +16,6 @@ from transformers import DynamicCache
 
 from casa_train.data.budget import Budget
 from casa_train.evaluate.held_out import Forward
-from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import CasaProcessor
 
 ASKED_EVERY = 8
@@ -43,7 +42,8 @@ class Decoder:
         :raises ImageError: an image that cannot be used.
         """
         batch = self._tokenize([conversation])
-        images = sum(p.shape[1] * p.shape[2] // SIDE**2 for p in batch["pixel_values"])
+        side = self.processor.token_side
+        images = sum(p.shape[1] * p.shape[2] // side**2 for p in batch["pixel_values"])
         return batch["input_ids"].shape[1] + self.max_new_tokens, images
 
     def batches(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from casa_train.errors import UserError
 from casa_train.io.caches import check_cache
 from casa_train.io.files import EXPORT_MARKER
+from casa_train.modeling.image_processing_casa import SIDE
 
 # The older name works everywhere, with a warning from 4.56 on.
 DTYPE_OPTION = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
@@ -39,6 +40,13 @@ def load_processor(directory: Path, **options: Any) -> Any:
     """
     _trust(directory)
     return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True, **options)
+
+
+def side_of_tokens(processor: Any) -> int:
+    """Pixels of an image token's side, of an export's own processor: those from when there was one
+    vision tower do not tell, and have its side.
+    """
+    return int(getattr(processor, "token_side", SIDE))
 
 
 def _trust(directory: Path) -> None:

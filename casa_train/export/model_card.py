@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.config.places import shown
 from casa_train.config.schema import Config
-from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.modeling.tower_kinds import kind_of
 from casa_train.setup.parts import part_sizes
 
 # What is known of licences; anything else is left to the base model's own card.
@@ -59,7 +59,7 @@ CARD = FRONT
 CARD += """# {name}
 
 A vision-language model trained with casa_train {version}: a {backbone} text decoder that sees
-images through **{mechanism}**, fed by a Qwen2.5-VL vision tower. {tokens}
+images through **{mechanism}**, fed by a {tower} vision tower. {tokens}
 
 | part | parameters |
 |---|---|
@@ -102,7 +102,8 @@ def model_card(config: Config, step: int, model: Any) -> str:
     :param model: the model that is exported; sizes are counted on it.
     """
     config = shown(config)
-    text, vision = model.config.text_config, model.config.vision_config
+    text, kind = model.config.text_config, kind_of(model.config.vision_config)
+    vision = kind.shape(model.config.vision_config)
     sizes = part_sizes(model)
     inserts = model.mechanism.inserts
     sources = [
@@ -121,13 +122,14 @@ def model_card(config: Config, step: int, model: Any) -> str:
         tokens="Image tokens join the text stream and the KV cache."
         if inserts
         else "Only text enters the KV cache.",
-        side=SIDE,
+        side=kind.side,
+        tower=kind.title,
         max_pixels=config.data.max_pixels,
         least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         depth=vision.depth,
-        vision_width=vision.hidden_size,
+        vision_width=vision.width,
         backbone_size=sizes["text backbone"],
         vision_size=sizes["vision tower"],
         fusion_size=sizes["fusion"],

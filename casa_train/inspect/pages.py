@@ -33,7 +33,6 @@ from casa_train.inspect.data_page import MessageView, OneSample, Page, Part
 from casa_train.inspect.packs import view_packs
 from casa_train.inspect.statistics import view_plan
 from casa_train.inspect.streams import view_stream
-from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.processing_casa import ChatTemplate
 from casa_train.pages import pictures
 from casa_train.run.configuration import load_run_config
@@ -195,7 +194,9 @@ def inspect_sample(target: Target, wanted: str) -> Page:
         turns, images = (len(split.index.column(n)[row]) for n in ("user_tokens", "widths"))
         trained = f"{cut.turns:,} of {turns:,} turns, {len(cut.images):,} of {images:,} images"
         if cut.images:
-            trained += f" of at most {cut.max_pixels // SIDE**2:,} tokens"
+            trained += (
+                f" of at most {cut.max_pixels // materializer.processor.token_side**2:,} tokens"
+            )
         about.append(("trained", trained))
     pack = Pack(0, ((name, row, *lengths),), *lengths)
     return Page(

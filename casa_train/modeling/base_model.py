@@ -13,6 +13,7 @@ from .decoder import FUSED
 from .joint_keys import JointImageKeys
 from .outputs import NEW_NAME, OLD_NAME
 from .regions import CompiledRegions
+from .towers import TOWERS
 
 
 class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, JointImageKeys, PreTrainedModel):
@@ -26,7 +27,11 @@ class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, JointImageKeys, P
     # With a device_map the cache stays where it is: its layers lie on their own devices.
     _skip_keys_device_placement = [OLD_NAME, NEW_NAME]
     # Class names of what a device_map keeps on one device.
-    _no_split_modules = [*(fused.__name__ for fused in FUSED.values()), "VisionTower", "QFormer"]
+    _no_split_modules = [
+        *(fused.__name__ for fused in FUSED.values()),
+        *(tower.__name__ for tower in TOWERS.values()),
+        "QFormer",
+    ]
 
     def _init_weights(self, module: Any) -> None:
         """The first weights of what is not loaded, alike in both transformers generations."""

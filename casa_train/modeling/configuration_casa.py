@@ -7,7 +7,8 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from .tower_kinds import vision_config_of
 
 # Qwen2.5-VL's text decoder; transformers 4.51.3 has one configuration for the whole model.
 QWEN_TEXT, QWEN_WHOLE = "qwen2_5_vl_text", "qwen2_5_vl"
@@ -23,17 +24,20 @@ class CasaConfig(PretrainedConfig):
     """Configuration of `CasaForConditionalGeneration`.
 
     :param text_config: a backbone configuration (or its dict with `model_type`).
-    :param vision_config: a `Qwen2_5_VLVisionConfig` (or its dict).
+    :param vision_config: a vision tower's (or its dict, whose `model_type` picks the tower; without
+        one it is Qwen2.5-VL's); see `tower_kinds.py`.
     :param fusion: `{"mechanism": name, option: value, ...}`; see the mechanism's class.
     :param pre_image_tokens: ids that the chat template has before an image; `post_image_tokens`
         after it.
+    :param adapter: from image tokens to the text's width: `linear`, which stands only where the
+        widths differ, or `mlp`, two linears with GELU between them.
     :param answer_end_token: the id that ends an answer there; None where it is not known.
     """
 
     model_type = "casa_vlm"
     # What a Trainer's evaluation leaves out of the predictions it gathers.
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
-    sub_configs = {"text_config": AutoConfig, "vision_config": Qwen2_5_VLVisionConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     def __init__(
         self,
@@ -43,22 +47,22 @@ class CasaConfig(PretrainedConfig):
         pre_image_tokens: Sequence[int] = (),
         post_image_tokens: Sequence[int] = (),
         answer_end_token: int | None = None,
+        adapter: str = "linear",
         **kwargs: Any,
     ) -> None:
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
         elif isinstance(text_config, dict):
             text_config = _text_config(text_config)
-        if vision_config is None:
-            vision_config = Qwen2_5_VLVisionConfig()
-        elif isinstance(vision_config, dict):
-            vision_config = Qwen2_5_VLVisionConfig(**vision_config)
+        if vision_config is None or isinstance(vision_config, dict):
+            vision_config = vision_config_of(vision_config or {})
         self.text_config = text_config
         self.vision_config = vision_config
         self.fusion = dict(fusion or {"mechanism": "casa"})
         self.pre_image_tokens = list(pre_image_tokens)
         self.post_image_tokens = list(post_image_tokens)
         self.answer_end_token = answer_end_token
+        self.adapter = adapter
         # The library reads tying and special tokens at the top level.
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(text_config, name, None))

@@ -1,8 +1,9 @@
-"""Images: header checks, decoding, resizing to multiples of 28; out come uint8 (3, H, W) tensors.
+"""Images: header checks, decoding, resizing to whole tokens; out come uint8 (3, H, W) tensors.
 
 Training and every export run this file, so an image reaches the model with the same bits. Sizes
-follow Qwen2.5-VL: aspect kept, both sides multiples of 28, at most `max_pixels` and, where it is
-set, at least `min_pixels`. The model normalises.
+follow Qwen2.5-VL's rule: aspect kept, both sides multiples of a token's, at most `max_pixels` and,
+where it is set, at least `min_pixels`. A token's side is the vision tower's own: 28 pixels for
+Qwen2.5-VL's, 32 for SigLIP2's. The model normalises.
 
 What becomes of unusual files: transparent pixels stand on white, an animation gives its first
 frame, 16-bit grey is scaled to 8 bits, and EXIF orientation is applied, as `datasets` and
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .image_sources import Bounded, ImageError, name_of, named, open_file, open_image
 
-SIDE = 28  # pixels of an image token's side: patch 14, 2x2 merge
+SIDE = 28  # pixels of an image token's side where nothing says: Qwen2.5-VL's tower
 MAX_PIXELS = 952 * 952
 MAX_ASPECT = 200
 MAX_SOURCE_PIXELS = 89_478_485  # of an image as it is stored; from here on Pillow warns of bombs
@@ -46,15 +47,20 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 def target_size(
-    width: int, height: int, max_pixels: int = MAX_PIXELS, min_pixels: int = 0
+    width: int,
+    height: int,
+    max_pixels: int = MAX_PIXELS,
+    min_pixels: int = 0,
+    side: int = SIDE,
 ) -> tuple[int, int]:
-    """(H, W) that an image of this size is resized to; H * W / 784 image tokens.
+    """(H, W) that an image of this size is resized to; H * W / side**2 image tokens.
 
     The rule of Qwen2.5-VL's image processor, which has no upper bound for very long images.
 
     :param max_pixels: upper bound on H * W, whatever `min_pixels` is.
     :param min_pixels: smaller images are enlarged to so many pixels at least; 0 enlarges none, but
         to the side of a token.
+    :param side: pixels of a token's side.
     :raises ImageError: an empty image, an aspect ratio over 200, or over `MAX_SOURCE_PIXELS`.
     """
     if width < 1 or height < 1:
@@ -68,20 +74,20 @@ def target_size(
             "too_many_pixels",
             f"image of {width}x{height} pixels: over the limit of {MAX_SOURCE_PIXELS:,} pixels",
         )
-    rows, columns = round(height / SIDE), round(width / SIDE)
-    if rows * columns * SIDE**2 < min_pixels:
+    rows, columns = round(height / side), round(width / side)
+    if rows * columns * side**2 < min_pixels:
         enlarge = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * enlarge / SIDE)
-        columns = math.ceil(width * enlarge / SIDE)
+        rows = math.ceil(height * enlarge / side)
+        columns = math.ceil(width * enlarge / side)
     rows, columns = max(1, rows), max(1, columns)
-    budget = max_pixels // SIDE**2
+    budget = max_pixels // side**2
     if rows * columns > budget:
         shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / SIDE))
-        columns = max(1, math.floor(width / shrink / SIDE))
+        rows = max(1, math.floor(height / shrink / side))
+        columns = max(1, math.floor(width / shrink / side))
         # A very long image keeps one row (or column); only then can the other side be too long.
         rows, columns = min(rows, budget), min(columns, budget)
-    return rows * SIDE, columns * SIDE
+    return rows * side, columns * side
 
 
 def read_header(data: bytes, name: str = "image") -> tuple[str, int, int]:
@@ -100,16 +106,18 @@ class CasaImageProcessor:
 
     :param max_pixels: upper bound on H * W; 952 * 952 in the paper.
     :param min_pixels: lower bound, to which smaller images are enlarged; 0: none.
+    :param side: pixels of an image token's side, the vision tower's.
     :raises ValueError: bounds that no image can meet.
     """
 
-    def __init__(self, max_pixels: int = MAX_PIXELS, min_pixels: int = 0) -> None:
+    def __init__(self, max_pixels: int = MAX_PIXELS, min_pixels: int = 0, side: int = SIDE) -> None:
+        self.side = side
         self.max_pixels = _whole("max_pixels", max_pixels)
         self.min_pixels = _whole("min_pixels", min_pixels)
-        if self.max_pixels < SIDE**2:
+        if self.max_pixels < side**2:
             raise ValueError(
-                f"max_pixels is {max_pixels}; one image token needs {SIDE**2} pixels "
-                f"({SIDE}x{SIDE})"
+                f"max_pixels is {max_pixels}; one image token needs {side**2} pixels "
+                f"({side}x{side})"
             )
         if not 0 <= self.min_pixels <= self.max_pixels:
             raise ValueError(
@@ -122,7 +130,7 @@ class CasaImageProcessor:
         max_pixels = _whole("max_pixels", max_pixels)
         if max_pixels == self.max_pixels:
             return self
-        return CasaImageProcessor(max_pixels, min(self.min_pixels, max_pixels))
+        return CasaImageProcessor(max_pixels, min(self.min_pixels, max_pixels), self.side)
 
     def within(self, max_pixels: int | None, min_pixels: int | None) -> CasaImageProcessor:
         """The same with other bounds; None: this one's.
@@ -131,12 +139,13 @@ class CasaImageProcessor:
         """
         if min_pixels is None:
             return self if max_pixels is None else self.at_most(max_pixels)
-        return CasaImageProcessor(self.max_pixels if max_pixels is None else max_pixels, min_pixels)
+        most = self.max_pixels if max_pixels is None else max_pixels
+        return CasaImageProcessor(most, min_pixels, self.side)
 
     def token_count(self, width: int, height: int) -> int:
         """Image tokens of an image of this size."""
-        h, w = target_size(width, height, self.max_pixels, self.min_pixels)
-        return h * w // SIDE**2
+        h, w = target_size(width, height, self.max_pixels, self.min_pixels, self.side)
+        return h * w // self.side**2
 
     def load(self, image: Any, name: str | None = None) -> Tensor:
         """One image, resized.
@@ -171,7 +180,9 @@ class CasaImageProcessor:
         :param img_size: at most img_size * img_size pixels instead of `max_pixels`.
         :return: (3, H, W) uint8, or (F, 3, H, W) uint8 for frames.
         """
-        processor = self if img_size is None else self.at_most(square(img_size, "img_size"))
+        processor = (
+            self if img_size is None else self.at_most(square(img_size, "img_size", self.side))
+        )
         if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
             with named("frames"):
                 frames = open_image(images)
@@ -182,7 +193,7 @@ class CasaImageProcessor:
     def _resize(self, pixels: Tensor) -> Tensor:
         """(..., 3, H, W) uint8 -> the same, resized."""
         height, width = pixels.shape[-2:]
-        size = target_size(width, height, self.max_pixels, self.min_pixels)
+        size = target_size(width, height, self.max_pixels, self.min_pixels, self.side)
         if size == (height, width):
             return pixels.contiguous()
         batch = pixels if pixels.ndim == 4 else pixels[None]
@@ -190,14 +201,16 @@ class CasaImageProcessor:
         return (out if pixels.ndim == 4 else out[0]).contiguous()
 
 
-def square(side: int, name: str) -> int:
+def square(pixels: int, name: str, side: int = SIDE) -> int:
     """Pixels of a square image.
 
-    :raises ValueError: a side that is no number of at least 28 pixels; `name` is what it is called.
+    :param pixels: of its side; :param name: what that is called.
+    :param side: of an image token.
+    :raises ValueError: no number, or less than a token's.
     """
-    if _whole(name, side) < SIDE:
-        raise ValueError(f"{name} is {side}; one image token is {SIDE}x{SIDE} pixels")
-    return int(side) ** 2
+    if _whole(name, pixels) < side:
+        raise ValueError(f"{name} is {pixels}; one image token is {side}x{side} pixels")
+    return int(pixels) ** 2
 
 
 def _whole(name: str, value: Any) -> int:

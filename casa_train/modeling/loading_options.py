@@ -10,8 +10,6 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from .image_processing_casa import SIDE
-
 # What the processor is built from; see `CasaProcessor`.
 OWN = ("image_size", "max_pixels", "min_pixels", "template", "chat_template", "tokenizer")
 # What a tokenizer obeys when it is loaded.
@@ -77,8 +75,8 @@ def split_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         raise ValueError(
             f"from_pretrained would not obey {named}{hint}; this processor takes "
             f"{', '.join(OWN)}, a tokenizer's {', '.join(TOKENIZERS[:3])} and special tokens, and "
-            "what says where files are. Images keep their aspect, with sides of whole tokens of "
-            f"{SIDE}x{SIDE} pixels; the model normalises them."
+            "what says where files are. Images keep their aspect, with sides of whole image "
+            "tokens; the model normalises them."
         )
     own = {name: given[name] for name in OWN if given.get(name) is not None}
     if "image_size" in own and "max_pixels" in given:

@@ -43,8 +43,9 @@ from .gated import GatedCrossAttention
 from .generation import StreamingGeneration
 from .graphs import Graphs
 from .hyper import HyperAttention
+from .image_adapter import build_adapter
 from .image_attention import ImageAttention
-from .image_processing_casa import SIDE
+from .image_processing_casa import CasaImageProcessor
 from .image_sources import ImageError
 from .insertion import Insertion
 from .joint_keys import JointImageKeys, JointKeys
@@ -73,8 +74,12 @@ from .rope import Rope
 from .segments import Segments
 from .streaming import StreamingState, stream_state
 from .text_ids import TextIds
+from .tower_kinds import TowerKind, tower_shape
+from .towers import build_tower
 from .vision import VisionTower
 from .vision_block import VisionBlock
+from .vision_qwen import QwenTower
+from .vision_siglip import SiglipTower
 from .window_attention import WindowAttention
 from .windowed import WindowedMechanism
 from .windows import Chunk
@@ -85,7 +90,7 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
     """A text decoder that sees images through a fusion mechanism.
 
     Parameters: `model.*` are the backbone's own names, `model.layers.N.fusion.*` the mechanism's,
-    `visual.*` the Qwen2.5-VL tower's, `adapter.*` a linear where vision and text widths differ,
+    `visual.*` the vision tower's, `adapter.*` what leads from its width to the text's, if anything,
     `resampler.*` what a mechanism puts between tower and decoder.
     """
 
@@ -96,21 +101,14 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
     def __init__(self, config: CasaConfig) -> None:
         super().__init__(config)
         text: Any = config.text_config
-        vision: Any = config.vision_config
+        vision = config.vision_config
         check_backbone(text)
-        if vision.patch_size * vision.spatial_merge_size != SIDE:
-            raise ValueError(
-                f"vision_config: patch_size {vision.patch_size} times spatial_merge_size "
-                f"{vision.spatial_merge_size} must be {SIDE}, the grid images are resized to"
-            )
         self.mechanism: FusionMechanism = build_mechanism(config.fusion, text)
         self.model = AutoModel.from_config(text)
         fuse_layers(self.model, self.mechanism)
         self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.visual = VisionTower(vision)
-        self.adapter: nn.Module = nn.Identity()
-        if vision.out_hidden_size != text.hidden_size:
-            self.adapter = nn.Linear(vision.out_hidden_size, text.hidden_size)
+        self.visual: VisionTower = build_tower(vision)
+        self.adapter = build_adapter(config.adapter, tower_shape(vision).out, text.hidden_size)
         self.resampler: nn.Module | None = self.mechanism.make_resampler()
         self.joint_keys = JointKeys()
         self.post_init()
@@ -333,6 +331,7 @@ __all__ = [
     "Casa",
     "CasaBatch",
     "CasaForConditionalGeneration",
+    "CasaImageProcessor",
     "CasaPreTrainedModel",
     "ChatTemplate",
     "CheckpointedBlocks",
@@ -355,12 +354,15 @@ __all__ = [
     "Message",
     "PackedInputs",
     "QFormerInsertion",
+    "QwenTower",
     "RepeatedFrames",
     "Room",
     "Rope",
     "Segments",
+    "SiglipTower",
     "StreamingState",
     "TextIds",
+    "TowerKind",
     "VisionBlock",
     "WindowAttention",
     "WindowedMechanism",

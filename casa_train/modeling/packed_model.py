@@ -18,7 +18,6 @@ from .decoder import backbone_rope, run_decoder
 from .decoding import DecodeStep
 from .fusion import FusionMechanism
 from .image_attention import ImageAttention
-from .image_processing_casa import SIDE
 from .lean import Lean, is_lean
 from .packed import PackedInputs
 from .padded import as_ints, with_rows
@@ -97,7 +96,9 @@ class PackedModel(CasaPreTrainedModel):
             )
         mechanism = self.mechanism
         if mechanism.multimodal:
-            chunks = with_rows(chunks, [image.shape[1] // SIDE for image in images])
+            chunks = with_rows(
+                chunks, [image.shape[1] // self.visual.token_side for image in images]
+            )
         chunks = mechanism.compress(chunks)
         text = self.model.embed_tokens(ids)
         backend, compiler = self.attention_backend, self._compiler_now()

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from .batching import CasaBatch, batch_of, distribute, image_lists, video_lists
 from .chat_template import SLOTS, ChatTemplate, is_jinja_of
 from .encoding import ConversationEncoder, Draft, Encoded
-from .image_processing_casa import MAX_PIXELS, CasaImageProcessor, square, target_size
+from .image_processing_casa import MAX_PIXELS, SIDE, CasaImageProcessor, square, target_size
 from .image_sources import ImageError
 from .loading_options import split_options
 from .messages import Message, as_batch, frames_of, in_order, slots_of, unshared
@@ -38,6 +38,8 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
     :param image_size: when given, at most image_size * image_size pixels, whatever `max_pixels` is.
     :param chat_template: jinja to render with instead of the template's own.
     :param min_pixels: smaller images are enlarged to so many pixels at least; 0: none.
+    :param token_side: pixels of an image token's side, the model's vision tower's. Directories that
+        do not tell are of Qwen2.5-VL's.
     :raises ValueError: no fast tokenizer, a template with fields of another type, or bounds that no
         image can meet.
     """
@@ -54,11 +56,12 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
         image_size: int | None = None,
         chat_template: str | None = None,
         min_pixels: int = 0,
+        token_side: int = SIDE,
         **kwargs: Any,
     ) -> None:
         if image_size is not None:
-            max_pixels = square(image_size, "image_size")
-        self._image_processor = CasaImageProcessor(max_pixels, min_pixels)
+            max_pixels = square(image_size, "image_size", token_side)
+        self._image_processor = CasaImageProcessor(max_pixels, min_pixels, token_side)
         self._template = ChatTemplate(**(template or {}))
         self.template = asdict(self._template)
         self._take_in(tokenizer)
@@ -89,11 +92,12 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
         self._keep_up()
         size = own.pop("image_size", None)
         if size is not None:
-            own["max_pixels"] = square(size, "image_size")
+            own["max_pixels"] = square(size, "image_size", self.token_side)
         if "max_pixels" in own and "min_pixels" not in own:
             own["min_pixels"] = self._image_processor.at_most(own["max_pixels"]).min_pixels
         same = {"tokenizer": self.tokenizer, "template": self.template}
         same |= {"max_pixels": self.max_pixels, "min_pixels": self.min_pixels}
+        same["token_side"] = self.token_side
         if self.chat_template != self._jinja:  # else it follows from the template
             same["chat_template"] = self.chat_template
         return type(self)(**{**same, **own})
@@ -116,9 +120,15 @@ class CasaProcessor(ConversationEncoder, ProcessorMixin):
     def min_pixels(self, pixels: int) -> None:
         self._image_processor.min_pixels = pixels
 
+    @property
+    def token_side(self) -> int:
+        """Pixels of an image token's side."""
+        return self._image_processor.side
+
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the library's: what `save_pretrained` writes, with the bounds in force."""
         bounds = {"max_pixels": self.max_pixels, "min_pixels": self.min_pixels}
+        bounds["token_side"] = self.token_side
         return {**super().to_dict(*args, **kwargs), **bounds}
 
     @property

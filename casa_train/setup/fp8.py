@@ -135,11 +135,12 @@ def use_fp8(tower: VisionTower) -> None:
         assert isinstance(linear, Fp8Linear)
         linear.store()
     for block in tower.blocks[: tower.frozen_blocks]:
-        block.get_submodule("mlp").__class__ = Fp8MLP
+        if isinstance(mlp := block.get_submodule("mlp"), VisionMLP):
+            mlp.__class__ = Fp8MLP
 
 
 def frozen_linears(tower: VisionTower) -> list[nn.Linear]:
-    """The linears of a tower's frozen blocks: qkv, proj, gate, up and down of each."""
+    """The linears of a tower's frozen blocks: all that a block has."""
     blocks = tower.blocks[: tower.frozen_blocks]
     return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from casa_train.config.schema import Config, ParallelConfig
 from casa_train.data.processor import tokenizer_name
@@ -16,11 +15,10 @@ from casa_train.modeling.backbones import backbone_named
 from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.modeling.tower_kinds import TOWER_KINDS
 from casa_train.setup.own_mechanisms import register_own
-from casa_train.setup.pretrained import (
-    backbone_config,
-    vision_config,
-)
+from casa_train.setup.pretrained import backbone_config
+from casa_train.setup.tower_weights import export_tower, vision_config
 from casa_train.setup.weights import NO_BACKBONE, Sources
 
 # Keys of a checkpoint's configuration that say nothing of the model's sizes.
@@ -46,7 +44,8 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
     base_vision: dict[str, Any] = {}
     if sources.whole is not None:
         base_text = dict(sources.whole.config.get("text_config") or {})
-        base_vision = dict(sources.whole.config.get("vision_config") or {})
+        where = f"model.init_from: {sources.whole.name}"
+        base_vision = export_tower(sources.whole.config, where, config.model.vision.type)
     if sources.backbone is not None:
         base_text = backbone_config(sources.backbone.config)
     origin = sources.whole or sources.backbone
@@ -56,7 +55,7 @@ def build_model_config(config: Config, processor: CasaProcessor, sources: Source
         if ends is not None:
             base_text["eos_token_id"] = ends
     if sources.vision is not None:
-        base_vision = vision_config(sources.vision)
+        base_vision = vision_config(sources.vision, config.model.vision.type)
     return describe_model(config, base_text, base_vision, processor.tokenizer)
 
 
@@ -82,7 +81,8 @@ def describe_model(
     # Some configurations do not list what their model reads all the same.
     more = ("rope_theta", "rope_scaling", "rope_parameters", "head_dim", "tie_word_embeddings")
     refuse_unknown("model.backbone.config", text, [*default.to_dict(), *more])
-    refuse_unknown("model.vision.config", vision, list(Qwen2_5_VLVisionConfig().to_dict()))
+    tower = TOWER_KINDS[config.model.vision.type]
+    refuse_unknown("model.vision.config", vision, list(tower.config_class().to_dict()))
     text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
     if tokenizer is not None:
@@ -93,8 +93,9 @@ def describe_model(
     try:
         return CasaConfig(
             text_config={**text, "model_type": model_type},
-            vision_config=vision,
+            vision_config=tower.config_class(**vision),
             fusion=dict(config.fusion),
+            adapter=config.model.vision.adapter,
             architectures=["CasaForConditionalGeneration"],
         )
     except Exception as error:  # transformers' validation raises types of its own

@@ -15,6 +15,7 @@ from casa_train.io.numbers import count
 from casa_train.io.precision import DTYPES
 from casa_train.modeling.attention import choose_backend
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.tower_kinds import kind_of
 from casa_train.setup.optim import fit_schedule
 
 VISION, FUSION, TEXT = "vision tower", "fusion", "text backbone"
@@ -46,16 +47,19 @@ def banner(
     ranks: Ranks,
 ) -> list[str]:
     """What the run is, in a few lines; `notes` are those of its data."""
-    vision, backbone = model.config.vision_config, model.config.text_config
+    kind, backbone = kind_of(model.config.vision_config), model.config.text_config
+    tower = kind.shape(model.config.vision_config)
     accumulation = micro_steps(config.data, ranks.world)
     backend = choose_backend("auto", ranks.device, DTYPES[config.parallel.precision])
     sizes = part_sizes(model)
-    adapter = vision.out_hidden_size != backbone.hidden_size
+    linear = model.config.adapter == "linear"
+    adapter = "adapter" if linear else "adapter of two linears"
+    adapted = not linear or tower.out != backbone.hidden_size
     lines = [
         f"casa_train {__version__}: run {config.name} in {config.run_dir}",
         f"backbone {backbone.model_type}: {backbone.num_hidden_layers} layers, width "
         f"{backbone.hidden_size}, {sizes[TEXT]:,} parameters",
-        f"vision tower: {vision.depth} blocks, width {vision.hidden_size}, "
+        f"vision tower of {kind.title}: {tower.depth} blocks, width {tower.width}, "
         f"{sizes[VISION]:,} parameters, {model.visual.frozen_blocks} frozen blocks"
         + (
             ", random at the start: neither model.vision.pretrained nor model.init_from is set"
@@ -64,8 +68,8 @@ def banner(
         ),
         f"fusion {config.fusion['mechanism']}: {sizes[FUSION]:,} parameters"
         + (
-            f", an adapter from width {vision.out_hidden_size} to {backbone.hidden_size} among them"
-            if adapter
+            f", an {adapter} from width {tower.out} to {backbone.hidden_size} among them"
+            if adapted
             else ""
         ),
         f"attention backend: {backend} on {ranks.device.type}",

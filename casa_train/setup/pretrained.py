@@ -1,8 +1,8 @@
 """Where a model's parts lie in pretrained checkpoints, with an account of every tensor.
 
 Sources are Hugging Face directories or hub ids with safetensors weights, in one file or sharded. A
-backbone's names are the model's own (`model.*`, `lm_head.weight`); a vision tower is taken out of a
-Qwen2.5-VL checkpoint (`visual.*`, or `model.visual.*` as newer releases of transformers write it).
+backbone's names are the model's own (`model.*`, `lm_head.weight`); where a vision tower lies stands
+in `tower_weights.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Account:
     copied: list[str] = field(default_factory=list)  # fusion's, from their blocks' own layers
     unused: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # settings of an export that this run changes
+    notes: list[str] = field(default_factory=list)
     # Embedding and head that gained rows: how many there are there, how many here.
     resized: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -58,7 +59,8 @@ class Account:
         copied = f", {len(self.copied)} copied from the blocks they stand in" if self.copied else ""
         new = f", {len(self.new)} newly initialised" if self.new else ""
         unused = f", {len(self.unused)} of the checkpoint unused" if self.unused else ""
-        changed = f"; {', '.join(self.changed)}" if self.changed else ""
+        said = [*self.changed, *self.notes]
+        changed = f"; {', '.join(said)}" if said else ""
         for name, (old, rows) in self.resized.items():
             changed += f"; {name} has {rows} rows instead of {old}, new ones start as their mean"
         loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
@@ -220,25 +222,6 @@ def backbone_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**text, "model_type": "qwen2_5_vl_text"}
 
 
-def vision_config(pretrained: Pretrained) -> dict[str, Any]:
-    """The tower's configuration in a Qwen2.5-VL checkpoint's.
-
-    :raises UserError: a checkpoint without one.
-    """
-    return tower_config(pretrained.config, f"{pretrained.setting}: {pretrained.name}")
-
-
-def tower_config(whole: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """As `vision_config`, from a configuration alone; `where` names it in messages."""
-    config = whole.get("vision_config")
-    if not isinstance(config, dict) or "qwen2_5_vl" not in str(whole.get("model_type")):
-        raise UserError(
-            f"{where} is of type {whole.get('model_type')!r}; expected a Qwen2.5-VL checkpoint "
-            "with a vision_config."
-        )
-    return {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
-
-
 class Stored:
     """Where the values of a model's parameters lie: parameter name -> checkpoint and name there."""
 
@@ -284,7 +267,7 @@ def find_backbone(
         if name.startswith(("model.", "lm_head."))
         and (".fusion." not in name or _adopted(model, name))
     }
-    account = _find(parameters, pretrained, "backbone", names, stored, resize=resize)
+    account = find_parameters(parameters, pretrained, "backbone", names, stored, resize=resize)
     account.unused = sorted(unused)
     rest = sorted(
         name
@@ -304,18 +287,6 @@ def _adopted(model: Any, name: str) -> bool:
     part = name.split(".fusion.")[-1].split(".")[0]
     taken = part.endswith("_proj") or part in HEAD_NORMS
     return taken and model.mechanism.adopt(plain) == name
-
-
-def find_vision(model: Any, pretrained: Pretrained, stored: Stored) -> Account:
-    """Finds the vision tower in a Qwen2.5-VL checkpoint; its language model stays unused.
-
-    :raises UserError: missing, unexpected or misshapen tensors.
-    """
-    names = {name: name.removeprefix("model.") for name in pretrained.names if VISUAL.match(name)}
-    parameters = dict(model.visual.named_parameters(prefix="visual"))
-    account = _find(parameters, pretrained, "vision tower", names, stored)
-    account.unused = sorted(set(pretrained.names) - set(names))
-    return account
 
 
 def find_export(
@@ -344,15 +315,21 @@ def find_export(
         for key, value in model.mechanism.fusion.items()
         if before[key] != value
     ]
+    adapter = pretrained.config.get("adapter", "linear")
+    if adapter != model.config.adapter:
+        raise UserError(
+            f"{pretrained.setting}: {pretrained.name} holds an adapter of type {adapter!r}, but "
+            f"model.vision.adapter is {model.config.adapter!r}. Set model.vision.adapter={adapter}."
+        )
     names = {name: name for name in pretrained.names}
     hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
     parameters = dict(model.named_parameters())
-    account = _find(parameters, pretrained, "model", names, stored, hint, resize)
+    account = find_parameters(parameters, pretrained, "model", names, stored, hint, resize)
     account.changed = changed
     return account
 
 
-def _find(
+def find_parameters(
     parameters: dict[str, nn.Parameter],
     pretrained: Pretrained,
     part: str,
@@ -361,7 +338,7 @@ def _find(
     hint: str = SIZES,
     resize: bool = False,
 ) -> Account:
-    """Adds to `stored` where every one of the parameters lies.
+    """Adds to `stored` where every one of the parameters lies; for one part of a model.
 
     :param names: checkpoint name -> parameter name, of every tensor that belongs to the part.
     :param hint: what to do if they do not fit.

@@ -20,8 +20,8 @@ from casa_train.setup.pretrained import (
     Stored,
     find_backbone,
     find_export,
-    find_vision,
 )
+from casa_train.setup.tower_weights import find_vision
 
 
 @dataclass(frozen=True)

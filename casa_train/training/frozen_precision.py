@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import full_inputs, full_pack
+from casa_train.data.processor import token_side_of
 from casa_train.distributed.ranks import Ranks
 from casa_train.io.numbers import count
 from casa_train.setup.fp8 import check_fp8, use_fp8
@@ -25,7 +26,8 @@ def lower_frozen(config: Config, model: Any, ranks: Ranks) -> None:
         return
     check_fp8(config, model.visual)
     generator = torch.Generator().manual_seed(config.seed)
-    sizes = [image.shape for image in full_inputs(full_pack(config), "meta").images]
+    side = token_side_of(config)
+    sizes = [image.shape for image in full_inputs(full_pack(config), "meta", side).images]
     images = [
         torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(ranks.device)
         for size in sizes

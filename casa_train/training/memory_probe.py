@@ -20,6 +20,7 @@ from torch import Tensor
 
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import full_inputs, full_pack, memory_of_rank
+from casa_train.data.processor import token_side_of
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import RankError, UserError
 from casa_train.io.numbers import GIB
@@ -87,7 +88,7 @@ class MemoryProbe(Hook):
         self._estimate = memory_of_rank(self.config, model, self.ranks.world)
         began = time.perf_counter()
         pack = full_pack(self.config)
-        inputs = full_inputs(pack, device)
+        inputs = full_inputs(pack, device, token_side_of(self.config))
         kept: list[Tensor] = []  # the trainer, too, holds logits and loss until the next pack's
 
         def forward() -> None:

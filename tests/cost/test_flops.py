@@ -60,7 +60,7 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
     )
     parts = count_operations(
         text_sizes(model.config.text_config, trainable),
-        vision_sizes(model.config.vision_config, trained),
+        vision_sizes(model.config, trained),
         model.mechanism,
         shapes(PACK),
         answers=sum(layout.text for layout in PACK),
@@ -100,7 +100,7 @@ def test_repeated_work_is_what_torch_counts(
     blocks = "all" if trained else "decoder"
     repeated = repeated_operations(
         text_sizes(text, trainable),
-        vision_sizes(vision, trained),
+        vision_sizes(config, trained),
         model.mechanism,
         shapes(PACK),
         blocks,

@@ -29,7 +29,7 @@ STATISTICS = re.compile(r"^resampler\..*norm$")
 
 def saved(model: CasaForConditionalGeneration, pack: list[Any]) -> dict[str, int]:
     device = model.model.norm.weight.device
-    return saved_bytes(model, lambda: model(packed=full_inputs(pack, device)))
+    return saved_bytes(model, lambda: model(packed=full_inputs(pack, device, 28)))
 
 
 def outside_attention(found: dict[str, int]) -> dict[str, int]:
@@ -150,7 +150,7 @@ def test_the_estimate_is_near_a_gpus_peak(fusion: str, blocks: str) -> None:
     set_trainable(model, config)
     model.checkpoint_activations(blocks)
     model.joint_image_keys = joins_image_keys(config.parallel)
-    inputs = full_inputs(full_pack(config), "cuda")
+    inputs = full_inputs(full_pack(config), "cuda", 28)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

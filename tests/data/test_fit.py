@@ -272,25 +272,26 @@ sides = st.one_of(
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(sides, sides, st.integers(784, 10**6)), min_size=1, max_size=40),
+    st.lists(st.tuples(sides, sides, st.integers(1024, 10**6)), min_size=1, max_size=40),
     st.sampled_from([0, 3136, 50_000, 2_000_000]),
+    st.sampled_from([28, 32]),
 )
 def test_tokens_of_many_images_are_those_of_each(
-    images: list[tuple[int, int, int]], least: int
+    images: list[tuple[int, int, int]], least: int, side: int
 ) -> None:
     widths, heights, limits = (np.array(values) for values in zip(*images, strict=True))
-    expected = [image_tokens(*image, least) for image in images]
+    expected = [image_tokens(*image, least, side) for image in images]
     sizes = widths.astype(np.int32), heights.astype(np.int32)
-    assert token_counts(*sizes, limits, least).tolist() == expected
-    expected = [image_tokens(width, height, 906_304, least) for width, height, _ in images]
-    assert token_counts(*sizes, 906_304, least).tolist() == expected
+    assert token_counts(*sizes, limits, least, side).tolist() == expected
+    expected = [image_tokens(width, height, 906_304, least, side) for width, height, _ in images]
+    assert token_counts(*sizes, 906_304, least, side).tolist() == expected
 
 
 def test_tokens_of_every_small_image_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves round to even; in parts that are not full."""
     monkeypatch.setattr("casa_train.data.image_lengths.IMAGES", 1000)
     widths, heights = (side.ravel() for side in np.meshgrid(np.arange(1, 130), np.arange(1, 130)))
-    for limits in ((784, 0), (20_000, 0), (20_000, 3136)):
+    for limits in ((784, 0, 28), (20_000, 0, 28), (20_000, 3136, 28), (20_000, 4096, 32)):
         found = token_counts(widths, heights, *limits)
         pairs = zip(widths.tolist(), heights.tolist(), strict=True)
         assert found.tolist() == [image_tokens(w, h, *limits) for w, h in pairs]
@@ -355,7 +356,7 @@ def slowly(fit: Fit) -> tuple[list[int], list[int], dict[str, int]]:
         sizes = [size for _, shown in turns for size in shown]
         whole = (
             fit.base + sum(words for words, _ in turns) + fit.per_image * len(sizes),
-            sum(image_tokens(*size, fit.max_pixels, fit.min_pixels) for size in sizes),
+            sum(image_tokens(*size, fit.max_pixels, fit.min_pixels, fit.side) for size in sizes),
         )
         if not turns:
             counts["rated_out"] += 1

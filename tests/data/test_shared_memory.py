@@ -22,25 +22,25 @@ def test_what_a_step_needs_is_compared_with_what_is_free(tmp_path: Path) -> None
     pack = 446 * 28 * 28 * 3 + 100 * 64  # 1.01 MiB
     with small_disk(tmp_path / "shm", "20m") as where:
         # Two workers, four packs of each waiting; and two ranks' steps of six packs.
-        check_shared_memory(data, world=2, beside=1, pinned=False, where=where)
+        check_shared_memory(data, world=2, beside=1, pinned=False, side=28, where=where)
         with pytest.raises(UserError) as refusal:
-            check_shared_memory(data, world=2, beside=2, pinned=False, where=where)
+            check_shared_memory(data, world=2, beside=2, pinned=False, side=28, where=where)
         message = str(refusal.value)
         assert f"{where} has 20 MiB free" in message
         assert f"need up to {2 * (2 * 4 + 3) * pack / MIB:,.0f} MiB" in message
         for way in ("data.workers=0", "--shm-size", "--ipc=host", "emptyDir", "2 ranks x"):
             assert way in message, way
-        check_shared_memory(data, world=2, beside=2, pinned=True, where=where)
+        check_shared_memory(data, world=2, beside=2, pinned=True, side=28, where=where)
         data.workers = 3
         with pytest.raises(UserError, match=r"data\.workers=3 x 4 packs that wait \+ 1 in use"):
-            check_shared_memory(data, world=2, beside=2, pinned=True, where=where)
+            check_shared_memory(data, world=2, beside=2, pinned=True, side=28, where=where)
         (where / "others").write_bytes(bytes(12 * MIB))
         data.workers = 2
         with pytest.raises(UserError, match="has 8 MiB free"):
-            check_shared_memory(data, world=6, beside=1, pinned=True, where=where)
+            check_shared_memory(data, world=6, beside=1, pinned=True, side=28, where=where)
         data.workers = 0
-        check_shared_memory(data, world=2, beside=99, pinned=False, where=where)
-    check_shared_memory(DataConfig(), 1, 1, False, tmp_path / "absent")
+        check_shared_memory(data, world=2, beside=99, pinned=False, side=28, where=where)
+    check_shared_memory(DataConfig(), 1, 1, False, 28, tmp_path / "absent")
 
 
 def test_ranks_of_other_machines_have_their_own(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from casa_train.modeling.configuration_casa import (
     QWEN_TEXT,
@@ -119,6 +120,18 @@ def tiny_vision_config(
     return Qwen2_5_VLVisionConfig(**{**values, **options})
 
 
+def tiny_siglip_config(depth: int = 2, **options: Any) -> Siglip2VisionConfig:
+    """A SigLIP2 tower with learned positions of 5 x 5 patches, whose tokens are 128 wide."""
+    values: dict[str, Any] = dict(
+        num_hidden_layers=depth,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_patches=25,
+    )
+    return Siglip2VisionConfig(**{**values, **options})
+
+
 def tiny_model(
     mechanism: str = "casa",
     blocks: int = 2,
@@ -127,19 +140,23 @@ def tiny_model(
     text_config: PretrainedConfig | None = None,
     vision_width: int = HIDDEN,
     perturb: bool = True,
+    vision_config: PretrainedConfig | None = None,
+    adapter: str = "linear",
     **fusion_options: Any,
 ) -> CasaForConditionalGeneration:
     """A whole model with random weights, in eval mode.
 
     :param blocks: decoder blocks, unless `text_config` says.
     :param dtype: float64 also gives norms of that precision (see `ExactNorm`).
+    :param vision_config: another tower's than Qwen2.5-VL's.
     :param perturb: moves the fusion weights away from their initial values, so that an initial copy
         of the self-attention hides no mix-up of the two.
     """
     config = CasaConfig(
         text_config=text_config or tiny_text_config(layers=blocks),
-        vision_config=tiny_vision_config(width=vision_width),
+        vision_config=vision_config or tiny_vision_config(width=vision_width),
         fusion={"mechanism": mechanism, **fusion_options},
+        adapter=adapter,
     )
     model = CasaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -231,9 +248,9 @@ def reference_settings(model: CasaForConditionalGeneration) -> Settings:
     )
 
 
-def random_image(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """Noise of rows x columns image tokens, (3, 28 * rows, 28 * columns) uint8."""
-    size = (3, 28 * rows, 28 * columns)
+def random_image(generator: torch.Generator, rows: int, columns: int, side: int = 28) -> Tensor:
+    """Noise of rows x columns image tokens, (3, side * rows, side * columns) uint8."""
+    size = (3, side * rows, side * columns)
     return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
 
 

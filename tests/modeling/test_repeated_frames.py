@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from casa_train.modeling import graphs, repeated_frames
-from casa_train.modeling.vision import VisionTower
+from casa_train.modeling.vision_qwen import QwenTower
 from tests.helpers import tape
 from tests.helpers.tape import Tape, TapeGraphs
 from tests.helpers.tiny import random_image, randomise, tiny_vision_config
@@ -21,8 +21,8 @@ from tests.helpers.tiny import random_image, randomise, tiny_vision_config
 SIZES = ((4, 6), (5, 2))  # of frames, in cells of 28 pixels
 
 
-def tower(seed: int = 0) -> VisionTower:
-    made = VisionTower(tiny_vision_config(4)).eval()
+def tower(seed: int = 0) -> QwenTower:
+    made = QwenTower(tiny_vision_config(4)).eval()
     randomise(made, torch.Generator().manual_seed(seed))
     return made
 
@@ -42,7 +42,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     return made
 
 
-def check(repeating: VisionTower, images: list[Tensor]) -> None:
+def check(repeating: QwenTower, images: list[Tensor]) -> None:
     """Each frame alone, as a tower says that repeats nothing."""
     plain = copy.deepcopy(repeating)
     plain.repeats = False

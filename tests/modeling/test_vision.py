@@ -11,23 +11,23 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from casa_train.modeling.vision import VisionTower
+from casa_train.modeling.vision_qwen import QwenTower
 from tests.helpers.tiny import random_image, randomise, tiny_vision_config
 
 # Rows and columns of 28 pixels. 4 x 4 is one window of 112 pixels; other sides cut windows short.
 MIXED = ((1, 1), (2, 3), (4, 4), (5, 9), (7, 4), (8, 12), (1, 10))
 
 
-def towers(depth: int = 4) -> tuple[VisionTower, Qwen2_5_VisionTransformerPretrainedModel]:
+def towers(depth: int = 4) -> tuple[QwenTower, Qwen2_5_VisionTransformerPretrainedModel]:
     """Our tower and the library's with the same random weights."""
     config = tiny_vision_config(depth)
-    ours = VisionTower(config)
+    ours = QwenTower(config)
     randomise(ours, torch.Generator().manual_seed(0))
     return ours, library_tower(config, ours)
 
 
 def library_tower(
-    config: Qwen2_5_VLVisionConfig, ours: VisionTower
+    config: Qwen2_5_VLVisionConfig, ours: QwenTower
 ) -> Qwen2_5_VisionTransformerPretrainedModel:
     """The library's tower with our weights; strict, so the parameter names are the same."""
     plain = Qwen2_5_VisionTransformerPretrainedModel._from_config(
@@ -156,7 +156,7 @@ def test_more_blocks_than_there_are_is_refused(last_blocks: int) -> None:
 def saved_bytes(depth: int, last_blocks: int) -> int:
     """Bytes that a forward pass keeps for the backward pass, parameters aside."""
     # The last block sees windows only, whatever the depth: towers differ in frozen blocks alone.
-    tower = VisionTower(tiny_vision_config(depth, fullatt_block_indexes=[0]))
+    tower = QwenTower(tiny_vision_config(depth, fullatt_block_indexes=[0]))
     randomise(tower, torch.Generator().manual_seed(0))
     tower.set_trainable(last_blocks)
     parameters = {p.data_ptr() for p in tower.parameters()}

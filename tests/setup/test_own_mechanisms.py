@@ -144,7 +144,7 @@ def test_its_work_is_what_torch_counts(toy: Path) -> None:
     ]
     parts = count_operations(
         text_sizes(model.config.text_config, True),
-        vision_sizes(model.config.vision_config, -1),
+        vision_sizes(model.config, -1),
         model.mechanism,
         chunks,
         answers=28,

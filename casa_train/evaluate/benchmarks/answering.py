@@ -20,7 +20,7 @@ from casa_train.evaluate.benchmarks.kept import KeptAnswers
 from casa_train.evaluate.benchmarks.protocols import Task
 from casa_train.evaluate.benchmarks.reading import Benchmark
 from casa_train.evaluate.exact_match import generate_answers
-from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.export.loading import side_of_tokens
 from casa_train.modeling.image_sources import ImageError
 
 READERS = 4
@@ -92,7 +92,8 @@ class Asker:
                 self.model, self.processor, conversations, len(asked), task.max_new_tokens
             )
         except torch.OutOfMemoryError as error:
-            tokens = sum(picture[0].numel() for picture in asked.values()) // SIDE**2
+            side = side_of_tokens(self.processor)
+            tokens = sum(picture[0].numel() for picture in asked.values()) // side**2
             raise UserError(
                 f"{benchmark.name}: a batch of {len(asked)} questions ({tokens:,} image tokens) "
                 f"does not fit in memory: {str(error).splitlines()[0]}. Name a smaller "

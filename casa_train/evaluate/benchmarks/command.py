@@ -35,7 +35,7 @@ from casa_train.evaluate.benchmarks.results import (
     write_lines,
     write_results,
 )
-from casa_train.export.loading import load_model, load_processor
+from casa_train.export.loading import load_model, load_processor, side_of_tokens
 from casa_train.export.writer import exported_step
 from casa_train.io.log import warn
 from casa_train.io.precision import DTYPES
@@ -88,6 +88,7 @@ class BenchmarkRun:
             "backbone": _backbone(request.export),
             "protocol": self.protocol.name,
             "max_pixels": self.processor.max_pixels,
+            "token_side": side_of_tokens(self.processor),
             "dtype": request.dtype or "auto",
             "weights_sha256": {n: d for n, d in self.digests.items() if n.endswith(".safetensors")},
         }

@@ -14,6 +14,7 @@ from PIL import Image
 
 from casa_train.evaluate.benchmarks.table import COUNTED, TITLES, counted, figure
 from casa_train.io.numbers import MISSING
+from casa_train.modeling.image_processing_casa import SIDE as TOKEN_SIDE
 from casa_train.modeling.image_processing_casa import CasaImageProcessor
 from casa_train.modeling.image_sources import ImageError
 from casa_train.pages import html, pictures
@@ -52,7 +53,8 @@ def write_page(
     :raises UserError: the file cannot be written.
     """
     benchmarks = result["benchmarks"]
-    processor = CasaImageProcessor(result["max_pixels"])
+    side = result.get("token_side", TOKEN_SIDE)  # results from before that are of the first tower
+    processor = CasaImageProcessor(result["max_pixels"], side=side)
     sections = {
         name: _section(name, benchmarks[name], answers.get(name, ()), shown) for name in benchmarks
     }

@@ -28,12 +28,11 @@ from casa_train.evaluate.benchmarks.reading import Benchmark, read_benchmark, re
 from casa_train.evaluate.benchmarks.results import join
 from casa_train.evaluate.greedy_answers import Decoder
 from casa_train.evaluate.held_out import Forward
-from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.modeling.image_sources import ImageError
 from casa_train.modeling.processing_casa import CasaProcessor
 
 OVER_BUDGET = "more than a pack holds"
-STAND_IN = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+STAND_IN = torch.zeros(3, 1, 1, dtype=torch.uint8)  # becomes one image token
 """Stands where a picture cannot be read: its question is asked like the others, so that ranks make
 equally many forward passes, and what is answered does not count."""
 
@@ -238,6 +237,7 @@ def _of_size(processor: CasaProcessor, side: int | None) -> CasaProcessor:
         side * side,
         processor.template,
         min_pixels=min(processor.min_pixels, side * side),
+        token_side=processor.token_side,
     )
 
 

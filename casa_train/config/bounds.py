@@ -81,6 +81,18 @@ class Choice:
         return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
 
 
+@dataclass(frozen=True)
+class Switch:
+    """true, false, or the word of a third way."""
+
+    word: str
+
+    def refusal(self, name: str, value: Any) -> str | None:
+        """What was expected instead of this value; None where it is one of the three."""
+        known = isinstance(value, bool) or value == self.word
+        return None if known else f"true, false or {self.word}"
+
+
 PositiveInt = Annotated[int, Bound(1, MOST_COUNT, "at least 1")]
 NonNegativeInt = Annotated[int, Bound(0, MOST_COUNT, "0 or more")]
 PositiveFloat = Annotated[float, Bound(0, words="a positive number", open_least=True)]
@@ -152,7 +164,7 @@ def _argument(value: str, place: Place) -> str:
         raise ArgumentTypeError(f"{error}.") from error
 
 
-Kind = Bound | Sizes | Choice | Place
+Kind = Bound | Sizes | Choice | Switch | Place
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_train.config.bounds import Place, leaves, values
+from casa_train.config.model_schema import LORA, LoraSettings
 from casa_train.config.schema import BENCHMARKS, RENAMED, Config, flatten
 from casa_train.errors import UserError
 
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
             for found in values(config, leaf.path):
                 if expected := leaf.kind.refusal(found.name, found.value):
                     raise refused(found.name, found.value, expected)
-    rules = _data, _optimiser, _mechanism, _fp8, _benchmarks, _exports, _wandb, _resume_allow
+    rules = _data, _optimiser, _mechanism, _lora, _fp8, _benchmarks, _exports, _wandb, _resume_allow
     for rule in rules:
         rule(config)
 
@@ -95,6 +96,31 @@ def _optimiser(config: Config) -> None:
 def _mechanism(config: Config) -> None:
     if "mechanism" not in config.fusion:
         raise refused("fusion", config.fusion, "a fusion group, such as fusion=casa")
+
+
+def _lora(config: Config) -> None:
+    backbone = config.model.backbone
+    if backbone.trainable is None:
+        raise refused("model.backbone.trainable", None, f"true, false or {LORA}")
+    if backbone.trainable != LORA:
+        for name, default in vars(LoraSettings()).items():
+            if (value := getattr(backbone.lora, name)) != default:
+                expected = f"nothing there, or model.backbone.trainable={LORA} beside it"
+                raise refused(f"model.backbone.lora.{name}", value, expected)
+        if config.export.lora != "merge":
+            expected = f"merge where there are no adapters (model.backbone.trainable={LORA})"
+            raise refused("export.lora", config.export.lora, expected)
+    targets = backbone.lora.targets
+    if targets == []:
+        raise refused("model.backbone.lora.targets", targets, "at least one, or null for all")
+    for target in targets or []:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise UserError(
+                f"model.backbone.lora.targets holds {target!r}; expected a name or a regular "
+                f"expression ({error}). Mend it."
+            ) from error
 
 
 def _fp8(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from casa_train.config.bounds import MOST_COUNT, Bound, Choice, PathOrHubId, Sizes
+from casa_train.config.bounds import MOST_COUNT, Bound, Choice, PathOrHubId, Sizes, Switch
 from casa_train.config.resume_marks import ADDED
 
 _COUNT = Bound(1, MOST_COUNT, "at least 1")
@@ -49,6 +49,25 @@ VisionFields = Annotated[
 ]
 
 
+LORA = "lora"
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters beside the decoder's frozen linears; for `trainable: lora` alone."""
+
+    rank: Annotated[int, _COUNT] = 16
+    """Inner width of every adapter."""
+    alpha: Annotated[float, _POSITIVE] = 32.0
+    """What an adapter adds counts alpha / rank."""
+    dropout: Annotated[float, Bound(0, 1, "0 or more, below 1", open_most=True)] = 0.0
+    """Share of an adapter's inputs that are left out in training."""
+    targets: list[str] | None = None
+    """Which linears of the decoder's layers have one: names (`q_proj`, `mlp.up_proj`) or regular
+    expressions that match the end of a name from a dot on (`layers.[0-3].*`). null: all of them,
+    the projections of self-attention and of the feed-forward networks."""
+
+
 @dataclass
 class BackboneConfig:
     """The text decoder."""
@@ -59,8 +78,12 @@ class BackboneConfig:
     config: BackboneFields = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
     qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
-    trainable: bool = True
-    """Whether embeddings, decoder layers and head train; fusion layers always do."""
+    trainable: Annotated[Any, Switch(LORA)] = True
+    """Whether embeddings, decoder layers and head train (true, false), or low-rank adapters beside
+    its frozen weights (lora: see `lora`); fusion layers always do."""
+    lora: Annotated[LoraSettings, ADDED] = field(default_factory=LoraSettings)
+    """The adapters of `trainable: lora`, which needs the package peft. Their rate is that of
+    `optim.groups.lora`."""
     resize_embeddings: bool = False
     """Where the tokenizer has more tokens than the pretrained backbone has rows, give the new ones
     rows of embedding and head that start as the mean of the others."""

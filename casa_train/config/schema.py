@@ -24,7 +24,7 @@ from casa_train.config.bounds import (
     Resume,
 )
 from casa_train.config.data_schema import ORDER, DataConfig
-from casa_train.config.model_schema import ModelConfig
+from casa_train.config.model_schema import LORA, ModelConfig
 from casa_train.config.resume_marks import ADDED, FREE, Added, Free, Kept, marks, matches
 
 
@@ -33,7 +33,8 @@ class GroupConfig:
     """One parameter group."""
 
     patterns: list[str] = field(default_factory=list)
-    """Regular expressions searched in parameter names."""
+    """Regular expressions searched in parameter names; those of LoRA's adapters begin with
+    `lora.`, before the rest of the name."""
     lr: NonNegativeFloat = 1e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
@@ -217,6 +218,9 @@ class ExportConfig:
     best: bool = False
     """Save the step whenever a validation's loss is the lowest so far, and export it to
     RUN/exports/best."""
+    lora: Annotated[str, Choice("merge", "keep")] = "merge"
+    """What these exports do with a run's LoRA adapters: merge adds them to the backbone's weights,
+    keep leaves them beside, in peft's format. `--lora` of the command says so for one export."""
 
 
 @dataclass
@@ -283,6 +287,8 @@ class Config:
     """Where numbers go."""
 
 
+GROUP_OF_ADAPTERS = "optim.groups.lora."
+
 # Names that fields had in earlier versions: run directories and users' own files may hold them.
 RENAMED = {"world_size": "planned_ranks"}
 
@@ -314,11 +320,14 @@ def resume_mark(name: str) -> Resume | None:
 def run_fields(config: Config) -> dict[str, Any]:
     """The fields that determine what a run computes."""
     defaults = flatten(Config())
+    adapted = config.model.backbone.trainable == LORA
     fields = {}
     for name, value in flatten(config).items():
         mark = resume_mark(name)
         if isinstance(mark, Free) or (isinstance(mark, Added) and value == defaults[name]):
             continue
+        if not adapted and name.startswith(GROUP_OF_ADAPTERS):
+            continue  # runs began when there was no such group, and it is without effect
         fields[name] = value
     return fields
 

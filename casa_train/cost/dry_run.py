@@ -16,7 +16,7 @@ from casa_train.config.micro_steps import PLANNED_RANKS, micro_steps
 from casa_train.config.schema import Config
 from casa_train.cost.full_pack import MemoryOfRank, full_pack, memory_of_rank
 from casa_train.cost.peak import PEAK_TFLOPS
-from casa_train.cost.sizes import size_model, text_sizes, vision_sizes
+from casa_train.cost.sizes import decoder_sizes, size_model, vision_sizes
 from casa_train.cost.work import VisionSizes, count_operations, repeated_operations
 from casa_train.data.processor import token_side_of
 from casa_train.io.numbers import GIB, count, duration, rate, short, with_unit
@@ -46,7 +46,7 @@ def dry_run(config: Config) -> list[str]:
     model = meta_model(config, model_config)
     seconds = time.perf_counter() - began
 
-    text = text_sizes(model_config.text_config, config.model.backbone.trainable)
+    text = decoder_sizes(config, model)
     vision = vision_sizes(model_config, config.model.vision.train_last_blocks)
     mechanism = model.mechanism
     pack = full_pack(config)
@@ -93,7 +93,13 @@ def _headline(
         f"casa_train dry run: {config.name}, built on the meta device in {seconds:.1f} s",
         "",
         f"  backbone   {text.layers} blocks of width {text.width:,}, "
-        + ("trained" if text.trainable else "frozen"),
+        + ("trained" if text.trainable else "frozen")
+        + (
+            f", beside it LoRA of rank {config.model.backbone.lora.rank} on "
+            f"{count(len(text.adapters), 'linear')}"
+            if text.adapters
+            else ""
+        ),
         f"  vision     {vision.tower.depth} blocks of width {vision.tower.width:,}, "
         + (f"{trained} trained" if vision.trained else "frozen"),
         f"  fusion     {mechanism.name} {where}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from casa_train.modeling.block_work import TextSizes
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.tower_kinds import tower_shape
+from casa_train.setup.lora import adapter_ranks
 from casa_train.setup.model import describe_model
 from casa_train.setup.pretrained import backbone_config
 from casa_train.setup.tower_weights import export_tower, tower_config
@@ -35,8 +37,13 @@ HUB_SECONDS = 3.0  # longest wait for the hub
 UNKNOWN_VOCABULARY = 1024
 
 
-def text_sizes(config: Any, trainable: bool) -> TextSizes:
-    """The decoder's sizes out of its Hugging Face configuration."""
+def text_sizes(
+    config: Any, trainable: bool, adapters: Mapping[str, int] | None = None
+) -> TextSizes:
+    """The decoder's sizes out of its Hugging Face configuration.
+
+    :param adapters: see `TextSizes`; None: there are none.
+    """
     heads = config.num_attention_heads
     return TextSizes(
         layers=config.num_hidden_layers,
@@ -47,7 +54,14 @@ def text_sizes(config: Any, trainable: bool) -> TextSizes:
         ffn=config.intermediate_size,
         vocabulary=config.vocab_size,
         trainable=trainable,
+        adapters=adapters or {},
     )
+
+
+def decoder_sizes(config: Config, model: CasaForConditionalGeneration) -> TextSizes:
+    """`text_sizes` of a model that is frozen as this configuration does it."""
+    whole = config.model.backbone.trainable is True
+    return text_sizes(model.config.text_config, whole, adapter_ranks(model))
 
 
 def vision_sizes(config: CasaConfig, trained: int) -> VisionSizes:
@@ -58,7 +72,7 @@ def vision_sizes(config: CasaConfig, trained: int) -> VisionSizes:
 def work_counter(config: Config, model: CasaForConditionalGeneration) -> WorkCounter:
     """Counts the work of the model as this configuration trains it."""
     return WorkCounter(
-        text_sizes(model.config.text_config, config.model.backbone.trainable),
+        decoder_sizes(config, model),
         vision_sizes(model.config, config.model.vision.train_last_blocks),
         model.mechanism,
     )

@@ -181,7 +181,7 @@ def _decoder(
     work = BlockWork(paper, sizes, pairs or mechanism.pairs(chunks), text, images, stream)
     h, repeated = sizes.trainable or (z and stream > text), 0
     for layer in range(sizes.layers):
-        before = paper.forward
+        before, work.layer = paper.forward, layer
         h, z = mechanism.count_layer(work, layer, h, z)
         if h:  # otherwise the block keeps nothing, and nothing of it is needed again
             repeated += paper.forward - before - paper.last

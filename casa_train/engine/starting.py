@@ -33,15 +33,15 @@ def start_model(
     :param model: on the meta device.
     :param start: None: a checkpoint replaces everything, so nothing is read or drawn before.
     """
-    dtype = DTYPES[config.parallel.precision]
+    dtype, trainable = DTYPES[config.parallel.precision], config.model.backbone.trainable
     sharded = partial(shard, parallel=config.parallel)
     start_weights(model, start, config.seed, ranks.device, dtype, sharded)
     for account in start.accounts if start is not None else []:
         ranks.log(account.line())
-        if account.resized and not config.model.backbone.trainable:
+        if account.resized and trainable is not True:
             ranks.log(
-                "note: model.backbone.trainable is false, so the rows of new tokens stay as they "
-                "start: the model will not learn to tell them apart"
+                f"note: model.backbone.trainable is {str(trainable).lower()}, so the rows of new "
+                "tokens stay as they start: the model will not learn to tell them apart"
             )
     if start is not None and (warning := start_warning(config, model)) is not None:
         ranks.log(warning)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 # Which blocks may be checkpointed: none, the decoder's with their fusion, the trained ones of the
@@ -24,11 +25,13 @@ def check_blocks(blocks: str) -> None:
 def run_block(block: nn.Module, *inputs: Any, checkpointed: bool) -> Any:
     """`block(*inputs)`, of which autograd keeps `inputs` alone if `checkpointed`.
 
-    Blocks draw no random numbers, so no generator's state is kept for the second run.
+    Blocks draw no random numbers, so no generator's state is kept for the second run, unless they
+    have been given a dropout, as adapters have: it has to leave out the same numbers again.
     """
     if not checkpointed:
         return block(*inputs)
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    draws = any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in block.modules())
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class CheckpointedBlocks:

@@ -12,7 +12,8 @@ from it as it composes their forward (`FusionMechanism.count_layer`). Plain inte
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class TextSizes:
 
     :param ffn: inner width of the feed-forward network.
     :param trainable: whether its own weights train; fusion weights always do.
+    :param adapters: ranks of the low-rank adapters that train beside its linears, by layer and
+        linear, such as `0.q_proj`.
     """
 
     layers: int
@@ -31,6 +34,7 @@ class TextSizes:
     ffn: int
     vocabulary: int
     trainable: bool
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def q_width(self) -> int:
@@ -106,17 +110,25 @@ class Paper:
         return q or k or v
 
 
+# What of keys and values carries a gradient, where it is not all or nothing; `|` adds.
+KEYS, VALUES = 2, 4
+
+
 class BlockWork:
     """The work of decoder blocks over one pack; the methods are those of `block.py` on paper.
 
     Of every tensor it keeps whether it carries a gradient: `h` the hidden states of the stream, `z`
-    the image tokens, `x` and `y` what norms make of them, q and k heads.
+    the image tokens, `x` and `y` what norms make of them, q and k heads; k speaks for keys and
+    values, of which an adapter may give one alone a gradient (`KEYS`, `VALUES`).
 
     :param paper: takes the operations.
     :param sizes: the decoder's.
     :param pairs: what attends to what.
     :param text: text tokens; :param images: image tokens; :param stream: tokens of the stream.
+    :ivar layer: index of the layer that is counted.
     """
+
+    layer = 0
 
     def __init__(
         self, paper: Paper, sizes: TextSizes, pairs: Pairs, text: int, images: int, stream: int
@@ -128,27 +140,54 @@ class BlockWork:
         """A norm of the backbone."""
         return h or self.sizes.trainable
 
-    def linear(self, part: str, tokens: int, inputs: int, outputs: int, own: bool, x: bool) -> bool:
-        """A linear of the backbone, or one of the fusion's own, which always trains."""
-        return self.paper.linear(part, tokens, inputs, outputs, own or self.sizes.trainable, x)
+    def linear(
+        self,
+        part: str,
+        tokens: int,
+        inputs: int,
+        outputs: int,
+        own: bool,
+        x: bool,
+        name: str | None = None,
+    ) -> bool:
+        """A linear of the backbone, or one of the fusion's own, which always trains.
 
-    def project(self, x: bool) -> tuple[bool, bool]:
-        """Self-attention's projections: queries, and keys and values alike."""
+        :param name: of the backbone's own, such as `q_proj`: it may have an adapter.
+        """
+        y = self.paper.linear(part, tokens, inputs, outputs, own or self.sizes.trainable, x)
+        rank = 0 if own else self.sizes.adapters.get(f"{self.layer}.{name}", 0)
+        if rank:
+            inner = self.paper.linear(part, tokens, inputs, rank, True, x)
+            y = self.paper.linear(part, tokens, rank, outputs, True, inner)
+        return y
+
+    def project(self, x: bool) -> tuple[bool, int]:
+        """Self-attention's projections: queries, and keys and values."""
+        part, width = "LLM, linears", self.sizes.width
+        q = self.linear(part, self.stream, width, self.sizes.q_width, False, x, "q_proj")
+        return q, self.keys(part, self.stream, False, x)
+
+    def keys(self, part: str, tokens: int, own: bool, x: bool) -> int:
+        """Projections of keys and values."""
         width, kv_width = self.sizes.width, self.sizes.kv_width
-        q = self.linear("LLM, linears", self.stream, width, self.sizes.q_width, False, x)
-        for _ in range(2):
-            k = self.linear("LLM, linears", self.stream, width, kv_width, False, x)
-        return q, k
+        k = self.linear(part, tokens, width, kv_width, own, x, "k_proj")
+        v = self.linear(part, tokens, width, kv_width, own, x, "v_proj")
+        return KEYS * k | VALUES * v
 
-    def self_attention(self, q: bool, k: bool) -> bool:
+    def attention(self, part: str, pairs: int, q: bool, k: int) -> bool:
+        """Scores and weighted sums, over all heads; k as `keys` gives it, or True for both."""
+        of_keys, of_values = k is True or bool(k & KEYS), k is True or bool(k & VALUES)
+        return self.paper.attention(part, pairs, self.sizes.q_width, q, of_keys, of_values)
+
+    def self_attention(self, q: bool, k: int) -> bool:
         """What the stream reads in itself, before the output projection."""
-        width = self.sizes.q_width
-        return self.paper.attention("LLM, self-attention", self.pairs.stream, width, q, k, k)
+        return self.attention("LLM, self-attention", self.pairs.stream, q, k)
 
     def project_out(self, read: bool) -> bool:
         """Self-attention's output projection."""
         width = self.sizes.width
-        return self.linear("LLM, linears", self.stream, self.sizes.q_width, width, False, read)
+        q_width = self.sizes.q_width
+        return self.linear("LLM, linears", self.stream, q_width, width, False, read, "o_proj")
 
     def attend(self, h: bool) -> bool:
         """h + SA(norm(h))."""
@@ -157,9 +196,10 @@ class BlockWork:
     def mlp(self, part: str, tokens: int, own: bool, x: bool) -> bool:
         """A gated feed-forward network of the backbone's shape."""
         width, ffn = self.sizes.width, self.sizes.ffn
-        for _ in range(2):
-            inner = self.linear(part, tokens, width, ffn, own, x)
-        return self.linear(part, tokens, ffn, width, own, inner)
+        gate, up = (
+            self.linear(part, tokens, width, ffn, own, x, name) for name in ("gate_proj", "up_proj")
+        )
+        return self.linear(part, tokens, ffn, width, own, gate or up, "down_proj")
 
     def feed_forward(self, h: bool) -> bool:
         """h + FFN(norm(h))."""
@@ -171,18 +211,20 @@ class BlockWork:
 
     # The fusion's.
 
-    def text_linear(self, inputs: int, outputs: int, own: bool, x: bool) -> bool:
-        """A projection of text tokens that serves fusion."""
-        return self.linear("fusion, text projections", self.text, inputs, outputs, own, x)
+    def text_linear(
+        self, inputs: int, outputs: int, own: bool, x: bool, name: str | None = None
+    ) -> bool:
+        """A projection of text tokens that serves fusion; `name` as in `linear`."""
+        return self.linear("fusion, text projections", self.text, inputs, outputs, own, x, name)
 
-    def image_keys(self, own: bool, y: bool) -> bool:
+    def text_keys(self, own: bool, x: bool) -> int:
+        """Keys and values of the text tokens for fusion."""
+        return self.keys("fusion, text projections", self.text, own, x)
+
+    def image_keys(self, own: bool, y: bool) -> int:
         """Keys and values of the image tokens."""
-        width, kv_width = self.sizes.width, self.sizes.kv_width
-        for _ in range(2):
-            k = self.linear("fusion, image projections", self.images, width, kv_width, own, y)
-        return k
+        return self.keys("fusion, image projections", self.images, own, y)
 
-    def cross_attention(self, q: bool, k: bool) -> bool:
+    def cross_attention(self, q: bool, k: int) -> bool:
         """What text reads in a fusion layer, before any output projection."""
-        width = self.sizes.q_width
-        return self.paper.attention("fusion, attention", self.pairs.text, width, q, k, k)
+        return self.attention("fusion, attention", self.pairs.text, q, k)

@@ -226,44 +226,42 @@ class WindowAttention(WindowedMechanism):
     def count_layer(self, work: BlockWork, layer_idx: int, h: bool, z: bool) -> tuple[bool, bool]:
         if not self.has_fusion(layer_idx):
             return work.plain_block(h), z
-        width, q_width, kv_width = work.sizes.width, work.sizes.q_width, work.sizes.kv_width
+        width, q_width = work.sizes.width, work.sizes.q_width
         own, sublayer = not self.shared, self.placement in ("before", "after")
         reuse = self.shared and self.placement == "parallel"
         y = work.norm(z) or own
         if self.placement == "after":
             h = work.attend(h)
         x = work.norm(h) or (own and sublayer)
-        q = k = False
+        q, k = False, 0
         if self.placement == "parallel":
             q, k = work.project(x)
             seen = work.self_attention(q, k)
         if not reuse:
-            q, k = work.text_linear(width, q_width, own, x), False
-            for _ in range(2 if self.text_in_window else 0):
-                k = work.text_linear(width, kv_width, own, x)
-        k = work.image_keys(own, y) or (k and self.text_in_window)
+            q = work.text_linear(width, q_width, own, x, "q_proj")
+            k = work.text_keys(own, x) if self.text_in_window else 0
+        k = work.image_keys(own, y) | (k if self.text_in_window else 0)
         read = work.cross_attention(q, k)
         if reuse:
             h |= work.project_out(seen or read)
         else:
             if self.placement == "parallel":
                 h |= work.project_out(seen)
-            h |= work.text_linear(q_width, width, own, read)
+            h |= work.text_linear(q_width, width, own, read, "o_proj")
         if self.placement == "before":
             h = work.attend(h)
         if self.update != "none" and layer_idx != self.last_fused:
             z = self._count_update(work, z, y, k)
         return work.feed_forward(h), z
 
-    def _count_update(self, work: BlockWork, z: bool, y: bool, k: bool) -> bool:
+    def _count_update(self, work: BlockWork, z: bool, y: bool, k: int) -> bool:
         """The work of D4."""
         part, own, images = "image updates, linears", not self.shared, work.images
         width, q_width = work.sizes.width, work.sizes.q_width
         if self.images_attend:
-            q = work.linear(part, images, width, q_width, own, y)
-            pairs = work.pairs.image
-            read = work.paper.attention("image updates, attention", pairs, q_width, q, k, k)
-            z |= work.linear(part, images, q_width, width, own, read)
+            q = work.linear(part, images, width, q_width, own, y, "q_proj")
+            read = work.attention("image updates, attention", work.pairs.image, q, k)
+            z |= work.linear(part, images, q_width, width, own, read, "o_proj")
         return z | work.mlp(part, images, False, work.norm(z))
 
 

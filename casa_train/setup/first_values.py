@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from casa_train.setup.lora import plain_name
+
 HOST = torch.device("cpu")
 MEAN_ROWS = 1024  # that are added up at a time
 
@@ -58,6 +60,8 @@ def with_new_rows(stored: Tensor, rows: int, device: torch.device, dtype: torch.
 class FirstValues:
     """Gives the modules of a model on the meta device their parameters.
 
+    What stands behind an adapter goes by its plain name: it begins as it does without.
+
     :param draw: gives a module's own parameters their first values, by torch's default generator.
         None leaves NaN for a checkpoint to replace: what it does not bring spoils the first loss
         instead of training on unnoticed.
@@ -83,7 +87,8 @@ class FirstValues:
 
         :raises NotImplementedError: a parameter that `draw` leaves without a value.
         """
-        for name, module in block.named_modules(prefix=block_name):
+        for full_name, module in block.named_modules(prefix=block_name):
+            name = plain_name(full_name)
             old = dict(module.named_parameters(recurse=False))
             drawn = [n for n, p in old.items() if not self._known(f"{name}.{n}", p)]
             if drawn:

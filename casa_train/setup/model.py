@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from casa_train.config.model_schema import LORA
 from casa_train.config.schema import Config, ParallelConfig
 from casa_train.data.processor import tokenizer_name
 from casa_train.errors import UserError
@@ -16,6 +17,7 @@ from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.tower_kinds import TOWER_KINDS
+from casa_train.setup.lora import add_adapters, is_adapter
 from casa_train.setup.own_mechanisms import register_own
 from casa_train.setup.pretrained import backbone_config
 from casa_train.setup.tower_weights import export_tower, vision_config
@@ -177,6 +179,8 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
     try:
         with torch.device("meta"):
             model = CasaForConditionalGeneration(model_config)
+            if config.model.backbone.trainable == LORA:
+                add_adapters(model, config.model.backbone)
         set_trainable(model, config)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -194,10 +198,15 @@ def joins_image_keys(parallel: ParallelConfig) -> bool:
 
 
 def set_trainable(model: CasaForConditionalGeneration, config: Config) -> None:
-    """Freezes what the configuration freezes; fusion, resampler and adapter always train."""
+    """Freezes what the configuration freezes; fusion, resampler, the adapter between tower and
+    decoder, and LoRA's adapters always train.
+    """
     trainable = config.model.backbone.trainable
     for part in (model.model, model.lm_head):
-        part.requires_grad_(trainable)
+        part.requires_grad_(trainable is True)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.requires_grad_(True)
     for layer in model.model.layers:
         if layer.fusion is not None:
             layer.fusion.requires_grad_(True)

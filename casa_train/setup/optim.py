@@ -11,6 +11,7 @@ from torch import nn
 
 from casa_train.config.schema import Config, GroupConfig, OptimConfig
 from casa_train.errors import UserError
+from casa_train.setup.lora import GROUP, is_adapter
 
 
 def build_groups(
@@ -18,7 +19,8 @@ def build_groups(
 ) -> list[dict[str, Any]]:
     """Torch parameter groups: each configured group, split into decayed and undecayed tensors.
 
-    :param parameters: all named parameters; frozen ones are left out.
+    :param parameters: all named parameters; frozen ones are left out. Patterns see the names of
+        adapters behind `lora.`, so that the groups of what they stand beside do not match them.
     :return: dicts with `params`, `names`, `name`, `lr`, `base_lr`, `weight_decay`.
     :raises UserError: a trainable parameter that no group or several match, or a required group
         that matches nothing.
@@ -27,15 +29,16 @@ def build_groups(
     for parameter_name, parameter in parameters:
         if not parameter.requires_grad:
             continue
+        matched = f"{GROUP}{parameter_name}" if is_adapter(parameter_name) else parameter_name
         matching = [
             name
             for name, group in groups.items()
-            if any(re.search(pattern, parameter_name) for pattern in group.patterns)
+            if any(re.search(pattern, matched) for pattern in group.patterns)
         ]
         if len(matching) != 1:
             found = f"groups {matching}" if matching else "no group"
             raise UserError(
-                f"optim.groups: parameter {parameter_name!r} matches {found}; every trainable "
+                f"optim.groups: parameter {matched!r} matches {found}; every trainable "
                 f"parameter must match exactly one of {list(groups)}. Mend the patterns of these "
                 "groups, or add a group."
             )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from casa_train.errors import UserError
 from casa_train.io.caches import unwritable_cache
 from casa_train.modeling.windowed import HEAD_NORMS
+from casa_train.setup.lora import plain_parameters
 
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
@@ -261,18 +262,17 @@ def find_backbone(
             unused.append(name)
         else:
             names[name] = target
+    whole = plain_parameters(model)
     parameters = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in whole.items()
         if name.startswith(("model.", "lm_head."))
         and (".fusion." not in name or _adopted(model, name))
     }
     account = find_parameters(parameters, pretrained, "backbone", names, stored, resize=resize)
     account.unused = sorted(unused)
     rest = sorted(
-        name
-        for name, _ in model.named_parameters()
-        if name not in parameters and not name.startswith("visual.")
+        name for name in whole if name not in parameters and not name.startswith("visual.")
     )
     account.copied = [name for name in rest if model.mechanism.copied(name)]
     account.new = [name for name in rest if not model.mechanism.copied(name)]
@@ -323,7 +323,7 @@ def find_export(
         )
     names = {name: name for name in pretrained.names}
     hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
-    parameters = dict(model.named_parameters())
+    parameters = plain_parameters(model)
     account = find_parameters(parameters, pretrained, "model", names, stored, hint, resize)
     account.changed = changed
     return account

@@ -14,6 +14,7 @@ from casa_train.config.schema import Config
 from casa_train.errors import UserError
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.setup.first_values import FirstValues, blocks
+from casa_train.setup.lora import first_draws, plain_layers
 from casa_train.setup.pretrained import (
     Account,
     Pretrained,
@@ -99,12 +100,14 @@ def start_weights(
     if start is None:
         values = FirstValues(None, Stored(), seed, device, dtype)
     else:
-        values = FirstValues(model._init_weights, start.stored, seed, device, dtype)
+        draw = first_draws(model, model._init_weights)
+        values = FirstValues(draw, start.stored, seed, device, dtype)
     decoder = set(model.model.layers)
     for name, block in blocks(model):
         values.fill(name, block)
         if start is not None and start.copies and block in decoder:
-            model.mechanism.initialise(block)
+            with plain_layers(block):
+                model.mechanism.initialise(block)
         finish(block)
 
 

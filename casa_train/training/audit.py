@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from casa_train.config.schema import Config
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.base import Record
+from casa_train.setup.lora import zero_gradient_at_start
 from casa_train.setup.optim import build_groups
 from casa_train.training.hooks import Hook
 from casa_train.training.state import Log
@@ -36,15 +37,16 @@ class Audit(Hook):
     """Looks at one step in which everything can move, and once more if something had to wait.
 
     A step that is left out, because its numbers are not finite, is none to look at: the next one
-    is. Values are compared through digests of their bits. A tensor waits if the mechanism declares
-    its first gradient zero, or if the rate is too small to change its fp32 values, as in a warm-up.
+    is. Values are compared through digests of their bits. A tensor waits if the mechanism or LoRA
+    declares its first gradient zero, or if the rate is too small to change its fp32 values, as in a
+    warm-up.
 
     :param log: is told the verdicts.
     """
 
     def __init__(self, config: Config, engine: AuditedEngine, log: Log) -> None:
         self.engine, self.log = engine, log
-        self.zero_at_start: Callable[[str], bool] = engine.module.mechanism.zero_at_start
+        self.by_design: Callable[[str], bool] = engine.module.mechanism.zero_at_start
         self.steps = config.trainer.steps
         groups = build_groups(engine.module.named_parameters(), config.optim.groups)
         self.groups = {name: group["name"] for group in groups for name in group["names"]}
@@ -103,7 +105,7 @@ class Audit(Hook):
                 continue
             gradient = self.engine.full_gradient(parameter)
             if gradient is None or not bool(gradient.any()):
-                if again or not self.zero_at_start(name):
+                if again or not (self.by_design(name) or zero_gradient_at_start(name)):
                     state = "no gradient" if gradient is None else "an all-zero gradient"
                     self._problems.append(f"trainable {name} got {state}")
                 self._waiting.add(name)

@@ -97,6 +97,22 @@ class MemoryProbe(Hook):
 
         if self.fresh:
             self._attempt(self.engine.make_moments)
+        devices = [device] if device.type == "cuda" else []
+        # What a dropout draws here, the run must not miss: it would depend on how often it began.
+        with torch.random.fork_rng(devices):
+            self._passes(device, forward, kept)
+        self.ranks.log(
+            f"worst case: a pack of {len(inputs.input_ids):,} text and "
+            f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
+            f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "
+            f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}"
+            # A process holds libraries, and on a CPU nobody touches what is only reserved.
+            + (f", estimated {self._estimate.total / GIB:.2f} GiB" if device.type == "cuda" else "")
+        )
+
+    def _passes(
+        self, device: torch.device, forward: Callable[[], None], kept: list[Tensor]
+    ) -> None:
         # Twice: DeepSpeed makes the sums of gradients in the first backward pass, and they lie
         # under the activations of every later one.
         for _ in range(2):
@@ -106,14 +122,6 @@ class MemoryProbe(Hook):
             self._attempt(forward)
             self._attempt(lambda: self.engine.backward(kept[1]))
             self.engine.forget_gradients()
-        self.ranks.log(
-            f"worst case: a pack of {len(inputs.input_ids):,} text and "
-            f"{sum(sample.image_tokens for sample in pack):,} image tokens went forward and "
-            f"backward in {time.perf_counter() - began:.1f} s; peak memory of a rank "
-            f"{max(self._peaks) / GIB:.2f} GiB{self._of_total()}"
-            # A process holds libraries, and on a CPU nobody touches what is only reserved.
-            + (f", estimated {self._estimate.total / GIB:.2f} GiB" if device.type == "cuda" else "")
-        )
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Runs a part and agrees with all ranks on how it went."""

@@ -57,6 +57,7 @@ class Audit(Hook):
         # Of the step that is looked at, until it is known whether it was taken.
         self._looking = False
         self._waiting: set[str] = set()
+        self._without: set[str] = set()  # a gradient: decay alone may move them
         self._problems: list[str] = []
 
     def before_update(self, step: int, rates: Mapping[str, float], pairs: float) -> None:
@@ -97,7 +98,7 @@ class Audit(Hook):
         again = self.first_step is not None
         if not again:
             self._before = {name: self._digest(p) for name, p in self._parameters()}
-        self._waiting, self._problems = set(), []
+        self._waiting, self._without, self._problems = set(), set(), []
         for name, parameter in self._parameters():
             if not parameter.requires_grad:
                 if parameter.grad is not None:
@@ -109,6 +110,7 @@ class Audit(Hook):
                     state = "no gradient" if gradient is None else "an all-zero gradient"
                     self._problems.append(f"trainable {name} got {state}")
                 self._waiting.add(name)
+                self._without.add(name)
             elif not self._can_move(parameter, rates[self.groups[name]]):
                 self._waiting.add(name)
 
@@ -133,9 +135,9 @@ class Audit(Hook):
             moved = self._digest(parameter) != self._before[name]
             if parameter.requires_grad:
                 trained += 1
-                if moved:
+                if moved and name not in self._without:
                     self.waiting.discard(name)
-                elif name not in self.waiting:
+                elif not moved and name not in self.waiting:
                     problems.append(f"trainable {name} did not move")
             else:
                 frozen += 1

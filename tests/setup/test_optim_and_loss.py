@@ -160,6 +160,15 @@ def test_audit_lets_declared_zeros_pass_once(tmp_path: Path) -> None:
     assert "4 wait (zero gradient by design" in one_step(toy, used, moved, zero="o")
 
 
+def test_audit_waits_for_a_gradient_that_decay_cannot_stand_in_for() -> None:
+    toy = Toy()
+    nn.init.zeros_(toy.fusion.weight)
+    used, everything = [toy.body, toy.norm, toy.fusion], [toy.body, toy.norm, toy.fusion]
+    # All of them move, as a weight decay has it; behind the zero weight, no gradient came.
+    line = one_step(toy, used, everything, zero="o")
+    assert "2 of 6 trainable tensors got a gradient and moved" in line and "4 wait" in line
+
+
 def test_audit_waits_for_steps_that_are_taken_and_in_which_everything_can_move() -> None:
     toy = Toy()
     audit = audit_of(toy, lambda name: name == "norm.bias")

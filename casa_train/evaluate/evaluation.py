@@ -154,7 +154,9 @@ def evaluate_run(
         "step": exported_step(export),
         "overrides": list(overrides),
         "validation": {name: source.path for name, source in held_out.items()},
-        "weights_sha256": {p.name: sha256(p) for p in sorted(export.glob("*.safetensors"))},
+        "weights_sha256": {
+            str(p.relative_to(export)): sha256(p) for p in sorted(export.rglob("*.safetensors"))
+        },
         "seconds": time.perf_counter() - began,
         "skipped": dict(skipped),
         "live": live,

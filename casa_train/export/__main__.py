@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
+from casa_train.export.adapters import KEEP, MERGE
 from casa_train.export.from_run import export
 from casa_train.io.precision import DTYPES
 from casa_train.io.quiet import quiet_libraries
@@ -26,10 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=local_path, required=True, help="the directory to write")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the run's precision")
+    parser.add_argument(
+        "--lora",
+        choices=(MERGE, KEEP),
+        help="adapters added to the weights, or apart in peft's format (default: export.lora)",
+    )
     arguments = parser.parse_args(argv)
     quiet_libraries()
     try:
-        print(export(arguments.run, arguments.out, arguments.step, arguments.dtype))
+        a = arguments
+        print(export(a.run, a.out, a.step, a.dtype, a.lora))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

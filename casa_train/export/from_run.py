@@ -19,6 +19,7 @@ from casa_train.data.processor import build_processor
 from casa_train.distributed.ranks import Ranks
 from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
+from casa_train.export.adapters import KEEP, MERGE, Merge, chosen_way, save_kept
 from casa_train.export.gate import check_export
 from casa_train.export.model_card import model_card
 from casa_train.export.writer import check_target, write_export
@@ -33,17 +34,26 @@ from casa_train.setup.model import build_model
 from casa_train.setup.own_mechanisms import own_class
 
 
-def export(run: Path, out: Path, step: int | None = None, dtype: str | None = None) -> str:
+def export(
+    run: Path,
+    out: Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    lora: str | None = None,
+) -> str:
     """Exports a checkpoint of a run.
 
     :param step: which checkpoint; None takes the newest valid one.
     :param dtype: bf16 or fp32; None takes the run's own precision.
+    :param lora: what becomes of adapters: merge or keep; None takes what the run says.
     :return: the gate's verdict.
-    :raises UserError: no such run or checkpoint, a bad target, a failed gate.
+    :raises UserError: no such run or checkpoint, adapters that are not there, a bad target, a
+        failed gate.
     """
     check_target(out)
     check_cache(HF_MODULES_CACHE)  # the gate loads the export by its own code
     config = load_run_config(run)
+    way = chosen_way(config, lora)
     use_threads(config.parallel.threads)
     found = find_checkpoint(run, step)
     processor = build_processor(config, run / PROCESSOR)
@@ -60,18 +70,27 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str | None = No
             f"{found.path} does not fit the run's configuration: missing {missing[:4]}, unexpected "
             f"{unexpected[:4]}. Was config.yaml edited?"
         )
+    conversations = gate_conversations(config.data.max_pixels)
+    merge = Merge(model, processor, conversations) if way == MERGE else None
     model.to(chosen)
+
+    def save_model(directory: Path) -> None:
+        if way == KEEP:
+            save_kept(model, config, directory)
+        else:
+            model.save_pretrained(directory)
 
     def gate(directory: Path) -> str:
         # The values that were saved, computed with in fp32.
-        return check_export(directory, model.float(), gate_conversations(config.data.max_pixels))
+        verdict = check_export(directory, model.float(), conversations)
+        return verdict if merge is None else f"{verdict}\n{merge.line(model, chosen)}"
 
     return write_export(
         out,
-        save_model=lambda directory: model.save_pretrained(directory),
+        save_model=save_model,
         save_processor=lambda directory: processor.save_pretrained(directory),
         source=Path(str(modeling.__file__)).parent,
-        card=model_card(config, found.step, model),
+        card=model_card(config, found.step, model, way),
         provenance={"run": config.name, "step": found.step, "dtype": str(chosen)},
         gate=gate,
         mechanism=own_class(model.mechanism),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def check_export(directory: Path, trained: nn.Module | None, conversations: list
         f"export gate: {len(conversations)} conversations, logits equal to {worst:.1e}, "
         f"{NEW_TOKENS} cached greedy tokens each as the full forward picks them"
     )
+
+
+@torch.no_grad()
+def packed_logits(model: nn.Module, processor: Any, conversations: Sequence[Any]) -> list[Tensor]:
+    """(T, vocabulary) logits of each conversation, by the path of training, without dropout."""
+    was_training = model.training
+    model.eval()
+    logits = [_packed_logits(model, processor.tokenize_messages(c)) for c in conversations]
+    model.train(was_training)
+    return logits
 
 
 def _packed_logits(trained: nn.Module, batch: Any) -> Tensor:

@@ -15,20 +15,23 @@ from casa_train.errors import UserError
 from casa_train.io.caches import check_cache
 from casa_train.io.files import EXPORT_MARKER
 from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.setup.lora import attach_adapters
 
 # The older name works everywhere, with a warning from 4.56 on.
 DTYPE_OPTION = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 def load_model(directory: Path, dtype: torch.dtype | str) -> Any:
-    """The model of an export, by its own remote code.
+    """The model of an export, by its own remote code, with the adapters that it keeps apart.
 
     :param dtype: of the parameters; "auto" is that of the files.
-    :raises UserError: a directory that is no export.
+    :raises UserError: a directory that is no export, or adapters without peft.
     """
     _trust(directory)
     options: dict[str, Any] = {"trust_remote_code": True, DTYPE_OPTION: dtype}
-    return AutoModel.from_pretrained(str(directory), **options)
+    model = AutoModel.from_pretrained(str(directory), **options)
+    folder = model.config.kept_adapter if hasattr(model.config, "kept_adapter") else None
+    return model if folder is None else attach_adapters(model, directory / folder).eval()
 
 
 def load_processor(directory: Path, **options: Any) -> Any:

@@ -55,6 +55,16 @@ tags:
 """
 """By which a hub finds any export."""
 
+KEPT = """, which lie apart in `adapter/`, in peft's format.
+Without them the model refuses to run; `pip install peft`, and after `model = ...` below:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, path + "/adapter").eval()
+```"""
+"""Of an export that keeps its adapters."""
+
 CARD = FRONT
 CARD += """# {name}
 
@@ -67,7 +77,7 @@ images through **{mechanism}**, fed by a {tower} vision tower. {tokens}
 | vision tower ({depth} blocks, width {vision_width}) | {vision_size:,} |
 | fusion ({mechanism}) | {fusion_size:,} |
 
-Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.
+Checkpoint of step {step}, {steps} steps planned, {packs} packed sequences a step.{adapters}
 
 """
 CARD += USE
@@ -96,9 +106,10 @@ arXiv 2512.19535.
 """
 
 
-def model_card(config: Config, step: int, model: Any) -> str:
+def model_card(config: Config, step: int, model: Any, lora: str | None = None) -> str:
     """The card's text.
 
+    :param lora: what became of adapters, merge or keep; None: there were none.
     :param model: the model that is exported; sizes are counted on it.
     """
     config = shown(config)
@@ -114,7 +125,9 @@ def model_card(config: Config, step: int, model: Any) -> str:
         f"- `{name}` ({dataset.source}), streamed"
         for name, dataset in config.data.stream.datasets.items()
     ]
+    adapters = "" if lora is None else _adapters(config, lora)
     return CARD.format(
+        adapters=adapters,
         name=config.name,
         version=__version__,
         backbone=text.model_type,
@@ -140,6 +153,16 @@ def model_card(config: Config, step: int, model: Any) -> str:
         sources="\n".join(sources),
         yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
+
+
+def _adapters(config: Config, lora: str) -> str:
+    """What is to be known of LoRA."""
+    settings = config.model.backbone.lora
+    told = (
+        "\n\nThe text backbone stayed frozen but for LoRA adapters of rank "
+        f"{settings.rank} (alpha {settings.alpha:g})"
+    )
+    return f"{told}, merged into its weights." if lora == "merge" else told + KEPT
 
 
 def _licences(config: Config) -> str:

@@ -76,8 +76,9 @@ def write_export(
                 shutil.copy(file, temporary / file.name)
         if mechanism is not None:
             _add_mechanism(temporary, mechanism)
-        for file in temporary.iterdir():  # safetensors files are made readable by their owner only
-            file.chmod(0o666 & ~_umask())
+        for file in temporary.rglob("*"):  # safetensors files are made readable by their owner only
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / EXPORT_MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
         for file in temporary.rglob("*"):

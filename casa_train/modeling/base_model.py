@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .activation_checkpointing import CheckpointedBlocks
+from .adapter_check import AdapterCheck
 from .configuration_casa import CasaConfig
 from .decoder import FUSED
 from .joint_keys import JointImageKeys
@@ -16,7 +17,9 @@ from .regions import CompiledRegions
 from .towers import TOWERS
 
 
-class CasaPreTrainedModel(CheckpointedBlocks, CompiledRegions, JointImageKeys, PreTrainedModel):
+class CasaPreTrainedModel(
+    CheckpointedBlocks, CompiledRegions, JointImageKeys, AdapterCheck, PreTrainedModel
+):
     config_class = CasaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

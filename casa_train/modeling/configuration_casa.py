@@ -32,6 +32,8 @@ class CasaConfig(PretrainedConfig):
     :param adapter: from image tokens to the text's width: `linear`, which stands only where the
         widths differ, or `mlp`, two linears with GELU between them.
     :param answer_end_token: the id that ends an answer there; None where it is not known.
+    :param kept_adapter: the folder beside the weights that holds the adapters (LoRA) they were
+        trained with; None where there are none, or merged ones.
     """
 
     model_type = "casa_vlm"
@@ -48,6 +50,7 @@ class CasaConfig(PretrainedConfig):
         post_image_tokens: Sequence[int] = (),
         answer_end_token: int | None = None,
         adapter: str = "linear",
+        kept_adapter: str | None = None,
         **kwargs: Any,
     ) -> None:
         if text_config is None:
@@ -63,6 +66,7 @@ class CasaConfig(PretrainedConfig):
         self.post_image_tokens = list(post_image_tokens)
         self.answer_end_token = answer_end_token
         self.adapter = adapter
+        self.kept_adapter = kept_adapter
         # The library reads tying and special tokens at the top level.
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(text_config, name, None))

@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .activation_checkpointing import CheckpointedBlocks
+from .adapter_check import AdapterCheck
 from .attention import varlen_attention
 from .backbones import Backbone
 from .base_model import CasaPreTrainedModel
@@ -196,8 +197,10 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
         :return: logits (B, T, vocabulary), loss if `labels`, and the cache; a tuple where
             `return_dict` is False. What is None is as the configuration has it.
         :raises TypeError: unknown keywords; attention weights, which never exist as a whole.
+        :raises ValueError: adapters that the export keeps apart are not loaded.
         """
         refuse_keywords(kwargs)
+        self.require_adapter()
         options = self._output_options(output_attentions, output_hidden_states, return_dict)
         states: list[Tensor] | None = [] if options["output_hidden_states"] else None
         if packed is not None:
@@ -326,6 +329,7 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
 AutoProcessor.register(CasaConfig, CasaProcessor, exist_ok=True)
 
 __all__ = [
+    "AdapterCheck",
     "Backbone",
     "BlockWork",
     "Casa",

@@ -9,14 +9,20 @@ Everywhere else a linear keeps the name that it has without: *plain* names here.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from casa_train.config.model_schema import BackboneConfig, LoraSettings
 from casa_train.errors import UserError
+from casa_train.setup.kept_adapters import CONFIG, PREFIX, WEIGHTS
 
 ADAPTER = "default"  # peft's name of the only adapter
 DOWN, UP = f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}"
@@ -161,6 +167,49 @@ def plain_layers(module: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+def write_adapters(model: Any, lora: LoraSettings, folder: Path) -> None:
+    """Writes a model's adapters in peft's own format, for the model as a whole.
+
+    :raises OSError, SafetensorError: it cannot be written.
+    """
+    peft, decoder = library(), model.model
+    with plain_layers(decoder):
+        targets = [f"model.{name}" for name in find_targets(decoder, lora.targets)]
+    found = peft.get_peft_model_state_dict(decoder, adapter_name=ADAPTER)
+    tensors = {f"{PREFIX}model.{name}": value.contiguous() for name, value in found.items()}
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    written = settings(lora, targets)
+    written.inference_mode = True
+    written.save_pretrained(str(folder))
+    content = json.loads((folder / CONFIG).read_text())
+    content["target_modules"] = targets  # peft's are a set, in another order every time
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def attach_adapters(model: Any, folder: Path) -> Any:
+    """An export's model with the adapters beside it, frozen, in their own precision.
+
+    :raises UserError: no peft, or adapters that it cannot load.
+    """
+    try:
+        peft = library()
+        with warnings.catch_warnings():  # it asks transformers for what will have another name
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = peft.PeftModel.from_pretrained(
+                model, str(folder), autocast_adapter_dtype=False
+            )
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the adapters in {folder} cannot be loaded ({first}); expected them as the export "
+            "wrote them. Copy the export again."
+        ) from error
+    return wrapped.get_base_model()
 
 
 def merge_adapters(model: Any) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from casa_train.errors import UserError
 from casa_train.io.caches import unwritable_cache
 from casa_train.modeling.windowed import HEAD_NORMS
+from casa_train.setup.kept_adapters import KeptAdapters
 from casa_train.setup.lora import plain_parameters
 
 GENERATION = "generation_config.json"
@@ -228,18 +229,24 @@ class Stored:
 
     def __init__(self) -> None:
         self._places: dict[str, tuple[Pretrained, str]] = {}
+        self._adapters: KeptAdapters | None = None
 
     def add(self, pretrained: Pretrained, places: dict[str, str]) -> None:
         """:param places: parameter name -> name in the checkpoint."""
         self._places.update({name: (pretrained, place) for name, place in places.items()})
 
+    def add_adapters(self, adapters: KeptAdapters) -> None:
+        """What is read from now on comes with these merged into it."""
+        self._adapters = adapters
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def read(self, name: str) -> Tensor:
-        """The stored value of a parameter, mapped from its file."""
+        """The stored value of a parameter, mapped from its file, or merged with its adapter."""
         pretrained, place = self._places[name]
-        return pretrained.tensor(place)
+        value = pretrained.tensor(place)
+        return value if self._adapters is None else self._adapters.merged(place, value)
 
 
 def find_backbone(
@@ -325,6 +332,11 @@ def find_export(
     hint = f"These settings differ: {'; '.join(changed)}." if changed else SIZES
     parameters = plain_parameters(model)
     account = find_parameters(parameters, pretrained, "model", names, stored, hint, resize)
+    if folder := pretrained.config.get("kept_adapter"):
+        adapters = KeptAdapters(pretrained.directory / folder, pretrained.setting)
+        adapters.check(pretrained.shapes())
+        stored.add_adapters(adapters)
+        changed.append("its adapters merged into the weights")
     account.changed = changed
     return account
 

@@ -17,6 +17,7 @@ from typing import Any
 from casa_train.errors import UserError
 from casa_train.io.files import EXPORT_MARKER, sha256
 from casa_train.io.log import append, read_json_lines
+from casa_train.setup.kept_adapters import FOLDER
 
 KEPT = "kept"
 _OF_MODEL = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "*.txt")
@@ -27,11 +28,12 @@ def weights_digests(export: Path) -> dict[str, str]:
 
     :raises UserError: a file cannot be read, or is gone.
     """
-    found = {file for pattern in _OF_MODEL for file in export.glob(pattern)}
+    folders = export, export / FOLDER  # adapters that lie apart
+    found = {file for where in folders for p in _OF_MODEL for file in where.glob(p)}
     # The marker says where an export is from, which changes no answer.
     files = sorted(file for file in found if file.name != EXPORT_MARKER)
     try:
-        return {file.name: sha256(file) for file in files}
+        return {str(file.relative_to(export)): sha256(file) for file in files}
     except OSError as error:
         raise UserError(
             f"{export} cannot be read: {error}. Expected an export that is whole and that nothing "

@@ -112,8 +112,8 @@ def find_targets(decoder: nn.Module, patterns: list[str] | None) -> list[str]:
             there = sorted({re.sub(r"^layers\.\d+\.", "", name) for name in linears})
             wrong = next((f"{n} ({kind})" for n, kind in others.items() if end.match(n)), None)
             raise UserError(
-                f"model.backbone.lora.targets: {pattern!r} matches "
-                + ("no linear of the text decoder" if wrong is None else f"{wrong}, no linear")
+                f"model.backbone.lora.targets: {pattern!r} matches no linear of the text decoder's "
+                + ("layers" if wrong is None else f"layers, but {wrong}")
                 + f"; expected names or patterns of linears in its layers: {', '.join(there)}. "
                 "Fusion, vision tower, embeddings and head take no adapters."
             )

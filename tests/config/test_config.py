@@ -214,7 +214,10 @@ def small_demo(data_dir: Path, run_dir: Path, overrides: list[str]) -> list[str]
         (["+experiment=nothing"], ["experiment/nothing"]),
         (["experiment=demo"], ["+experiment=NAME"]),
         (["checkpoint.resume_allow=trainer.steps"], ["in brackets: checkpoint.resume_allow=["]),
-        (["optim.groups.vison.lr=1"], ["'vison'", "in conf/optim: backbone, fusion, vision."]),
+        (
+            ["optim.groups.vison.lr=1"],
+            ["'vison'", "in conf/optim: backbone, fusion, lora, vision."],
+        ),
         (["model.tokenizer=absent/tokenizer"], ["no such directory in", "Prepare the data first"]),
         (["name=../x"], ["name is '../x'", "run_dir"]),
         (["name=/x"], ["name is '/x'", "run_dir"]),

@@ -30,15 +30,18 @@ from casa_train.errors import UserError
 from casa_train.io.precision import DTYPES
 from casa_train.io.tensors import save_tensors
 from casa_train.setup.optim import set_rates
+from tests.helpers.adapted import adapt
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import HARD_PACK, Sample, fill, tiny_model
 from tests.helpers.tiny_run import tiny_settings
 from tests.helpers.zero_steps import pack_loss
 
-CASES = {
+CASES: dict[str, tuple[int, str, bool | str]] = {
     f"stage {stage}, {precision}, {'frozen' if frozen else 'trained'}": (stage, precision, frozen)
     for stage, precision, frozen in itertools.product((1, 2, 3), ("fp32", "bf16"), (False, True))
 }
+# Adapters beside the frozen backbone.
+CASES |= {f"stage {stage}, bf16, lora": (stage, "bf16", "lora") for stage in (1, 2, 3)}
 CROSSINGS = [(1, 3), (3, 2), (2, 1)]  # ZeRO stages: saved, loaded
 MOSTLY_FROZEN = [case for case in CASES if case.endswith("bf16, frozen")]
 N = 2
@@ -54,12 +57,14 @@ OPTIM = OptimConfig(
 )
 
 
-def make_engine(ranks: Ranks, stage: int, precision: str, frozen: bool, seed: int) -> Engine:
+def make_engine(ranks: Ranks, stage: int, precision: str, frozen: bool | str, seed: int) -> Engine:
     model = tiny_model(seed=seed)
+    if frozen == "lora":
+        adapt(model, ["q_proj", "v_proj", "down_proj"], seed=seed)
     model.visual.set_trainable(1)
     if frozen:
         for name, parameter in model.named_parameters():
-            if ".fusion." not in name and "visual" not in name:
+            if not any(part in name for part in (".fusion.", "visual", ".lora_")):
                 parameter.requires_grad = False
     model.to(DTYPES[precision])
     # What a GPU would take by itself: its count of updates lies elsewhere.

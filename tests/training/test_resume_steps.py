@@ -63,7 +63,7 @@ def test_resumed_steps_are_those_of_an_uninterrupted_run(chain: Path, case: str)
     trained = [name for name, values in straight["now"].items() if "master" in values]
     assert len(moved) > 0.9 * kinds * len(trained)
     still = [name for name, values in straight["now"].items() if set(values) == {"weight"}]
-    assert any("self_attn" in name for name in still) == frozen
+    assert any("self_attn" in name for name in still) == bool(frozen)
     assert any("visual" in name for name in still)  # the tower's first block never trains
 
 
@@ -118,9 +118,11 @@ def test_every_stage_loads_what_another_saved(
 
 
 def test_equal_frozen_weights_have_one_file_whoever_writes_it(chain: Path) -> None:
-    """Two precisions, backbone frozen and trained: every stage and number of ranks writes these."""
+    """Two precisions, backbone frozen, trained, or frozen beside adapters, where linears have other
+    names: every stage and number of ranks writes these.
+    """
     names = frozen_files(chain / "2").keys()
-    assert len(names) == 4
+    assert len(names) == 5
     for ranks in ("1", "4"):
         assert frozen_files(chain / ranks).keys() == names
     rounded = chain / "finish" / "bf16 to fp32"

@@ -34,6 +34,7 @@ T = TypeVar("T")
 PACKAGE = "easy-vqa"
 VERSION = 1  # raise when the same arguments would write something else
 ANSWERS = ("words", "sentences")
+PLACEHOLDER = "<image>"  # in a question of a sample with several pictures
 
 Conversation = tuple[int, tuple[Asked, ...]]
 """A picture's number and what is asked about it, turn by turn."""
@@ -64,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions about one picture in one sample, at most; none that an earlier one gives "
         "away (default: 1)",
     )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures in one training sample, each before its own questions: what a chat template "
+        "says once a sample is then read once for all; held-out samples have one (default: 1)",
+    )
     for name, split in (("samples", "training"), ("validation", "held-out")):
         parser.add_argument(
             f"--{name}",
@@ -83,6 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_least(
         ("--seed", arguments.seed, 0),
         ("--turns", arguments.turns, 1),
+        ("--pictures", arguments.pictures, 1),
         ("--workers", arguments.workers, 1),
         *(("--samples", n, 1) for n in [arguments.samples] if n is not None),
         *(("--validation", n, 0) for n in [arguments.validation] if n is not None),
@@ -90,12 +100,15 @@ def run(arguments: argparse.Namespace) -> None:
     sizes: dict[SplitName, int] = {}
     for split, name in zip(SPLITS, ("validation", "samples"), strict=True):
         there = len(conversations(split, arguments.seed, tasks, arguments.turns))
+        if split == "train":
+            there //= arguments.pictures
         given = getattr(arguments, name)
         sizes[split] = there if given is None else given
         if sizes[split] > there:
             raise UserError(
                 f"--{name} is {given}, but easy-VQA gives {there} samples of {', '.join(tasks)} "
-                f"with --turns {arguments.turns}; expected at most so many, or leave it out."
+                f"with --turns {arguments.turns} and --pictures {arguments.pictures}; expected at "
+                "most so many, or leave it out."
             )
     wanted = {
         "version": VERSION,
@@ -105,6 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": tasks,
         "answers": arguments.answers,
         "turns": arguments.turns,
+        "pictures": arguments.pictures,
         "tokenizer": arguments.tokenizer,
         "template": arguments.template or "auto",
     }
@@ -123,8 +137,9 @@ def _write_splits(
     """Returns what was written, by split, with what is right without a picture."""
     seed, tasks, turns = wanted["seed"], tuple(wanted["tasks"]), wanted["turns"]
     sentences = wanted["answers"] == "sentences"
+    pictures: dict[SplitName, int] = {"train": wanted["pictures"], "validation": 1}
     first = {
-        split: [talk[0] for _, talk in conversations(split, seed, tasks, turns)[:size]]
+        split: [t[0] for _, t in conversations(split, seed, tasks, turns)[: size * pictures[split]]]
         for split, size in sizes.items()
     }
     summary: dict[str, Any] = {}
@@ -132,7 +147,9 @@ def _write_splits(
         if size == 0:
             continue
         jobs = [
-            QuestionJob(split, seed, tasks, turns, sentences, i, min(i + whole.SHARD, size))
+            QuestionJob(
+                split, seed, tasks, turns, pictures[split], sentences, i, min(i + whole.SHARD, size)
+            )
             for i in range(0, size, whole.SHARD)
         ]
         found = whole.write(out / split, jobs, encoding, workers, "easyvqa")
@@ -155,6 +172,7 @@ class QuestionJob:
     seed: int
     tasks: tuple[str, ...]
     turns: int
+    pictures: int
     sentences: bool
     start: int
     stop: int
@@ -169,12 +187,20 @@ class QuestionJob:
 
     def rows(self) -> Iterator[Row]:
         every = conversations(self.split, self.seed, self.tasks, self.turns)
-        pictures = _published(self.split).pictures
+        paths = _published(self.split).pictures
         for i in range(self.start, self.stop):
-            picture, turns = every[i]
-            texts = [turn.sentences() if self.sentences else turn.words() for turn in turns]
-            row = whole.rated_row(f"easyvqa_{turns[0].family}", texts, visual=True)
-            yield Row(f"{self.split}-{i:07d}", row, [pictures[picture].read_bytes()])
+            talks = every[i * self.pictures : (i + 1) * self.pictures]
+            texts: list[tuple[str, str]] = []
+            for _, turns in talks:
+                said = [turn.sentences() if self.sentences else turn.words() for turn in turns]
+                if self.pictures > 1:  # each where it is asked about
+                    said[0] = f"{PLACEHOLDER}{said[0][0]}", said[0][1]
+                texts += said
+            families = {turns[0].family for _, turns in talks}
+            source = f"easyvqa_{families.pop()}" if len(families) == 1 else "easyvqa"
+            row = whole.rated_row(source, texts, visual=True)
+            images = [paths[picture].read_bytes() for picture, _ in talks]
+            yield Row(f"{self.split}-{i:07d}", row, images)
 
 
 # -------------------------------------------------------------------------------- the published set

@@ -258,6 +258,31 @@ def test_samples_are_read_as_training_reads_them(dataset: Path) -> None:
         assert any(len(sample.turns) == 2 for sample in split)
 
 
+def test_several_pictures_stand_each_before_their_own_questions(
+    dataset: Path, tmp_path: Path
+) -> None:
+    options = ("--tasks", "shape,colour", "--answers", "sentences", "--turns", "2")
+    assert recipe(tmp_path / "out", *options, "--pictures", "3", "--samples", "70") == 0
+    single = list(Split(dataset / "train"))
+    samples = list(Split(tmp_path / "out" / "train"))
+    assert len(samples) == 70
+    for i, sample in enumerate(samples):
+        alone = single[3 * i : 3 * i + 3]  # the same ones, in the same order
+        assert sample.images == tuple(image for one in alone for image in one.images)
+        turns = [turn for one in alone for turn in one.turns]
+        assert [turn.assistant for turn in sample.turns] == [turn.assistant for turn in turns]
+        assert [turn.user[-1] for turn in sample.turns] == [turn.user[-1] for turn in turns]
+        shown = [image for turn in sample.turns for image in turn.images]
+        assert shown == [0, 1, 2]
+        starts = [bool(turn.images) for turn in sample.turns]
+        assert starts == [bool(turn.images) for turn in turns]
+        assert sample.source == "easyvqa"
+    assert all(len(sample.images) == 1 for sample in Split(tmp_path / "out" / "validation"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    blind = summary["train"]["blind_guess"]
+    assert blind["colour"]["questions"] + blind["shape"]["questions"] == 210
+
+
 def test_a_colour_that_is_answered_is_the_pictures(dataset: Path) -> None:
     """One colour word, one colour of pixels: read from the pictures alone."""
     seen: dict[str, Counter[object]] = defaultdict(Counter)
@@ -330,6 +355,8 @@ def test_published_words_are_the_default_and_a_model_counts_its_own_tokens(tmp_p
         (["--samples", "0"], "--samples is 0; expected a whole number of at least 1"),
         (["--validation", "-1"], "--validation is -1"),
         (["--turns", "0"], "--turns is 0"),
+        (["--pictures", "0"], "--pictures is 0"),
+        (["--samples", "7000", "--pictures", "6"], "gives 6429 samples"),
         (["--seed", "-1"], "--seed is -1"),
         (["--workers", "0"], "--workers is 0"),
         (["--tokenizer", "./nowhere"], "neither a directory nor a hub id"),

@@ -32,6 +32,7 @@ from data_recipes.synthetic_scenes import SPLITS, SplitName
 T = TypeVar("T")
 
 PACKAGE = "easy-vqa"
+ORIGIN = {"dataset": "easyvqa", "subset": "easyvqa"}
 VERSION = 1  # raise when the same arguments would write something else
 ANSWERS = ("words", "sentences")
 PLACEHOLDER = "<image>"  # in a question of a sample with several pictures
@@ -152,7 +153,7 @@ def _write_splits(
             )
             for i in range(0, size, whole.SHARD)
         ]
-        found = whole.write(out / split, jobs, encoding, workers, "easyvqa")
+        found = whole.write(out / split, jobs, encoding, workers, "easyvqa", ORIGIN)
         guesses = blind_guesses(first[split], first["train"])
         summary[split] = {**found, "blind_guess": guesses}
         for family, guess in guesses.items():

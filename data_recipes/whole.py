@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,22 @@ def prepare(
 
 
 def write(
-    directory: Path, jobs: Sequence[Job], encoding: Encoding, workers: int, recipe: str
+    directory: Path,
+    jobs: Sequence[Job],
+    encoding: Encoding,
+    workers: int,
+    recipe: str,
+    origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes one split in FineVision's schema; returns its summary, samples by task included.
 
     :param recipe: what sources begin with; a task follows.
+    :param origin: of published data: `dataset` and `subset`, by which mixtures know it.
     """
     from casa_train.data.prepared.shards import Split
 
     size = sum(job.weight for job in jobs)
-    plan = SplitPlan(directory, "finevision", directory.name, jobs, size, "samples")
+    plan = SplitPlan(directory, "finevision", directory.name, jobs, size, "samples", origin or {})
     meta = write_split(plan, encoding, min(workers, len(jobs)))
     written = Split(directory)
     tasks = Counter(written.source(i).removeprefix(f"{recipe}_") for i in range(len(written)))

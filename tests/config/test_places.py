@@ -141,6 +141,8 @@ COMMANDS: list[tuple[Callable[[list[str]], int], list[str]]] = [
     (bench, ["packing", "--json", "PLACE"]),
     (submit, ["--submissions", "PLACE", "+experiment=demo"]),
     (recipe, ["synthetic", "--samples", "9", "--seed", "1", "--out", "PLACE"]),
+    (recipe, ["synthetic", "--samples", "9", "--seed", "1", "--out", "x", "--tokenizer", "PLACE"]),
+    (recipe, ["easyvqa", "--seed", "1", "--out", "PLACE"]),
     (recipe, ["finevision", "--out", "PLACE"]),
     (recipe, ["finevision", "--out", "x", "--source", "PLACE"]),
     (recipe, ["finevision", "--out", "x", "--tokenizer", "PLACE"]),

@@ -42,6 +42,7 @@ VALIDATED = [override for override in RUN if not override.startswith("evaluation
 OWN_CONF = ["--config-dir", "conf"]
 SMALL: list[tuple[str, list[str]]] = [
     ("data_recipes synthetic ", ["--samples", "240", "--validation", "24", "--workers", "1"]),
+    ("data_recipes easyvqa", ["--samples", "240", "--validation", "24", "--workers", "1"]),
     ("data_recipes synthetic_clips", ["--clips", "4", "--validation", "2", "--workers", "1"]),
     ("data_recipes (finevision|live_whisperx|llava_video)", ["--workers", "1"]),
     ("casa_train .*dry_run=true", []),

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -400,6 +401,13 @@ def test_another_choice_is_another_dataset(
     assert "nothing to do" in capsys.readouterr().out
     assert recipe(dataset, *options) == 2
     assert "turns is 2 there and 1 here" in capsys.readouterr().err
+
+
+def test_a_mixture_takes_it(dataset: Path, tmp_path: Path) -> None:
+    assert main(["mixture", "--data", str(dataset.parent), "--out", str(tmp_path / "m.yaml")]) == 0
+    written = yaml.safe_load((tmp_path / "m.yaml").read_text())
+    assert written["sources"] == {"easyvqa": {"path": str(dataset / "train")}}
+    assert written["validation"] == {"easyvqa": {"path": str(dataset / "validation")}}
 
 
 def test_held_out_samples_can_be_left_out(tmp_path: Path) -> None:

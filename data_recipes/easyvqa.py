@@ -232,6 +232,12 @@ def _published(split: SplitName) -> Published:
     asked: dict[int, list[Asked]] = defaultdict(list)
     for text, answer, picture in zip(*questions, strict=True):
         asked[picture].append(read_question(text, answer))
+    if lacking := sorted(set(asked) - set(paths)):
+        raise UserError(
+            f"the package {PACKAGE} lacks {len(lacking)} pictures that it asks about, such as "
+            f"{lacking[0]}.png of {split}; install it anew: pip install --force-reinstall "
+            f"{PACKAGE}==1.0"
+        )
     return Published({number: Path(paths[number]) for number in sorted(paths)}, asked)
 
 

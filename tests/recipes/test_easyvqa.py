@@ -393,6 +393,20 @@ def test_without_the_package_the_message_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_without_all_pictures_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = easy_vqa.get_test_image_paths()
+    del paths[5], paths[17]
+    monkeypatch.setattr(easy_vqa, "get_test_image_paths", lambda: paths)
+    for cached in (easyvqa._published, easyvqa._conversations):
+        cached.cache_clear()
+    assert recipe(tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "lacks 2 pictures that it asks about, such as 5.png of validation" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_choice_is_another_dataset(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ from casa_train.setup.tower_weights import export_tower, tower_config
 
 # Qwen2.5-VL-3B's as published copies of its config.json have them. Helium1-2B's config.json was not
 # at hand: its layout is Llama's, and these sizes give the 2.02 billion parameters it is known for.
+# Neither were SigLIP2's: these are the sizes that its towers are published with.
 RECORDED = Path(__file__).parent / "recorded_sizes.json"
 HUB_SECONDS = 3.0  # longest wait for the hub
 UNKNOWN_VOCABULARY = 1024

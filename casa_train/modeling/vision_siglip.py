@@ -44,11 +44,16 @@ class PositionTable(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, axes: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Positions of several grids.
+    def forward(self, axes: Sequence[tuple[Tensor, Tensor]], of_image: Sequence[int]) -> Tensor:
+        """Positions of the patches of all images.
 
-        :param axes: for each, the weights of its rows (h, side) and columns (w, side), float32.
-        :return: (h * w, C) each, in the order of 2x2 cells.
+        One tensor: ranks whose images have another number of sizes would run another number of
+        ZeRO-3's hooks.
+
+        :param axes: for each size, the weights of its rows (h, side) and columns (w, side),
+            float32.
+        :param of_image: for each image which of the sizes it has.
+        :return: (patches, C), in the order of 2x2 cells.
         """
         table = rearrange(self.weight.float(), "(g k) c -> g (k c)", g=self.side)
         found = []
@@ -62,7 +67,7 @@ class PositionTable(nn.Module):
                 c=self.weight.shape[1],
             )
             found.append(grid.to(self.weight.dtype))
-        return found
+        return torch.cat([found[size] for size in of_image])
 
 
 class SiglipPatches(nn.Module):
@@ -199,8 +204,9 @@ class SiglipTower(VisionTower):
 
     def _arrange(self, x: Tensor, layout: _PackLayout) -> Tensor:
         """Patches with their positions."""
-        found = self.patch_embed.get_submodule("position_embedding")(layout.axes)
-        return x + torch.cat([found[i] for i in layout.of_image])
+        positions = self.patch_embed.get_submodule("position_embedding")
+        where: Tensor = positions(layout.axes, layout.of_image)
+        return x + where
 
     def _block_inputs(self, number: int, layout: _PackLayout) -> tuple[Any, ...]:
         return (layout.segments,)

@@ -24,6 +24,7 @@ from tests.helpers.tiny import (
     fill,
     layouts,
     packed_inputs,
+    tiny_siglip_config,
     tiny_text_config,
     tiny_vision_config,
 )
@@ -75,11 +76,35 @@ def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trai
     assert sum(part.backward for part in parts.values()) == backward.get_total_flops()
 
 
-def counted(model: CasaForConditionalGeneration, blocks: str) -> int:
+@pytest.mark.parametrize("trained", [-1, 1, 0])
+@pytest.mark.parametrize("adapter", ["linear", "mlp"])
+def test_work_of_a_second_tower_is_what_torch_counts(adapter: str, trained: int) -> None:
+    text, vision = tiny_text_config(layers=1), tiny_siglip_config()
+    model = frozen_model(
+        CasaConfig(text_config=text, vision_config=vision, adapter=adapter), True, trained
+    ).train()
+    sizes = text_sizes(text, True), vision_sizes(model.config, trained)
+    pairs = dense_pairs(model, [layout.chunk() for layout in PACK])
+    shaped, answers = shapes(PACK), sum(layout.text for layout in PACK)
+    parts = count_operations(*sizes, model.mechanism, shaped, answers, pairs)
+    inputs = packed_inputs(fill(PACK, side=32))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        loss = model(packed=inputs).logits.sum()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert sum(part.forward for part in parts.values()) == forward.get_total_flops()
+    assert sum(part.backward for part in parts.values()) == backward.get_total_flops()
+    blocks = "vision" if trained else "decoder"
+    plain, repeated = (counted(model, which, side=32) for which in ("none", blocks))
+    expected = repeated_operations(*sizes, model.mechanism, shaped, blocks, pairs)
+    assert repeated - plain == expected > 0
+
+
+def counted(model: CasaForConditionalGeneration, blocks: str, side: int = 28) -> int:
     """Operations of both passes as torch counts them, with what checkpointed blocks repeat."""
     model.zero_grad()
     model.checkpoint_activations(blocks)
-    inputs = packed_inputs(fill(PACK))
+    inputs = packed_inputs(fill(PACK, side=side))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(packed=inputs).logits.sum().backward()
     total: int = counter.get_total_flops()

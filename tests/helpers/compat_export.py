@@ -1,7 +1,8 @@
 """Writes and reads exports, as a script that each environment of `make test-compat` runs.
 
-`write DIR` exports one tiny model per backbone, tied and untied, one per fusion mechanism and one
-with a mechanism of a user's own, with what each computes beside it;
+`write DIR` exports one tiny model per backbone, tied and untied, one per fusion mechanism, with
+the other vision tower and adapter, and one with a mechanism of a user's own, with what each
+computes beside it;
 `read DIR` loads them as a user would, through the code in the export, and compares.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +75,48 @@ def write(directory: Path) -> None:
     from casa_train.modeling.configuration_casa import CasaConfig
     from casa_train.modeling.mechanisms import MECHANISMS
     from casa_train.modeling.processing_casa import CasaProcessor
+    from casa_train.modeling.tower_kinds import TOWER_KINDS
     from casa_train.setup.own_mechanisms import own_class, register_own
     from data_recipes.synthetic import build_tokenizer
     from tests.helpers.commands import TEMPLATE
-    from tests.helpers.tiny import tiny_model
+    from tests.helpers.tiny import tiny_model, tiny_siglip_config
     from tests.helpers.toy_mechanism import write_toy
 
     os.environ[MECHANISMS_VARIABLE] = str(write_toy(directory / "mine")[0])
     register_own()
-    processor = CasaProcessor(build_tokenizer(), 7056, dict(TEMPLATE))
+    tokenizer = build_tokenizer()
 
-    def save_processor(out: Path) -> None:
+    def save_processor(processor: CasaProcessor, out: Path) -> None:
         processor.save_pretrained(out)
         portable_tokenizer_config(out)
 
+    plain = "qwen2_5_vl", "linear"
     cases = {
-        f"{backbone}_{'tied' if tied else 'untied'}": (backbone, tied, "casa")
+        f"{backbone}_{'tied' if tied else 'untied'}": (backbone, tied, "casa", *plain)
         for backbone in BACKBONES
         for tied in (True, False)
     }
-    cases |= {mechanism: ("llama", True, mechanism) for mechanism in MECHANISMS}
-    for name, (backbone, tied, mechanism) in cases.items():
+    cases |= {mechanism: ("llama", True, mechanism, *plain) for mechanism in MECHANISMS}
+    others = [("qwen2_5_vl", "mlp"), ("siglip2", "linear"), ("siglip2", "mlp")]
+    cases |= {"_".join(other): ("llama", True, "casa", *other) for other in others}
+    for name, (backbone, tied, mechanism, tower, adapter) in cases.items():
+        vision = tiny_siglip_config() if tower == "siglip2" else None
+        side = TOWER_KINDS[tower].side
+        processor = CasaProcessor(tokenizer, 7056, dict(TEMPLATE), token_side=side)
         text = {"model_type": backbone, **SIZES, **OWN.get(backbone, {})}
         text |= {"vocab_size": len(processor.tokenizer), "tie_word_embeddings": tied}
         text |= {"bos_token_id": None, "eos_token_id": None}
-        model = tiny_model(mechanism, text_config=CasaConfig(text_config=text).text_config)
+        model = tiny_model(
+            mechanism,
+            text_config=CasaConfig(text_config=text).text_config,
+            vision_config=vision,
+            adapter=adapter,
+        )
         model.generation_config.eos_token_id = processor.asst_end_tokens[0]
         write_export(
             directory / name,
             save_model=model.save_pretrained,
-            save_processor=save_processor,
+            save_processor=partial(save_processor, processor),
             source=Path(str(modeling.__file__)).parent,
             card="A tiny model.\n",
             provenance={},

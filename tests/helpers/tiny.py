@@ -323,14 +323,14 @@ HARD_PACK = [
 ]
 
 
-def fill(pack: list[Layout], seed: int = 0) -> list[Sample]:
-    """Random ids and pixels for a pack of layouts."""
+def fill(pack: list[Layout], seed: int = 0, side: int = 28) -> list[Sample]:
+    """Random ids and pixels for a pack of layouts; :param side: pixels of a token's side."""
     generator = torch.Generator().manual_seed(seed)
     return [
         Sample(
             layout,
             torch.randint(0, VOCABULARY, (layout.text,), generator=generator),
-            [random_image(generator, *grid) for grid in layout.grids],
+            [random_image(generator, *grid, side) for grid in layout.grids],
         )
         for layout in pack
     ]

@@ -92,7 +92,7 @@ def test_positions_are_torchs_resized_ones(grid: tuple[int, int]) -> None:
     ours, _ = towers(1)
     h, w = 2 * grid[0], 2 * grid[1]
     layout = ours._lay_out([(16 * h, 16 * w)], torch.device("cpu"))
-    (found,) = ours.patch_embed.position_embedding(layout.axes)
+    found = ours.patch_embed.position_embedding(layout.axes, layout.of_image)
     table = ours.patch_embed.position_embedding.weight.reshape(1, 5, 5, -1).permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(
         table, size=(h, w), mode="bilinear", align_corners=False, antialias=True

@@ -77,7 +77,9 @@ class BackboneConfig:
     checkpoint the language model is taken. null: random."""
     config: BackboneFields = field(default_factory=dict)
     """Fields of the Hugging Face text configuration, `model_type` among them (llama, helium,
-    qwen2, qwen2_5_vl_text). The vocabulary size follows from the tokenizer unless it is given."""
+    mistral, qwen2, qwen2_5_vl_text, qwen3, smollm3). Layers with a sliding window are refused;
+    a new mistral has one unless `sliding_window` is null. The vocabulary size follows from the
+    tokenizer unless it is given."""
     trainable: Annotated[Any, Switch(LORA)] = True
     """Whether embeddings, decoder layers and head train (true, false), or low-rank adapters beside
     its frozen weights (lora: see `lora`); fusion layers always do."""

@@ -18,7 +18,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from .configuration_casa import ALIASES, SINCE, too_old
+from .configuration_casa import ALIASES, SINCE, UNTURNED, too_old
 
 try:
     from transformers.models.smollm3 import modeling_smollm3 as smollm3
@@ -67,8 +67,8 @@ BACKBONES: dict[str, Backbone] = {
     "qwen2_5_vl_text": Backbone(
         qwen2_5_vl.Qwen2_5_VLDecoderLayer,
         qwen2_5_vl.Qwen2MLP,
-        # transformers 4.51 takes Qwen2's.
-        getattr(qwen2_5_vl, "Qwen2_5_VLRMSNorm", qwen2.Qwen2RMSNorm),
+        # As transformers 5 and 4.51 name it.
+        getattr(qwen2_5_vl, "Qwen2_5_VLRMSNorm", None) or qwen2_5_vl.Qwen2RMSNorm,
         axes=3,
     ),
     "qwen3": Backbone(qwen3.Qwen3DecoderLayer, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
@@ -79,7 +79,7 @@ if smollm3 is not None:
         smollm3.SmolLM3DecoderLayer,
         smollm3.SmolLM3MLP,
         smollm3.SmolLM3RMSNorm,
-        unturned="no_rope_layers",
+        unturned=UNTURNED,
     )
 
 

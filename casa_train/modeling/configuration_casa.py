@@ -18,6 +18,8 @@ ALIASES = {QWEN_WHOLE: QWEN_TEXT}
 ROPE_IN_ONE_DICT = int(transformers.__version__.split(".")[0]) >= 5
 # Backbones that the oldest release of transformers lacks, and those that brought them.
 SINCE = {"smollm3": "4.53"}
+# Their field that says for each layer whether it has RoPE.
+UNTURNED = "no_rope_layers"
 
 
 class CasaConfig(PretrainedConfig):
@@ -77,9 +79,7 @@ class CasaConfig(PretrainedConfig):
         out: dict[str, Any] = super().to_dict()
         text = out["text_config"]
         rope = dict((isinstance(text, dict) and text.get("rope_parameters")) or {})
-        if (
-            "rope_theta" in rope
-        ):  # Gemma 3, which is refused later on, has one for each kind of layer
+        if "rope_theta" in rope:  # Gemma 3, refused later on, has one for each kind of layer
             text["rope_theta"] = rope.pop("rope_theta")
             text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
         if isinstance(text, dict) and text.get("model_type") == QWEN_WHOLE:
@@ -92,7 +92,7 @@ class CasaConfig(PretrainedConfig):
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     """A backbone's configuration, whichever transformers generation wrote it.
 
-    :raises ValueError: a backbone that came with a later release.
+    :raises ValueError: a backbone that came with a later release, or too few layers' RoPE.
     """
     values = dict(values)
     if values.get("rope_parameters"):
@@ -101,6 +101,13 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     model_type = values.pop("model_type")
     if model_type in SINCE and model_type not in CONFIG_MAPPING:
         raise ValueError(too_old(model_type))
+    turned, depth = values.get(UNTURNED), values.get("num_hidden_layers")
+    if turned is not None and depth is not None and len(turned) < depth:
+        raise ValueError(
+            f"backbone {model_type!r} has {UNTURNED} {turned}; expected a number for each of its "
+            f"{depth} layers, 0 where it has no RoPE. Give so many, or leave it out: then every "
+            "fourth has none"
+        )
     if model_type in (QWEN_WHOLE, QWEN_TEXT):
         model_type = QWEN_TEXT if QWEN_TEXT in CONFIG_MAPPING else QWEN_WHOLE
         for name in QWEN_NOT_TEXT:

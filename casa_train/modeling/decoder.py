@@ -42,13 +42,6 @@ def check_backbone(config: Any) -> None:
             f"{name} with RoPE type {rope_type!r} is not supported; choose one of "
             f"{list(STATIC_ROPE_TYPES)}"
         )
-    depth = config.num_hidden_layers
-    turned = None if entry.unturned is None else getattr(config, entry.unturned, None)
-    if entry.unturned is not None and (not isinstance(turned, list | tuple) or len(turned) < depth):
-        raise ValueError(
-            f"{name} has {entry.unturned} {turned}; expected a list of {depth} numbers, one a "
-            "layer, 0 where it has no RoPE: leave it out for every fourth"
-        )
     heads, width = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or width // heads
     if config.model_type == "helium" and heads * head_dim != width:

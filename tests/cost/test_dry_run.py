@@ -221,6 +221,46 @@ def test_mistakes_are_named(overrides: list[str], words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+KIND = "model.backbone.config.model_type="
+
+
+def test_a_new_backbone_of_another_kind_by_its_own_defaults() -> None:
+    """SmolLM3's padding token lies far behind a small vocabulary; Qwen3's heads may be wide."""
+    plain = number(report("+experiment=demo"), "text backbone", 0)
+    assert number(report("+experiment=demo", KIND + "smollm3"), "text backbone", 0) == plain
+    wide = [KIND + "qwen3", "+model.backbone.config.head_dim=48"]
+    # In each of 3 layers: queries and outputs of 4 heads, keys and values of 2, 16 wider than
+    # width / heads, and norms of a query's and a key's head.
+    more = 3 * (2 * 4 * 16 * 128 + 2 * 2 * 16 * 128 + 2 * 48)
+    assert number(report("+experiment=demo", *wide), "text backbone", 0) == plain + more
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([KIND + "mistral"], "'mistral' with sliding_window=4096 is not supported"),
+        (
+            [KIND + "smollm3", "+model.backbone.config.no_rope_layers=[1]"],
+            r"has no_rope_layers \[1\]; expected a number for each of its 3 layers",
+        ),
+        (
+            [KIND + "qwen3", "+model.backbone.config.layer_types=[sliding_attention]"],
+            "layer_types",
+        ),
+        ([KIND + "gemma3_text"], "model_type: backbone 'gemma3_text' is not supported; choose"),
+    ],
+)
+def test_backbones_that_are_not_reproduced_are_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        report("+experiment=demo", *overrides)
+
+
+def test_a_mistral_without_windows_is_taken() -> None:
+    null = "+model.backbone.config.sliding_window=null"
+    plain = number(report("+experiment=demo"), "text backbone", 0)
+    assert number(report("+experiment=demo", KIND + "mistral", null), "text backbone", 0) == plain
+
+
 @pytest.mark.fresh
 @pytest.mark.slow
 def test_the_command_touches_nothing(tmp_path: Path) -> None:

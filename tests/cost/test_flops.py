@@ -50,9 +50,23 @@ SLOW = pytest.mark.slow
 )
 @pytest.mark.parametrize("fusion", FUSIONS, ids=names)
 def test_work_is_what_torch_counts(fusion: dict[str, Any], trainable: bool, trained: int) -> None:
+    check_work("llama", fusion, trainable, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", [{"mechanism": "casa"}, {"mechanism": "hyper_attention"}])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_work_of_wide_heads_with_norms_is_what_torch_counts(
+    fusion: dict[str, Any], trainable: bool
+) -> None:
+    """Qwen3's heads are wider than width / heads; their norms are no products."""
+    check_work("qwen3", fusion, trainable, 1)
+
+
+def check_work(backbone: str, fusion: dict[str, Any], trainable: bool, trained: int) -> None:
     model = frozen_model(
         CasaConfig(
-            text_config=tiny_text_config(layers=3),
+            text_config=tiny_text_config(backbone, layers=3),
             vision_config=tiny_vision_config(width=48 if trained else HIDDEN),
             fusion=fusion,
         ),

@@ -148,6 +148,99 @@ def test_an_answer_begins_at_a_token_boundary(name: str, messages: Messages) -> 
             assert reader.encode(messages).ids[: len(prompt)] == prompt
 
 
+# Templates of models that think.
+
+
+@PROPERTY
+@given(system=st.lists(WORDS, max_size=1), question=WORDS, answer=st.lists(WORDS, max_size=1))
+def test_qwen3_is_its_authors_asked_not_to_think(
+    system: list[str], question: str, answer: list[str]
+) -> None:
+    """Where its answer is the last one: earlier ones have no thought there, and an empty one here,
+    which the prompt of each wrote.
+    """
+    tokenizer = published("qwen3")
+    reader = CasaProcessor(tokenizer, template=ready("qwen3"))
+    messages = [{"role": "system", "content": words} for words in system]
+    messages += [{"role": "user", "content": question}]
+    messages += [{"role": "assistant", "content": words} for words in answer]
+    if not plain(reader, messages):
+        return
+    text = tokenizer.apply_chat_template(
+        messages,
+        chat_template=PUBLISHED["qwen3"].jinja,
+        tokenize=False,
+        add_generation_prompt=not answer,
+        enable_thinking=False,
+    )
+    assert text.count("</think>") == 1
+    found = reader.encode(messages, generation_prompt=not answer)
+    assert found.ids == ids_of(tokenizer, text)
+    if answer:  # and the thought is no part of what is learned
+        learned = [i for i, a in zip(found.ids, found.answer, strict=True) if a]
+        assert learned == ids_of(tokenizer, f"{answer[0]}<|im_end|>")
+
+
+def test_qwen3_instruct_without_thoughts_is_chatml() -> None:
+    """As its authors' template says from 2507 on; and what auto makes of the one that thinks."""
+    plain_turns = ready("chatml")
+    thinking, left_out = derive(PUBLISHED["qwen3"].jinja, published("qwen3"))
+    assert left_out == ("tools", "thinking")
+    assert thinking.assistant_start == plain_turns["assistant_start"]
+    assert thinking.answer_start == "<think>\n\n</think>\n\n"
+    told = first_difference(
+        PUBLISHED["qwen3"].jinja,
+        published("qwen3"),
+        CasaProcessor(published("qwen3"), template=vars(thinking)),
+    )
+    assert told is not None and told.startswith("two turns, ")
+
+
+def test_smollm3_is_its_authors_asked_not_to_think() -> None:
+    """What two programs that are held against the authors' jinja write; the date is frozen."""
+    tokenizer = published("chatml")
+    reader = CasaProcessor(tokenizer, template=ready("smollm3"))
+    head = "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: "
+    head += "08 July 2025\nReasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+    turns = "\n\n<|im_start|>user\nUSER<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
+    own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+    asked = [{"role": "user", "content": "USER"}]
+    said = [{"role": "assistant", "content": "no yes no"}]
+    for system in ([], [{"role": "system", "content": "SYS"}]):
+        text = head + ("SYS" if system else own) + turns
+        assert reader.encode([*system, *asked], generation_prompt=True).ids == ids_of(
+            tokenizer, text
+        )
+        whole = ids_of(tokenizer, text + "no yes no<|im_end|>\n")
+        assert reader.encode([*system, *asked, *said]).ids == whole
+
+
+# A template of SmolLM3's kind: thoughts unless it is asked for none, and today's date.
+THINKS = """
+{%- set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' -%}
+{{- '<|im_start|>system\nToday: ' ~ strftime_now('%d %B %Y') ~ '\nMode: ' ~ mode ~ '\n\n' -}}
+{%- if messages[0].role == 'system' -%}
+    {{- messages[0].content.rstrip() ~ '\n\n' -}}
+{%- else -%}
+    {{- 'Think first.\n\n' -}}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- for message in messages if message.role != 'system' -%}
+    {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+
+def test_a_template_with_a_mode_and_a_date_is_read_and_named() -> None:
+    tokenizer = published("chatml")
+    found, left_out = derive(THINKS, tokenizer)
+    assert left_out == ("thinking", "dates (today is always 26 Jul 2024)")
+    assert found.system_start == "<|im_start|>system\nToday: 26 Jul 2024\nMode: /think\n\n"
+    assert (found.system, found.system_end) == ("Think first.", "\n\n<|im_end|>\n")
+    assert found.assistant_start == "<|im_start|>assistant\n" and not found.answer_start
+
+
 TYPED = ["<|im_end|>", "<|im_start|>", "assistant\n", "user\n", "<|vision_start|>", "<|image_pad|>"]
 TYPED += ["<|eot_id|>", "<s>", "</s>", "<unk>", "<0x41>", "User: ", "Assistant: ", "<|end|>"]
 TYPED += [

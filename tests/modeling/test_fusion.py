@@ -380,8 +380,9 @@ def test_from_self_attention_copies_the_block(
         if placement != "parallel":
             pairs.append((layer.fusion.text_norm, layer.input_layernorm))
         assert backbone != "qwen3" or layer.self_attn.q_norm.weight.std() > 0.1
-        for name in (name for name, _ in layer.self_attn.named_children()):
-            pairs.append((getattr(layer.fusion, name), getattr(layer.self_attn, name)))
+        for name, child in layer.self_attn.named_children():
+            if name != "rotary_emb":  # of transformers 4.51, without parameters
+                pairs.append((getattr(layer.fusion, name), child))
         for copy, source in pairs:
             assert copy.state_dict().keys() == source.state_dict().keys()
             for key, value in source.state_dict().items():

@@ -18,10 +18,13 @@ from transformers import (
     AutoModelForCausalLM,
     HeliumConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 from casa_train.config.compose import to_config
@@ -48,7 +51,21 @@ SIZES = {
     "vocab_size": 640,
     "max_position_embeddings": 256,
 }
-BACKBONES = {"llama": LlamaConfig, "helium": HeliumConfig, "qwen2": Qwen2Config}
+BACKBONES = {
+    "llama": LlamaConfig,
+    "helium": HeliumConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+}
+# Qwen3's heads are wider than its width would have them; Mistral has no windows from v0.2 on.
+OWN: dict[str, dict[str, Any]] = {
+    "helium": {"head_dim": 12},
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 5, "bos_token_id": 4},
+}
 VISION = {
     "depth": 2,
     "hidden_size": 32,
@@ -62,8 +79,7 @@ VISION = {
 def save_backbone(path: Path, kind: str, tied: bool, shard: str = "10GB") -> PreTrainedModel:
     """A tiny language model, saved as the hub would hold it."""
     torch.manual_seed(1)
-    extra = {"head_dim": 12} if kind == "helium" else {}
-    config = BACKBONES[kind](**SIZES, **extra, tie_word_embeddings=tied)
+    config = BACKBONES[kind](**SIZES, **OWN.get(kind, {}), tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -212,30 +228,33 @@ def test_text_comes_out_of_a_qwen_vl_checkpoint(
     assert set(vision.unused) == set(weights) - set(backbone.unused)
 
 
+@pytest.mark.parametrize(("kind", "tensors"), [("qwen2", 7), ("qwen3", 6)])
 def test_replacing_layers_adopt_self_attention(
-    data_dir: Path, qwen_vl: Path, tmp_path: Path
+    data_dir: Path, qwen_vl: Path, tmp_path: Path, kind: str, tensors: int
 ) -> None:
-    plain = save_backbone(tmp_path / "base", "qwen2", tied=True)
+    """Projections with their biases (Qwen2) or norms of heads (Qwen3)."""
+    plain = save_backbone(tmp_path / "base", kind, tied=True)
     overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
     overrides += [f"model.vision.pretrained={qwen_vl}"]
     overrides += ["fusion.placement=replace", "fusion.every=2"]
     model, (backbone, _) = started(configured(data_dir, *overrides))
     fused, source = model.model.layers[1], plain.model.layers[1]
     assert fused.self_attn is None
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        ours = getattr(fused.fusion, name)
-        for key, value in getattr(source.self_attn, name).state_dict().items():
-            assert torch.equal(ours.state_dict()[key], value), (name, key)
+    for name, value in source.self_attn.state_dict().items():
+        assert torch.equal(fused.fusion.state_dict()[name], value), name
+    assert len(source.self_attn.state_dict()) == tensors
     assert torch.equal(fused.fusion.norm.weight, source.input_layernorm.weight)
     assert backbone.copied == ["model.layers.1.fusion.norm.weight"] and not backbone.new
     assert not backbone.unused and len(backbone.loaded) == len(list(plain.parameters()))
     # Without a start from self-attention there is no room for it; one lost tensor is still missed.
     _, (backbone, _) = started(configured(data_dir, *overrides, "fusion.init=random"))
-    assert len(backbone.unused) == 7 and all("layers.1.self_attn" in n for n in backbone.unused)
+    assert len(backbone.unused) == tensors
+    assert all("layers.1.self_attn" in name for name in backbone.unused)
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    del weights["model.layers.1.self_attn.k_proj.weight"]
+    lost = "k_proj" if kind == "qwen2" else "k_norm"
+    del weights[f"model.layers.1.self_attn.{lost}.weight"]
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="missing model.layers.1.fusion.k_proj.weight"):
+    with pytest.raises(UserError, match=f"missing model.layers.1.fusion.{lost}.weight"):
         started(configured(data_dir, *overrides))
 
 
@@ -261,7 +280,7 @@ def grown_tokenizer(data: Path, out: Path, tokens: int) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", sorted(BACKBONES))
+@pytest.mark.parametrize("kind", ["helium", "llama", "qwen2"])
 def test_added_tokens_get_rows_that_start_as_the_mean(
     data_dir: Path, qwen_vl: Path, tmp_path: Path, kind: str, tied: bool
 ) -> None:

@@ -77,8 +77,8 @@ class Case:
         options = dict(self.model)
         if depth := options.pop("siglip", 0):
             options["vision_config"] = tiny_siglip_config(depth)
-        width = options.pop("width", HIDDEN)
-        text = tiny_text_config(hidden_size=width, head_dim=width // 4)
+        width, backbone = options.pop("width", HIDDEN), options.pop("backbone", "llama")
+        text = tiny_text_config(backbone, hidden_size=width, head_dim=width // 4)
         model = tiny_model(text_config=text, vision_width=width, **options)
         if self.frozen:
             for name, parameter in model.named_parameters():
@@ -179,6 +179,11 @@ CASES = {
         frozen=True,
         compiled=True,
         aligned=56,
+    ),
+    "norms of heads, wide, checkpointed and compiled": Case(
+        {"mechanism": "casa", "width": WIDE, "backbone": "qwen3"},
+        checkpointed="all",
+        compiled=True,
     ),
     "norms of a user's own, compiled": Case({"mechanism": "foreign_norms"}, compiled=True),
     "siglip2, mlp": Case({"siglip": 2, "adapter": "mlp"}),

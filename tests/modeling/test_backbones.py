@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, L
 
 from casa_train.modeling import backbones, configuration_casa
 from casa_train.modeling.backbones import backbone_named
+from casa_train.modeling.block import DecoderContext
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.rope import rope_frequencies
+from casa_train.modeling.rope import RotateHalves, rope_frequencies
+from casa_train.modeling.windows import Chunk
 from tests.helpers.tiny import CONFIGS, VOCABULARY, tiny_model, tiny_text_config
 
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
@@ -118,6 +120,21 @@ def test_every_fourth_layer_has_no_rope_unless_it_is_said() -> None:
     )
     model = tiny_model("casa", text_config=text)
     assert [layer.turned for layer in model.model.layers] == [True, True, True, False, True]
+
+
+def test_layers_on_another_device_have_their_own_tables_without_rope() -> None:
+    """Whichever context was asked first."""
+    model = tiny_model("casa")
+    chunks = [Chunk(3)]
+    plan = model.mechanism.plan(chunks, None, None, torch.device("cpu"))
+    table = (torch.zeros(3, 1, 16), torch.zeros(3, 1, 16))
+    here = DecoderContext(model.mechanism, plan, RotateHalves(), table, table, table, "sdpa")
+    x = torch.randn(3, 4, 16)
+    assert here.without_rope().rope(x, table) is x and not here.rope(x, table).any()
+    there = here.on(torch.device("meta"))
+    for context in (there, there.without_rope()):
+        assert context.stream_table[0].is_meta and context.plan.stream_positions.is_meta
+    assert here.without_rope() is here.without_rope() and not here.still.stream_table[0].is_meta
 
 
 @has_smollm3

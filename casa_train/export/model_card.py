@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from casa_train import __version__
 from casa_train.config.places import shown
 from casa_train.config.schema import Config
+from casa_train.modeling.configuration_casa import OLDEST, SINCE
 from casa_train.modeling.tower_kinds import kind_of
 from casa_train.setup.parts import part_sizes
 
@@ -22,7 +23,7 @@ FRONT_LICENCE = re.compile(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+) *\n")
 USE = """## Use
 
 ```sh
-pip install torch "transformers>=4.51.3" einops pillow numpy
+pip install torch "transformers>={transformers}" einops pillow numpy
 ```
 
 ```python
@@ -144,6 +145,7 @@ def model_card(config: Config, step: int, model: Any, lora: str | None = None) -
         side=kind.side,
         tower=kind.title,
         max_pixels=config.data.max_pixels,
+        transformers=SINCE.get(text.model_type, OLDEST),
         least=f" and at least {config.data.min_pixels:,}" if config.data.min_pixels else "",
         layers=text.num_hidden_layers,
         width=text.hidden_size,

@@ -16,7 +16,8 @@ QWEN_NOT_TEXT = ("text_config", "vision_config", "image_token_id", "video_token_
 # It knows Qwen2.5-VL's text decoder by the name of the whole model.
 ALIASES = {QWEN_WHOLE: QWEN_TEXT}
 ROPE_IN_ONE_DICT = int(transformers.__version__.split(".")[0]) >= 5
-# Backbones that the oldest release of transformers lacks, and those that brought them.
+# The oldest release of transformers that exports run on, and backbones that came with later ones.
+OLDEST = "4.51.3"
 SINCE = {"smollm3": "4.53"}
 # Their field that says for each layer whether it has RoPE.
 UNTURNED = "no_rope_layers"

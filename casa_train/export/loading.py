@@ -38,11 +38,16 @@ def load_processor(directory: Path, **options: Any) -> Any:
     """The processor of an export, by its own remote code.
 
     :param options: of the processor, such as `image_size`, in place of what the directory says.
-    :raises UserError: a directory that is no export.
+    :raises UserError: a directory that is no export, or an `image_size` below its image token.
     :raises ValueError: options that the processor does not take.
     """
     _trust(directory)
-    return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True, **options)
+    try:
+        return AutoProcessor.from_pretrained(str(directory), trust_remote_code=True, **options)
+    except ValueError as error:  # only the processor knows how large its tower's tokens are
+        if "image_size" in options and "one image token is" in str(error):
+            raise UserError(f"{directory}: {error}. Name a larger --image-size.") from error
+        raise
 
 
 def side_of_tokens(processor: Any) -> int:

@@ -46,6 +46,10 @@ SMALL: list[tuple[str, list[str]]] = [
     ("data_recipes synthetic_clips", ["--clips", "4", "--validation", "2", "--workers", "1"]),
     ("data_recipes (finevision|live_whisperx|llava_video)", ["--workers", "1"]),
     ("casa_train .*dry_run=true", []),
+    (
+        "casa_train .*model=tiny_llama_siglip2",
+        [override for override in RUN if ".vision." not in override],
+    ),
     ("casa_train .*experiment=demo_live ", [*RUN, "data.image_tokens=200", "data.text_tokens=200"]),
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),

@@ -12,9 +12,10 @@ from casa_train import modeling
 from casa_train.export.gate import check_export
 from casa_train.export.writer import write_export
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.modeling.tower_kinds import TOWER_KINDS
 from data_recipes.synthetic import build_tokenizer
 from tests.helpers.commands import TEMPLATE
-from tests.helpers.tiny import tiny_model, tiny_text_config
+from tests.helpers.tiny import tiny_model, tiny_siglip_config, tiny_text_config
 
 MAX_PIXELS = 84 * 84
 MIN_PIXELS = 56 * 56
@@ -30,12 +31,16 @@ FULL_TEMPLATE = {
 
 
 def write_tiny_export(
-    directory: Path, mechanism: str = "casa", template: dict[str, str] | None = None
+    directory: Path,
+    mechanism: str = "casa",
+    template: dict[str, str] | None = None,
+    tower: str = "qwen2_5_vl",
 ) -> Path:
     """Writes an export of a two-layer model through the gate; returns its directory."""
     tokenizer = build_tokenizer()
+    side = TOWER_KINDS[tower].side
     pieces = FULL_TEMPLATE if template is None else template
-    processor = CasaProcessor(tokenizer, MAX_PIXELS, pieces, min_pixels=MIN_PIXELS)
+    processor = CasaProcessor(tokenizer, MAX_PIXELS, pieces, min_pixels=MIN_PIXELS, token_side=side)
     processor.tokenizer.padding_side = "left"
     text = tiny_text_config(
         vocab_size=len(tokenizer),
@@ -43,7 +48,8 @@ def write_tiny_export(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = tiny_model(mechanism, text_config=text)
+    vision = tiny_siglip_config() if tower == "siglip2" else None
+    model = tiny_model(mechanism, text_config=text, vision_config=vision)
     # As setup.model.build_model does.
     model.config.pre_image_tokens = processor.pre_image_tokens
     model.config.post_image_tokens = processor.post_image_tokens

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Siglip2Config, Siglip2Model, Siglip2VisionModel
@@ -22,16 +23,21 @@ from casa_train.data.build import build_fits, open_splits
 from casa_train.data.materialize import encode_sample
 from casa_train.data.processor import build_processor
 from casa_train.errors import UserError
+from casa_train.export.loading import load_model, load_processor, side_of_tokens
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.tower_kinds import TOWER_KINDS
+from casa_train.modeling.towers import build_tower
+from casa_train.modeling.vision_siglip import SiglipTower
 from casa_train.setup.first_values import HOST
+from casa_train.setup.fp8 import Fp8Linear, use_fp8
 from casa_train.setup.model import build_model, build_model_config, meta_model
 from casa_train.setup.parts import part_sizes
 from casa_train.setup.pretrained import Account
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from tests.helpers.commands import TINY, on_data
-from tests.helpers.tiny import tiny_model, tiny_siglip_config, tiny_vision_config
+from tests.helpers.tiny import random_image, tiny_model, tiny_siglip_config, tiny_vision_config
+from tests.helpers.tiny_export import write_tiny_export
 
 SIGLIP = ["model=tiny_llama_siglip2", "model.vision.train_last_blocks=1"]
 NO_SIZES = "~model.vision.config"
@@ -204,6 +210,43 @@ def test_sizes_and_memory_know_the_tower(data_dir: Path, adapter: str) -> None:
     assert sum(p.numel() for p in model.adapter.parameters()) == linears
     memory = memory_of_rank(config, model, 1)
     assert memory.activations["vision tower"] > 0
+
+
+def test_an_exports_processor_keeps_the_grid(tmp_path: Path) -> None:
+    """In what it resizes to and in the bounds it takes; one from before it was written has 28."""
+    export = write_tiny_export(tmp_path / "siglip", tower="siglip2")
+    picture = Image.new("RGB", (100, 60), "teal")
+    processor = load_processor(export)
+    assert processor.image_processor.load(picture).shape == (3, 64, 96)
+    assert side_of_tokens(processor) == 32 != side_of_tokens(object())
+    small = load_processor(export, image_size=64)
+    assert small.image_processor.load(picture).shape == (3, 32, 64)
+    batch = small.tokenize_messages(
+        [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+    )
+    assert load_model(export, torch.float32)(**batch).logits.isfinite().all()
+    with pytest.raises(UserError, match=r"image_size is 30; one image token is 32x32"):
+        load_processor(export, image_size=30)
+    file = export / "processor_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("token_side") == 32
+    file.write_text(json.dumps(config))
+    assert load_processor(export).image_processor.load(picture).shape == (3, 56, 112)
+
+
+def test_frozen_blocks_run_in_fp8_too() -> None:
+    tower = build_tower(tiny_siglip_config(3)).bfloat16()
+    assert isinstance(tower, SiglipTower)
+    tower.set_trainable(1)
+    generator = torch.Generator().manual_seed(8)
+    images = [random_image(generator, 2, 3, side=32), random_image(generator, 1, 1, side=32)]
+    with torch.no_grad():
+        plain = tower(images).float()
+        use_fp8(tower)
+        lowered = tower(images).float()
+    counts = [sum(isinstance(m, Fp8Linear) for m in block.modules()) for block in tower.blocks]
+    assert counts == [6, 6, 0]
+    assert 0 < (lowered - plain).norm() < 0.1 * plain.norm()
 
 
 def test_mlp_stands_where_widths_agree_too() -> None:

@@ -71,6 +71,7 @@ HOMES = {
     "lmms_eval": "evaluate/lmms/",
     "starlette": "caption/web/",
     "uvicorn": "caption/web/",
+    "peft": "setup/lora.py",
 }
 TOPS = ("casa_train", "conf", "data_recipes", "launch", "tests")
 # Files that a user writes, which explanations name as examples.

@@ -16,6 +16,8 @@ from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.mechanisms import build_mechanism
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.windows import Chunk
+from casa_train.setup.lora import adapter_ranks
+from tests.helpers.adapted import adapt
 from tests.helpers.counted_models import FUSIONS, dense_pairs, frozen_model, names, shapes
 from tests.helpers.tiny import (
     HIDDEN,
@@ -146,6 +148,32 @@ def test_repeated_work_is_what_torch_counts(
         pairs=dense_pairs(model, [layout.chunk() for layout in PACK]),
     )
     assert counted(model, blocks) - counted(model, "none") == repeated
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], ["k_proj", "layers.2.mlp.*"]])
+@pytest.mark.parametrize(
+    "fusion", [pytest.param(f, marks=[] if i in (0, 2) else SLOW) for i, f in enumerate(FUSIONS)]
+)
+def test_work_of_adapters_is_what_torch_counts(
+    fusion: dict[str, Any], targets: list[str] | None
+) -> None:
+    """Of each its two products, and through frozen linears gradients of the inputs alone; keys and
+    values may differ in whether they carry one.
+    """
+    if fusion.get("placement") == "replace" and "history" in fusion:
+        targets = targets and ["up_proj", "gate_proj"]  # no block has self-attention
+    text, vision = tiny_text_config(layers=3), tiny_vision_config(width=48)
+    config = CasaConfig(text_config=text, vision_config=vision, fusion=fusion)
+    model = adapt(frozen_model(config, False, 1), targets).train()
+    whole = [layout.chunk() for layout in PACK]
+    sizes = text_sizes(text, False, adapter_ranks(model)), vision_sizes(vision, 1)
+    told = model.mechanism, shapes(PACK)
+    parts = count_operations(
+        *sizes, *told, answers=sum(p.text for p in PACK), pairs=dense_pairs(model, whole)
+    )
+    assert counted(model, "none") == sum(part.total for part in parts.values())
+    repeated = repeated_operations(*sizes, *told, "all", pairs=dense_pairs(model, whole))
+    assert counted(model, "all") - counted(model, "none") == repeated
 
 
 def visible(fusion: dict[str, Any], sample: Chunk) -> tuple[int, int]:

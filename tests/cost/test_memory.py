@@ -15,6 +15,7 @@ from casa_train.cost.sizes import size_model
 from casa_train.io.precision import DTYPES
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.setup.lora import add_adapters
 from casa_train.setup.model import joins_image_keys, meta_model, set_trainable
 from casa_train.training.loss import answer_losses
 from tests.helpers.counted_models import FUSIONS, frozen_model, names, shapes
@@ -81,6 +82,7 @@ def test_activations_are_what_autograd_saves(
         ["fusion=qformer_insertion", "fusion.queries=4", "parallel.precision=bf16"],
         ["fusion=gated_cross_attention", "model.backbone.trainable=false"],
         ["fusion=hyper_attention"],
+        ["model.backbone.trainable=lora", "model.backbone.lora.dropout=0.1"],
     ],
     ids=lambda overrides: ",".join(o.rpartition(".")[2] for o in overrides) or "demo",
 )
@@ -88,7 +90,10 @@ def test_the_demos_estimate_is_what_autograd_saves(overrides: list[str]) -> None
     config = compose_config(["+experiment=demo", *overrides])
     model_config = size_model(config, [])
     memory = memory_of_rank(config, meta_model(config, model_config), world=1)
-    model = CasaForConditionalGeneration(model_config).train()
+    model = CasaForConditionalGeneration(model_config)
+    if config.model.backbone.trainable == "lora":
+        add_adapters(model, config.model.backbone)
+    model.train()
     set_trainable(model, config)
     model.to(DTYPES[config.parallel.precision])
     model.joint_image_keys = joins_image_keys(config.parallel)

@@ -251,7 +251,7 @@ def test_logits_and_gradients_are_those_of_weights_that_hold_the_adapters(
             assert parameter.grad is None, name
 
 
-@pytest.mark.parametrize("backbone", ["helium", "qwen2", "qwen2_5_vl"])
+@pytest.mark.parametrize("backbone", ["helium", "qwen2", "qwen2_5_vl", "qwen3"])
 def test_adapters_of_other_backbones(backbone: str) -> None:
     """Biases, and positions of three axes."""
     adapted, plain = twins({"mechanism": "casa"}, ["q_proj", "v_proj", "down_proj"], backbone)

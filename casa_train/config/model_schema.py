@@ -64,8 +64,9 @@ class LoraSettings:
     """Share of an adapter's inputs that are left out in training."""
     targets: list[str] | None = None
     """Which linears of the decoder's layers have one: names (`q_proj`, `mlp.up_proj`) or regular
-    expressions that match the end of a name from a dot on (`layers.[0-3].*`). null: all of them,
-    the projections of self-attention and of the feed-forward networks."""
+    expressions that match the end of a name from a dot on (`layers\\.[0-3]\\..*`: a bare dot is any
+    character, so that `layers.1.*` is layers 10 to 19, too). null: all of them, the projections of
+    self-attention and of the feed-forward networks."""
 
 
 @dataclass

@@ -106,11 +106,12 @@ def find_targets(decoder: nn.Module, patterns: list[str] | None) -> list[str]:
             others[name] = type(module).__name__
     chosen: set[str] = set()
     for pattern in [".*"] if patterns is None else patterns:
-        end = re.compile(rf"(?:^|.*\.)(?:{pattern})$")
-        found = [name for name in linears if end.match(name)]
+        matches = re.compile(pattern).fullmatch
+        found = [name for name in linears if any(map(matches, _ends(name)))]
         if not found:
             there = sorted({re.sub(r"^layers\.\d+\.", "", name) for name in linears})
-            wrong = next((f"{n} ({kind})" for n, kind in others.items() if end.match(n)), None)
+            hit = (n for n in others if any(map(matches, _ends(n))))
+            wrong = next((f"{n} ({others[n]})" for n in hit), None)
             raise UserError(
                 f"model.backbone.lora.targets: {pattern!r} matches no linear of the text decoder's "
                 + ("layers" if wrong is None else f"layers, but {wrong}")
@@ -119,6 +120,12 @@ def find_targets(decoder: nn.Module, patterns: list[str] | None) -> list[str]:
             )
         chosen.update(found)
     return [name for name in linears if name in chosen]
+
+
+def _ends(name: str) -> list[str]:
+    """A name, and what of it stands behind each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def adapter_ranks(model: Any) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start, start_weights
 from casa_train.training.memory_probe import MemoryProbe
 from tests.helpers.adapted import adapt, add_by_hand, factors
-from tests.helpers.commands import TINY
+from tests.helpers.commands import ROOT, TINY
 from tests.helpers.counted_models import FUSIONS, names
 from tests.helpers.tiny import HARD_PACK, fill, packed_inputs, tiny_model, tiny_text_config
 
@@ -66,6 +67,8 @@ def adapted_linears(model: nn.Module) -> list[str]:
         ("[layers.1.*]", 7),
         ("['layers\\.0\\.self_attn\\.[qk]_proj',down_proj]", 4),
         ("['.*']", 14),
+        ("['(?i)Q_PROJ']", 2),
+        ("['^layers\\.1\\..*q_proj']", 1),
     ],
 )
 def test_targets_are_linears_of_the_decoders_layers_alone(targets: str, expected: int) -> None:
@@ -80,6 +83,15 @@ def test_targets_are_linears_of_the_decoders_layers_alone(targets: str, expected
     # What else trained goes on training: the fusion, and all of the tower.
     frozen = {n for n, p in built("model.backbone.trainable=false")[1].named_parameters()}
     assert {n for n in frozen if ".fusion." in n or n.startswith("visual.")} <= trained
+
+
+def test_the_manuals_example_means_the_layers_that_it_names() -> None:
+    """Layers 0 to 3 of eleven: `layers.1.*` would be layer 10, too."""
+    found = re.search(r"`\['(layers[^']*)'\]`", (ROOT / "conf" / "README.md").read_text())
+    assert found is not None
+    targets = f"model.backbone.lora.targets=['{found[1]}']"
+    _, model = built(LORA, "model.backbone.config.num_hidden_layers=11", targets)
+    assert {name.split(".")[1] for name in adapted_linears(model)} == {"0", "1", "2", "3"}
 
 
 def test_blocks_that_dropped_self_attention_have_none_there() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from casa_train.io.files import EXPORT_MARKER
 
 FILES = "files"
 """Of the marker: the names of an export's files."""
-# Weights of an earlier export there, which none of this one's files replaces, would be loaded.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter/*"]
+# Weights of an earlier export there, which none of this one's files replaces, would be loaded. In
+# other folders weights are a user's own.
+REPLACED = re.compile(
+    r"[^/]+\.safetensors(\.index\.json)?|adapter/adapter_(config\.json|model\.safetensors)"
+)
 
 
 def repository(text: str) -> str:
@@ -59,11 +64,13 @@ def push(directory: Path, repo: str, private: bool = False) -> str:
                 "the repository is there already, and public; expected a private one. Make it "
                 "private on its page, or leave --private out"
             )
+        there = api.list_repo_files(repo)
+        stale = [glob.escape(name) for name in there if REPLACED.fullmatch(name)]
         done = api.upload_folder(
             repo_id=repo,
             folder_path=str(directory),
             allow_patterns=files,
-            delete_patterns=REPLACED,
+            delete_patterns=stale,
             commit_message="Upload a casa_train export",
         )
     except UserError as error:

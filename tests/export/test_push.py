@@ -76,9 +76,11 @@ def test_a_push_makes_the_repository_and_holds_the_export_alone(
     assert set(files) == {*json.loads((export / EXPORT_MARKER).read_text())["files"], EXPORT_MARKER}
     assert all(data == (export / name).read_bytes() for name, data in files.items())
     assert not any(b"hf_secret" in data for data in files.values())
-    # Again, into what is there: weights of an earlier export go, a user's own page stays.
-    expected = {*files, "own.md"}
-    hub.files["me/tiny-casa"] |= {"model-00001-of-00002.safetensors": b"old", "own.md": b"mine"}
+    # Again, into what is there: weights of an earlier export go, what a user put there stays.
+    own = ("own.md", "drafts/model.safetensors", "adapter/notes.md")
+    old = ("model-00001-of-00002.safetensors", "adapter/adapter_config.json")
+    expected = {*files, *own}
+    hub.files["me/tiny-casa"] |= {**dict.fromkeys(own, b"mine"), **dict.fromkeys(old, b"old")}
     (export / "README.md").write_text("---\ntags: [casa]\n---\nanother card\n")
     push(export, "me/tiny-casa", private=True)
     assert hub.files["me/tiny-casa"].keys() == expected

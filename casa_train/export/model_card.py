@@ -66,7 +66,7 @@ Without them the model refuses to run; `pip install peft`, and after `model = ..
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, path + "/adapter").eval()
+model = PeftModel.from_pretrained(model, path, subfolder="adapter").eval()
 ```"""
 """Of an export that keeps its adapters."""
 

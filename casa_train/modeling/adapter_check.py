@@ -21,7 +21,7 @@ class AdapterCheck:
             raise ValueError(
                 f"this model was trained with adapters, which its export keeps in {folder}/ and "
                 "which are not loaded: its weights alone give other answers. Load them, model = "
-                f'peft.PeftModel.from_pretrained(model, PATH + "/{folder}"); or, where they have '
-                "been merged or are not wanted, set model.config.kept_adapter = None"
+                f'peft.PeftModel.from_pretrained(model, PATH, subfolder="{folder}"); or, where '
+                "they have been merged or are not wanted, set model.config.kept_adapter = None"
             )
         self._adapted = True

@@ -89,7 +89,9 @@ def test_the_merged_export_is_pefts_own_merge(exports: Path) -> None:
     said = (exports / "said").read_text()
     assert re.search(r"adapters: merged, logits equal to \d\.\de-0[5-9] before rounding", said)
     base = AutoModel.from_pretrained(exports / "kept", trust_remote_code=True).eval()
-    adapted = peft.PeftModel.from_pretrained(base, exports / "kept" / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(
+        base, str(exports / "kept"), subfolder="adapter"
+    ).eval()
     before = logits_of(adapted)
     merged = adapted.merge_and_unload()
     ours = load_file(exports / "merged" / "model.safetensors")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Before the names of a model's parameters in peft's files."""
 # What would make more of an adapter than a product, and what it is without.
-PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
+PLAIN: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "use_qalora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 
 
 class KeptAdapters:
@@ -41,7 +51,7 @@ class KeptAdapters:
                 f"{setting}: the adapters in {folder} cannot be read ({error}); expected {CONFIG} "
                 f"and {WEIGHTS} as the export wrote them. Copy them again."
             ) from error
-        other = {k: config[k] for k, v in PLAIN.items() if config.get(k, v) != v}
+        other = {k: config[k] for k, v in PLAIN.items() if (config.get(k) or v) != v}
         if config.get("peft_type") != "LORA" or other:
             kind = other or config.get("peft_type")
             raise UserError(

@@ -10,14 +10,14 @@ def start_warning(config: Config, model: CasaForConditionalGeneration) -> str | 
     """A warning where copies of a text decoder's self-attention read images beside it, frozen.
 
     Qwen2.5-VL's own decoder has learned to read image tokens with these very weights; that of a
-    text-only model has not, and cannot adapt where it is frozen.
+    text-only model has not, and cannot adapt where it is frozen; adapters (LoRA) begin at nothing.
 
     :param model: on any device; its weights are not looked at.
     :return: None where nothing is to be said: a later stage's layers do not begin, either.
     """
     mechanism = model.mechanism
     later = config.model.init_from is not None
-    if config.model.backbone.trainable or later or mechanism.multimodal:
+    if config.model.backbone.trainable is True or later or mechanism.multimodal:
         return None
     advice = mechanism.start_advice()
     if advice is None:

@@ -44,6 +44,12 @@ def test_copies_beside_a_frozen_text_backbone_are_named(
     assert "frozen llama backbone" in told  # what Helium1-2B's configuration calls itself
 
 
+def test_adapters_stand_beside_a_frozen_backbone_too() -> None:
+    told = warning("demo", "model.backbone.trainable=lora")
+    assert told is not None and "frozen llama backbone" in told
+    assert warning("demo", "model.backbone.trainable=true") is None
+
+
 class Repeating(FusionMechanism):
     """A mechanism of a user's own, with options of its own."""
 

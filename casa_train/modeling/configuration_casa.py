@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -79,15 +79,28 @@ class CasaConfig(PretrainedConfig):
         """As the library's, with RoPE written in the words of both transformers generations."""
         out: dict[str, Any] = super().to_dict()
         text = out["text_config"]
-        rope = dict((isinstance(text, dict) and text.get("rope_parameters")) or {})
-        if "rope_theta" in rope:  # Gemma 3, refused later on, has one for each kind of layer
-            text["rope_theta"] = rope.pop("rope_theta")
-            text["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        if isinstance(text, dict):
+            text |= rope_apart(text)
         if isinstance(text, dict) and text.get("model_type") == QWEN_WHOLE:
             text["model_type"] = QWEN_TEXT
             for name in QWEN_NOT_TEXT:
                 text.pop(name, None)
         return out
+
+
+def rope_apart(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` of transformers 5 says of RoPE, in the words of transformers 4:
+    `rope_theta`, where it is there, and `rope_scaling`; nothing where it says nothing.
+
+    :param values: a backbone's configuration.
+    """
+    rope = dict(values.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return {}  # Gemma 3, refused later on, has one for each kind of layer
+    found = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    if rope or found:
+        found["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
+    return found
 
 
 def _text_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -97,6 +110,8 @@ def _text_config(values: dict[str, Any]) -> PretrainedConfig:
     """
     values = dict(values)
     if values.get("rope_parameters"):
+        if not ROPE_IN_ONE_DICT:
+            values |= rope_apart(values)
         for name in ("rope_theta", "rope_scaling") if ROPE_IN_ONE_DICT else ("rope_parameters",):
             values.pop(name, None)
     model_type = values.pop("model_type")

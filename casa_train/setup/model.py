@@ -13,7 +13,7 @@ from casa_train.config.schema import Config, ParallelConfig
 from casa_train.data.processor import tokenizer_name
 from casa_train.errors import UserError
 from casa_train.modeling.backbones import backbone_named
-from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
+from casa_train.modeling.configuration_casa import ALIASES, UNTURNED, CasaConfig, rope_apart
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.tower_kinds import TOWER_KINDS
@@ -85,7 +85,7 @@ def describe_model(
     refuse_unknown("model.backbone.config", text, [*default.to_dict(), *more])
     tower = TOWER_KINDS[config.model.vision.type]
     refuse_unknown("model.vision.config", vision, list(tower.config_class().to_dict()))
-    text = {k: v for k, v in {**base_text, **text}.items() if k not in NOT_SIZES}
+    text = {k: v for k, v in _on_top(base_text, text).items() if k not in NOT_SIZES}
     vision = {k: v for k, v in {**base_vision, **vision}.items() if k not in NOT_SIZES}
     if tokenizer is not None:
         text["vocab_size"] = rows_for(config, base_text.get("vocab_size"), len(tokenizer))
@@ -106,6 +106,19 @@ def describe_model(
             "model.backbone.config or model.vision.config holds a value that transformers refuses: "
             f"{first.rstrip('.')}. Mend it in conf/model or on the command line."
         ) from error
+
+
+def _on_top(base: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's configuration with the user's fields in place of the same ones there, by
+    whichever name either has them: the library would follow one of the names alone.
+    """
+    base, fields = ({**values, **rope_apart(values)} for values in (base, fields))
+    if fields.get("no_rope_layer_interval") is not None and UNTURNED not in fields:
+        base.pop(UNTURNED, None)  # what followed from another interval
+    merged = {**base, **fields}
+    if rope_apart(merged):  # said by the other names now
+        merged.pop("rope_parameters", None)
+    return merged
 
 
 def rows_for(config: Config, rows: int | None, tokens: int) -> int:

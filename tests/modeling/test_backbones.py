@@ -15,7 +15,7 @@ from casa_train.modeling.backbones import backbone_named
 from casa_train.modeling.block import DecoderContext
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
-from casa_train.modeling.rope import RotateHalves, rope_frequencies
+from casa_train.modeling.rope import RotateHalves, rope_frequencies, rope_settings
 from casa_train.modeling.windows import Chunk
 from tests.helpers.tiny import CONFIGS, VOCABULARY, tiny_model, tiny_text_config
 
@@ -142,6 +142,17 @@ def test_too_few_layers_are_named() -> None:
     values = {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [1, 0]}
     with pytest.raises(ValueError, match=r"no_rope_layers \[1, 0\]; expected a number for each of"):
         CasaConfig(text_config=values)
+
+
+def test_rope_in_the_words_of_transformers_5_is_read_by_either_generation() -> None:
+    """A directory that 5.x saved holds these alone; 4.51.3 would go on with its default theta."""
+    stretched = {"rope_type": "linear", "factor": 4.0}
+    for rope in ({"rope_type": "default"}, stretched):
+        said = {"rope_theta": 70000.0, **rope}
+        config = CasaConfig(text_config={"model_type": "llama", "rope_parameters": said})
+        assert rope_settings(config.text_config) == said
+        again = CasaConfig(**config.to_dict())
+        assert rope_settings(again.text_config) == said
 
 
 # What is refused

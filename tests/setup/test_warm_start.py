@@ -35,6 +35,7 @@ from casa_train.data.tokens import load_tokenizer, save_tokenizer
 from casa_train.errors import UserError
 from casa_train.export.from_run import export
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
+from casa_train.modeling.rope import rope_settings
 from casa_train.setup.first_values import HOST, FirstValues, blocks, with_new_rows
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.pretrained import INDEX, SINGLE, Account, Stored
@@ -200,6 +201,53 @@ def test_a_configuration_in_the_hub_s_words_is_read(
     ids = torch.randint(0, 640, (2, 70))  # past the original length of the stretched RoPE
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("new_words", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        (["+{}.rope_theta=123.0"], (123.0, "linear", 4.0)),
+        (["+{}.rope_scaling={{rope_type: linear, factor: 2.0}}"], (70000.0, "linear", 2.0)),
+        (["+{}.rope_scaling=null"], (70000.0, "default", None)),
+        (
+            ["+{}.rope_parameters={{rope_theta: 5.0, rope_type: default}}"],
+            (5.0, "default", None),
+        ),
+    ],
+)
+def test_fields_go_before_the_checkpoint_s_by_whichever_name(
+    data_dir: Path,
+    tmp_path: Path,
+    new_words: bool,
+    fields: list[str],
+    wanted: tuple[float, str, float | None],
+) -> None:
+    """RoPE has names of two transformers generations, of which the library follows one alone."""
+    there = {"rope_type": "linear", "factor": 4.0}
+    save_backbone(tmp_path / "base", "llama", True, rope_theta=70000.0, rope_scaling=dict(there))
+    path = tmp_path / "base" / "config.json"
+    values = json.loads(path.read_text())
+    if not new_words:
+        del values["rope_parameters"]
+        path.write_text(json.dumps({**values, "rope_theta": 70000.0, "rope_scaling": there}))
+    named = [f"model.backbone.pretrained={tmp_path / 'base'}", "model.vision.pretrained=null"]
+    fields = [field.format("model.backbone.config") for field in fields]
+    config = configured(data_dir, *named, *fields)
+    text = build_model_config(config, build_processor(config), open_sources(config)).text_config
+    rope = rope_settings(text)
+    assert (rope["rope_theta"], rope["rope_type"], rope.get("factor")) == wanted
+
+
+def test_another_interval_goes_before_the_checkpoint_s_layers_without_rope(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    save_backbone(tmp_path / "base", "smollm3", tied=True)
+    named = [f"model.backbone.pretrained={tmp_path / 'base'}", "model.vision.pretrained=null"]
+    interval = "+model.backbone.config.no_rope_layer_interval=3"
+    config = configured(data_dir, *named, interval)
+    text = build_model_config(config, build_processor(config), open_sources(config)).text_config
+    assert list(text.no_rope_layers) == [1, 1, 0]
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual."])

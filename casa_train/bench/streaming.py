@@ -109,6 +109,8 @@ def run(arguments: argparse.Namespace) -> Report:
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
     models = load_models(arguments, device, dtype)
+    for label, model in models.items():  # exports have towers of their own
+        check_frames(arguments, model.visual.token_side, f" of {label}")
     facts = machine(device, dtype)
     options = {k: v for k, v in vars(arguments).items() if k not in ("name", "json", "export")}
     data: dict[str, Any] = {"machine": facts, "arguments": options}
@@ -156,11 +158,8 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {getattr(arguments, name)}; it must be at least {least}.")
-    if arguments.image_size < SIDE or arguments.image_size % SIDE:
-        raise UserError(
-            f"--image-size is {arguments.image_size}; it must be a positive multiple of {SIDE}, "
-            "the side of an image token."
-        )
+    if not arguments.export:
+        check_frames(arguments, SIDE)
     if arguments.fps is not None and not (math.isfinite(arguments.fps) and arguments.fps > 0):
         raise UserError(f"--fps is {arguments.fps}; expected a number of frames/s above 0.")
     for name, default in (("rounds", ROUNDS), ("most", MOST)):
@@ -177,6 +176,19 @@ def check(arguments: argparse.Namespace) -> None:
                 f"--export {path}: config.json is missing. Expected a directory that "
                 "'python -m casa_train.export' wrote."
             )
+
+
+def check_frames(arguments: argparse.Namespace, side: int, whose: str = "") -> None:
+    """Refuses frames that are no whole image tokens.
+
+    :param side: pixels of a token's side; :param whose: for messages.
+    :raises UserError: naming the argument.
+    """
+    if arguments.image_size < side or arguments.image_size % side:
+        raise UserError(
+            f"--image-size is {arguments.image_size}; it must be a positive multiple of {side}, "
+            f"the side of an image token{whose}."
+        )
 
 
 def script(models: dict[str, Any], arguments: argparse.Namespace) -> Script:

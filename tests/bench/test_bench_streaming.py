@@ -16,20 +16,21 @@ import torch
 from casa_train import modeling
 from casa_train.bench import _held_streams as held
 from casa_train.bench import streaming
+from casa_train.bench.__main__ import main
 from casa_train.bench._published_streams import PUBLISHED, session
 from casa_train.bench._streams import Script, Stream, Turn
 from casa_train.export.writer import write_export
 from tests.helpers.bench_numbers import bench
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import tiny_model, tiny_siglip_config
 
 TURNS, TEXT, NEW, PROMPT = 5, 2, 3, 4
 STREAM = ["--turns", str(TURNS), "--text-tokens", str(TEXT), "--new-tokens", str(NEW)]
 STREAM += ["--prompt-tokens", str(PROMPT), "--image-size", "56", "--device", "cpu"]
 
 
-def save_export(directory: Path, mechanism: str) -> Path:
+def save_export(directory: Path, mechanism: str, **options: Any) -> Path:
     """An export of a tiny model; a stream of random ids needs no processor."""
-    model = tiny_model(mechanism)
+    model = tiny_model(mechanism, **options)
     write_export(
         directory,
         save_model=lambda path: model.save_pretrained(path),
@@ -101,6 +102,19 @@ def test_streaming_of_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for name, image_tokens in (("casa", 0), ("insertion", 4), ("casa 3", 0)):
         check_stream(found["streams"][name]["turns"], image_tokens, token_bytes=2 * 2 * 2 * 16 * 4)
     assert f"insertion: {exports[1]}" in capsys.readouterr().out
+
+
+def test_frames_are_whole_tokens_of_an_export_s_own_tower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32 pixels, of which 64 are no multiple of 28."""
+    path = save_export(tmp_path / "own", "insertion", vision_config=tiny_siglip_config())
+    stream = ["streaming", *STREAM, "--export", str(path)]
+    found = bench(tmp_path, *stream, "--image-size", "64")
+    check_stream(found["streams"]["insertion"]["turns"], 4, token_bytes=2 * 2 * 2 * 16 * 4)
+    assert main(stream) == 2
+    wanted = "--image-size is 56; it must be a positive multiple of 32, the side of an image token"
+    assert f"{wanted} of insertion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("most", [1, 7, 16])

@@ -36,6 +36,11 @@ def check_backbone(config: Any) -> None:
     """
     entry, name = backbone_named(config.model_type), f"backbone {config.model_type!r}"
     _check_windows(config, entry.window, name)
+    if dropout := getattr(config, "attention_dropout", 0):
+        raise ValueError(
+            f"{name} with attention_dropout={dropout} is not supported: attention here drops "
+            "nothing. Set it to 0, which computes the same wherever nothing trains"
+        )
     rope_type = rope_settings(config)["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise ValueError(

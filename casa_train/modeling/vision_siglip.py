@@ -9,6 +9,7 @@ the tower adds no weights to the published ones: the model's adapter leads to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,17 @@ class PositionTable(nn.Module):
         """
         table = rearrange(self.weight.float(), "(g k) c -> g (k c)", g=self.side)
         found = []
-        for rows, columns in axes:
-            lines = rearrange(rows @ table, "h (k c) -> k (h c)", k=self.side)
-            grid = rearrange(
-                columns @ lines,
-                "(w mw) (h mh c) -> (h w mh mw) c",
-                mh=MERGE,
-                mw=MERGE,
-                c=self.weight.shape[1],
-            )
-            found.append(grid.to(self.weight.dtype))
+        with _exact(self.weight.device):
+            for rows, columns in axes:
+                lines = rearrange(rows @ table, "h (k c) -> k (h c)", k=self.side)
+                grid = rearrange(
+                    columns @ lines,
+                    "(w mw) (h mh c) -> (h w mh mw) c",
+                    mh=MERGE,
+                    mw=MERGE,
+                    c=self.weight.shape[1],
+                )
+                found.append(grid.to(self.weight.dtype))
         return torch.cat([found[size] for size in of_image])
 
 
@@ -214,6 +216,13 @@ class SiglipTower(VisionTower):
     def _merge(self, x: Tensor, layout: _PackLayout, compiler: Compiler | None) -> Tensor:
         tokens: Tensor = self.merger(x)
         return tokens
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """A stretch whose products autocast does not round."""
+    if not torch.amp.is_autocast_available(device.type):  # on the meta device
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _axis(length: int, side: int, device: torch.device) -> Tensor:

@@ -197,6 +197,12 @@ def test_what_is_not_reproduced_is_refused_by_name(
     assert WHOLE in str(caught.value)
 
 
+def test_a_dropout_of_attention_is_refused() -> None:
+    """Which transformers applies in training mode, and nothing here does."""
+    with pytest.raises(ValueError, match=r"'qwen3' with attention_dropout=0\.2 is.*Set it to 0"):
+        tiny_model(text_config=tiny_text_config("qwen3", attention_dropout=0.2))
+
+
 def test_other_families_are_refused_by_name() -> None:
     gemma = Gemma3TextConfig(
         hidden_size=64,

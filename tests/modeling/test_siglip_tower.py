@@ -102,6 +102,17 @@ def test_positions_are_torchs_resized_ones(grid: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_positions_are_not_rounded_by_autocast() -> None:
+    """As a Trainer in bf16 runs the model; autocast leaves the library's resize alone."""
+    ours, _ = towers(1)
+    layout = ours._lay_out([(64, 96)], torch.device("cpu"))
+    positions = ours.patch_embed.position_embedding
+    wanted = positions(layout.axes, layout.of_image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(positions(layout.axes, layout.of_image), wanted)
+
+
+@torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
     ours, _ = towers()
     (image,) = images_of(((3, 5),), seed=7)

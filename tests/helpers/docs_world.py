@@ -189,7 +189,10 @@ def make_lines(target: str) -> list[list[str]]:
         text=True,
         check=True,
     ).stdout
-    lines = [shlex.split(line) for line in re.findall(r"^\S*/python (-m .*)$", printed, re.M)]
+    lines = [
+        shlex.split(line)
+        for line in re.findall(r"^(?:[A-Z0-9_]+=\S* )*\S*/python (-m .*)$", printed, re.M)
+    ]
     return [["python", *words] for words in lines if words[1] != "pip"]
 
 

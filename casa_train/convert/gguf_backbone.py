@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from casa_train.config.bounds import local_path, path_or_hub_id
 from casa_train.data.tokens import load_tokenizer
@@ -27,11 +30,39 @@ from casa_train.io.files import sha256
 from casa_train.io.quiet import quiet_libraries
 
 ARCHITECTURE = "llama"
+INSTEAD = "Take the model's safetensors instead: model.backbone.pretrained=DIR_OR_HUB_ID."
+TOKENS = "tokenizer.ggml.tokens"
 # What is written into config.json of one model and says nothing of another one.
 OF_THE_FILE = ("quantization_config",)
-# How texts are cut before BPE, by tokenizer.ggml.pre: llama.cpp has a rule for each name, and
-# transformers takes GPT-2's for all. Those of SmolLM cut single digits off before.
-CUTS_DIGITS = {"gpt-2": False, "default": False, "smollm": True}
+# What transformers reads of a Llama: any other tensor or setting it leaves out without a word, and
+# what lacks begins at random.
+TENSORS = ("token_embd.weight", "output_norm.weight")
+OF_A_LAYER = tuple(
+    f"{name}.weight"
+    for name in (
+        *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"),
+        *("ffn_norm", "ffn_gate", "ffn_up", "ffn_down"),
+    )
+)
+HEAD = "output.weight"  # of embeddings that are not tied
+SETTINGS = (
+    *("context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("rope.dimension_count", "rope.freq_base", "tensor_data_layout"),
+)
+# Settings that say nothing with these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **{name: (0,) for name in ("expert_count", "expert_used_count", "attention.sliding_window")},
+    **{name: (0, 1) for name in ("rope.scale_linear", "rope.scaling.factor")},
+    "rope.scaling.type": ("none",),
+}
+# How texts are cut before byte-level BPE, by tokenizer.ggml.pre, for which llama.cpp has a rule for
+# each name: whether single digits are cut off before GPT-2's rule, as transformers does for none.
+# "default" is what a file says whose writer did not know the rule.
+CUTS_DIGITS = {"gpt-2": False, "smollm": True}
+BYTE_LEVEL = "gpt2"
+# Above this share of other tokens at its ids, a tokenizer is another model's.
+OTHER_TOKENS = 0.01
 # Any text; the digits and spaces in it are where tokenizers differ.
 PROBE = "In  2026,\n\n 12 people  saw 345 cats.\tWho's there?"
 
@@ -59,8 +90,9 @@ def convert_gguf(
 
     :param tokenizer: directory or hub id; None: the one in the file.
     :param log: prints one line for the user.
-    :raises UserError: a target that is there, no GGUF of a Llama, a tokenizer that is not known to
-        be read as it was trained.
+    :raises UserError: a target that is there, no GGUF of a Llama, tensors or settings of it that
+        would be left out, a tokenizer that is another model's or not known to be read as it was
+        trained.
     """
     if out.exists():
         raise UserError(
@@ -68,8 +100,13 @@ def convert_gguf(
             "or remove it."
         )
     facts = _facts(file)
-    words = load_tokenizer(tokenizer) if tokenizer is not None else _tokenizer(file, facts)
-    model = _model(file)
+    with _alone(file) as alone:
+        words = (
+            _tokenizer(file, alone, facts)
+            if tokenizer is None
+            else _given_tokenizer(file, tokenizer, facts)
+        )
+        model = _model(file, alone)
     rows = model.config.vocab_size
     if rows < len(words):
         raise UserError(
@@ -84,7 +121,7 @@ def convert_gguf(
         (partial / "README.md").write_text(_card(file, facts), encoding="utf-8")
         _check(partial, model, words)
         partial.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' own, of a full disk, too
         raise UserError(
             f"--out {out} cannot be written ({error}). Make room, or choose another."
         ) from error
@@ -96,9 +133,9 @@ def convert_gguf(
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    """What the header says, by its keys, but for long lists.
+    """What the header says, by its keys, but for long lists other than the tokens.
 
-    :raises UserError: no package gguf, no such file, no GGUF, no Llama.
+    :raises UserError: no package gguf, no such file, no GGUF, no Llama, more or less than one.
     """
     try:
         from gguf import GGUFReader
@@ -107,11 +144,23 @@ def _facts(file: Path) -> dict[str, Any]:
             "reading GGUF files needs the package gguf, which is not installed: "
             "pip install 'casa_train[real]'"
         ) from error
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError(
+            "transformers reads GGUF files with the package accelerate, which is not installed: "
+            "pip install accelerate"
+        )
     if not file.is_file():
         raise UserError(f"{file} does not exist; expected a GGUF file.")
     try:
-        fields = GGUFReader(file).fields
-        facts = {key: f.contents() for key, f in fields.items() if len(f.data) <= 1}
+        reader = GGUFReader(file)
+        fields = reader.fields
+        facts = {
+            key: f.contents()
+            for key, f in fields.items()
+            if len(f.data) <= 1 or key.startswith(f"{ARCHITECTURE}.") or key == TOKENS
+        }
+        swapped = reader.byte_order != "I"
+        names = [tensor.name for tensor in reader.tensors]
     except Exception as error:  # the reader has no type of its own for what is no GGUF
         raise UserError(
             f"{file} cannot be read as GGUF ({error}); expected a whole file of that format. "
@@ -121,29 +170,98 @@ def _facts(file: Path) -> dict[str, Any]:
     if found != ARCHITECTURE:
         raise UserError(
             f"{file} holds the architecture {found!r}; expected {ARCHITECTURE!r}, the one whose "
-            "conversion is tested. Take the model's safetensors instead: "
-            "model.backbone.pretrained=DIR_OR_HUB_ID."
+            f"conversion is tested. {INSTEAD}"
         )
+    if swapped:
+        raise UserError(
+            f"{file} has the byte order of another machine, by which quantised weights would be "
+            f"read wrongly; expected this one's. {INSTEAD}"
+        )
+    _check_settings(file, facts)
+    _check_tensors(file, facts, names)
     return facts
 
 
-def _tokenizer(file: Path, facts: dict[str, Any]) -> Any:
+def _check_settings(file: Path, facts: dict[str, Any]) -> None:
+    """:raises UserError: settings of the model that transformers does not read."""
+    own = {
+        key.removeprefix(f"{ARCHITECTURE}."): value
+        for key, value in facts.items()
+        if key.startswith(f"{ARCHITECTURE}.")
+    }
+    width = own.get("rope.dimension_count")
+    if width is None and isinstance(own.get("attention.head_count"), int):
+        width = own.get("embedding_length", 0) // max(own["attention.head_count"], 1)
+    neutral = {**NEUTRAL, "attention.key_length": (width,), "attention.value_length": (width,)}
+    lost = {
+        f"{ARCHITECTURE}.{name}": value
+        for name, value in own.items()
+        if (isinstance(value, list) or name not in SETTINGS) and value not in neutral.get(name, ())
+    }
+    if lost:
+        raise UserError(
+            f"{file} sets {lost}, which transformers does not read out of GGUF: the model would "
+            f"be another one; expected a Llama without. {INSTEAD}"
+        )
+
+
+def _check_tensors(file: Path, facts: dict[str, Any], names: Sequence[str]) -> None:
+    """:raises UserError: tensors that transformers does not read, or too few of them."""
+    if (files := int(facts.get("split.count", 1))) > 1:
+        raise UserError(
+            f"{file} is one of {files} files of one model; expected a single file. Put them "
+            "together first: llama-gguf-split --merge FIRST OUT."
+        )
+    layers = range(int(facts.get(f"{ARCHITECTURE}.block_count", 0)))
+    expected = {*TENSORS, *(f"blk.{layer}.{name}" for layer in layers for name in OF_A_LAYER)}
+    more = sorted(set(names) - expected - {HEAD})
+    if more:
+        stretched = " (the RoPE of Llama 3.1 and later, stretched)" if "rope_" in more[-1] else ""
+        raise UserError(
+            f"{file} holds {len(more)} tensors that transformers does not read, such as "
+            f"{more[-1]}{stretched}: the model would be another one; expected a Llama without. "
+            f"{INSTEAD}"
+        )
+    if lacking := sorted(expected - set(names)):
+        raise UserError(
+            f"{file} lacks {len(lacking)} tensors of {len(layers)} layers, such as {lacking[0]}, "
+            "which would begin at random; expected a whole model. Download it again."
+        )
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers would rather take a file of its name in the
+    working directory, and a tokenizer.json beside it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(file.resolve())
+        yield link
+
+
+def _tokenizer(file: Path, alone: Path, facts: dict[str, Any]) -> Any:
     """The file's tokenizer, which cuts texts as the model was trained.
 
-    :raises UserError: a kind of BPE that transformers would read otherwise.
+    :raises UserError: a kind that transformers would read otherwise, or is not known not to.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     kind, cut = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
-    if kind == "gpt2" and cut not in CUTS_DIGITS:
+    if kind != BYTE_LEVEL:
+        raise UserError(
+            f"{file}: its tokenizer is of the kind {kind!r}; expected {BYTE_LEVEL!r}, byte-level "
+            "BPE, the one that is tested. Name the model's own tokenizer by --tokenizer."
+        )
+    if cut not in CUTS_DIGITS:
         raise UserError(
             f"{file}: its tokenizer cuts texts by the rule {cut!r}; expected one out of "
             f"{sorted(CUTS_DIGITS)}, since another would be read wrongly without a word. Name the "
             "model's own tokenizer by --tokenizer."
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if CUTS_DIGITS.get(str(cut), False) and kind == "gpt2":
+    tokenizer: Any = AutoTokenizer.from_pretrained(alone.parent, gguf_file=str(alone))
+    if CUTS_DIGITS[cut]:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -153,13 +271,38 @@ def _tokenizer(file: Path, facts: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _model(file: Path) -> Any:
-    """The file's model in float32, clean of what keeps transformers from saving it."""
+def _given_tokenizer(file: Path, name: str, facts: dict[str, Any]) -> Any:
+    """A tokenizer in place of the file's own.
+
+    :raises UserError: it cannot be loaded, or has other tokens.
+    """
+    tokenizer = load_tokenizer(name)
+    there = facts.get(TOKENS, [])
+    vocabulary = tokenizer.get_vocab()
+    differ = [token for token, i in vocabulary.items() if i < len(there) and there[i] != token]
+    if len(differ) > OTHER_TOKENS * len(vocabulary):
+        raise UserError(
+            f"--tokenizer {name} has other tokens than {file} in {len(differ)} of "
+            f"{len(vocabulary)} places, such as {differ[0]!r}; expected the model's own."
+        )
+    return tokenizer
+
+
+def _model(file: Path, alone: Path) -> Any:
+    """The file's model in float32, clean of what keeps transformers from saving it.
+
+    :raises UserError: transformers takes it for another model.
+    """
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     with _one_dtype(), contextlib.redirect_stderr(io.StringIO()):  # bars of its progress
-        read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        read: Any = AutoModelForCausalLM.from_pretrained(alone.parent, gguf_file=str(alone))
     config = read.config
+    if config.model_type != ARCHITECTURE:  # by its name: some are called mistral
+        raise UserError(
+            f"transformers takes {file} for a model of type {config.model_type!r}; expected "
+            f"{ARCHITECTURE!r}. {INSTEAD}"
+        )
     for name in OF_THE_FILE:
         config.__dict__.pop(name, None)
     config._name_or_path = ""

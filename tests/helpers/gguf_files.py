@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,15 @@ def write_llama(
     architecture: str = "llama",
     cut: str = "smollm",
     tokens: Sequence[str] = TOKENS,
+    kind: str = "gpt2",
+    more: Callable[[Any], None] = lambda writer: None,
+    lacking: Sequence[str] = (),
 ) -> None:
     """A LlamaForCausalLM as a GGUF file in float32.
 
     :param cut: the rule by which its tokenizer cuts texts, tokenizer.ggml.pre.
+    :param kind: of its tokenizer, tokenizer.ggml.model.
+    :param more: writes what else it holds; :param lacking: tensors that are left out.
     """
     from gguf import GGUFWriter
 
@@ -65,7 +70,7 @@ def write_llama(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(cut)
     writer.add_token_list(list(tokens))
     writer.add_token_types([CONTROL if token in SPECIAL else NORMAL for token in tokens])
@@ -76,8 +81,10 @@ def write_llama(
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT)
+    more(writer)
     for name, tensor in _tensors(model):
-        writer.add_tensor(name, tensor)
+        if name not in lacking:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

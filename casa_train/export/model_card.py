@@ -90,7 +90,7 @@ CARD += """## Base models and licences
 
 {licences}
 
-The tower's architecture is Qwen2.5-VL's and the backbone's is {backbone}'s, as implemented in
+The tower's architecture is {tower}'s and the backbone's is {backbone}'s, as implemented in
 transformers (Apache-2.0). The code in this directory is MIT-licensed.
 
 ## Data

@@ -31,3 +31,14 @@ def test_adapters_that_lie_apart_are_found_in_a_directory_and_on_a_hub() -> None
     model.config.kept_adapter = "adapter"
     with plain_layers(model), pytest.raises(ValueError, match=r'PATH, subfolder="adapter"\)'):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "tower"), [("tiny_llama", "Qwen2.5-VL"), ("tiny_llama_siglip2", "SigLIP2")]
+)
+def test_the_card_names_the_tower_and_no_other(chosen: str, tower: str) -> None:
+    config = compose_config(["+experiment=demo", "dry_run=true", f"model={chosen}"])
+    card = model_card(config, 7, meta_model(config, size_model(config, [])))
+    words = card.split("## Configuration")[0]
+    assert f"The tower's architecture is {tower}'s" in words
+    assert [name in words for name in ("Qwen2.5-VL", "SigLIP2")].count(True) == 1

@@ -168,7 +168,7 @@ def leading_variables(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """
     rest = list(words)
     variables = {}
-    while rest and (match := re.fullmatch(r"([A-Z_]+)=(.*)", rest[0])):
+    while rest and (match := re.fullmatch(r"([A-Z0-9_]+)=(.*)", rest[0])):
         variables[match[1]] = match[2]
         del rest[0]
     return variables, rest

@@ -44,9 +44,17 @@ class KeptAdapters:
         self.folder, self.setting = folder, setting
         try:
             config = json.loads((folder / CONFIG).read_text())
-            self.scale = float(config["lora_alpha"]) / int(config["r"])
+            self.rank = int(config["r"])
+            self.scale = float(config["lora_alpha"]) / self.rank
             self._tensors = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            SafetensorError,
+        ) as error:
             raise UserError(
                 f"{setting}: the adapters in {folder} cannot be read ({error}); expected {CONFIG} "
                 f"and {WEIGHTS} as the export wrote them. Copy them again."
@@ -66,12 +74,12 @@ class KeptAdapters:
         :raises UserError: naming one that does not.
         """
         for name, tensor in self._tensors.items():
-            base, side, _ = name.removeprefix(PREFIX).rsplit(".", 2)
+            base, side, _ = ("", "", *name.removeprefix(PREFIX).rsplit(".", 2))[-3:]
             rows, columns = (*shapes.get(f"{base}.weight", ()), 0, 0)[:2]
-            expected = columns if side == "lora_A" else rows
-            found = tensor.shape[1 if side == "lora_A" else 0]
-            partner = name.replace(*(("_A", "_B") if side == "lora_A" else ("_B", "_A")))
-            if not expected or found != expected or partner not in self._tensors:
+            down = side == "lora_A"
+            expected = (self.rank, columns) if down else (rows, self.rank)
+            partner = name.replace(*(("_A", "_B") if down else ("_B", "_A")))
+            if not all(expected) or tensor.shape != expected or partner not in self._tensors:
                 raise UserError(
                     f"{self.setting}: the adapter {name} in {self.folder} fits no weight of the "
                     "export beside it. Copy the export again."

@@ -14,12 +14,17 @@ from casa_train.errors import UserError
 from casa_train.setup.kept_adapters import CONFIG, PREFIX, WEIGHTS, KeptAdapters
 
 
-def written(folder: Path, **settings: Any) -> Path:
-    """An adapter of rank 2 beside a weight of (3, 4)."""
+def written(folder: Path, more: str | None = None, **settings: Any) -> Path:
+    """An adapter of rank 2 beside a weight of (3, 4).
+
+    :param more: the name of one more tensor.
+    """
     content = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, **settings}
     (folder / CONFIG).write_text(json.dumps(content))
     tensors = {"lora_A": torch.full((2, 4), 0.5), "lora_B": torch.full((3, 2), 2.0)}
     named = {f"{PREFIX}model.q_proj.{side}.weight": value for side, value in tensors.items()}
+    if more is not None:
+        named[more] = torch.ones(2)
     save_file(named, folder / WEIGHTS)
     return folder
 
@@ -49,3 +54,12 @@ def test_a_weight_gets_its_adapter(tmp_path: Path) -> None:
 def test_another_scale_or_kind_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="are of another kind .*expected plain LoRA"):
         KeptAdapters(written(tmp_path, **settings), "model.init_from")
+
+
+@pytest.mark.parametrize(
+    ("more", "rank"), [("scale", 2), (f"{PREFIX}q.lora_A.weight", 2), (None, 4)]
+)
+def test_what_stands_beside_no_weight_is_named(tmp_path: Path, more: str | None, rank: int) -> None:
+    adapters = KeptAdapters(written(tmp_path, more, r=rank), "model.init_from")
+    with pytest.raises(UserError, match="the adapter .* fits no weight of the export beside it"):
+        adapters.check({"model.q_proj.weight": [3, 4]})

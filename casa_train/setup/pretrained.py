@@ -29,6 +29,8 @@ GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.json", "*.safetensors")
+# The same weights once more, in a format of Mistral's own, beside them.
+TWICE = ("consolidated*",)
 # A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
 TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The tower of a Qwen2.5-VL checkpoint, as its releases write it.
@@ -193,7 +195,9 @@ def _resolve(name: str, setting: str, files: Sequence[str]) -> Path:
             f"{setting} is {name!r}: neither a directory nor a hub id (owner/name). Set it to one."
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(TWICE))
+        )
     except Exception as error:  # network, permission and repository errors have many types
         if cache := unwritable_cache(error):
             raise UserError(

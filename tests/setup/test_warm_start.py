@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -36,9 +37,10 @@ from casa_train.errors import UserError
 from casa_train.export.from_run import export
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.rope import rope_settings
+from casa_train.setup import pretrained
 from casa_train.setup.first_values import HOST, FirstValues, blocks, with_new_rows
 from casa_train.setup.model import build_model, build_model_config
-from casa_train.setup.pretrained import INDEX, SINGLE, Account, Stored
+from casa_train.setup.pretrained import INDEX, SINGLE, Account, Pretrained, Stored
 from casa_train.setup.weights import find_weights, open_sources, start_weights
 from data_recipes.__main__ import main as recipes
 from tests.helpers.commands import TINY, on_data, run, train_command
@@ -201,6 +203,23 @@ def test_a_configuration_in_the_hub_s_words_is_read(
     ids = torch.randint(0, 640, (2, 70))  # past the original length of the stretched RoPE
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain(ids).logits)
+
+
+def test_weights_that_a_repository_holds_twice_are_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Mistral publishes its models: in transformers' format, and in one file of its own."""
+    save_backbone(tmp_path / "base", "mistral", tied=True)
+    there = ["config.json", "consolidated.safetensors", "model-00001-of-00003.safetensors"]
+    fetched: list[str] = []
+
+    def fetch(name: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(there, **patterns))
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr(pretrained, "snapshot_download", fetch)
+    Pretrained("owner/name", "model.backbone.pretrained")
+    assert fetched == ["config.json", "model-00001-of-00003.safetensors"]
 
 
 @pytest.mark.parametrize("new_words", [True, False])

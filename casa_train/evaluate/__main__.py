@@ -79,9 +79,13 @@ def _benchmarks(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> int:
-    if arguments.overrides or arguments.sweep is not None:
-        stray = "--sweep" if arguments.sweep is not None else ", ".join(arguments.overrides)
-        raise UserError(f"{stray} says nothing beside --text; name a run, and --export at most.")
+    stray = [f"--{n.replace('_', '-')}" for n in ("sweep", "config_dir") if vars(arguments)[n]]
+    stray += ["--only"] * (arguments.only != "*") + arguments.overrides
+    if stray:
+        raise UserError(
+            f"{', '.join(stray)} say{'s' if len(stray) == 1 else ''} nothing beside --text; name a "
+            "run, and --export at most."
+        )
     run = arguments.run
     print(text_table(compare_texts(run, arguments.export or run / EXPORT)))
     return 0

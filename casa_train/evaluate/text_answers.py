@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
@@ -56,6 +57,8 @@ def compare_texts(
     model.to(device)
     plain.to(device)
     ends = model.generation_config.eos_token_id
+    # Published ones often bring a penalty for repetitions, which would part equal logits.
+    model.generation_config, plain.generation_config = GenerationConfig(), GenerationConfig()
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
@@ -120,9 +123,10 @@ def _plain(name: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        options: dict[str, Any] = {"trust_remote_code": False}  # left unsaid, it would ask
+        config = AutoConfig.from_pretrained(name, **options)
         kind = AutoModelForImageTextToText if config.model_type in WHOLE else AutoModelForCausalLM
-        return kind.from_pretrained(name, **{DTYPE_OPTION: dtype})
+        return kind.from_pretrained(name, **options, **{DTYPE_OPTION: dtype})
     except (OSError, ValueError) as error:
         raise UserError(
             f"the run's model.backbone.pretrained {name} cannot be loaded "

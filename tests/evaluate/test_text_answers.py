@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from casa_train.config.compose import compose_config
 from casa_train.evaluate.__main__ import main
@@ -49,7 +49,10 @@ def test_a_frozen_backbone_says_the_same_and_a_trained_one_does_not(
         num_key_value_heads=1,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(backbone)
+    model = LlamaForCausalLM(config)
+    # What published ones say of sampling is not what is compared.
+    model.generation_config = GenerationConfig(repetition_penalty=1.8, no_repeat_ngram_size=2)
+    model.save_pretrained(backbone)
     frozen = trained(data_dir, tmp_path, backbone, False)
     assert main([str(frozen), "--text"]) == 0
     assert "bit for bit in 6 of 6 texts, answers token for token in 6" in capsys.readouterr().out
@@ -62,6 +65,9 @@ def test_a_frozen_backbone_says_the_same_and_a_trained_one_does_not(
 
     assert main([str(frozen), "--text", "evaluation.max_samples=3"]) == 2
     assert "evaluation.max_samples=3 says nothing beside --text" in capsys.readouterr().err
+    for stray in (["--only", "*casa*"], ["--config-dir", str(tmp_path)]):
+        assert main([str(frozen), "--text", *stray]) == 2
+        assert f"{stray[0]} says nothing beside --text" in capsys.readouterr().err
     backbone.rename(tmp_path / "elsewhere")
     assert main([str(frozen), "--text"]) == 2
     said = capsys.readouterr().err

@@ -41,7 +41,14 @@ def check_backbone(config: Any) -> None:
             f"{name} with attention_dropout={dropout} is not supported: attention here drops "
             "nothing. Set it to 0, which computes the same wherever nothing trains"
         )
-    rope_type = rope_settings(config)["rope_type"]
+    rope = rope_settings(config)
+    kinds = sorted(kind for kind, own in rope.items() if isinstance(own, dict))
+    if kinds:
+        raise ValueError(
+            f"{name} with RoPE settings for each of {kinds} is not supported: all layers here turn "
+            "alike. Give one rope_theta and one rope_type"
+        )
+    rope_type = rope["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise ValueError(
             f"{name} with RoPE type {rope_type!r} is not supported; choose one of "

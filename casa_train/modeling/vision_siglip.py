@@ -181,6 +181,11 @@ class SiglipTower(VisionTower):
             ("num_channels", config.num_channels == 3, "3"),
             ("attention_dropout", not config.attention_dropout, "0"),
             ("patch_size", isinstance(config.patch_size, int), "a whole number"),
+            (
+                "num_attention_heads",
+                config.hidden_size % config.num_attention_heads == 0,
+                f"a divisor of hidden_size, {config.hidden_size}",
+            ),
             ("num_patches", config.num_patches == int(config.num_patches**0.5) ** 2, "a square"),
         ):
             if not fits:

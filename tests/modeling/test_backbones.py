@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, L
 from casa_train.modeling import backbones, configuration_casa
 from casa_train.modeling.backbones import backbone_named
 from casa_train.modeling.block import DecoderContext
-from casa_train.modeling.configuration_casa import CasaConfig
+from casa_train.modeling.configuration_casa import ROPE_IN_ONE_DICT, CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.rope import RotateHalves, rope_frequencies, rope_settings
 from casa_train.modeling.windows import Chunk
@@ -201,6 +201,16 @@ def test_a_dropout_of_attention_is_refused() -> None:
     """Which transformers applies in training mode, and nothing here does."""
     with pytest.raises(ValueError, match=r"'qwen3' with attention_dropout=0\.2 is.*Set it to 0"):
         tiny_model(text_config=tiny_text_config("qwen3", attention_dropout=0.2))
+
+
+@pytest.mark.skipif(not ROPE_IN_ONE_DICT, reason="transformers 4.51 has one RoPE a model")
+def test_rope_settings_by_kind_of_layer_are_refused() -> None:
+    config = tiny_text_config("qwen3")
+    config.rope_parameters = {"full_attention": {"rope_theta": 9000.0, "rope_type": "default"}}
+    with pytest.raises(
+        ValueError, match=r"for each of \['full_attention'\] is not.*one rope_theta"
+    ):
+        tiny_model(text_config=config)
 
 
 def test_other_families_are_refused_by_name() -> None:

@@ -199,6 +199,7 @@ def test_frozen_blocks_keep_no_activations() -> None:
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'.*gelu_pytorch_tanh"),
         ({"num_patches": 24}, r"num_patches is 24.*a square"),
         ({"num_channels": 1}, r"num_channels is 1"),
+        ({"num_attention_heads": 5}, r"num_attention_heads is 5.*a divisor of hidden_size"),
         ({"attention_dropout": 0.1}, r"attention_dropout is 0.1"),
     ],
     ids=str,

@@ -18,6 +18,7 @@ from casa_train.data.mixture import Mixture, SourceSize
 from casa_train.data.prepared.plan import IMAGE, VIDEO, Planner, PlanSource, slowest_rank
 from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import MAX_PIXELS, SIDE, target_size
+from casa_train.modeling.tower_kinds import FIRST, TOWER_KINDS
 
 TURNS = 3.7  # a sample, on average, in FineVision: 89M turns of 24.3M samples
 LENGTHS = Path(__file__).with_name("lengths.json")
@@ -203,6 +204,7 @@ class _Processor:
     """What `Fit` reads of a processor."""
 
     max_pixels, min_pixels = MAX_PIXELS, 0
+    token_side = TOWER_KINDS[FIRST].side
     pre_image_tokens = post_image_tokens = ()
 
     def opening_tokens(self) -> int:

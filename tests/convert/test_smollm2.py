@@ -124,7 +124,7 @@ def test_frozen_it_answers_as_before_after_training_and_export(
     run([sys.executable, "-m", "casa_train.export", str(run_dir), "--out", str(export)])
 
     card = (export / "README.md").read_text()
-    assert f"text backbone: `{backbone.name}` (licence apache-2.0, by its own model card)" in card
+    assert f"{backbone.name}` (licence apache-2.0, by its own model card)" in card
 
     plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
     ours: Any = AutoModelForImageTextToText.from_pretrained(

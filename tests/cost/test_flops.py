@@ -166,7 +166,7 @@ def test_work_of_adapters_is_what_torch_counts(
     config = CasaConfig(text_config=text, vision_config=vision, fusion=fusion)
     model = adapt(frozen_model(config, False, 1), targets).train()
     whole = [layout.chunk() for layout in PACK]
-    sizes = text_sizes(text, False, adapter_ranks(model)), vision_sizes(vision, 1)
+    sizes = text_sizes(text, False, adapter_ranks(model)), vision_sizes(config, 1)
     told = model.mechanism, shapes(PACK)
     parts = count_operations(
         *sizes, *told, answers=sum(p.text for p in PACK), pairs=dense_pairs(model, whole)

@@ -81,7 +81,7 @@ def trained(config: Config, ranks: Ranks, first: bool) -> tuple[dict[str, Any], 
     accumulation = config.data.packs_per_step // ranks.world
     for _ in range(3):
         set_rates(engine.param_groups, 1.0)
-        for step in packs()[-accumulation:]:
+        for step in packs(28)[-accumulation:]:
             loss, _ = pack_loss(engine.forward, step[ranks.rank])
             losses.append(float(loss.detach()))
             engine.backward(loss)

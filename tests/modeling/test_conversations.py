@@ -505,7 +505,9 @@ def test_nothing_to_take_turns_from_is_said() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="the tokenizer t brings none of its own") as caught:
         resolve({}, tokenizer, "t", "model.template")
-    assert "chatml, demo, demo_live, helium, llama3, qwen2_5_vl, smollm2" in str(caught.value)
+    assert "chatml, demo, demo_live, helium, llama3, qwen2_5_vl, qwen3, smollm2, smollm3" in str(
+        caught.value
+    )
     with pytest.raises(UserError, match=r"model.template.system_start uses .*'<\|im_start\|>'"):
         resolve(ready("chatml"), tokenizer, "t", "model.template")
     tokenizer.chat_template = "{{ messages | length }}"

@@ -168,9 +168,8 @@ class Site:
         content = await _body(request, limits.picture_bytes, limits.silence)
         # Not in the loop: the others' events would wait for it.
         picture = await asyncio.to_thread(read_picture, content, limits.picture_pixels)
-        if stream.over:
-            raise UserError("this stream is over; start another.")
-        stream.frames.arrive(picture)
+        if not stream.over:  # else it was on its way when the stream ended: no fault of the page's
+            stream.frames.arrive(picture)
         return Response(status_code=204)
 
     def steer(self, action: Callable[[LiveStream], None]) -> Callable[[Request], Any]:

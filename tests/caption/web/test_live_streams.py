@@ -251,6 +251,19 @@ def test_a_camera_is_captioned_as_its_pictures_come(page: Page) -> None:
     assert [c["text"].strip() for c in of(events, "caption")] == WORDS[:3]
 
 
+def test_a_frame_on_its_way_when_its_camera_is_stopped_is_no_fault(page: Page) -> None:
+    """A browser reports answers from 400 on in its console, whatever the page's code does."""
+    stream = page.start({"camera": True})
+    path = f"/streams/{stream}"
+    with watching(page, stream) as events:
+        assert page.client.post(f"{path}/frames", content=jpeg()).status_code == 204
+        until(lambda: len(of(events, "caption")) == 1)
+        assert page.client.post(f"{path}/stop").status_code == 204
+        until(lambda: events[-1].get("state") == "stopped")
+        assert page.client.post(f"{path}/frames", content=jpeg()).status_code == 204
+        assert len(of(events, "caption")) == 1
+
+
 def test_a_camera_that_never_sends_a_picture_is_one_message(page: Page) -> None:
     events = page.to_the_end(page.start({"camera": True}))
     assert events[-1]["state"] == "failed"

@@ -189,16 +189,14 @@ def _adapters(config: Config, lora: str) -> str:
 
 def _licences(config: Config) -> str:
     """What the weights started from, and whose terms they carry."""
-    starts = {
-        "text backbone": config.model.backbone.pretrained,
-        "vision tower": config.model.vision.pretrained,
-        "whole model": config.model.init_from,
-    }
-    names = {
-        "text backbone": shown(config).model.backbone.pretrained,
-        "vision tower": shown(config).model.vision.pretrained,
-        "whole model": shown(config).model.init_from,
-    }
+    starts, names = (
+        {
+            "text backbone": model.backbone.pretrained,
+            "vision tower": model.vision.pretrained,
+            "whole model": model.init_from,
+        }
+        for model in (config.model, shown(config).model)
+    )
     lines = [
         f"- {part}: `{names[part]}` ({_licence(name)})"
         for part, name in starts.items()

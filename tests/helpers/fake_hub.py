@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlparse
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -128,14 +130,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(root: Path, name: str) -> Iterator[Hub]:
-    """A running hub."""
-    hub = Hub(root, name)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+def running(server: S) -> Iterator[S]:
+    """A server that answers meanwhile."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield server
     finally:
-        hub.shutdown()
-        hub.server_close()
+        server.shutdown()
+        server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving(root: Path, name: str) -> Iterator[Hub]:
+    """A running hub."""
+    with running(Hub(root, name)) as hub:
+        yield hub

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
+
+from tests.helpers.fake_hub import running
 
 TOKEN = "hf_of_this_machine"
 
@@ -155,12 +156,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def model_hub() -> Iterator[ModelHub]:
     """A hub that runs meanwhile."""
-    hub = ModelHub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(ModelHub()) as hub:
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()

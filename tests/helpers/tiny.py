@@ -343,3 +343,19 @@ def packed_inputs(samples: list[Sample]) -> PackedInputs:
         chunks=[sample.layout.chunk() for sample in samples],
         images=[image for sample in samples for image in sample.images],
     )
+
+
+def bytes_kept(tower: Any, images: Any) -> int:
+    """Bytes that a tower's forward pass keeps for the backward pass, parameters aside."""
+    parameters = {p.data_ptr() for p in tower.parameters()}
+    kept = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal kept
+        if x.data_ptr() not in parameters:
+            kept += x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        tower(images).sum()
+    return kept

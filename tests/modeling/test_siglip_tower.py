@@ -9,7 +9,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from casa_train.modeling.towers import TOWERS, build_tower
 from casa_train.modeling.vision_siglip import SiglipTower
-from tests.helpers.tiny import random_image, randomise, tiny_siglip_config
+from tests.helpers.tiny import bytes_kept, random_image, randomise, tiny_siglip_config
 
 # Rows and columns of 32 pixels. The learned positions are 5 x 5 patches of 16 pixels: they are
 # stretched along some sides and shrunk, with antialiasing, along others.
@@ -171,18 +171,7 @@ def saved_bytes(depth: int, last_blocks: int) -> int:
     """Bytes that a forward pass keeps for the backward pass, parameters aside."""
     tower = build_tower(tiny_siglip_config(depth))
     tower.set_trainable(last_blocks)
-    parameters = {p.data_ptr() for p in tower.parameters()}
-    kept = 0
-
-    def pack(x: Tensor) -> Tensor:
-        nonlocal kept
-        if x.data_ptr() not in parameters:
-            kept += x.numel() * x.element_size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tower(images_of(MIXED[:4])).sum()
-    return kept
+    return bytes_kept(tower, images_of(MIXED[:4]))
 
 
 def test_frozen_blocks_keep_no_activations() -> None:

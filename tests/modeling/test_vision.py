@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from casa_train.modeling.vision_qwen import QwenTower
-from tests.helpers.tiny import random_image, randomise, tiny_vision_config
+from tests.helpers.tiny import bytes_kept, random_image, randomise, tiny_vision_config
 
 # Rows and columns of 28 pixels. 4 x 4 is one window of 112 pixels; other sides cut windows short.
 MIXED = ((1, 1), (2, 3), (4, 4), (5, 9), (7, 4), (8, 12), (1, 10))
@@ -159,18 +159,7 @@ def saved_bytes(depth: int, last_blocks: int) -> int:
     tower = QwenTower(tiny_vision_config(depth, fullatt_block_indexes=[0]))
     randomise(tower, torch.Generator().manual_seed(0))
     tower.set_trainable(last_blocks)
-    parameters = {p.data_ptr() for p in tower.parameters()}
-    kept = 0
-
-    def pack(x: Tensor) -> Tensor:
-        nonlocal kept
-        if x.data_ptr() not in parameters:
-            kept += x.numel() * x.element_size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tower(images_of(MIXED[:4])).sum()
-    return kept
+    return bytes_kept(tower, images_of(MIXED[:4]))
 
 
 def test_frozen_blocks_keep_no_activations() -> None:

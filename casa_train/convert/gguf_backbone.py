@@ -295,8 +295,9 @@ def _model(file: Path, alone: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    with _one_dtype(), contextlib.redirect_stderr(io.StringIO()):  # bars of its progress
-        read: Any = AutoModelForCausalLM.from_pretrained(alone.parent, gguf_file=str(alone))
+    as_read: dict[str, Any] = {"gguf_file": str(alone), DTYPE_OPTION: torch.float32}
+    with contextlib.redirect_stderr(io.StringIO()):  # bars of its progress
+        read: Any = AutoModelForCausalLM.from_pretrained(alone.parent, **as_read)
     config = read.config
     if config.model_type != ARCHITECTURE:  # by its name: some are called mistral
         raise UserError(
@@ -312,17 +313,6 @@ def _model(file: Path, alone: Path) -> Any:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     return model.eval()
-
-
-@contextlib.contextmanager
-def _one_dtype() -> Iterator[None]:
-    """Float32 for what is built inside, whatever the caller's default."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @torch.inference_mode()

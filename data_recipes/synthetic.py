@@ -1,7 +1,8 @@
 """Synthetic question answering about small rendered pictures, in FineVision's schema.
 
-What samples show and ask is in `synthetic_scenes`. Here they are rendered by several processes and
-written as shards, with a tokenizer and a summary.
+What samples show and ask is in `synthetic_scenes` and, of conversations that ask for one ability
+each, in `synthetic_abilities`. Here they are rendered by several processes and written as shards,
+with a tokenizer and a summary.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from casa_train.errors import UserError
 from data_recipes import whole
 from data_recipes.pipeline import Encoding, Row, check_least
+from data_recipes.synthetic_abilities import FAMILIES, ability_corpus, ability_example
 from data_recipes.synthetic_scenes import (
     REWORDED,
     SPLITS,
@@ -31,11 +33,13 @@ from data_recipes.synthetic_wordings import WORDINGS
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
+ABILITY_TEMPLATE = "demo_live"  # with a token behind every image
 VERSION = 3  # raise when the same arguments would render something else
 STYLES = ("short", "free")
 SCALES = (0.5, 8.0)
 
 VOCABULARY = 512  # bytes, special tokens and room for every answer as one token or two
+IMAGE_END = "<|image_end|>"  # behind a picture: where a model has seen it and says what comes next
 PAD, BOS, USER, ASSISTANT, END = "<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"
 
 # Its chat template: bare turns.
@@ -82,6 +86,11 @@ def build_tokenizer(texts: Iterable[str] = (), special: Sequence[str] = ()) -> A
     )
 
 
+def ability_tokenizer() -> Any:
+    """The same with the words of `synthetic_abilities`, and a token that stands behind images."""
+    return build_tokenizer(ability_corpus(), [IMAGE_END])
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 
@@ -99,8 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="all",
         metavar="A,B,...",
-        help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only "
-        "samples are always a small part of the training split)",
+        help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only samples are always "
+        "a small part of the training split); or out of the conversations that ask for one ability "
+        f"each, {', '.join(FAMILIES)}, or 'abilities', all of these",
     )
     parser.add_argument(
         "--wording",
@@ -145,6 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--validation is {validation} with --tasks text; text-only samples are never held "
             "out. Add a task with pictures, or set --validation 0."
         )
+    abilities = {*tasks} <= {*FAMILIES}
     style = _style(arguments, tasks)
     wanted = {
         "version": VERSION,
@@ -153,17 +164,22 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "tasks": tasks,
         "tokenizer": arguments.tokenizer,
-        "template": arguments.template or "auto",
+        "template": arguments.template or (ABILITY_TEMPLATE if abilities else "auto"),
         # Named only where they are set: a dataset of before these options is the same one.
         **({"wording": arguments.wording} if style.free else {}),
         **({"hold_out_wordings": True} if style.hold_out else {}),
         **({"scale": style.scale} if style.scale != 1 else {}),
     }
     write_splits = partial(_write_splits, arguments.out, wanted, style, arguments.workers)
-    whole.prepare(arguments.out, "synthetic", wanted, write_splits)
+    build = ability_tokenizer if abilities else build_tokenizer
+    whole.prepare(arguments.out, "synthetic", wanted, write_splits, build)
 
 
 def _tasks(names: str) -> list[str]:
+    if names.strip() == "abilities":
+        return list(FAMILIES)
+    if {name.strip() for name in names.split(",")} & {*FAMILIES}:
+        return whole.chosen_tasks(names, list(FAMILIES))
     chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
@@ -212,7 +228,11 @@ class DrawJob:
         return self.stop - self.start
 
     def rows(self) -> Iterator[Row]:
-        draw = partial(example, self.seed, self.split, list(self.tasks), style=self.style)
+        draw: Callable[..., Example]
+        if {*self.tasks} <= {*FAMILIES}:
+            draw = partial(ability_example, self.seed, self.split, self.tasks)
+        else:
+            draw = partial(example, self.seed, self.split, list(self.tasks), style=self.style)
         for i in range(self.start, self.stop):
             sample, _ = draw_apart(draw, i, draw(i), self.held_out)
             yield Row(f"{self.split}-{i:07d}", sample.row(), sample.images)

@@ -23,7 +23,7 @@ from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.video.filming import write_film
 from data_recipes.pipeline import Progress, check_least, save_summary, writing
-from data_recipes.synthetic import build_tokenizer
+from data_recipes.synthetic import IMAGE_END, build_tokenizer
 from data_recipes.synthetic_motion import FPS, PROMPT, Film, film, pictures, texts
 from data_recipes.synthetic_scenes import SPLITS, SplitName
 
@@ -31,7 +31,6 @@ VERSION = 1  # raise when the same arguments would render something else
 SIDES = (56, 1024)  # from 2 x 2 image tokens on
 BATCH = 25  # films that a process renders at a time
 
-IMAGE_END = "<|image_end|>"  # behind a picture: where a model has seen it and says what comes next
 SUBSET = "shapes"  # of what has the format of LLaVA-Video
 CAPTIONS = "live_shapes_with_seeks.jsonl"
 CARD = f"""---

@@ -176,9 +176,23 @@ def print_text(
     draw.text(at, text, fill=ink, font=_font(pixels), stroke_width=stroke)
 
 
-def draw_bars(rng: np.random.Generator, colours: list[str], levels: list[int]) -> Image.Image:
-    """A bar chart with ticks 1 to 5 and a line at each."""
-    width, height = random_size(rng, shortest=84)
+def random_levels(rng: np.random.Generator, bars: int, distinct: bool = False) -> list[int]:
+    """Heights of bars, each uniform."""
+    levels = range(1, MAX_LEVEL + 1)
+    return shuffled(rng, levels)[:bars] if distinct else [pick(rng, levels) for _ in range(bars)]
+
+
+def draw_bars(
+    rng: np.random.Generator,
+    colours: Sequence[str],
+    levels: Sequence[int],
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """A bar chart with ticks 1 to 5 and a line at each.
+
+    :param size: width and height; None: random.
+    """
+    width, height = random_size(rng, shortest=84) if size is None else size
     background = random_background(rng)
     ink = (40, 40, 40)
     faint = tuple((3 * b + i) // 4 for b, i in zip(background, ink, strict=True))

@@ -319,7 +319,7 @@ TASKS: dict[str, Callable[[np.random.Generator, int], list[Scene]]] = {
 }
 
 
-def _text_turns(rng: np.random.Generator) -> list[tuple[str, str]]:
+def text_turns(rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions that need no picture."""
     turns: dict[str, str] = {}
     while len(turns) < MAX_TURNS:
@@ -343,7 +343,7 @@ def task_of(seed: int, split: SplitName, index: int, tasks: Sequence[str]) -> st
     if not visual:
         return "text"
     block, place = divmod(index, TEXT_PERIOD)
-    slot = int(_generator(seed, split, block, 0, purpose=0).permutation(TEXT_PERIOD)[place])
+    slot = int(generator(seed, split, block, 0, purpose=0).permutation(TEXT_PERIOD)[place])
     if split == "train":
         if slot == TEXT_PERIOD - 1:
             return "text"
@@ -383,9 +383,9 @@ def example(
     Words are drawn apart from pictures: whatever the style, they show the same.
     """
     task = task_of(seed, split, index, tasks)
-    rng = _generator(seed, split, index, attempt, purpose=1)
+    rng = generator(seed, split, index, attempt, purpose=1)
     if task == "text":
-        texts = _text_turns(rng)
+        texts = text_turns(rng)
         return Example(task, (), tuple(starmap(without_picture, texts) if style.free else texts))
     pictures = 2 if rng.random() < PAIR_SHARE else 1
     scenes = TASKS[task](rng, pictures)
@@ -393,13 +393,13 @@ def example(
     reworded = style.hold_out and split == "validation" and index % 2 == 1
     ask: Ask = _as_drawn
     if style.free:
-        words = _generator(seed, split, index, attempt, purpose=2)
+        words = generator(seed, split, index, attempt, purpose=2)
         ask = _in_sentences(words, task, scenes, style, reworded)
     if pictures == 1:
         texts = [ask(question, "") for question in scenes[0].questions[:turns]]
     else:
         texts = _ask_about_pair(rng, scenes, turns, ask)
-    images = tuple(_png(scene.image, style.scale) for scene in scenes)
+    images = tuple(png(scene.image, style.scale) for scene in scenes)
     return Example(task, images, tuple(texts), reworded)
 
 
@@ -437,14 +437,14 @@ def _ask_about_pair(
     return texts
 
 
-def _generator(
+def generator(
     seed: int, split: SplitName, index: int, attempt: int, purpose: int
 ) -> np.random.Generator:
     key = (SPLITS.index(split), purpose, index, attempt)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _png(image: Image.Image, scale: float) -> bytes:
+def png(image: Image.Image, scale: float) -> bytes:
     if scale != 1:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

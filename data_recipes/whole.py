@@ -102,12 +102,14 @@ def prepare(
     recipe: str,
     wanted: dict[str, Any],
     write_splits: Callable[[Encoding], dict[str, Any]],
+    build: Callable[[], Any] | None = None,
 ) -> None:
     """Writes the dataset, or goes on with it, or says that it is there.
 
     :param wanted: the arguments that decide what is written, `tokenizer` (None: the one that is
         built here) and `template` among them.
     :param write_splits: writes the splits and returns what is in them, by name.
+    :param build: builds a tokenizer where none is wanted; None: `synthetic`'s.
     :raises UserError: a tokenizer or template of no use, or a directory that holds something else.
     """
     from casa_train.data.tokens import load_tokenizer, save_tokenizer
@@ -115,7 +117,7 @@ def prepare(
 
     name = wanted["tokenizer"]
     # What cannot be used is refused before anything is written.
-    tokenizer = build_tokenizer() if name is None else load_tokenizer(name)
+    tokenizer = (build or build_tokenizer)() if name is None else load_tokenizer(name)
     encoding = encoding_of(
         out / "tokenizer", tokenizer, wanted["template"], name or "of this recipe"
     )

@@ -45,7 +45,7 @@ def samples(style: Style, count: int, split: SplitName = "train") -> list[Exampl
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn: thousands of samples a second, for statistics of their words."""
     monkeypatch.setattr(Canvas, "shape", lambda *_: None)
-    monkeypatch.setattr(synthetic_scenes, "_png", lambda *_: b"")
+    monkeypatch.setattr(synthetic_scenes, "png", lambda *_: b"")
 
 
 @pytest.fixture(scope="module")

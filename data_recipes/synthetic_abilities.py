@@ -1,0 +1,313 @@
+"""Conversations that each ask for one ability, to tell ways to bring images in apart.
+
+Sample i of a split is a pure function of (seed, split, i, families), as in `synthetic_scenes`. The
+last turn of a conversation is the question of its ability; the turns before it are its history,
+which says nothing about the answer. A held-out conversation has one such question, so questions are
+independent of each other; training asks up to three where there is more to ask.
+
+For every question the answers are uniform over their options, so without the right image a model is
+right as often as by chance; all but the questions that need no image. Pictures are made of cells of
+28 x 28 pixels: what one image token of the demo's tower sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data_recipes.synthetic_drawing import (
+    COLOURS,
+    KINDS,
+    Canvas,
+    Region,
+    draw_bars,
+    pick,
+    print_text,
+    random_background,
+    random_ink,
+    random_levels,
+    shuffled,
+)
+from data_recipes.synthetic_scenes import (
+    NUMBERS,
+    Example,
+    SplitName,
+    generator,
+    png,
+    text_turns,
+)
+
+CELL, PATCH = 28, 14  # pixels of what an image token sees, and of the patches it is made of
+NAMES = ("ant", "bed", "cup", "dog", "egg", "fox", "hat", "jam", "key", "owl", "pig", "sun")
+TALK = 10  # images of a conversation about earlier ones
+BACK = (2, 4, 8)  # images back that held-out questions ask about
+SIDES = ("left", "right", "above", "below")
+LETTERS = "ACEHLOTX"  # told apart at a few pixels
+SPELLED = 3  # letters of a word
+SIGN = (3, 2)  # cells of a picture with a word
+CHART = (3, 3)  # cells of a bar chart
+FRAMES = 6  # of a clip
+STREAMS = (32, 64, 128, 256)  # frames of a held-out stream
+LENGTHS = {8: 32, 16: 16, 32: 8, 64: 4, 128: 2, 256: 1}  # of one that trains: how often of 63
+NEEDLES = 3  # frames of a stream that show a shape
+MOST = 9  # shapes that are counted
+BARS = 3
+ASKED = 3  # questions at the end of a conversation that trains
+ORDERS = ("tallest", "middle", "shortest")
+
+Turn = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A conversation: its pictures in order, what was said, and what may be asked at the end.
+
+    :param name: of the ability, with its degree.
+    :param history: turns before the questions; `<image>` stands for the next picture.
+    :param asked: questions, none of which gives another's answer away.
+    """
+
+    name: str
+    images: Sequence[Image.Image]
+    history: Sequence[Turn]
+    asked: Sequence[Turn]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Conversations about one ability.
+
+    :param draw: draws one of a degree; None: one that trains.
+    :param degrees: what held-out ones are drawn of in turn, such as how far back they ask.
+    """
+
+    draw: Callable[[np.random.Generator, Any], Drawn]
+    degrees: Sequence[Any] = ("",)
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def _picture(rng: np.random.Generator, shapes: Sequence[tuple[str, str]], side: int) -> Image.Image:
+    """Shapes (kind, colour) in different ones of side x side cells."""
+    canvas = Canvas(rng, side * CELL, side * CELL)
+    cells = shuffled(rng, canvas.region.split(side, side))
+    for (kind, colour), cell in zip(shapes, cells, strict=False):
+        canvas.shape(kind, colour, cell)
+    return canvas.finish()
+
+
+def _empty(rng: np.random.Generator) -> Image.Image:
+    """A frame with nothing but a grey stroke."""
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), random_background(rng))
+    level = int(rng.integers(120, 200))
+    ends = tuple(rng.uniform(0, 2 * CELL, 4).tolist())
+    ImageDraw.Draw(image).line(ends, fill=(level, level, level), width=3)
+    return image.reduce(2)
+
+
+def _any_kind(rng: np.random.Generator) -> str:
+    return pick(rng, list(KINDS))
+
+
+def _any_colour(rng: np.random.Generator) -> str:
+    return pick(rng, list(COLOURS))
+
+
+# ----------------------------------------------------------------------------------- many pictures
+
+
+def _talk(rng: np.random.Generator, images: int) -> tuple[list[Image.Image], str, list[Turn]]:
+    """Pictures of one shape, the words that show them by name, and for each what colour it has."""
+    names = shuffled(rng, NAMES)[:images]
+    colours = [_any_colour(rng) for _ in names]
+    pictures = [_picture(rng, [(_any_kind(rng), colour)], side=2) for colour in colours]
+    shown = "".join(f"<image>{name}" for name in names) + "\n"
+    asked = [f"{name}: which colour?" for name in names]
+    return pictures, shown, list(zip(asked, colours, strict=True))
+
+
+def _newest(rng: np.random.Generator, degree: Any) -> Drawn:
+    # Trained with few pictures: which one is asked about is what the earlier ones teach.
+    images = TALK if degree is not None else int(rng.integers(1, 3))
+    pictures, shown, colours = _talk(rng, images)
+    return _after("newest", pictures, shown, colours[-1:])
+
+
+def _earlier(rng: np.random.Generator, degree: Any) -> Drawn:
+    if degree is None:
+        pictures, shown, colours = _talk(rng, int(rng.integers(2, TALK + 1)))
+        return _after("earlier", pictures, shown, shuffled(rng, colours))
+    pictures, shown, colours = _talk(rng, TALK)
+    return _after(f"earlier_{degree}", pictures, shown, [colours[-1 - degree]])
+
+
+def _after(name: str, images: Sequence[Image.Image], shown: str, asked: Sequence[Turn]) -> Drawn:
+    """A conversation whose first turn shows all pictures."""
+    (first, answer), *others = asked
+    return Drawn(name, images, [], [(f"{shown}{first}", answer), *others])
+
+
+def _compare(rng: np.random.Generator, degree: Any) -> Drawn:
+    """Two pictures that have one colour in common, of two or three each."""
+    both, *others = shuffled(rng, COLOURS)
+    each = int(rng.integers(1, 3))
+    seen = [[both, *others[:each]], [both, *others[each : 2 * each]]]
+    pictures = [
+        _picture(rng, [(_any_kind(rng), colour) for colour in colours], side=2) for colours in seen
+    ]
+    return _after("compare", pictures, "<image><image>", [("Which colour is in both?", both)])
+
+
+def _text(rng: np.random.Generator, degree: Any) -> Drawn:
+    """Pictures with questions that need none behind them."""
+    seen = [(_any_kind(rng), _any_colour(rng)) for _ in range(3)]
+    turns: list[Turn] = []
+    for kind, colour in seen:
+        turns += [(f"<image>Which colour is the {kind}?", colour), text_turns(rng)[0]]
+    pictures = [_picture(rng, [shape], side=2) for shape in seen]
+    return Drawn("text_between", pictures, turns[:-1], turns[-1:])
+
+
+# ------------------------------------------------------------------------------------ one picture
+
+
+def _counting(rng: np.random.Generator, degree: Any) -> Drawn:
+    number = int(rng.integers(1, MOST + 1))
+    shapes = [(_any_kind(rng), _any_colour(rng)) for _ in range(number)]
+    return _after(
+        "counting", [_picture(rng, shapes, side=3)], "<image>", [("How many shapes?", str(number))]
+    )
+
+
+def _spelling(rng: np.random.Generator, degree: Any) -> Drawn:
+    """Capitals of 10 to 13 pixels, one in each patch of a row; in training also fewer of them."""
+    letters = SPELLED if degree is not None else int(rng.integers(1, SPELLED + 1))
+    word = [pick(rng, LETTERS) for _ in range(letters)]
+    width, height = (cells * CELL for cells in SIGN)
+    background = random_background(rng)
+    image = Image.new("RGB", (width, height), background)
+    draw, ink = ImageDraw.Draw(image), random_ink(rng, background)
+    left = int(rng.integers(width // PATCH - letters + 1)) * PATCH
+    top = int(rng.integers(height // PATCH)) * PATCH
+    for i, letter in enumerate(word):
+        print_text(rng, draw, letter, ink, Region(left + i * PATCH, top, PATCH, PATCH))
+    return _after("spelling", [image], "<image>", [("Spell the word.", " ".join(word))])
+
+
+def _relation(rng: np.random.Generator, degree: Any) -> Drawn:
+    """Two shapes in one row or one column of three by three cells."""
+    side = pick(rng, SIDES)
+    canvas = Canvas(rng, 3 * CELL, 3 * CELL)
+    cells = canvas.region.split(3, 3)
+    near, far = sorted(rng.permutation(3)[:2].tolist())
+    if side in ("right", "below"):
+        near, far = far, near
+    line = int(rng.integers(3))
+    places = [3 * line + i if side in SIDES[:2] else 3 * i + line for i in (near, far)]
+    kinds = shuffled(rng, KINDS)[:2]
+    for kind, place in zip(kinds, places, strict=True):
+        canvas.shape(kind, _any_colour(rng), cells[place])
+    question = f"Where is the {kinds[0]}, seen from the {kinds[1]}?"
+    return _after("relation", [canvas.finish()], "<image>", [(question, side)])
+
+
+def _bars(rng: np.random.Generator, degree: Any) -> Drawn:
+    """A bar chart: how high a bar is, or which bar has a place in the order."""
+    colours = shuffled(rng, COLOURS)[:BARS]
+    size = (CHART[0] * CELL, CHART[1] * CELL)
+    if (degree or pick(rng, ("value", "order"))) == "value":
+        levels = random_levels(rng, BARS)
+        asked = [
+            (f"How high is the {colour} bar?", str(level))
+            for colour, level in zip(colours, levels, strict=True)
+        ]
+        chart = draw_bars(rng, colours, levels, size)
+        return _after("bars_value", [chart], "<image>", shuffled(rng, asked))
+    levels = random_levels(rng, BARS, distinct=True)
+    ranked = [colours[i] for i in np.argsort(levels)[::-1]]
+    asked = [(f"Which bar is the {o}?", c) for o, c in zip(ORDERS, ranked, strict=True)]
+    # One alone: two answers would give the third away.
+    chart = draw_bars(rng, colours, levels, size)
+    return _after("bars_order", [chart], "<image>", [pick(rng, asked)])
+
+
+# ----------------------------------------------------------------------------------- many frames
+
+
+def _when(rng: np.random.Generator, degree: Any) -> Drawn:
+    """A clip of one shape that changes its colour from frame to frame."""
+    kind, colours = _any_kind(rng), shuffled(rng, COLOURS)[:FRAMES]
+    frames = [_picture(rng, [(kind, colour)], side=1) for colour in colours]
+    asked = [(f"When is it {c}?", number) for c, number in zip(colours, NUMBERS, strict=False)]
+    # One alone: what was answered cannot be the answer again.
+    return _after("when", frames, "<image>" * FRAMES, [pick(rng, asked)])
+
+
+def _stream(rng: np.random.Generator, degree: Any) -> Drawn:
+    """A stream of frames, a few of which show a shape."""
+    odds = np.array(list(LENGTHS.values())) / sum(LENGTHS.values())
+    length = degree or int(rng.choice(list(LENGTHS), p=odds))
+    shown = dict(
+        zip(rng.permutation(length)[:NEEDLES].tolist(), shuffled(rng, KINDS), strict=False)
+    )
+    seen = {place: (kind, _any_colour(rng)) for place, kind in shown.items()}
+    frames = [_picture(rng, [seen[i]], side=1) if i in seen else _empty(rng) for i in range(length)]
+    questions = [(f"Which colour was the {kind}?", colour) for kind, colour in seen.values()]
+    name = "stream" if degree is None else f"stream_{length}"
+    return _after(name, frames, "<image>" * length, questions)
+
+
+FAMILIES = {
+    "newest": Family(_newest),
+    "earlier": Family(_earlier, BACK),
+    "compare": Family(_compare),
+    "counting": Family(_counting),
+    "spelling": Family(_spelling),
+    "relation": Family(_relation),
+    "bars": Family(_bars, ("value", "order")),
+    "text_between": Family(_text),
+    "when": Family(_when),
+    "stream": Family(_stream, STREAMS),
+}
+
+
+# --------------------------------------------------------------------------------------- examples
+
+
+def ability_example(
+    seed: int, split: SplitName, families: Sequence[str], index: int, attempt: int = 0
+) -> Example:
+    """Sample `index` of a split; the families take turns, held out their degrees. Another `attempt`
+    gives another sample of the same family and degree.
+    """
+    rng = generator(seed, split, index, attempt, purpose=3)
+    if split == "train":
+        drawn = FAMILIES[families[index % len(families)]].draw(rng, None)
+        asked = drawn.asked[:ASKED]
+    else:
+        cases = [(FAMILIES[name], degree) for name in families for degree in FAMILIES[name].degrees]
+        family, degree = cases[index % len(cases)]
+        drawn = family.draw(rng, degree)
+        asked = drawn.asked[:1]
+    images = tuple(png(image, 1) for image in drawn.images)
+    return Example(drawn.name, images, (*drawn.history, *asked))
+
+
+def ability_corpus() -> list[str]:
+    """What these conversations say beside `synthetic_scenes.corpus`, for a tokenizer."""
+    questions = [
+        *(text for name in NAMES for text in (f"{name}: which colour?", *[name] * 20)),
+        *(f"Where is the {a}, seen from the {b}?" for a in KINDS for b in KINDS if a != b),
+        *(f"How high is the {colour} bar?" for colour in COLOURS),
+        *(f"Which bar is the {order}?" for order in ORDERS),
+        *(f"When is it {colour}?" for colour in COLOURS),
+        *(f"Which colour was the {kind}?" for kind in KINDS),
+    ]
+    alone = [*SIDES, "How many shapes?", "Spell the word.", "Which colour is in both?"]
+    letters = [" ".join(LETTERS), *LETTERS]
+    return [*questions, *(text for text in (*alone, *letters) for _ in range(20))]

@@ -188,6 +188,12 @@ class EvaluationConfig:
     loss_samples: PositiveInt = 512
     """Held-out samples at most whose loss and exact match every validation computes: the same ones
     each time, in even shares of the sources. They cost about a third of training on as many."""
+    ask: Annotated[str, Choice("every", "last")] = "every"
+    """Which answers count: every one of a conversation, or the last alone, after the true turns
+    before it. `last` is for held-out samples whose last turn is the question and earlier ones are
+    its history: validations measure that answer alone, and the fixed questions and `evaluate` ask
+    it with all images of the sample; with `every` they ask the first turn. Live captions are one
+    turn, and benchmarks have their own questions: both are the same either way."""
     questions: NonNegativeInt = 8
     """Fixed questions that every validation answers, for the report, and as many of each of
     `benchmarks` whose answers are kept for it; 0: none."""

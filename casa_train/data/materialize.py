@@ -67,6 +67,7 @@ class PackedBatch:
     :param left_out: samples that exceed the budgets; a stream meets them on its way, a plan knows
         them at the start.
     :param operations: floating-point operations of its forward and backward pass; 0: not counted.
+    :param places: for each sample, which of the pack's it is: failures leave holes.
     """
 
     index: int
@@ -82,6 +83,7 @@ class PackedBatch:
     failures: list[Failure] = field(default_factory=list)
     left_out: int = 0
     operations: int = 0
+    places: list[int] = field(default_factory=list)
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; torch's DataLoader calls this where it pins."""
@@ -194,7 +196,8 @@ def _build(
     names: list[tuple[str, str]] = []
     answers: list[tuple[str, int]] = []
     failures: list[Failure] = []
-    for entry in entries:
+    places: list[int] = []
+    for place, entry in enumerate(entries):
         source, key = entry.source, entry.key
         try:
             sample, images = entry.read(), processor.image_processor
@@ -222,6 +225,7 @@ def _build(
         chunks.append(chunk)
         names.append((sample.source, sample.key))
         answers.append((entry.name, sum(encoded.answer[1:])))
+        places.append(place)
     pairs = sum(bool(s.images) and any(s.answer) for s in samples)
     if not has_pair(chunks):
         dummy = dummy_sample(processor.tokenizer.eos_token_id or 0, processor.token_side)
@@ -257,6 +261,7 @@ def _build(
         pairs=pairs,
         failures=failures,
         operations=0 if count_work is None else count_work(chunks, len(rows)),
+        places=places,
     )
 
 

@@ -9,7 +9,8 @@ An answer matches exactly when, at each of its positions, the end token included
 token given the true tokens before it is the true one. That is the case exactly when greedy decoding
 after the true history would write it token for token, so nothing needs to be generated. Every turn
 of a conversation is an answer; in live captions every caption between two frames is one, where the
-template puts tokens around images.
+template puts tokens around images. `evaluation.ask=last` counts the last answer of a conversation
+alone, and all captions of a live one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,14 +35,18 @@ from casa_train.data.materialize import Materializer, PackedBatch
 from casa_train.data.packing import BestFitPacker
 from casa_train.data.prepared.plan import Item, Pack
 from casa_train.data.prepared.shards import Split
+from casa_train.data.schemas.video_rows import LIVE
 from casa_train.data.transfer import to_device
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import RankError, UserError
+from casa_train.evaluate.last_turns import keep_their_last_turn
 from casa_train.evaluate.shares import by_source, source_labels, spread
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.training.loss import answer_losses
 
 Forward = Callable[..., Any]
+Marks = dict[str, list[tuple[int, str]]]
+"""By source, rows and what became of their answers: "1" exact, "0" not, "-" could not be read."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class HeldOut:
     :param digest: identifies the samples; losses of different samples do not compare.
     :param end: the token that ends an answer; None where the template has none.
     :param trained: names of splits that are trained, too: what they measure is not held out.
+    :param last: whether the last answer of a conversation counts alone.
+    :param left_out: with `last`, samples whose last turn does not fit a pack or is rated out.
     """
 
     splits: Mapping[str, Split]
@@ -64,6 +72,8 @@ class HeldOut:
     digest: str
     end: int | None
     trained: Sequence[str] = ()
+    last: bool = False
+    left_out: int = 0
 
 
 @dataclass
@@ -92,11 +102,16 @@ def open_held_out(
     fits = build_fits(config, splits, processor)
     lengths: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     fitting: dict[str, np.ndarray] = {}
+    last, left_out = config.evaluation.ask == "last", 0
     for name, fit in fits.items():
         limit = sources[name].limit
         text, images, _ = fit.lengths(limit)
         lengths[name] = text, images
         fitting[name] = np.flatnonzero(fit.budget.holds(text, images))
+        if last:
+            whole = keep_their_last_turn(fit, fitting[name], text)
+            left_out += len(fitting[name]) - len(whole)
+            fitting[name] = whole
     rows_of = by_source(splits, fitting)
     labels = source_labels(list(rows_of))
     groups = {labels[key]: (key[0], rows) for key, rows in rows_of.items()}
@@ -110,7 +125,8 @@ def open_held_out(
     if not items:
         raise UserError(
             f"no held-out sample of data.validation ({sorted(sources)}) fits a pack of "
-            f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens; expected "
+            f"{config.data.text_tokens} text and {config.data.image_tokens} image tokens"
+            f"{' with its last turn (evaluation.ask=last)' if last else ''}; expected "
             "at least one. Raise the budgets, name other splits, or set evaluation.every=0."
         )
     budget = Budget.of(config.data)
@@ -120,9 +136,11 @@ def open_held_out(
         labels,
         pack_all(items, fits, budget.for_samples(), world),
         Materializer(splits, processor, budget, fits),
-        _digest(items, splits),
+        _digest(items, splits, last),
         processor.answer_end_token,
         [n for n, split in splits.items() if split.fingerprint in (trained or {}).values()],
+        last,
+        left_out,
     )
 
 
@@ -161,7 +179,9 @@ def score(
     :param heartbeat: called after each pack.
     :return: `loss` (mean over answer tokens), `exact_match` (share of answers), `answers` and
         `answer_tokens`, None for numbers that are not finite; the same by source under `sources`;
-        `bad_samples`, how many could not be read.
+        `bad_samples`, how many could not be read; `hits` by source, a text with a character for
+        each answer in the order of rows and turns: "1" exact, "0" not, and "-" for each that was
+        due in a sample that could not be read (of live captions one for the sample).
     """
     local = []
     for pack in held_out.packs[ranks.rank :: ranks.world]:
@@ -176,23 +196,28 @@ def score(
         logits = forward(packed=inputs).logits
         losses = answer_losses(logits, targets).tolist()
         hits = (logits.argmax(-1) == targets).tolist()
-        scores = _by_source(batch, held_out, places, losses, hits)
-        local.append((pack.index, scores, len(batch.failures)))
+        marks = _unread(pack, batch, held_out)
+        scores = _by_source(pack, batch, held_out, places, losses, hits, marks)
+        local.append((pack.index, scores, len(batch.failures), marks))
         heartbeat()
     packs = sorted(
         (pack for theirs in ranks.gather(local) for pack in theirs), key=lambda pack: int(pack[0])
     )
     total: dict[str, SourceScore] = {}
-    for _, scores, _ in packs:
+    marked: Marks = defaultdict(list)
+    for _, scores, _, marks in packs:
         for source, add in scores.items():
             _add(total.setdefault(source, SourceScore()), add)
+        for source, own in marks.items():
+            marked[source] += own
     whole = SourceScore()
     for part in (total[source] for source in sorted(total)):
         _add(whole, part)
     return {
         **_means(whole),
         "sources": {source: _means(total[source]) for source in sorted(total)},
-        "bad_samples": sum(bad for _, _, bad in packs),
+        "bad_samples": sum(bad for _, _, bad, _ in packs),
+        "hits": {s: "".join(mark for _, mark in sorted(marked[s])) for s in sorted(marked)},
     }
 
 
@@ -211,23 +236,44 @@ def answer_spans(places: Sequence[int], targets: Sequence[int], end: int | None)
 
 
 def _by_source(
+    pack: Pack,
     batch: PackedBatch,
     held_out: HeldOut,
     places: Sequence[int],
     losses: Sequence[float],
     hits: Sequence[bool],
+    marks: Marks,
 ) -> dict[str, SourceScore]:
+    """:param marks: takes those of the samples."""
     scores: dict[str, SourceScore] = {}
     targets = batch.targets.tolist()
     start = 0
-    for (name, tokens), family in zip(batch.answer_sources, batch.sources, strict=True):
+    samples = zip(batch.places, batch.answer_sources, batch.sources, strict=True)
+    for place, (name, tokens), family in samples:
         own = slice(start, start + tokens)
         spans = answer_spans(places[own], targets[own], held_out.end)
-        right = sum(all(hits[start + i] for i in span) for span in spans)
-        add = SourceScore(math.fsum(losses[own]), tokens, right, len(spans))
-        _add(scores.setdefault(held_out.labels[name, family], SourceScore()), add)
+        if held_out.last and held_out.splits[name].meta["schema"] != LIVE:
+            spans = spans[-1:]
+        right = [all(hits[start + i] for i in span) for span in spans]
+        counted = [losses[start + i] for span in spans for i in span]
+        add = SourceScore(math.fsum(counted), len(counted), sum(right), len(spans))
+        source = held_out.labels[name, family]
+        _add(scores.setdefault(source, SourceScore()), add)
+        marks[source].append((pack.items[place][1], "".join(str(int(hit)) for hit in right)))
         start += tokens
     return scores
+
+
+def _unread(pack: Pack, batch: PackedBatch, held_out: HeldOut) -> Marks:
+    """The marks of a pack's samples that could not be read."""
+    marks: Marks = defaultdict(list)
+    read = set(batch.places)
+    for name, row in (item[:2] for i, item in enumerate(pack.items) if i not in read):
+        split = held_out.splits[name]
+        cut = None if held_out.last else held_out.materializer.fits[name].cut(row)
+        due = 1 if cut is None else cut.turns
+        marks[held_out.labels[name, split.source(row)]].append((row, "-" * due))
+    return marks
 
 
 def _add(total: SourceScore, part: SourceScore) -> None:
@@ -245,6 +291,7 @@ def _means(score: SourceScore) -> dict[str, Any]:
     }
 
 
-def _digest(items: Sequence[Item], splits: Mapping[str, Split]) -> str:
+def _digest(items: Sequence[Item], splits: Mapping[str, Split], last: bool) -> str:
     what = [[split.fingerprint for _, split in sorted(splits.items())], items]
+    what += [["last"]] if last else []  # what counts of the same samples is another thing then
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

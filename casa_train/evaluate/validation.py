@@ -211,6 +211,14 @@ def describe(measured: Measured, questions: Questions | None, config: Config) ->
         )
         if questions.skipped:
             lines[-1] += f" (left out: {dict(questions.skipped)})"
+        if held_out.last:
+            lines[-1] += ", of each the last answer"
+        if held_out.left_out:
+            lines.append(
+                f"evaluation.ask=last: {held_out.left_out} held-out samples are not measured: "
+                "their last turn is rated out (data.ratings) or does not fit a pack "
+                "(data.text_tokens, data.image_tokens)"
+            )
         lines += [
             f"data.validation.{name} is trained, too: what it measures is not held out"
             for name in held_out.trained

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,44 +111,75 @@ def test_exact_match_is_what_generation_would_write(
     processor, found = held_out(config)
     model = build(config, processor)
     overfit(model, found, steps=9)
-    scores = score(found, model, Ranks())
-    exact: Counter[str] = Counter()
-    answers: Counter[str] = Counter()
-    longest = 0
-    for pack in found.packs:
-        for name, row, _, _ in pack.items:
-            sample = found.splits[name].read(row)
-            longest = max(longest, len(sample.turns))
-            for turn in range(len(sample.turns)):
-                answers[sample.source] += 1
-                exact[sample.source] += generated_exactly(model, processor, sample, turn)
-    assert longest > 1  # later turns are asked after the true history
-    assert 0 < exact.total() < answers.total()
-    assert scores["answers"] == answers.total()
-    assert scores["exact_match"] == exact.total() / answers.total()
-    for source, measured in scores["sources"].items():
-        assert measured["answers"] == answers[source]
-        assert measured["exact_match"] == exact[source] / answers[source]
+    expected = answered_exactly(found, model, processor)
+    every = [right for samples in expected.values() for turns in samples for right in turns]
+    assert max(len(turns) for samples in expected.values() for turns in samples) > 1
+    assert 0 < sum(every) < len(every)
+    compare(score(found, model, Ranks()), expected)
+    # The last answers alone, of the same samples.
+    config.evaluation.ask = "last"
+    _, last = held_out(config)
+    assert last.digest != found.digest and not last.left_out
+    assert [pack.items for pack in last.packs] == [pack.items for pack in found.packs]
+    expected = {source: [turns[-1:] for turns in own] for source, own in expected.items()}
+    compare(score(last, model, Ranks()), expected)
+
+
+def answered_exactly(
+    found: HeldOut, model: CasaForConditionalGeneration, processor: CasaProcessor
+) -> dict[str, list[list[bool]]]:
+    """By source, in the order of its rows, which turns of each sample generation gets right."""
+    by_source: dict[str, list[list[bool]]] = {}
+    items = sorted((name, row) for pack in found.packs for name, row, _, _ in pack.items)
+    for name, row in items:  # later turns are asked after the true history
+        sample = found.splits[name].read(row)
+        turns = range(len(sample.turns))
+        exact = [generated_exactly(model, processor, sample, turn) for turn in turns]
+        by_source.setdefault(sample.source, []).append(exact)
+    return by_source
+
+
+def compare(scores: dict[str, Any], expected: dict[str, list[list[bool]]]) -> None:
+    """Exact matches, counts and hits."""
+    assert scores["sources"].keys() == scores["hits"].keys() == expected.keys()
+    whole = [right for samples in expected.values() for turns in samples for right in turns]
+    assert scores["answers"] == len(whole)
+    assert scores["exact_match"] == sum(whole) / len(whole)
+    for source, samples in expected.items():
+        own = [right for turns in samples for right in turns]
+        assert scores["sources"][source]["answers"] == len(own)
+        assert scores["sources"][source]["exact_match"] == sum(own) / len(own)
+        assert scores["hits"][source] == "".join("01"[right] for right in own)
 
 
 def test_loss_is_the_mean_over_answer_tokens_of_samples_alone(data_dir: Path) -> None:
     processor, found = held_out(tiny_config(data_dir))
     model = build(tiny_config(data_dir), processor).eval()
-    sums: dict[str, list[float]] = {}
-    for pack in found.packs:
-        for item in pack.items:
-            batch = found.materializer[type(pack)(0, (item,), item[2], item[3])]
-            with torch.no_grad():
-                logits = model(packed=batch.inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-            sums.setdefault(batch.sources[0], []).append(float(loss))
-            sums.setdefault(f"{batch.sources[0]} tokens", []).append(len(batch.targets))
+    _, last = held_out(tiny_config(data_dir, "evaluation.ask=last"))
+    for one in (found, last):
+        sums: dict[str, list[float]] = {}
+        for pack in one.packs:
+            for item in pack.items:
+                batch = one.materializer[type(pack)(0, (item,), item[2], item[3])]
+                with torch.no_grad():
+                    logits = model(packed=batch.inputs).logits
+                tokens = len(batch.targets)
+                if one is last:  # its own words, and the token that ends them
+                    answer = one.splits[item[0]].read(item[1]).turns[-1].assistant
+                    tokens = len(processor.tokenizer.encode(answer, add_special_tokens=False)) + 1
+                loss = torch.nn.functional.cross_entropy(
+                    logits[-tokens:], batch.targets[-tokens:], reduction="sum"
+                )
+                sums.setdefault(batch.sources[0], []).append(float(loss))
+                sums.setdefault(f"{batch.sources[0]} tokens", []).append(tokens)
+        scores = score(one, model, Ranks())
+        assert len(scores["sources"]) == 7
+        for source, measured in scores["sources"].items():
+            total = sum(sums[f"{source} tokens"])
+            assert measured["answer_tokens"] == total
+            assert measured["loss"] == pytest.approx(sum(sums[source]) / total, rel=1e-5)
+    assert scores["answer_tokens"] < score(found, model, Ranks())["answer_tokens"]
     scores = score(found, model, Ranks())
-    assert len(scores["sources"]) == 7
-    for source, measured in scores["sources"].items():
-        tokens = sum(sums[f"{source} tokens"])
-        assert measured["answer_tokens"] == tokens
-        assert measured["loss"] == pytest.approx(sum(sums[source]) / tokens, rel=1e-5)
     total = sum(s["loss"] * s["answer_tokens"] for s in scores["sources"].values())
     assert scores["loss"] == pytest.approx(total / scores["answer_tokens"], rel=1e-9)
     # Ranks that share the packs out, one of them an empty one, get the same numbers.
@@ -173,22 +203,55 @@ def test_numbers_that_are_not_finite_are_none(data_dir: Path) -> None:
     assert (best.step, best.loss) == (16, 1.0)
 
 
-def test_bad_samples_are_counted(data_dir: Path) -> None:
-    _, found = held_out(tiny_config(data_dir))
+@pytest.mark.parametrize("ask", ["every", "last"])
+def test_bad_samples_are_counted(data_dir: Path, ask: str) -> None:
+    _, found = held_out(tiny_config(data_dir, f"evaluation.ask={ask}"))
     model = build(tiny_config(data_dir), build_processor(tiny_config(data_dir))).eval()
-    broken = found.packs[0].items[0]
-    split = found.splits[broken[0]]
+    whole = score(found, model, Ranks())["hits"]
+    # A conversation of several turns behind another one of its source.
+    rows = sorted(item[1] for pack in found.packs for item in pack.items)
+    split = found.splits["synthetic"]
     read = split.read
+    samples = {row: read(row) for row in rows}
+    sources = [samples[row].source for row in rows]
+    place = next(
+        i for i, row in enumerate(rows) if len(samples[row].turns) > 1 and sources[i] in sources[:i]
+    )
+    broken, source = rows[place], sources[place]
 
     def sometimes(row: int, with_images: bool = True) -> Sample:
         sample = read(row, with_images)
-        if row == broken[1]:
+        if row == broken:
             object.__setattr__(sample, "images", tuple(b"no image" for _ in sample.images))
         return sample
 
     split.read = sometimes  # type: ignore[method-assign]
     scores = score(found, model, Ranks())
     assert scores["bad_samples"] == 1 and scores["loss"] is not None
+    turns = [1 if ask == "last" else len(samples[row].turns) for row in rows]
+    start = sum(n for n, s in zip(turns[:place], sources, strict=False) if s == source)
+    end = start + turns[place]
+    marks = whole[source]
+    expected = {**whole, source: marks[:start] + "-" * turns[place] + marks[end:]}
+    assert start > 0 and scores["hits"] == expected
+
+
+def test_a_conversation_without_its_last_turn_is_not_measured_by_it(data_dir: Path) -> None:
+    """With little room, trailing turns are cut off: what is last then is another question."""
+    config = tiny_config(data_dir, "evaluation.loss_samples=200")
+    _, roomy = held_out(config)
+    split = roomy.splits["synthetic"]
+    lengths = {item[1]: item[2] for pack in roomy.packs for item in pack.items}
+    config.data.text_tokens = sorted(lengths.values())[len(lengths) // 2]
+    whole = {row for row, text in lengths.items() if text < config.data.text_tokens}
+    measured = {}
+    for ask in ("every", "last"):
+        config.evaluation.ask = ask
+        _, narrow = held_out(config)
+        measured[ask] = {item[1] for pack in narrow.packs for item in pack.items}
+    cut = measured["every"] - whole
+    assert cut and all(len(split.read(row).turns) > 1 for row in cut)
+    assert measured["last"] == whole and narrow.left_out == len(cut)
 
 
 @pytest.mark.parametrize("mechanism", ["casa", "insertion", "qformer_insertion"])
@@ -282,6 +345,7 @@ def test_splits_that_cannot_be_used_are_named(data_dir: Path, tmp_path: Path) ->
     [
         ("evaluation.every=-1", "evaluation.every is -1"),
         ("evaluation.loss_samples=0", "evaluation.loss_samples is 0"),
+        ("evaluation.ask=first", "evaluation.ask is 'first'; expected every or last"),
         ("export.every=3", "export.every is 3; expected 0 or a multiple of checkpoint.every = 500"),
         ("evaluation.every=0", "export.best is True; expected false where nothing is validated"),
     ],

@@ -1,7 +1,8 @@
 """How much of what answers read comes from the image, by layer: CASA's implicit gate, and others'.
 
 The reference answers are given to the model, and what their tokens read is recorded where they are
-predicted (`modeling/image_attention.py`), with each question's own image and with another's.
+predicted (`modeling/image_attention.py`), with each question's own image and with another's. Of a
+question with turns before it, only its own answer counts.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def _of_question(
 ) -> dict[str, dict[int, float]]:
     """By quantity and layer, the mean over the answer's tokens; `uniform` under layer -1."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": question.reference}]}
+    messages = question.messages(images)
     batch = processor.apply_chat_template(
-        [[*question.messages(images), answer]],
+        [[*messages, answer]],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -78,7 +80,11 @@ def _of_question(
     if "image_follows" in batch:
         packed.chunks = [replace(packed.chunks[0], follows=tuple(batch["image_follows"][0]))]
     # The positions whose next token is part of the answer, as training counts them.
-    packed.logits_index = batch["assistant_masks"][0][1:].nonzero()[:, 0]
+    rows = batch["assistant_masks"][0][1:].nonzero()[:, 0]
+    if question.history:  # whose answers come before the last message
+        before = processor.apply_chat_template([messages], tokenize=True)[0]
+        rows = rows[rows + 1 >= len(before)]
+    packed.logits_index = rows
     listening = _listening(model)
     assert listening is not None
     listener = listening(packed)

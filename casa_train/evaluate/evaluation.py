@@ -22,8 +22,8 @@ from casa_train.errors import UserError, named
 from casa_train.evaluate.attention_to_images import measure_image_attention
 from casa_train.evaluate.exact_match import (
     evaluate,
-    first_questions,
     generate_answers,
+    held_out_questions,
     training_texts,
 )
 from casa_train.evaluate.live_clips import evaluate_clips, first_clips
@@ -37,6 +37,7 @@ from casa_train.run.layout import EVALUATION_FILE, EXPORT, EXPORTS
 from casa_train.run.sweep import run_directories
 
 OVERRIDES = (
+    "evaluation.ask",
     "evaluation.max_samples",
     "evaluation.max_new_tokens",
     "evaluation.batch_size",
@@ -61,7 +62,7 @@ def evaluation_config(
     config = load_run_config(run)
     search_path(config_dir)  # refuses what is no folder
     composed = []
-    for override in overrides:
+    for override in (given.lstrip("+") for given in overrides):
         name, equals, _ = override.partition("=")
         if equals and _known(name):
             composed.append(f"++{override}")  # whether the run had such a source or not
@@ -102,8 +103,7 @@ def evaluate_run(
     :param config_dir: see `evaluation_config`.
     :raises UserError: no export, or no validation questions with images.
     """
-    plain = [override.lstrip("+") for override in overrides]
-    config = evaluation_config(run, plain, config_dir)
+    config = evaluation_config(run, overrides, config_dir)
     use_threads(config.parallel.threads)
     if not (export / EXPORT_MARKER).is_file():
         raise UserError(
@@ -123,7 +123,8 @@ def evaluate_run(
             splits[name] = Split(Path(source.path))
     skipped: Counter[str] = Counter()
     limits = _limits(held_out)
-    questions = first_questions(splits, limits, config.evaluation.max_samples, skipped)
+    last = config.evaluation.ask == "last"
+    questions = held_out_questions(splits, limits, config.evaluation.max_samples, skipped, last)
     clips = first_clips(splits, limits, config.evaluation.live_clips, skipped)
     if not questions and not clips:
         raise UserError(
@@ -148,11 +149,13 @@ def evaluate_run(
             batch_size=batch_size,
             max_new_tokens=config.evaluation.max_new_tokens,
         ),
+        last,
     )
     result = {
         "export": str(export),
         "step": exported_step(export),
         "overrides": list(overrides),
+        "ask": config.evaluation.ask,
         "validation": {name: source.path for name, source in held_out.items()},
         "weights_sha256": {
             str(p.relative_to(export)): sha256(p) for p in sorted(export.rglob("*.safetensors"))
@@ -219,7 +222,9 @@ def evaluate_sweep(
                 write_export(run, run / EXPORT)
             done = "already evaluated"
             there = run / EVALUATION_FILE
-            if _read(there, "step") != step or (_read(there, "overrides") or []) != [*overrides]:
+            ask = evaluation_config(run, overrides, config_dir).evaluation.ask
+            same = _read(there, "step") == step and (_read(there, "ask") or "every") == ask
+            if not same or (_read(there, "overrides") or []) != [*overrides]:
                 result = evaluate_run(run, run / EXPORT, overrides, config_dir)
                 done = ", ".join(scores_said(result))
             print(f"{run.name}: step {step}, {done}", flush=True)

@@ -1,5 +1,8 @@
 """Exact match on held-out questions, with the images and blind, beside the best image-free guess.
 
+A question is the first turn of a held-out sample, or with `evaluation.ask=last` the last one after
+the true turns before it.
+
 *Blind* asks each question with the images of another sample of the same family: what a model scores
 then it did not read from the picture. The *image-free guess* answers every question text with the
 answer that is most frequent for it in a sample of what was trained.
@@ -20,7 +23,7 @@ import torch
 from casa_train.data.prepared.shards import Split
 from casa_train.data.sample import ImageSlot, Sample, Turn, keep_images, messages_of
 from casa_train.data.schemas.rows import BadRow
-from casa_train.evaluate.shares import by_source, show_image_first, spread
+from casa_train.evaluate.shares import by_source, show_image, spread
 from casa_train.modeling.image_processing_casa import CasaImageProcessor, ImageError
 
 GUESS_SAMPLES = 100_000
@@ -29,10 +32,12 @@ GUESS_SAMPLES = 100_000
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a held-out sample.
+    """A turn of a held-out sample.
 
-    :param turn: with its images renumbered from 0.
+    :param turn: what is asked; images are numbered from 0 over `history` and this turn.
+    :param images: of all these turns.
     :param video: whether they are the frames of one video.
+    :param history: the turns before it, with their true answers.
     """
 
     id: str
@@ -40,6 +45,7 @@ class Question:
     turn: Turn
     images: tuple[bytes, ...]
     video: bool = False
+    history: tuple[Turn, ...] = ()
 
     @property
     def text(self) -> str:
@@ -50,8 +56,8 @@ class Question:
         return self.turn.assistant
 
     def messages(self, images: Sequence[bytes]) -> list[dict[str, Any]]:
-        """As the processor takes it, showing `images` in the question's slots, in order."""
-        return messages_of([self.turn], self.video, images.__getitem__)[:-1]
+        """As the processor takes it with its history, showing `images` in the slots, in order."""
+        return messages_of([*self.history, self.turn], self.video, images.__getitem__)[:-1]
 
 
 def question_text(turn: Turn) -> str:
@@ -59,11 +65,12 @@ def question_text(turn: Turn) -> str:
     return " ".join(part for part in turn.user if isinstance(part, str))
 
 
-def first_questions(
+def held_out_questions(
     splits: Mapping[str, Split],
     limits: Mapping[str, int | None],
     limit: int,
     skipped: Counter[str],
+    last: bool = False,
 ) -> list[Question]:
     """The first turns of samples that show an image there, at most `limit`, in even shares of the
     sources and evenly over each, as validations take theirs.
@@ -72,13 +79,14 @@ def first_questions(
     counted in `skipped` by reason.
 
     :param limits: by split, how many of its samples are used; None: all.
+    :param last: the last turns of samples that show any image, with all turns before them.
     """
-    rows = {n: show_image_first(s, np.arange(len(s))[: limits[n]]) for n, s in splits.items()}
+    rows = {n: show_image(s, np.arange(len(s))[: limits[n]], last) for n, s in splits.items()}
     questions: list[Question] = []
     for (name, _), chosen in spread(by_source(splits, rows), limit).items():
         for row in chosen:
             try:
-                question = read_question(splits[name], name, row)
+                question = read_question(splits[name], name, row, last)
             except (BadRow, ImageError) as error:
                 skipped[error.reason] += 1
                 continue
@@ -87,13 +95,13 @@ def first_questions(
     return questions
 
 
-def read_question(split: Split, name: str, row: int) -> Question | None:
-    """The first turn of a row with its own images; None where it shows none.
+def read_question(split: Split, name: str, row: int, last: bool = False) -> Question | None:
+    """The question of a row, see `question_of`; None where it has none.
 
     :raises BadRow, ImageError: a row or an image that cannot be used.
     """
     sample = split.read(row)
-    return question_of(f"{name}/{sample.key}", sample)
+    return question_of(f"{name}/{sample.key}", sample, last)
 
 
 def training_texts(
@@ -120,19 +128,23 @@ def training_texts(
                     yield splits[name].read(row, with_images=False)
 
 
-def question_of(key: str, sample: Sample) -> Question | None:
+def question_of(key: str, sample: Sample, last: bool = False) -> Question | None:
     """The first turn of a sample with its own images; None where it shows none.
 
+    :param last: the last turn, with all turns and images before it; None where none shows any.
     :raises ImageError: an image that cannot be used.
     """
-    first = sample.turns[0]
-    shown = [part.index for part in first.user if isinstance(part, ImageSlot)]
+    turns = sample.turns if last else sample.turns[:1]
+    *history, turn = turns
+    shown = [image for earlier in history for image in earlier.images]
+    shown += [part.index for part in turn.user if isinstance(part, ImageSlot)]
     if not shown:
         return None
-    asked = keep_images(replace(sample, turns=(first,)), shown)
+    asked = keep_images(replace(sample, turns=turns), shown)
     for image in asked.images:
         CasaImageProcessor().load(image)
-    return Question(key, sample.source, asked.turns[0], asked.images, sample.video)
+    *before, turn = asked.turns
+    return Question(key, sample.source, turn, asked.images, sample.video, tuple(before))
 
 
 def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[bytes, ...]]:
@@ -159,17 +171,19 @@ def swapped_images(questions: Sequence[Question], seed: int = 0) -> list[tuple[b
 
 
 def best_guesses(
-    training: Iterable[Sample], questions: Sequence[Question]
+    training: Iterable[Sample], questions: Sequence[Question], last: bool = False
 ) -> tuple[list[str], int]:
     """The most frequent training answer of each question text, or of its family where it is new;
     and of how many samples.
+
+    :param last: the last turns of training samples are what is asked, not the first ones.
     """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_family: dict[str, Counter[str]] = defaultdict(Counter)
     samples = 0
     for sample in training:
         samples += 1
-        turn = sample.turns[0]
+        turn = sample.turns[-1 if last else 0]
         text = question_text(turn)
         by_text[text][turn.assistant] += 1
         by_family[sample.source][turn.assistant] += 1
@@ -210,24 +224,27 @@ def evaluate(
     questions: Sequence[Question],
     training: Iterable[Sample],
     answer: Callable[[list[Any]], list[str]],
+    last: bool = False,
 ) -> dict[str, Any]:
     """Scores overall and by family, and every answer.
 
     :param answer: conversations -> answers; `generate_answers` with a model.
     :param training: samples that the image-free guess knows; without any there is no guess.
+    :param last: the questions are last turns.
     :return: `exact_match`, `blind`, `guess` (None without training samples), `questions` (without
         any, all three are None); the same
         by family under `families`; `guess_samples`, how many training samples the guess is from;
-        and `answers`, one record a question.
+        and `answers`, one record a question, `history` being the turns before it.
     """
     seen = answer([q.messages(q.images) for q in questions])
     swapped = swapped_images(questions)
     blind = answer([q.messages(images) for q, images in zip(questions, swapped, strict=True)])
-    guesses, guess_samples = best_guesses(training, questions)
+    guesses, guess_samples = best_guesses(training, questions, last)
     records = [
         {
             "id": q.id,
             "source": q.source,
+            "history": len(q.history),
             "question": q.text,
             "reference": q.reference,
             "answer": seen[i],

@@ -16,7 +16,7 @@ from casa_train.data.schemas.rows import BadRow
 from casa_train.evaluate.exact_match import Question, matches, question_of
 from casa_train.evaluate.greedy_answers import Decoder
 from casa_train.evaluate.held_out import Forward, HeldOut
-from casa_train.evaluate.shares import show_image_first, spread
+from casa_train.evaluate.shares import show_image, spread
 from casa_train.modeling.image_processing_casa import ImageError
 from casa_train.modeling.processing_casa import CasaProcessor
 
@@ -25,7 +25,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 class Asked:
     """A question, where it stands and how long it is.
 
-    :param messages: the first turn of its sample, as the processor takes it.
+    :param messages: as the processor takes it.
     :param size: text tokens with those of the answer, and image tokens.
     """
 
@@ -37,7 +37,8 @@ class Asked:
 
 
 class Questions:
-    """Fixed questions: the first turns of samples that show an image there.
+    """Fixed questions: the first turns of samples that show an image there, or with
+    `evaluation.ask=last` the last turns of samples that show any, after the turns before them.
 
     They are in even shares of all sources; as many are answered at once as fit a pack together, and
     one that does not fit alone is left out.
@@ -53,9 +54,10 @@ class Questions:
     ) -> None:
         self.decoder = Decoder(processor, Budget.of(config.data), config.evaluation.max_new_tokens)
         self.skipped: Counter[str] = Counter()
+        self.last = held_out.last
         splits = held_out.splits
         candidates = {
-            source: show_image_first(splits[name], rows)
+            source: show_image(splits[name], rows, self.last)
             for source, (name, rows) in held_out.groups.items()
         }
         asked = [
@@ -84,6 +86,7 @@ class Questions:
                 "source": asked.question.source,
                 "split": asked.split,
                 "row": asked.row,
+                "history": len(asked.question.history),
                 "question": asked.question.text,
                 "reference": asked.question.reference,
                 "answer": answer,
@@ -95,7 +98,7 @@ class Questions:
     def _ask(self, split: Split, name: str, row: int) -> Asked | None:
         try:
             sample = split.read(row)
-            question = question_of(f"{name}/{sample.key}", sample)
+            question = question_of(f"{name}/{sample.key}", sample, self.last)
             if question is None:
                 return None
             messages = question.messages(question.images)

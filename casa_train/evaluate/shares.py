@@ -60,14 +60,18 @@ def spread(groups: Mapping[K, Sequence[int] | np.ndarray], total: int) -> dict[K
     return {name: chosen[name] for name in groups}
 
 
-def show_image_first(split: Split, rows: np.ndarray) -> np.ndarray:
+def show_image(split: Split, rows: np.ndarray, last: bool = False) -> np.ndarray:
     """Those of the rows that ask about an image in their first turn.
 
     The frames of live captions stand in the answer, and nothing is asked about them.
+
+    :param last: the last turn is asked, about images that it or any turn before it shows.
     """
     if split.meta["schema"] == LIVE:
         return rows[:0]
     turns, offsets = split.list_column("image_turns")
-    shown = rows[offsets[rows] < offsets[rows + 1]]
+    shown: np.ndarray = rows[offsets[rows] < offsets[rows + 1]]
+    if last:
+        return shown
     first: np.ndarray = shown[turns[offsets[shown]] == 0]
     return first

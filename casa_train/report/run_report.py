@@ -15,7 +15,7 @@ from casa_train.data.prepared.shards import Split
 from casa_train.data.schemas.rows import BadRow
 from casa_train.errors import UserError
 from casa_train.evaluate.benchmarks.reading import read_benchmark
-from casa_train.evaluate.exact_match import question_of, read_question
+from casa_train.evaluate.exact_match import read_question
 from casa_train.io.log import read_json_lines
 from casa_train.metrics.sinks.base import Record
 from casa_train.metrics.sinks.jsonl import read_metrics
@@ -94,7 +94,8 @@ def _pictures(config: Config, evaluation: dict[str, Any] | None) -> dict[str, li
         with contextlib.suppress(UserError, BadRow, ImageError, KeyError):
             split = Split(Path(places[name]), check=False)
             row = pc.index(split.index.column("key"), key).as_py()
-            question = None if row < 0 else read_question(split, name, row)
+            last = bool(answer.get("history"))  # of one turn, it is the first one, too
+            question = None if row < 0 else read_question(split, name, row, last)
             if question is not None:  # the data may be another now
                 pictures[question.id] = list(question.images)
     return pictures
@@ -106,8 +107,8 @@ def _asked(config: Config, validations: Sequence[Record]) -> dict[str, list[byte
     for asked in validations[-1]["questions"] if validations else []:
         name = asked["split"]
         with contextlib.suppress(UserError, BadRow, ImageError, KeyError, IndexError):
-            sample = Split(Path(config.data.validation[name].path), check=False).read(asked["row"])
-            question = question_of(f"{name}/{sample.key}", sample)
+            split = Split(Path(config.data.validation[name].path), check=False)
+            question = read_question(split, name, asked["row"], bool(asked.get("history")))
             if question is not None and question.id == asked["id"]:  # the data may be another now
                 pictures[question.id] = list(question.images)
     return pictures

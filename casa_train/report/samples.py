@@ -11,6 +11,7 @@ from casa_train.pages import pictures
 from casa_train.report.run_data import RunData
 
 SAMPLES = 24  # rows of the table of answers
+PICTURES = 16  # of a question, the last ones
 
 
 def choose_answers(answers: Sequence[dict[str, Any]], limit: int = SAMPLES) -> list[dict[str, Any]]:
@@ -45,9 +46,14 @@ def sample_rows(run: RunData) -> list[dict[str, Any]]:
 
 
 def pictures_of(run: RunData, id: str) -> list[str | None]:
-    """Data URIs of the pictures of a question; None stands for an unreadable one."""
-    found = [pictures.of_file(data) for data in run.pictures.get(id, [])]
-    return [picture and picture[0] for picture in found]
+    """Data URIs of the pictures of a question; None stands for an unreadable one.
+
+    Of many the last ones, behind a word on how many came before.
+    """
+    every = run.pictures.get(id, [])
+    found = [pictures.of_file(data) for data in every[-PICTURES:]]
+    earlier = [f"{len(every) - PICTURES} images before"] if len(every) > PICTURES else []
+    return [*earlier, *(picture and picture[0] for picture in found)]
 
 
 def _shuffle_key(answer: Mapping[str, Any]) -> str:

@@ -98,6 +98,25 @@ def test_it_is_the_mean_over_the_tokens_that_predict_the_answer() -> None:
     assert share["uniform"] == pytest.approx(float(listener.uniform[rows].mean()), abs=1e-6)
 
 
+def test_of_a_conversation_only_the_last_answer_counts() -> None:
+    """Row by row again; turns before it, another answer among them, are there but do not count."""
+    model, slot = model_of("casa"), ImageSlot(0)
+    turns = [Turn((slot, "what is it?"), "red"), Turn(("and now?", ImageSlot(1)), "a blue one")]
+    pictures = picture(3), picture(4)
+    asked = Question("q", "colour", turns[1], pictures, history=(turns[0],))
+    ids = PROCESSOR.encode(asked.messages(pictures), generation_prompt=True).ids
+    answer = PROCESSOR.tokenizer.encode("a blue one", add_special_tokens=False)
+    answer += PROCESSOR.asst_end_tokens
+    images = [PROCESSOR.image_processor.load(image) for image in pictures]
+    points = PROCESSOR.encode(asked.messages(pictures)).points
+    listener = model.image_attention(model.pack(torch.tensor([*ids, *answer]), points, images))
+    rows = slice(len(ids) - 1, len(ids) - 1 + len(answer))
+    expected = [float(layer[rows].mean()) for layer in listener.values["image share"].values()]
+    found = measure_image_attention(model, PROCESSOR, [asked], limit=64)
+    assert found is not None
+    assert found["quantities"]["image share"]["mean"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_questions_are_taken_from_all_over() -> None:
     found = measure_image_attention(model_of("casa"), PROCESSOR, questions(), limit=3)
     assert found is not None and found["questions"] == 3

@@ -17,9 +17,11 @@ from casa_train.evaluate.__main__ import main
 from casa_train.evaluate.exact_match import (
     Question,
     best_guesses,
-    first_questions,
+    held_out_questions,
+    swapped_images,
     training_texts,
 )
+from casa_train.export.loading import load_model, load_processor
 from tests.helpers.commands import TINY, on_data
 from tests.helpers.counting import FINGERPRINTS, texts_by
 from tests.helpers.published import picture
@@ -42,7 +44,7 @@ def write(directory: Path, families: dict[str, int], answer: str = "yes") -> Spl
 
 
 def ask(splits: dict[str, Split], limit: int, **limits: int) -> list[Question]:
-    return first_questions(splits, {n: limits.get(n) for n in splits}, limit, Counter())
+    return held_out_questions(splits, {n: limits.get(n) for n in splits}, limit, Counter())
 
 
 def test_questions_are_in_even_shares_of_all_sources(tmp_path: Path) -> None:
@@ -61,6 +63,45 @@ def test_questions_are_in_even_shares_of_all_sources(tmp_path: Path) -> None:
     assert len([q for q in ask(splits, 25, charts=12) if q.id.startswith("charts/")]) == 6
 
 
+def write_talks(directory: Path, count: int) -> Split:
+    """So many conversations: two pictures come one after the other, in the first turn a question
+    about it; the last one asks about what was there, and every third sample shows nothing at all.
+    """
+    from tests.helpers.counting import ShardWriter
+
+    writer = ShardWriter(directory, "finevision", texts_by(len), FINGERPRINTS, 7)
+    for i in range(count):
+        asked = ["<image>what is it?", "<image>and now?", f"what was before {i}?"]
+        if i % 3 == 2:
+            asked = [text.replace("<image>", "") for text in asked]
+        said = ["red", "blue", f"word {i % 2}"]
+        texts = [{"user": u, "assistant": a} for u, a in zip(asked, said, strict=True)]
+        images = [picture(30 + 2 * i), picture(31 + 2 * i)] if i % 3 < 2 else []
+        assert writer.write(f"talk-{i}", {"texts": texts, "source": "talk"}, images)
+    writer.close()
+    return Split(directory)
+
+
+def test_the_last_turn_is_asked_after_the_true_ones_before_it(tmp_path: Path) -> None:
+    split = write_talks(tmp_path / "a", 9)
+    asked = held_out_questions({"a": split}, {"a": None}, 100, Counter(), last=True)
+    shown = [sample for sample in split if sample.images]
+    assert [q.id for q in asked] == [f"a/{sample.key}" for sample in shown] and len(asked) == 6
+    for question, sample in zip(asked, shown, strict=True):
+        assert question.images == sample.images and len(sample.images) == 2
+        assert question.text.startswith("what was before") and question.reference[:5] == "word "
+        whole = sample.messages(list(sample.images))
+        assert question.messages(question.images) == whole[:-1] and len(whole) == 6
+    for question, images in zip(asked, swapped_images(asked), strict=True):
+        others = [q.images for q in asked if q is not question]
+        assert images in others  # all of one other sample
+    # What training answered last, not first.
+    guesses, samples = best_guesses(list(split), asked, last=True)
+    assert samples == 9 and guesses == [q.reference for q in asked]
+    assert set(best_guesses(list(split), asked)[0]) == {"red"}
+    assert held_out_questions({"a": split}, {"a": None}, 1, Counter())[0].reference == "red"
+
+
 def test_a_question_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
     split = write(tmp_path / "a", {"charts": 6})
     row = split.index.slice(2, 1).to_pylist()[0]
@@ -68,7 +109,7 @@ def test_a_question_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
         file.seek(row["json_offset"])
         file.write(b"[1] ")
     skipped: Counter[str] = Counter()
-    asked = first_questions({"a": Split(split.directory)}, {"a": None}, 100, skipped)
+    asked = held_out_questions({"a": Split(split.directory)}, {"a": None}, 100, skipped)
     assert len(asked) == 5 and skipped == {"unreadable_json": 1}
 
 
@@ -145,6 +186,23 @@ def test_overrides_of_an_evaluation(
     assert {a["id"].partition("/")[0] for a in result["answers"]} == {"own"}
     assert result["overrides"] == changes
     assert result["validation"] == {"own": str(own.directory)}
+    assert result["ask"] == "every" and {a["history"] for a in result["answers"]} == {0}
+    talks = write_talks(tmp_path / "talks", 9)
+    changes = ["data.validation.synthetic=null", f"+data.validation.own.path={talks.directory}"]
+    assert main([str(run_dir), *changes, "evaluation.ask=last"]) == 0
+    result = stored(run_dir)
+    assert result["ask"] == "last" and result["questions"] == 6
+    # The export's own answer to the sample's messages up to the last one.
+    model, processor = (
+        load_model(run_dir / "export", "auto").eval(),
+        load_processor(run_dir / "export"),
+    )
+    for record, sample in zip(result["answers"], (s for s in talks if s.images), strict=True):
+        assert record["history"] == 2 and record["reference"] == sample.turns[2].assistant
+        batch = processor.tokenize_messages([sample.messages(list(sample.images))[:-1]])
+        out = model.generate_from_image(**batch, max_new_tokens=16, do_sample=False)
+        new = out[0, batch["input_ids"].shape[1] :]
+        assert record["answer"] == processor.decode(new, skip_special_tokens=True).strip()
     capsys.readouterr()
 
 
@@ -157,6 +215,7 @@ def test_overrides_of_an_evaluation(
         ("data.validation.synthetic=null", "data.validation names no held-out split"),
         ("evaluation.max_samples=0", "evaluation.max_samples is 0; expected at least 1"),
         ("evaluation.max_samples=few", "evaluation.max_samples"),
+        ("evaluation.ask=first", "evaluation.ask is 'first'; expected every or last"),
         ("data.validation.synthetic.paht=x", "paht"),
         ("data.validation.synthetic.path=/nowhere", "data.validation.synthetic.path: data direct"),
     ],

@@ -18,9 +18,9 @@ from casa_train.config.compose import compose_config
 from casa_train.data.prepared.shards import Split
 from casa_train.evaluate.__main__ import live_table, main
 from casa_train.evaluate.evaluation import scores_said
-from casa_train.evaluate.exact_match import first_questions
+from casa_train.evaluate.exact_match import held_out_questions
 from casa_train.evaluate.live_clips import evaluate_clips, first_clips, other_frames
-from casa_train.evaluate.shares import show_image_first
+from casa_train.evaluate.shares import show_image
 from casa_train.report.__main__ import main as report
 from data_recipes.__main__ import main as recipes
 from data_recipes.synthetic_motion import PROMPT
@@ -112,9 +112,9 @@ def test_frames_in_answers_ask_nothing(live: Path, data_dir: Path) -> None:
     splits = {"live": Split(live), "pictures": Split(data_dir / "validation")}
     for name, split in splits.items():
         rows = np.arange(len(split))[1:]
-        assert len(show_image_first(split, rows)) == (0 if name == "live" else len(rows))
+        assert len(show_image(split, rows)) == (0 if name == "live" else len(rows))
     limits = dict.fromkeys(splits)
-    questions = first_questions(splits, limits, 8, Counter())
+    questions = held_out_questions(splits, limits, 8, Counter())
     assert len(questions) == 8 and all(q.id.startswith("pictures/") for q in questions)
 
 

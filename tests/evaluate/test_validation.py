@@ -254,9 +254,15 @@ def test_a_conversation_without_its_last_turn_is_not_measured_by_it(data_dir: Pa
     assert measured["last"] == whole and narrow.left_out == len(cut)
 
 
-@pytest.mark.parametrize("mechanism", ["casa", "insertion", "qformer_insertion"])
-def test_questions_are_answered_as_generate_answers_them(data_dir: Path, mechanism: str) -> None:
-    config = tiny_config(data_dir, f"fusion={mechanism}", "evaluation.max_new_tokens=6")
+@pytest.mark.parametrize(
+    ("mechanism", "ask"),
+    [("casa", "every"), ("casa", "last"), ("insertion", "last"), ("qformer_insertion", "every")],
+)
+def test_questions_are_answered_as_generate_answers_them(
+    data_dir: Path, mechanism: str, ask: str
+) -> None:
+    settings = ["evaluation.max_new_tokens=6", f"evaluation.ask={ask}"]
+    config = tiny_config(data_dir, f"fusion={mechanism}", *settings)
     processor, found = held_out(config)
     model = build(config, processor).eval()
     questions = Questions(found, processor, config)
@@ -267,10 +273,15 @@ def test_questions_are_answered_as_generate_answers_them(data_dir: Path, mechani
     for record in records:
         sample = found.splits[record["split"]].read(record["row"])
         assert record["id"] == f"synthetic/{sample.key}"
-        batch = processor.tokenize_messages([sample.messages(list(sample.images))[:1]])
+        messages = sample.messages(list(sample.images))
+        asked = messages[: 1 if ask == "every" else -1]
+        assert record["history"] == len(asked) // 2
+        assert record["reference"] == sample.turns[len(asked) // 2].assistant
+        batch = processor.tokenize_messages([asked])
         out = model.generate_from_image(**batch, max_new_tokens=6, do_sample=False)
         new = out[0, batch["input_ids"].shape[1] :]
         assert processor.decode(new, skip_special_tokens=True).strip() == record["answer"]
+    assert any(record["history"] for record in records) == (ask == "last")
     assert processor.tokenizer.padding_side == "right"  # as training wants it
 
 

@@ -12,6 +12,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import hydra
@@ -25,9 +27,12 @@ from casa_train import __version__
 from casa_train.config.compose import refuse_one_directory, to_config
 from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.explain import explain
-from casa_train.config.overrides import as_typed
+from casa_train.config.overrides import as_typed, quoted
+from casa_train.config.schema import Config
+from casa_train.config.sweep_jobs import AUTO, SweepJob, sweep_job, wanted_jobs
 from casa_train.errors import RankError, UserError
 from casa_train.io.log import drop_unwritten
+from casa_train.run.layout import CONSOLE_FILE
 from casa_train.training.signals import EXIT_REQUEUE, StopRequest
 
 # Options of Hydra that take the word behind them.
@@ -42,6 +47,9 @@ def main(raw: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             with open_dict(raw):
                 raw.run_dir = HydraConfig.get().runtime.output_dir
+            if raw.get("dry_run") is not True and by_processes(HydraConfig.get().sweep.jobs):
+                _jobs.append(sweep_job(HydraConfig.get(), holding(raw)))
+                return
         config = to_config(raw, HydraConfig.get().overrides.task)
         # Heavy imports only once the configuration holds.
         if config.dry_run:
@@ -74,6 +82,61 @@ def main(raw: DictConfig) -> None:
         free_memory()
 
 
+def ranks() -> int:
+    """Processes that this command was started as, which train each run together."""
+    alone = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+    return int(os.environ.get("WORLD_SIZE", alone))
+
+
+def by_processes(jobs: object) -> bool:
+    """Whether each job of a sweep has a process of its own; :param jobs: `hydra.sweep.jobs`."""
+    return jobs != 1 and not (jobs == AUTO and ranks() > 1)
+
+
+def holding(raw: DictConfig) -> Config | None:
+    """A job's configuration; None if it does not hold, which the job says itself."""
+    with contextlib.suppress(UserError):
+        return to_config(raw, HydraConfig.get().overrides.task)
+    return None
+
+
+def side_by_side(jobs: Sequence[SweepJob], wanted: int | None) -> None:
+    """Runs the jobs of a sweep in processes of their own.
+
+    :param wanted: how many at once; None: as many as fit.
+    :raises SystemExit: one left early (75), or else one crashed (1).
+    :raises UserError: several jobs at once in several ranks.
+    """
+    if ranks() > 1:
+        raise UserError(
+            f"hydra.sweep.jobs is {wanted}, but this command was started as {ranks()} ranks, which "
+            "train each job together; expected 1. Give hydra.sweep.jobs=1, or start the sweep "
+            "without torchrun or srun."
+        )
+    with StopRequest(max_hours=0) as stop:
+        import torch
+
+        from casa_train.run.finished import is_finished
+        from casa_train.run.side_by_side import Job, Pool, at_once, places
+
+        gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        count = at_once(wanted, [job.config for job in jobs], cores, gpus)
+        options, _ = split_options(sys.argv[1:])
+        options = [option for option in options if option not in ("-m", "--multirun")]
+        log(f"{len(jobs)} jobs, {count} at once; what each prints: its directory's {CONSOLE_FILE}")
+        starts = [
+            Job(
+                job.run_dir,
+                [*options, *job.overrides, f"run_dir={quoted(str(job.run_dir))}"],
+                partial(is_finished, job.config, job.run_dir),
+            )
+            for job in jobs
+        ]
+        outcome = Pool(places(count, gpus), stop, EXIT_REQUEUE, log, report).run(starts)
+    if outcome.left or outcome.crashed:
+        raise SystemExit(EXIT_REQUEUE if outcome.left else 1)
+
+
 def free_memory() -> None:
     """Gives back what a job held: the next one of a sweep may need all of the GPU."""
     gc.collect()  # the engine and its hooks refer to each other
@@ -89,6 +152,7 @@ def log(*lines: str) -> None:
 
 
 _messages: list[str] = []
+_jobs: list[SweepJob] = []  # of a sweep, each to have a process of its own
 
 
 def report(message: str, alone: bool = False) -> None:
@@ -107,12 +171,15 @@ def run() -> int:
         print(f"casa_train {__version__}")
         return 0
     _messages.clear()
+    _jobs.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would swallow the exception otherwise
     try:
-        sys.argv[1:] = as_typed(options_first(sys.argv[1:]))
+        sys.argv[1:] = as_typed(list(chain(*split_options(sys.argv[1:]))))
         if sweep := {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv[1:]}:
             refuse_one_directory(sys.argv[1:], min(sweep))
         main()
+        if _jobs:
+            side_by_side(_jobs, wanted_jobs(_jobs[0].at_once))
     except UserError as error:
         report(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -139,8 +206,8 @@ def run() -> int:
     return 2 if _messages else 0
 
 
-def options_first(arguments: Sequence[str]) -> list[str]:
-    """The same with Hydra's options in front, since its parser takes no overrides on both sides."""
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options, and the overrides: its parser takes no overrides on both sides of them."""
     options, overrides = [], []
     left = list(arguments)
     while left:
@@ -151,7 +218,7 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         options.append(item)
         if left and (item in VALUED or (item in ("--info", "-i") and "=" not in left[0])):
             options.append(left.pop(0))
-    return [*options, *overrides]
+    return options, overrides
 
 
 def abandon(code: int) -> None:

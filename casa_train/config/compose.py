@@ -28,6 +28,7 @@ from casa_train.config.explain import explain
 from casa_train.config.model_schema import TemplateConfig
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import RENAMED, Config
+from casa_train.config.sweep_jobs import store_settings
 from casa_train.errors import UserError
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -38,6 +39,7 @@ ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 ConfigStore.instance().store(
     name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
 )
+store_settings()
 
 
 def job_directory(name: str, overrides: Sequence[str]) -> str:

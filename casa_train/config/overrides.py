@@ -40,6 +40,12 @@ def as_typed(overrides: Sequence[str]) -> list[str]:
     return [_typed(override) for override in overrides]
 
 
+def quoted(text: str) -> str:
+    """Any text as one value of an override."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (f"\\{m[2]}" if m[2] else ""), text)
+    return f"'{escaped}'"
+
+
 def _typed(override: str) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")

@@ -4,7 +4,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,19 @@ from casa_train.errors import UserError
 from casa_train.io.log import log
 
 T = TypeVar("T")
+
+# What makes a process a rank, or a part of its parent's torch.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "ROLE_", "DS_")
+
+
+def of_no_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is no rank of its parent's run."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
 
 
 @dataclass(frozen=True)

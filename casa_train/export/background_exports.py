@@ -19,6 +19,7 @@ from typing import Protocol
 
 from casa_train.checkpoint.saved import saved_steps
 from casa_train.config.schema import ExportConfig
+from casa_train.distributed.ranks import of_no_rank
 from casa_train.export.writer import exported_step
 from casa_train.metrics.sinks.base import Record
 from casa_train.run.layout import CHECKPOINTS, EXPORT_LOG, EXPORTS
@@ -27,9 +28,6 @@ from casa_train.training.state import Progress
 from casa_train.training.stopping import StopFlags
 
 ROOT = Path(__file__).resolve().parents[2]
-# What makes a process a rank, or a part of this one's torch.
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-RANK_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "OMPI_", "ROLE_", "DS_")
 THREADS = 4  # at most, where parallel.threads is 0: the run's ranks and loaders want the others
 
 
@@ -161,11 +159,7 @@ class BackgroundExports(Hook):
 
 def _environment() -> dict[str, str]:
     """This process's environment for one that is no rank and sees no GPU."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
-    }
+    kept = of_no_rank(os.environ)
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}

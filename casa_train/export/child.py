@@ -7,21 +7,18 @@ with it, so even one killed at once leaves nothing behind.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import runpy
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+from casa_train.io.end_with_parent import end_with_parent
 
 
 def main() -> None:
     """Runs the module as `python -m` would."""
     parent, module = int(sys.argv[1]), sys.argv[2]
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before this took effect
-        raise SystemExit(1)
+    end_with_parent(parent, signal.SIGKILL)
     os.nice(10)
     sys.argv = [module, *sys.argv[3:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

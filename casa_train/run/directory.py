@@ -23,6 +23,7 @@ from casa_train.run.configuration import check_same_run
 from casa_train.run.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
+    CONSOLE_FILE,
     ENVIRONMENT_FILE,
     FAILURE_FILE,
     LOCK_FILE,
@@ -175,9 +176,10 @@ def _move_away(run_dir: Path) -> None:
     earlier = [
         p
         for p in run_dir.iterdir()
-        # The lock is this job's own: a new file of that name would let a second job in.
+        # The lock is this job's own: a new file of that name would let a second job in. So is what
+        # it prints, if it has a file for that.
         if not p.name.startswith("previous_")
-        and p.name != LOCK_FILE
+        and p.name not in (LOCK_FILE, CONSOLE_FILE)
         # A run that lies in this one's directory is another run, perhaps at work.
         and not any((file.parent / LOCK_FILE).is_file() for file in p.rglob(CONFIG_FILE))
     ]

@@ -16,6 +16,8 @@ PROFILE = "profile"
 QUARANTINE_FILE = "quarantine_{rank}.jsonl"
 REQUEUE_FILE = "requeue.json"
 FAILURE_FILE = "failure.txt"
+# What a sweep's job printed that ran beside others, one start after another.
+CONSOLE_FILE = "console.log"
 CHECKPOINTS = "checkpoints"
 # What a run exports itself, by step, and its log; the one that is written for an evaluation.
 EXPORTS = "exports"

@@ -10,6 +10,7 @@ from pathlib import Path
 from casa_train.errors import UserError
 from casa_train.run.layout import (
     CONFIG_FILE,
+    CONSOLE_FILE,
     FAILURE_FILE,
 )
 
@@ -31,7 +32,7 @@ def run_directories(sweep: Path, only: str = "*") -> list[Path]:
         for path in sorted(sweep.iterdir(), key=lambda path: _natural(path.name))
         if path.is_dir()
         and fnmatch.fnmatchcase(path.name, only)
-        and ((path / CONFIG_FILE).is_file() or {*_names(path)} <= {FAILURE_FILE})
+        and ((path / CONFIG_FILE).is_file() or {*_names(path)} <= {FAILURE_FILE, CONSOLE_FILE})
     ]
     if not any((path / CONFIG_FILE).is_file() for path in jobs):
         raise UserError(

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
 
-from casa_train.__main__ import options_first, run
+from casa_train.__main__ import run, split_options
 from casa_train.bench._arm import Arm
 from casa_train.config import data_schema
 from casa_train.config.compose import compose_config, compose_onto, to_config
@@ -272,7 +272,8 @@ def test_the_command_prints_a_mistake_alone(
     ],
 )
 def test_options_may_stand_anywhere(given: list[str], sorted_: list[str]) -> None:
-    assert options_first(given) == sorted_
+    options, overrides = split_options(given)
+    assert [*options, *overrides] == sorted_
 
 
 def test_the_folder_of_ones_own_may_stand_between_overrides(

@@ -71,7 +71,7 @@ def train(config: Config, stop: StopRequest, last: bool = True) -> int:
     ranks = init_processes(max(30.0, 2 * config.trainer.watchdog_minutes))
     kept = run_dir / PROCESSOR if config.checkpoint.resume == "auto" else None
     checked = ranks.agree(lambda: check_inputs(config, ranks.world, kept))
-    model, processor = checked.model, checked.processor
+    config, model, processor = checked.config, checked.model, checked.processor
     work, streams = work_counter(config, model), ask_for_streams(config, ranks)
     data = ranks.agree(
         lambda: open_data(config, processor, streams, ranks.world, ranks.gather, work)

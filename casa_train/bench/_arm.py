@@ -27,6 +27,7 @@ from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.numbers import GIB, count
 from casa_train.modeling.windows import Chunk
+from casa_train.setup.matching import match_parameters
 from casa_train.setup.model import meta_model
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start
@@ -111,7 +112,9 @@ class Arm:
         else:
             self.micro_steps = micro_steps(self.config.data, world)
         self.notes: list[str] = []
-        self.model_config = size_model(self.config, self.notes)
+        matching = match_parameters(self.config, size_model(self.config, self.notes))
+        self.config, self.model_config = matching.config, matching.model_config
+        self.notes += matching.notes
         self.pack = full_pack(self.config)
         model = meta_model(self.config, self.model_config)
         self.operations = work_counter(self.config, model)(self.pack, self.config.data.text_tokens)

@@ -58,8 +58,8 @@ def check(config: Config) -> None:
             for found in values(config, leaf.path):
                 if expected := leaf.kind.refusal(found.name, found.value):
                     raise refused(found.name, found.value, expected)
-    rules = _data, _optimiser, _mechanism, _lora, _fp8, _benchmarks, _exports, _wandb, _resume_allow
-    for rule in rules:
+    rules = _data, _optimiser, _mechanism, _matching, _lora, _fp8, _benchmarks, _exports, _wandb
+    for rule in (*rules, _resume_allow):
         rule(config)
 
 
@@ -96,6 +96,21 @@ def _optimiser(config: Config) -> None:
 def _mechanism(config: Config) -> None:
     if "mechanism" not in config.fusion:
         raise refused("fusion", config.fusion, "a fusion group, such as fusion=casa")
+
+
+def _matching(config: Config) -> None:
+    model = config.model
+    if model.match and model.new_parameters is not None:
+        expected = "null beside model.match, which says how many: one of the two"
+        raise refused("model.new_parameters", model.new_parameters, expected)
+    if model.init_from is not None and (model.match or model.new_parameters is not None):
+        name = "model.match" if model.match else "model.new_parameters"
+        expected = (
+            "none beside model.init_from, whose widths and options are those of the export: leave "
+            "it out, and give fields of model.backbone.config and fusion as they stand in the "
+            "export's config.json"
+        )
+        raise refused(name, model.match or model.new_parameters, expected)
 
 
 def _lora(config: Config) -> None:

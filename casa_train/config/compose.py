@@ -25,6 +25,7 @@ from casa_train.config.bounds import local_path
 from casa_train.config.checks import check, refuse_unquoted, resolve_places
 from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.explain import explain
+from casa_train.config.matched import fusion_fields
 from casa_train.config.model_schema import TemplateConfig
 from casa_train.config.overrides import as_typed
 from casa_train.config.schema import RENAMED, Config
@@ -161,6 +162,7 @@ def to_config(raw: DictConfig, overrides: Sequence[str] = ()) -> Config:
         model = container.setdefault("model", {})  # a file cut short may lack it
         if isinstance(model, dict):
             model["template"] = template_fields(model.get("template"), overrides)
+            model["match"] = fusion_fields(model.get("match"), "model.match")
         plain = OmegaConf.create(container)
         merged = OmegaConf.merge(schema, plain)
         absent = sorted(OmegaConf.missing_keys(plain))

@@ -10,6 +10,7 @@ from casa_train.config.resume_marks import ADDED
 
 _COUNT = Bound(1, MOST_COUNT, "at least 1")
 _DEPTH = Bound(1, 1000, "1 to 1000")
+_PARAMETERS = Bound(0, 10**13, "a number of parameters from 0 on")
 _POSITIVE = Bound(0, words="a positive number", open_least=True)
 _NOT_NEGATIVE = Bound(0, words="0 or more")
 
@@ -151,6 +152,21 @@ class TemplateConfig:
 
 
 @dataclass
+class Matched:
+    """What a start chose for `match` or `new_parameters`: it stands in a run's config.yaml, not in
+    files of yours."""
+
+    wanted: Annotated[int, _PARAMETERS] = 0
+    """New parameters that were wished for."""
+    reached: Annotated[int, _PARAMETERS] = 0
+    """Those that the model has."""
+    intermediate_size: Annotated[int | None, _COUNT] = None
+    """`model.backbone.config.intermediate_size` as it was; null: it still is."""
+    fusion: dict[str, Any] = field(default_factory=dict)
+    """The mechanism and its options as they were; empty: they still are."""
+
+
+@dataclass
 class ModelConfig:
     """What is assembled."""
 
@@ -165,3 +181,14 @@ class ModelConfig:
     """The text decoder."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The vision tower."""
+    match: Annotated[dict[str, Any] | None, ADDED] = None
+    """A mechanism that this model is to have as many new parameters as, within 2 %: a name of
+    `conf/fusion` (model.match=gated_cross_attention), a YAML file, or mechanism and options
+    (model.match={mechanism: casa, every: 2}). New are those beyond the insertion model of the same
+    configuration. The start widens the decoder's feed-forward networks, or, of a pretrained
+    backbone, chooses options of the mechanism; see conf/README.md. null: as many as there are."""
+    new_parameters: Annotated[int | None, _PARAMETERS, ADDED] = None
+    """The same by a number of new parameters. null: as `match` says."""
+    matched: Annotated[Matched | None, ADDED] = None
+    """Written by the start of a run whose parameters were matched; what it chose stands in the
+    fields themselves. null: nothing was."""

@@ -330,7 +330,9 @@ def run_fields(config: Config) -> dict[str, Any]:
     fields = {}
     for name, value in flatten(config).items():
         mark = resume_mark(name)
-        if isinstance(mark, Free) or (isinstance(mark, Added) and value == defaults[name]):
+        if isinstance(mark, Free) or (
+            isinstance(mark, Added) and name in defaults and value == defaults[name]
+        ):
             continue
         if not adapted and name.startswith(GROUP_OF_ADAPTERS):
             continue  # runs began when there was no such group, and it is without effect

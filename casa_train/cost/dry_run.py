@@ -24,6 +24,7 @@ from casa_train.io.tables import aligned
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.windows import Chunk
+from casa_train.setup.matching import match_parameters, new_parameters
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, fit_schedule
 from casa_train.setup.parts import PARTS, part_of
@@ -42,8 +43,13 @@ def dry_run(config: Config) -> list[str]:
     world = config.planned_ranks or 1
     in_turn = micro_steps(config.data, world, PLANNED_RANKS)
     notes: list[str] = []
-    model_config = size_model(config, notes)
+    matching = match_parameters(config, size_model(config, notes))
+    config, model_config = matching.config, matching.model_config
     model = meta_model(config, model_config)
+    new = [
+        f"{new_parameters(config, model_config):,} parameters more than with fusion=insertion",
+        *matching.notes,
+    ]
     seconds = time.perf_counter() - began
 
     text = decoder_sizes(config, model)
@@ -55,7 +61,7 @@ def dry_run(config: Config) -> list[str]:
         text, vision, mechanism, pack, config.parallel.activation_checkpointing
     )
     sections = [
-        _headline(config, text, vision, model, seconds),
+        [*_headline(config, text, vision, model, seconds), *_new(new)],
         _parameters(config, model),
         _memory(config, memory_of_rank(config, model, world), world),
         _work(work, repeated),
@@ -112,6 +118,12 @@ def _headline(
     if changed:
         lines[-1] += ": " + ", ".join(changed)
     return lines
+
+
+def _new(lines: Sequence[str]) -> list[str]:
+    """What is new beside backbone and tower, and how it was matched."""
+    wrapped = [part for line in lines for part in textwrap.wrap(line, 75)]
+    return [f"  {'new' if number == 0 else '':<11}{line}" for number, line in enumerate(wrapped)]
 
 
 def _parameters(config: Config, model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from casa_train.config.matched import as_given
 from casa_train.config.schema import Config, flatten
 from casa_train.cost.full_pack import full_pack
 from casa_train.cost.sizes import work_counter
@@ -76,9 +77,10 @@ def read_sweep(sweep: Path, only: str = "*") -> list[Job]:
 def differing_fields(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
     """For each job its values of the fields in which the jobs differ.
 
-    Options of the fusion mechanism are compared among the jobs that share the mechanism.
+    Options of the fusion mechanism are compared among the jobs that share the mechanism, and what
+    a start chose to match parameters is left out.
     """
-    flat = {job: flatten(config) for job, config in configs.items()}
+    flat = {job: flatten(as_given(config)) for job, config in configs.items()}
     groups: dict[str, list[str]] = defaultdict(list)
     for job, fields in flat.items():
         groups[str(fields["fusion.mechanism"])].append(job)

@@ -13,6 +13,7 @@ from casa_train.errors import UserError
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.setup.fp8 import check_fp8
+from casa_train.setup.matching import match_parameters
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.optim import build_groups
 from casa_train.setup.weights import Start, find_weights, open_sources
@@ -22,9 +23,11 @@ from casa_train.setup.weights import Start, find_weights, open_sources
 class Checked:
     """What a run needs, checked; the model is on the meta device.
 
-    :param notes: lines about whose tokenizer and chat template are in force.
+    :param config: with the numbers that matched parameters took (`matching.py`).
+    :param notes: lines about whose tokenizer and chat template are in force, and those numbers.
     """
 
+    config: Config
     processor: CasaProcessor
     model: CasaForConditionalGeneration
     start: Start
@@ -47,9 +50,11 @@ def check_inputs(config: Config, world: int, kept: Path | None = None) -> Checke
         processor, resolved = open_processor(config, kept)
         notes.append(f"tokenizer: this run's own copy in {kept}, since {error}")
     sources = open_sources(config)
-    model = build_model(config, processor, build_model_config(config, processor, sources))
+    matching = match_parameters(config, build_model_config(config, processor, sources))
+    config, notes = matching.config, [*notes, *matching.notes]
+    model = build_model(config, processor, matching.model_config)
     start = find_weights(model, sources, config.model.backbone.resize_embeddings)
     build_groups(model.named_parameters(), config.optim.groups)
     notes += check_fp8(config, model.visual)
     notes.append(verdict(resolved, processor.tokenizer, processor))
-    return Checked(processor, model, start, notes)
+    return Checked(config, processor, model, start, notes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,13 +189,29 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
 
     :raises UserError: an unknown mechanism, backbone or setting.
     """
-    register_own()
-    try:
-        with torch.device("meta"):
-            model = CasaForConditionalGeneration(model_config)
-            if config.model.backbone.trainable == LORA:
-                add_adapters(model, config.model.backbone)
+    model = unfrozen_model(config, model_config)
+    with _told_to_users():
         set_trainable(model, config)
+    return model
+
+
+def unfrozen_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGeneration:
+    """`meta_model` before anything is frozen: for counts of what may have nothing to train.
+
+    :raises UserError: an unknown mechanism, backbone or setting.
+    """
+    register_own()
+    with _told_to_users(), torch.device("meta"):
+        model = CasaForConditionalGeneration(model_config)
+        if config.model.backbone.trainable == LORA:
+            add_adapters(model, config.model.backbone)
+    return model
+
+
+@contextlib.contextmanager
+def _told_to_users() -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
     except (ArithmeticError, RuntimeError, TypeError) as error:  # sizes that torch cannot make
@@ -202,7 +219,6 @@ def meta_model(config: Config, model_config: CasaConfig) -> CasaForConditionalGe
             "a model with the sizes of model.backbone.config and model.vision.config cannot be "
             f"built: {str(error).splitlines()[0]}. Mend them in conf/model or on the command line."
         ) from error
-    return model
 
 
 def joins_image_keys(parallel: ParallelConfig) -> bool:

@@ -16,6 +16,7 @@ from casa_train.config.bounds import Bound, Leaf, Sizes, leaves, values
 from casa_train.config.checks import check
 from casa_train.config.compose import compose_config
 from casa_train.config.data_schema import SourceConfig, StreamDatasetConfig
+from casa_train.config.model_schema import Matched
 from casa_train.config.schema import BenchmarkConfig, Config, GroupConfig, flatten
 from casa_train.errors import UserError
 from casa_train.modeling.backbones import BACKBONES
@@ -48,6 +49,7 @@ def filled() -> Config:
             found.set(copy.deepcopy(entry))
     config.planned_ranks, config.metrics.peak_tflops = 1, 1.0
     config.metrics.profile_steps, config.evaluation.every = [5], 1
+    config.model.new_parameters, config.model.matched = 9, Matched(9, 8, 7)
     return config
 
 

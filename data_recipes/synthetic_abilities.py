@@ -41,14 +41,13 @@ from data_recipes.synthetic_scenes import (
     text_turns,
 )
 
-CELL, PATCH = 28, 14  # pixels of what an image token sees, and of the patches it is made of
+CELL = 28  # pixels
 NAMES = ("ant", "bed", "cup", "dog", "egg", "fox", "hat", "jam", "key", "owl", "pig", "sun")
 TALK = 10  # images of a conversation about earlier ones
 BACK = (2, 4, 8)  # images back that held-out questions ask about
 SIDES = ("left", "right", "above", "below")
 LETTERS = "ACEHLOTX"  # told apart at a few pixels
 SPELLED = 3  # letters of a word
-SIGN = (3, 2)  # cells of a picture with a word
 CHART = (3, 3)  # cells of a bar chart
 FRAMES = 6  # of a clip
 STREAMS = (32, 64, 128, 256)  # frames of a held-out stream
@@ -83,10 +82,12 @@ class Family:
 
     :param draw: draws one of a degree; None: one that trains.
     :param degrees: what held-out ones are drawn of in turn, such as how far back they ask.
+    :param share: of what trains, beside the others': what is learned late comes more often.
     """
 
     draw: Callable[[np.random.Generator, Any], Drawn]
     degrees: Sequence[Any] = ("",)
+    share: int = 1
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -140,7 +141,10 @@ def _newest(rng: np.random.Generator, degree: Any) -> Drawn:
 
 def _earlier(rng: np.random.Generator, degree: Any) -> Drawn:
     if degree is None:
-        pictures, shown, colours = _talk(rng, int(rng.integers(2, TALK + 1)))
+        images = np.arange(2, TALK + 1)  # few of them more often: learned first
+        pictures, shown, colours = _talk(
+            rng, int(rng.choice(images, p=1 / images / sum(1 / images)))
+        )
         return _after("earlier", pictures, shown, shuffled(rng, colours))
     pictures, shown, colours = _talk(rng, TALK)
     return _after(f"earlier_{degree}", pictures, shown, [colours[-1 - degree]])
@@ -185,17 +189,17 @@ def _counting(rng: np.random.Generator, degree: Any) -> Drawn:
 
 
 def _spelling(rng: np.random.Generator, degree: Any) -> Drawn:
-    """Capitals of 10 to 13 pixels, one in each patch of a row; in training also fewer of them."""
+    """Capitals of 10 to 13 pixels in one row of three by three cells: one of a cell's four patches
+    shows a letter. In training also words that are shorter.
+    """
     letters = SPELLED if degree is not None else int(rng.integers(1, SPELLED + 1))
     word = [pick(rng, LETTERS) for _ in range(letters)]
-    width, height = (cells * CELL for cells in SIGN)
     background = random_background(rng)
-    image = Image.new("RGB", (width, height), background)
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), background)
     draw, ink = ImageDraw.Draw(image), random_ink(rng, background)
-    left = int(rng.integers(width // PATCH - letters + 1)) * PATCH
-    top = int(rng.integers(height // PATCH)) * PATCH
-    for i, letter in enumerate(word):
-        print_text(rng, draw, letter, ink, Region(left + i * PATCH, top, PATCH, PATCH))
+    row = int(rng.integers(3))
+    for cell, letter in zip(Region(0, row * CELL, 3 * CELL, CELL).split(3, 1), word, strict=False):
+        print_text(rng, draw, letter, ink, pick(rng, cell.split(2, 2)))
     return _after("spelling", [image], "<image>", [("Spell the word.", " ".join(word))])
 
 
@@ -264,15 +268,15 @@ def _stream(rng: np.random.Generator, degree: Any) -> Drawn:
 
 FAMILIES = {
     "newest": Family(_newest),
-    "earlier": Family(_earlier, BACK),
+    "earlier": Family(_earlier, BACK, share=3),
     "compare": Family(_compare),
     "counting": Family(_counting),
-    "spelling": Family(_spelling),
-    "relation": Family(_relation),
-    "bars": Family(_bars, ("value", "order")),
+    "spelling": Family(_spelling, share=2),
+    "relation": Family(_relation, share=2),
+    "bars": Family(_bars, ("value", "order"), share=2),
     "text_between": Family(_text),
-    "when": Family(_when),
-    "stream": Family(_stream, STREAMS),
+    "when": Family(_when, share=2),
+    "stream": Family(_stream, STREAMS, share=2),
 }
 
 
@@ -282,12 +286,13 @@ FAMILIES = {
 def ability_example(
     seed: int, split: SplitName, families: Sequence[str], index: int, attempt: int = 0
 ) -> Example:
-    """Sample `index` of a split; the families take turns, held out their degrees. Another `attempt`
-    gives another sample of the same family and degree.
+    """Sample `index` of a split; the families take turns, by their shares where they train, and by
+    their degrees held out. Another `attempt` gives another sample of the same family and degree.
     """
     rng = generator(seed, split, index, attempt, purpose=3)
     if split == "train":
-        drawn = FAMILIES[families[index % len(families)]].draw(rng, None)
+        turns = [name for name in families for _ in range(FAMILIES[name].share)]
+        drawn = FAMILIES[turns[index % len(turns)]].draw(rng, None)
         asked = drawn.asked[:ASKED]
     else:
         cases = [(FAMILIES[name], degree) for name in families for degree in FAMILIES[name].degrees]

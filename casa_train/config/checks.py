@@ -58,7 +58,7 @@ def check(config: Config) -> None:
             for found in values(config, leaf.path):
                 if expected := leaf.kind.refusal(found.name, found.value):
                     raise refused(found.name, found.value, expected)
-    rules = _data, _optimiser, _mechanism, _matching, _lora, _fp8, _benchmarks, _exports, _wandb
+    rules = _data, _optimiser, _mechanism, _matching, _lora, _fp8, _evaluation, _exports, _wandb
     for rule in (*rules, _resume_allow):
         rule(config)
 
@@ -149,7 +149,7 @@ def _fp8(config: Config) -> None:
             raise refused("parallel.zero_stage", parallel.zero_stage, expected)
 
 
-def _benchmarks(config: Config) -> None:
+def _evaluation(config: Config) -> None:
     evaluation = config.evaluation
     for name in evaluation.benchmarks:
         if name not in BENCHMARKS:
@@ -157,6 +157,10 @@ def _benchmarks(config: Config) -> None:
                 f"evaluation.benchmarks.{name} is no benchmark; expected some of "
                 f"{', '.join(BENCHMARKS)}. Name one of them, or take it out."
             )
+    watched = evaluation.attention_while_training
+    if watched and not (evaluation.every and config.data.validation):
+        expected = "0 where no held-out sample is measured (evaluation.every and data.validation)"
+        raise refused("evaluation.attention_while_training", watched, expected)
     if evaluation.benchmarks and not evaluation.every:
         expected = "none where nothing is validated (evaluation.every=0)"
         raise refused("evaluation.benchmarks", sorted(evaluation.benchmarks), expected)

@@ -212,6 +212,10 @@ class EvaluationConfig:
     attention_samples: NonNegativeInt = 64
     """Questions over which `evaluate` measures how much answers read from the image, layer by
     layer; 0: not at all."""
+    attention_while_training: NonNegativeInt = 0
+    """Held-out samples of each source, always the same, over which every validation measures how
+    much of what tokens read comes from images, by layer: tokens of the last question, those that
+    predict its answer, and those around images. A forward pass a sample; 0: not at all."""
 
 
 @dataclass

@@ -3,7 +3,8 @@
 A record of validation.jsonl holds `step`; `loss` and `exact_match` over all held-out answers and by
 source (see `held_out.score`); `questions`, the answers to the fixed questions; `benchmarks` by name
 (see `AskedBenchmark.measure`); `best_step` and `best_loss` so far; `samples_digest`, which
-identifies the held-out samples; and `seconds`. Where benchmarks alone are measured, there are no
+identifies the held-out samples; and `seconds`; with `evaluation.attention_while_training` also
+`attention` (see `WatchedSamples.measure`). Where benchmarks alone are measured, there are no
 losses, no questions and no best: a benchmark's score never makes a step the best.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from casa_train.config.schema import Config
 from casa_train.distributed.random_state import rng_state, set_rng_state
 from casa_train.distributed.ranks import Ranks
+from casa_train.evaluate.attention_while_training import WatchedSamples
 from casa_train.evaluate.benchmarks.table import figure
 from casa_train.evaluate.held_out import score
 from casa_train.evaluate.measured import Measured
@@ -96,11 +98,19 @@ class Validator(Hook):
         Records of steps that come again are dropped.
         """
         held_out = self.measured.held_out
-        self.questions = None
+        self.questions = self.watched = None
+        watched = self.config.evaluation.attention_while_training
+        if held_out is not None and watched:
+            self.watched = WatchedSamples(held_out, watched)
         if held_out is not None:
             self.questions = Questions(held_out, held_out.materializer.processor, self.config)
         for text in describe(self.measured, self.questions, self.config):
             self.sinks.log(text)
+        if self.watched is not None and self.watched.skipped:
+            self.sinks.log(
+                "evaluation.attention_while_training: samples that cannot be read are left out: "
+                f"{dict(self.watched.skipped)}"
+            )
         earlier: list[Record] = []
         if self.ranks.first:
             keep_steps(self.path, progress.step)
@@ -146,10 +156,14 @@ class Validator(Hook):
         generators = rng_state()
         forward = self.engine.forward
         held_out, scores, answers = self.measured.held_out, {}, []
+        attention: dict[str, Any] = {}
         with self.engine.evaluating():
             if held_out is not None and self.questions is not None:
                 scores = score(held_out, forward, self.ranks, self._heartbeat)
                 answers = self.questions.answer(forward, self.ranks.device, self._heartbeat)
+            if self.watched is not None:
+                seen = self.watched.measure(forward, self.ranks, self._heartbeat)
+                attention["attention"] = seen
             benchmarks = {
                 benchmark.name: benchmark.measure(forward, self.ranks, self._heartbeat)
                 for benchmark in self.measured.benchmarks
@@ -168,7 +182,7 @@ class Validator(Hook):
                 "questions": answers,
                 **({"benchmarks": benchmarks} if benchmarks else {}),
             }
-            self._file.write(record)
+            self._file.write({**record, **attention})
             self.sinks.validated(record)
             self.sinks.log(line(record))
         return best

@@ -229,7 +229,8 @@ class CasaForConditionalGeneration(PackedModel, StreamingGeneration, GenerationM
         self, packed: PackedInputs, states: list[Tensor] | None
     ) -> CausalLMOutputWithPast:
         """Logits of a pack; :param states: takes the hidden states."""
-        hidden = self._hidden(packed.input_ids, packed.chunks, packed.images, states=states)
+        given, listener = (packed.input_ids, packed.chunks, packed.images), packed.image_attention
+        hidden = self._hidden(*given, image_attention=listener, states=states)
         if packed.logits_index is not None:
             hidden = hidden.index_select(0, packed.logits_index)
         taken = None if states is None else tuple(states)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .image_attention import ImageAttention
 from .windows import Chunk
 
 
@@ -17,9 +18,11 @@ class PackedInputs:
     :param chunks: lengths, insertion points and image tokens of each sample.
     :param images: (3, H, W) uint8 each, in order.
     :param logits_index: (A,) rows of the text for which logits are wanted; None: all.
+    :param image_attention: listens to what text reads from images in this pass.
     """
 
     input_ids: Tensor
     chunks: list[Chunk]
     images: list[Tensor]
     logits_index: Tensor | None = None
+    image_attention: ImageAttention | None = None

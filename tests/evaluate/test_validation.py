@@ -366,6 +366,14 @@ def test_values_that_make_no_sense_are_refused(data_dir: Path, override: str, me
         tiny_config(data_dir, "export.best=true", override)
 
 
+def flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists by their paths."""
+    if isinstance(tree, dict | list):
+        inner = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {n: leaf for key, t in inner for n, leaf in flat(t, f"{name}/{key}").items()}
+    return {name: tree}
+
+
 @pytest.mark.slow
 def test_validation_on_two_ranks_disturbs_nothing(data_dir: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -396,6 +404,9 @@ def test_validation_on_two_ranks_disturbs_nothing(data_dir: Path, tmp_path: Path
                 assert one["exact_match"] == other["exact_match"]
         if "bf16" not in name:
             assert found["questions"] == result["answers"], name
+            assert found["hits"] == expected["hits"], name
+            assert found["attention"] and result["attention"]
+            assert flat(found["attention"]) == pytest.approx(flat(result["attention"]), abs=1e-6)
         assert any(batches % 2 for batches in result["batches"])  # a rank has one less
         for benchmark, other in result["benchmarks"].items():
             mine = found["benchmarks"][benchmark]

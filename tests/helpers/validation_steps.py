@@ -25,6 +25,7 @@ from casa_train.distributed.random_state import rng_state
 from casa_train.distributed.ranks import Ranks
 from casa_train.engine.engine import init_processes, leave_processes
 from casa_train.engine.starting import build_engine, start_model
+from casa_train.evaluate.attention_while_training import WatchedSamples
 from casa_train.evaluate.benchmarks.while_training import open_benchmarks
 from casa_train.evaluate.held_out import open_held_out, score
 from casa_train.evaluate.measured import open_measured
@@ -41,10 +42,12 @@ CASES = {
     "stage 1": ["parallel.zero_stage=1"],
     "stage 2": ["parallel.zero_stage=2"],
     "stage 3": ["parallel.zero_stage=3"],
-    "stage 3, insertion": ["parallel.zero_stage=3", "fusion=insertion"],
+    "stage 3, insertion": ["parallel.zero_stage=3", "fusion=insertion", "evaluation.ask=last"],
+    "stage 3, gated": ["parallel.zero_stage=3", "fusion=gated_cross_attention"],
     "stage 2, bf16": ["parallel.zero_stage=2", "parallel.precision=bf16"],
 }
 STEPS = 4
+ATTENTION = 1  # samples of each source: an odd number of them all
 # What both runs must have in common, bit for bit.
 EXACT = ("loss", "gradient_norm", "rates", "samples_digest", "answer_tokens", "sources")
 
@@ -100,6 +103,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, validates: bool) -> dict[
         result["expected"] = score(alone, plain, Alone())
         questions = Questions(held_out, processor, config)
         result["answers"] = questions.answer(plain, ranks.device)
+        result["attention"] = WatchedSamples(alone, ATTENTION).measure(plain, Alone())
         result["benchmarks"] = {
             benchmark.name: benchmark.measure(plain, Alone(device=ranks.device))
             for benchmark in open_benchmarks(config, processor, Alone())
@@ -117,6 +121,7 @@ def main() -> None:
     casa_train.engine.engine.PERSISTENT_BELOW = 0
     ranks = init_processes()
     settings = ["evaluation.every=2", "evaluation.loss_samples=20", "evaluation.max_new_tokens=12"]
+    settings += [f"evaluation.attention_while_training={ATTENTION}"]
     settings += [f"trainer.steps={STEPS}", "trainer.log_every=2", "checkpoint.every=100"]
     asked = f"chartqa: {{source: {copies}, samples: 5}}, mme: {{source: {copies}, samples: 4}}"
     settings += [f"evaluation.benchmarks={{{asked}}}", "evaluation.questions=5"]
@@ -143,6 +148,7 @@ def main() -> None:
                 "validated": read_metrics(out / name / "validation.jsonl"),
                 "expected": with_it["expected"],
                 "answers": with_it["answers"],
+                "attention": with_it["attention"],
                 "benchmarks": with_it["benchmarks"],
                 "batches": with_it["batches"],
                 "packs": with_it["packs"],

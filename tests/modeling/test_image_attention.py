@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from casa_train.modeling import attention
 from casa_train.modeling.attention import attention_on
 from casa_train.modeling.image_attention import (
     ATTENTION_GATE,
@@ -110,9 +111,15 @@ def test_chosen_rows_are_those_of_the_whole_and_nothing_else_changes(mechanism: 
         assert torch.equal(packed_logits(model, samples), before)
 
 
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
 @pytest.mark.parametrize("causal", [True, False])
-def test_queries_of_a_segment_may_stand_anywhere(causal: bool) -> None:
-    """Against dense attention, with rows out of order and one that no segment holds."""
+def test_queries_of_a_segment_may_stand_anywhere(
+    causal: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against dense attention, with rows out of order and one that no segment holds, one query at
+    a time, two and all.
+    """
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(9, heads, 4, generator=generator).double() for heads in (4, 2))
     queries: Any = [[(6, 9), (1, 3)], [(3, 4)]]

@@ -90,7 +90,7 @@ def ranks() -> int:
 
 def by_processes(jobs: object) -> bool:
     """Whether each job of a sweep has a process of its own; :param jobs: `hydra.sweep.jobs`."""
-    return jobs != 1 and not (jobs == AUTO and ranks() > 1)
+    return (jobs != 1 or jobs is True) and not (jobs == AUTO and ranks() > 1)
 
 
 def holding(raw: DictConfig) -> Config | None:

@@ -46,13 +46,14 @@ store_settings()
 def job_directory(name: str, overrides: Sequence[str]) -> str:
     """One directory name for a job of a sweep: the run's name and its overrides.
 
-    Experiment, sweep and the name itself are left out; what no file system likes is replaced. A
-    long name keeps only the ends of keys and paths, and says by a hash what it has lost.
+    Experiment, sweep, the name itself and Hydra's settings are left out; what no file system likes
+    is replaced. A long name keeps only the ends of keys and paths, and says by a hash what it has
+    lost.
     """
     parts, short = [name], [name]
     for override in overrides:
         key, equals, value = override.lstrip("+~").partition("=")
-        if key not in ("experiment", "sweep", "name"):
+        if key not in ("experiment", "sweep", "name") and not key.startswith(("hydra.", "hydra/")):
             parts.append(override)
             short.append(key.rpartition(".")[2] + equals + value.rpartition("/")[2])
     joined, brief = (re.sub(r"[^A-Za-z0-9.,=+~_-]", "_", ",".join(p)) for p in (parts, short))

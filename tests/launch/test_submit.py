@@ -56,6 +56,27 @@ def test_a_named_sweep_is_read_from_conf() -> None:
         compose_jobs(["+experiment=demo", "seed=1,2", "run_dir=x"], array=True)
 
 
+def test_how_many_jobs_run_at_once_is_no_matter_of_an_array(tmp_path: Path) -> None:
+    """SLURM starts the tasks; each is one run, under the name that a local sweep gives."""
+    sweep = tmp_path / "conf" / "sweep" / "mine.yaml"
+    sweep.parent.mkdir(parents=True)
+    text = (
+        "# @package _global_\ndefaults:\n  - /experiment: demo\nhydra:\n  sweep:\n    jobs: auto\n"
+    )
+    sweep.write_text(text + "  sweeper:\n    params:\n      seed: 3,4\n")
+    for more in ([], ["hydra.sweep.jobs=2", f"hydra.sweep.dir={tmp_path}"]):
+        jobs = compose_jobs(["+sweep=mine", *more], True, tmp_path / "conf")
+        where = tmp_path if more else Path("runs")
+        assert [Path(job.config.run_dir) for job in jobs] == [
+            where / "demo,seed=3",
+            where / "demo,seed=4",
+        ]
+        command, _, frozen = frozen_yaml(jobs[1]).partition("\n")
+        assert command.startswith("# Composed by") and "jobs" not in frozen
+        (tmp_path / "config.yaml").write_text(frozen)
+        assert read_frozen(tmp_path).config == jobs[1].config
+
+
 def test_dry_run_prints_the_script_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def test_how_many_jobs_run_at_once_is_no_matter_of_an_array(tmp_path: Path) -> N
             where / "demo,seed=4",
         ]
         command, _, frozen = frozen_yaml(jobs[1]).partition("\n")
-        assert command.startswith("# Composed by") and "jobs" not in frozen
+        assert command.startswith("# Composed by") and "jobs:" not in frozen
         (tmp_path / "config.yaml").write_text(frozen)
         assert read_frozen(tmp_path).config == jobs[1].config
 

@@ -47,8 +47,14 @@ COLOURS = {
     "s5": ("#0e7490", "#22d3ee"),
     "s6": ("#a16207", "#facc15"),
     "s7": ("#475569", "#b6c2d1"),
+    # More of them, for drawings with as many lines.
+    "t0": ("#65a30d", "#a3e635"),
+    "t1": ("#db2777", "#f9a8d4"),
+    "t2": ("#7c4a2d", "#d6a77a"),
+    "t3": ("#0d9488", "#5eead4"),
 }
 SERIES = [name for name in COLOURS if name[0] == "s" and name[1:].isdigit()]
+MORE_SERIES = [name for name in COLOURS if name[0] == "t" and name[1:].isdigit()]
 
 
 def render(template: str, package: str, /, **content: Any) -> str:

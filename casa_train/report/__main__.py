@@ -1,5 +1,5 @@
 """python -m casa_train.report RUN, or --sweep DIR: one self-contained HTML page about a run, or
-about the jobs of a sweep.
+about the jobs of a sweep; with --match, their comparison by abilities, with what it carries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from casa_train.config.bounds import local_path
 from casa_train.errors import UserError
 from casa_train.evaluate.evaluation import scores_said
+from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
+from casa_train.report.matching import MATCHES
 from casa_train.report.run_report import report
 from casa_train.report.sweep_page import markdown, write_sweep
 
@@ -29,8 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sweep", type=local_path, metavar="DIR", help="where a sweep's jobs are: runs"
     )
     parser.add_argument("--only", default="*", help="pattern of jobs' directories: 'demo,fusion=*'")
+    parser.add_argument(
+        "--match", choices=MATCHES, help="of --sweep: compare variants where this was the same"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="VARIANT",
+        help="of --match: insertion if there is one, else the first",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.match is not None and arguments.sweep is None:
+        parser.error("--match compares the jobs of a sweep: name one with --sweep DIR")
+    if arguments.baseline is not None and arguments.match is None:
+        parser.error("--baseline belongs to a comparison: say by what it is matched with --match")
     try:
+        if arguments.match is not None:
+            lines, page = write_comparison(
+                arguments.sweep, arguments.only, arguments.match, arguments.baseline
+            )
+            print(*lines, "", f"report {page}", sep="\n")
+            return 0
         if arguments.sweep is not None:
             jobs = read_sweep(arguments.sweep, arguments.only)
             page = write_sweep(jobs, arguments.sweep.resolve().name, arguments.sweep)

@@ -67,7 +67,7 @@ def read_sweep(sweep: Path, only: str = "*") -> list[Job]:
     labels = job_labels(configs, differing)
     for job in jobs:
         if job.directory in configs:
-            config = configs[job.directory]
+            config = job.config = configs[job.directory]
             job.label, job.differs = labels[job.directory], differing[job.directory]
             job.mechanism, job.steps = str(config.fusion["mechanism"]), config.trainer.steps
             _read(job, sweep / job.directory, config)

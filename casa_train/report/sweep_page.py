@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from casa_train.config.schema import Config
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.io.numbers import MISSING, memory, memory_unit, percent, short
@@ -39,6 +40,7 @@ class Job:
     :param differs: its values of the fields in which jobs differ.
     :param state: finished, unfinished, failed, not started or unreadable.
     :param notes: why, and which files could not be read.
+    :param config: None where it could not be read.
     :param measured: what the exact match is of.
     :param report: whether there is a page of the job.
     :param trained: parameters that train; `fusion_parameters`: that the mechanism adds.
@@ -53,6 +55,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     step: int = 0
     steps: int = 0
+    config: Config | None = None
     metrics: list[Record] = field(default_factory=list)
     exact_match: float | None = None
     blind: float | None = None

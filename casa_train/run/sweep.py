@@ -29,7 +29,7 @@ def run_directories(sweep: Path, only: str = "*") -> list[Path]:
         )
     jobs = [
         path
-        for path in sorted(sweep.iterdir(), key=lambda path: _natural(path.name))
+        for path in sorted(sweep.iterdir(), key=lambda path: natural(path.name))
         if path.is_dir()
         and fnmatch.fnmatchcase(path.name, only)
         and ((path / CONFIG_FILE).is_file() or {*_names(path)} <= {FAILURE_FILE, CONSOLE_FILE})
@@ -48,6 +48,6 @@ def _names(path: Path) -> list[str]:
     return ["unreadable"]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts every=2 before every=10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

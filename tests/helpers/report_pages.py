@@ -10,7 +10,7 @@ from typing import Any
 from casa_train.report.run_data import RunData
 from casa_train.report.run_page import write_report
 
-VOID = {"meta", "img", "br", "input"}
+VOID = {"meta", "img", "br", "input", "wbr"}
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.org/x.png>"
 
 

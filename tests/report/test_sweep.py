@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from casa_train.config.compose import compose_config
-from casa_train.config.schema import Config
-from casa_train.cost.sizes import size_model
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report import __main__ as report
@@ -29,27 +25,12 @@ from casa_train.training.state import Progress
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
 from tests.helpers.report_pages import HOSTILE, Page, early_record, fake_record
 from tests.helpers.runs import wait_for_step
-
-
-def config_of(*overrides: str) -> Config:
-    return compose_config(["+experiment=demo", *TINY, "model.tokenizer=none", *overrides])
+from tests.helpers.sweep_jobs import config_of, make_job
 
 
 def labels_of(*jobs: list[str]) -> list[str]:
     configs = {f"job {i}": config_of(*job) for i, job in enumerate(jobs)}
     return list(job_labels(configs, differing_fields(configs)).values())
-
-
-def make_job(directory: Path, *overrides: str, steps: int = 0) -> Path:
-    """A run's directory as a training leaves it, with this many records."""
-    config = config_of("trainer.steps=30", *overrides)
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    (directory / "model_config.json").write_text(size_model(config, []).to_json_string())
-    if steps:
-        lines = [json.dumps(fake_record(step)) for step in range(1, steps + 1)]
-        (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
 
 
 # Names

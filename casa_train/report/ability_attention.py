@@ -1,0 +1,146 @@
+"""How far text turns to images while a variant learns, by ability, class of tokens and layer, as
+its validations recorded it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from casa_train.modeling.image_attention import IMAGE_GATE, IMAGE_SHARE
+from casa_train.report.comparison import Comparison
+from casa_train.report.series import Array, column
+from casa_train.report.significance import LEVEL, Interval, interval
+from casa_train.report.variants import Reading, Variant
+
+CLASSES = ("question", "answer", "gist")
+SHARES = (IMAGE_SHARE, IMAGE_GATE)  # in percent; other gates are open or closed for all alike
+TEXT_ONLY = "text"  # the ability whose questions are not about an image
+
+
+@dataclass
+class AttentionOverTime:
+    """One variant's.
+
+    :param quantity: such as the image share; :param uniform: what equal attention would give.
+    :param steps: those that all seeds were measured at.
+    :param values: by (ability, class), (seeds, steps, layers), NaN where nothing was recorded.
+    """
+
+    variant: Variant
+    quantity: str
+    layers: list[int]
+    steps: list[int]
+    uniform: float | None
+    values: dict[tuple[str, str], Array] = field(default_factory=dict)
+
+    def at_end(self, ability: str, kind: str) -> Array:
+        """(seeds,) means over layers at the last step that is drawn."""
+        values = self.values.get((ability, kind))
+        return np.full(1, np.nan) if values is None else values[:, -1].mean(axis=-1)
+
+    def by_layer(self, kind: str) -> list[tuple[int, list[float | None]]]:
+        """At the last step: each layer, and of each ability its mean over seeds."""
+        abilities = self.abilities
+        found = {
+            a: self.values[a, kind][:, -1].mean(axis=0)
+            for a in abilities
+            if (a, kind) in self.values
+        }
+        return [
+            (layer, [float(found[a][i]) if a in found else None for a in abilities])
+            for i, layer in enumerate(self.layers)
+        ]
+
+    @property
+    def abilities(self) -> list[str]:
+        """Those of `by_layer`."""
+        return list(dict.fromkeys(ability for ability, _ in self.values))
+
+
+def attention_over_time(result: Comparison) -> list[AttentionOverTime]:
+    """Of each variant that recorded shares, the steps that all its seeds have."""
+    found = []
+    for variant in result.variants:
+        own = {trial.seed: trial.readings for trial in variant.trials}
+        names = [
+            name
+            for name in SHARES
+            if all(any(name in r.attention for r in x) for x in own.values())
+        ]
+        if names:
+            found.append(_of_variant(result, variant, names[0], list(own.values())))
+    return [one for one in found if one.steps]
+
+
+def _of_variant(
+    result: Comparison, variant: Variant, quantity: str, seeds: Sequence[Sequence[Reading]]
+) -> AttentionOverTime:
+    by_step = [
+        {
+            reading.step: reading.attention[quantity]
+            for reading in readings
+            if quantity in reading.attention
+        }
+        for readings in seeds
+    ]
+    steps = sorted(set.intersection(*(set(own) for own in by_step)))
+    first = next(iter(by_step[0].values()))
+    over = AttentionOverTime(variant, quantity, list(first["layers"]), steps, first.get("uniform"))
+    for ability, source in result.sources.items():
+        for kind in CLASSES:
+            values = np.array(
+                [
+                    [_layers(own[step], source, kind, len(over.layers)) for step in steps]
+                    for own in by_step
+                ]
+            )
+            if np.isfinite(values).any():
+                over.values[ability, kind] = values
+    return over
+
+
+def _layers(quantity: Mapping[str, Any], source: str, kind: str, count: int) -> Array:
+    classes = (quantity["sources"].get(source) or {}).get("classes") or {}
+    found = classes.get(kind)
+    values = column([] if found is None else found)
+    return values if len(values) == count else np.full(count, np.nan)
+
+
+def gate_said(over: AttentionOverTime) -> str | None:
+    """What answers to questions about text alone give images at the end, beside all other answers;
+    None where there is no such ability.
+
+    That the gate closes is said only if the interval over seeds is below 0.
+    """
+    others = [a for a, kind in over.values if kind == "answer" and a != TEXT_ONLY]
+    if (TEXT_ONLY, "answer") not in over.values or not others:
+        return None
+    text = over.at_end(TEXT_ONLY, "answer")
+    about_images = np.mean([over.at_end(ability, "answer") for ability in others], axis=0)
+    gap = interval((text - about_images).tolist())
+    said = (
+        f"At step {over.steps[-1]:,}, answers to questions about text alone give images "
+        f"{100 * text.mean():.1f} % (mean over layers), those of the other abilities "
+        f"{100 * about_images.mean():.1f} %: {_points(gap.mean)} points"
+    )
+    return f"{said}{_carried(gap)}"
+
+
+def _carried(gap: Interval) -> str:
+    if gap.seeds == 1:
+        return " by one seed, of which nothing is claimed."
+    inside = f", {100 * LEVEL:g} % interval over {gap.seeds} seeds "
+    inside += f"{_points(gap.low)} to {_points(gap.high)}"
+    if gap.high < 0:
+        return f"{inside}: the gate closes on text-only turns."
+    if gap.low > 0:
+        return f"{inside}: the gate is further open on text-only turns."
+    return f"{inside}: that it closes on text-only turns is not shown."
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")

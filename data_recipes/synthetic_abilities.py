@@ -26,9 +26,8 @@ from data_recipes.synthetic_drawing import (
     Region,
     draw_bars,
     pick,
-    print_text,
+    print_capital,
     random_background,
-    random_ink,
     random_levels,
     shuffled,
 )
@@ -189,17 +188,15 @@ def _counting(rng: np.random.Generator, degree: Any) -> Drawn:
 
 
 def _spelling(rng: np.random.Generator, degree: Any) -> Drawn:
-    """Capitals of 10 to 13 pixels in one row of three by three cells: one of a cell's four patches
-    shows a letter. In training also words that are shorter.
+    """Capitals of 10 pixels in one row of three by three cells, each in one of its cell's four
+    patches. In training also words that are shorter.
     """
     letters = SPELLED if degree is not None else int(rng.integers(1, SPELLED + 1))
     word = [pick(rng, LETTERS) for _ in range(letters)]
-    background = random_background(rng)
-    image = Image.new("RGB", (3 * CELL, 3 * CELL), background)
-    draw, ink = ImageDraw.Draw(image), random_ink(rng, background)
-    row = int(rng.integers(3))
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), random_background(rng))
+    draw, row = ImageDraw.Draw(image), int(rng.integers(3))
     for cell, letter in zip(Region(0, row * CELL, 3 * CELL, CELL).split(3, 1), word, strict=False):
-        print_text(rng, draw, letter, ink, pick(rng, cell.split(2, 2)))
+        print_capital(rng, draw, letter, pick(rng, cell.split(2, 2)))
     return _after("spelling", [image], "<image>", [("Spell the word.", " ".join(word))])
 
 

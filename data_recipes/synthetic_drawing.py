@@ -176,6 +176,18 @@ def print_text(
     draw.text(at, text, fill=ink, font=_font(pixels), stroke_width=stroke)
 
 
+def print_capital(
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw, letter: str, cell: Region
+) -> None:
+    """Prints a dark capital in the middle of a cell, as high as four fifths of it."""
+    font = _font(round(1.1 * cell.height))
+    level = int(rng.integers(0, 60))
+    middle = cell.left + cell.width / 2, cell.top + cell.height / 2
+    left, top, right, bottom = font.getbbox(letter)
+    at = round(middle[0] - (left + right) / 2), round(middle[1] - (top + bottom) / 2)
+    draw.text(at, letter, fill=(level, level, level), font=font)
+
+
 def random_levels(rng: np.random.Generator, bars: int, distinct: bool = False) -> list[int]:
     """Heights of bars, each uniform."""
     levels = range(1, MAX_LEVEL + 1)

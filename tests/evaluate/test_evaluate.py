@@ -22,6 +22,8 @@ from casa_train.evaluate.exact_match import (
     training_texts,
 )
 from casa_train.export.loading import load_model, load_processor
+from casa_train.report.run_report import _pictures
+from casa_train.run.configuration import load_run_config
 from tests.helpers.commands import TINY, on_data
 from tests.helpers.counting import FINGERPRINTS, texts_by
 from tests.helpers.published import picture
@@ -192,6 +194,8 @@ def test_overrides_of_an_evaluation(
     assert main([str(run_dir), *changes, "evaluation.ask=last"]) == 0
     result = stored(run_dir)
     assert result["ask"] == "last" and result["questions"] == 6
+    found = _pictures(load_run_config(run_dir), result)
+    assert found == {f"own/{s.key}": list(s.images) for s in talks if s.images}
     # The export's own answer to the sample's messages up to the last one.
     model, processor = (
         load_model(run_dir / "export", "auto").eval(),

@@ -356,6 +356,23 @@ def test_answers_over_time_stand_side_by_side(tmp_path: Path) -> None:
     assert "Validation loss" in page.text and "Exact match" in page.text
 
 
+def test_of_many_pictures_the_last_ones_are_shown_and_turns_before_are_counted(
+    tmp_path: Path,
+) -> None:
+    record = _validation(20, 2.0)
+    record["questions"][0]["history"] = 3
+    answers = fake_answers({"stream": (1, 0)})
+    answers[0].update(id="stream/0", history=7)
+    evaluation = {**fake_evaluation(answers), "ask": "last"}
+    shown = {"stream/0": [_picture((9 + i, 9)) for i in range(19)]}
+    shown["split/0"] = shown["stream/0"][:16]
+    run = fake_run(validations=[record], evaluation=evaluation, pictures=shown)
+    html, page = page_of(run, tmp_path)
+    assert html.count("(3 images before)") == 1 and len(page.all("img")) == 32
+    assert html.count(" · after 3 turns") == html.count(" · after 7 turns") == 1
+    assert "Asked is the last turn" in page.text
+
+
 def test_a_first_validation_and_hostile_answers_are_shown(tmp_path: Path) -> None:
     record = _validation(1, None, questions=1, best_step=0, best_loss=None)
     record["questions"][0] |= {"answer": HOSTILE, "question": HOSTILE, "source": HOSTILE}

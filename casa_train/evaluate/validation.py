@@ -106,10 +106,10 @@ class Validator(Hook):
             self.questions = Questions(held_out, held_out.materializer.processor, self.config)
         for text in describe(self.measured, self.questions, self.config):
             self.sinks.log(text)
-        if self.watched is not None and self.watched.skipped:
+        if self.watched is not None:
+            left_out = f" (left out: {dict(self.watched.skipped)})" if self.watched.skipped else ""
             self.sinks.log(
-                "evaluation.attention_while_training: samples that cannot be read are left out: "
-                f"{dict(self.watched.skipped)}"
+                f"attention to images is measured on {len(self.watched.samples)} of them{left_out}"
             )
         earlier: list[Record] = []
         if self.ranks.first:

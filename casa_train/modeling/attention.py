@@ -33,7 +33,7 @@ BACKENDS = ("auto", "flash_attn", "torch_varlen", "sdpa")
 # On a CPU a query reads so many keys sooner by three products than by SDPA, whose kernel is a tenth
 # faster from 2,000 on.
 FEW_KEYS = 1024
-SCORES_AT_ONCE = 1 << 26  # of `attention_on`, over all heads
+SCORES_AT_ONCE = 1 << 24  # of `attention_on`, over all heads
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:

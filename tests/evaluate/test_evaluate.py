@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from casa_train.config.compose import compose_config
 from casa_train.data.prepared.shards import Split
+from casa_train.evaluate import evaluation
 from casa_train.evaluate.__main__ import main
 from casa_train.evaluate.exact_match import (
     Question,
@@ -259,6 +261,31 @@ def test_a_folder_of_ones_own_holds_groups_of_an_evaluation(
         assert main([str(run_dir), *arguments]) == 2
         error = capsys.readouterr().err
         assert words in error and error.startswith("error: ") and "Traceback" not in error
+
+
+def test_a_job_that_was_asked_otherwise_is_asked_anew(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "a=job"
+    settings = ["+experiment=demo", *TINY, *on_data(data_dir)]
+    asked: list[str] = []
+
+    def evaluated(run: Path, *_: Any) -> dict[str, Any]:
+        asked.append(load_run_config(run).evaluation.ask)
+        result = {"step": 3, "overrides": [], "ask": asked[-1]}
+        (run / "evaluation.json").write_text(json.dumps(result))
+        return {**result, "exact_match": 0.5, "blind": 0.25}
+
+    monkeypatch.setattr(evaluation, "find_checkpoint", lambda *_: SimpleNamespace(step=3))
+    monkeypatch.setattr(evaluation, "exported_step", lambda *_: 3)
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluated)
+    job.mkdir()
+    (job / "evaluation.json").write_text('{"step": 3, "overrides": []}')  # of an earlier version
+    for ask in ("every", "last", "last", "every"):
+        config = compose_config([*settings, f"evaluation.ask={ask}"])
+        (job / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        assert evaluation.evaluate_sweep(tmp_path) == 0
+    assert asked == ["last", "every"]
 
 
 def test_without_training_data_there_is_no_guess(

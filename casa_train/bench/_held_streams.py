@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from casa_train.bench._streams import Script, Stream
 from casa_train.bench._timing import synchronise
+from casa_train.bench._turn_forms import TurnForm
 from casa_train.io.numbers import MISSING
 from casa_train.io.tables import aligned
 
@@ -89,7 +90,10 @@ def most_held(holds: Callable[[int], bool], most: int) -> int:
 
 
 def held_streams(
-    models: Mapping[str, Any], script: Script, arguments: argparse.Namespace
+    models: Mapping[str, Any],
+    forms: Mapping[str, TurnForm],
+    script: Script,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """For each model and way the streams that it holds, young and after `arguments.turns` turns.
 
@@ -100,7 +104,7 @@ def held_streams(
     found: dict[str, Any] = {label: {way: {} for way in WAYS} for label in models}
     bar = tqdm(total=4 * len(models), desc="searches", disable=None)
     for label, model in models.items():
-        past, played = Stream(model), 0
+        past, played = Stream(model, form=forms.get(label)), 0
         for age, behind in (("first", YOUNG), ("last", arguments.turns)):
             for index in range(played, behind):
                 past.generate(*script.given(past, index))
@@ -151,9 +155,9 @@ def play_rounds(
     seconds: list[float] = []
     try:
         if way == BATCHED:
-            live = [Stream(past.model, _copies(past, streams))]
+            live = [Stream(past.model, _copies(past, streams), past.form)]
         else:
-            live = [Stream(past.model, _copies(past, 1)) for _ in range(streams)]
+            live = [Stream(past.model, _copies(past, 1), past.form) for _ in range(streams)]
         for index in range(WARM_UP_ROUNDS + rounds):
             began = time.perf_counter()
             for stream in live:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from casa_train.export.loading import load_model
+from casa_train.export.loading import load_model, load_processor
 from casa_train.io.quiet import quiet_libraries
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
@@ -44,22 +45,32 @@ MECHANISMS = ("casa", "insertion")
 
 
 def load_models(
-    arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Models by the label of their columns, in eval mode; none ends a turn early."""
+    arguments: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    labels: Sequence[str] = (),
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Models and, of exports, their processors by the label of their columns, in eval mode; none
+    ends a turn early.
+
+    :param labels: of the exports; none: the mechanisms'.
+    """
+    processors: dict[str, Any] = {}
     if arguments.export:
         quiet_libraries()
         loaded = [load_model(path, dtype) for path in arguments.export]
     else:
         loaded = [random_model(name, arguments.size, device) for name in MECHANISMS]
     models: dict[str, Any] = {}
-    for model in loaded:
-        label = str(model.config.fusion["mechanism"])
+    for number, model in enumerate(loaded):
+        label = labels[number] if labels else str(model.config.fusion["mechanism"])
         if label in models:
             label += f" {len(models) + 1}"
+        if arguments.export:
+            processors[label] = load_processor(arguments.export[number])
         model.generation_config.eos_token_id = None
         models[label] = model.to(device, dtype).eval()
-    return models
+    return models, processors
 
 
 def random_model(mechanism: str, size: str, device: torch.device) -> CasaForConditionalGeneration:

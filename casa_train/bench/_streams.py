@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from casa_train.bench._paths import TokenClock
 from casa_train.bench._timing import synchronise, tensor_bytes
+from casa_train.bench._turn_forms import TurnForm
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Stream:
     """One stream of a model and its cache, or a batch of them that go on together.
 
     :param cache: of streams that have run before; None starts anew.
+    :param form: of its turns.
     """
 
-    def __init__(self, model: Any, cache: Any = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, cache: Any = None, form: TurnForm | None = None) -> None:
+        self.model, self.form = model, form or TurnForm()
         self.cache = DynamicCache() if cache is None else cache
         self.batch = self.cache.casa.batch if hasattr(self.cache, "casa") else 1
         self.device = model.lm_head.weight.device
@@ -113,8 +115,9 @@ class Script:
     """What enters in which turn, alike for every stream: a frame, and random ids behind it.
 
     :param image_size: side of a frame in pixels.
-    :param vocabulary: ids are drawn below it.
-    :param prompt_tokens: before the frame of the first turn; :param text_tokens: after each frame.
+    :param vocabulary: what ids are drawn from: all below a number, or these.
+    :param prompt_tokens: before the frame of the first turn; :param text_tokens: after each frame;
+        both beside what a stream's form has around them.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Script:
         *,
         seed: int,
         image_size: int,
-        vocabulary: int,
+        vocabulary: int | Tensor,
         prompt_tokens: int,
         text_tokens: int,
         new_tokens: int,
@@ -130,7 +133,8 @@ class Script:
         draw = torch.Generator().manual_seed(seed)
         shape = (4, 3, image_size, image_size)
         self.frames = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        self.seed, self.vocabulary, self.new_tokens = seed, vocabulary, new_tokens
+        self.words = torch.arange(vocabulary) if isinstance(vocabulary, int) else vocabulary
+        self.seed, self.new_tokens = seed, new_tokens
         self.prompt_tokens, self.text_tokens = prompt_tokens, text_tokens
 
     def given(self, stream: Stream, index: int) -> tuple[Tensor, int, list[Tensor], int]:
@@ -138,6 +142,7 @@ class Script:
         prompt = self.prompt_tokens if index == 0 else 0
         shape = (stream.batch, prompt + self.text_tokens)
         draw = torch.Generator().manual_seed(self.seed + index)
-        ids = torch.randint(0, self.vocabulary, shape, generator=draw).to(stream.device)
+        drawn = self.words[torch.randint(0, len(self.words), shape, generator=draw)]
+        ids, point = stream.form.turn(index, drawn[:, :prompt], drawn[:, prompt:])
         frames = [self.frames[(index + row) % len(self.frames)] for row in range(stream.batch)]
-        return ids, prompt, frames, self.new_tokens
+        return ids.to(stream.device), point, frames, self.new_tokens

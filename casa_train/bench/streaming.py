@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from casa_train.bench import _held_streams, _paths, _published_streams
+from casa_train.bench import _held_streams, _marks, _paths, _published_streams
 from casa_train.bench._benchmark import (
     Benchmark,
     Report,
@@ -22,21 +22,31 @@ from casa_train.bench._benchmark import (
 )
 from casa_train.bench._streamed_models import SIZES, load_models, sources
 from casa_train.bench._streams import Script, Stream, Turn
+from casa_train.bench._sweep_exports import LeftOut, SweepExport, sweep_exports
+from casa_train.bench._timing import tensor_bytes
+from casa_train.bench._turn_forms import LARGEST, TurnForm, frame_side, ordinary_ids
 from casa_train.config.bounds import local_path
+from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
 from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import SIDE
 
 METHOD = f"""\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and
-takes N new tokens greedily. The streams take turns in one process, so that noise hits all of them:
-the first turns are those of a second stream, which starts when the last turns of the long one
-begin and alternates with them. Two turns of a stream that is thrown away warm each model up. Time
-to first token runs from the call until the token is on the host, vision tower included; tokens/s
-count the new tokens after it. The first turn of a stream has the prompt before its frame. First and
-last are medians over up to eight turns, last/first their ratio; cache tokens, bytes and memory are
-those of the long stream's first and last turn. Streaming state: the keys and values of the open
-window, and the ids of the stream.
+takes N new tokens greedily. Exports get turns of their chat template: the message of a user with an
+image and text behind it, with all that the template has around them, and the end of the answer
+before, which was cut off. Random models have no template. The streams take turns in one process, so
+that noise hits all of them: the first turns are those of a second stream, which starts when the
+last turns of the long one begin and alternates with them. Two turns of a stream that is thrown away
+warm each model up. Time to first token runs from the call until the token is on the host, vision
+tower included; tokens/s count the new tokens after it. The first turn of a stream has the prompt
+before its frame. First and last are medians over up to eight turns, last/first their ratio; cache
+tokens, bytes and memory are those of the long stream's first and last turn. Streaming state: the
+keys and values of the open window, and the ids of the stream.
+
+{_marks.METHOD}
+--sweep DIR takes the exports of a sweep's jobs (JOB/export), of jobs that differ in their seed
+alone the one with the lowest, names what it leaves out, and writes DIR/streaming.json.
 
 --published adds the sessions that CASA (arXiv 2512.19535) publishes, in their layout: from the
 first tenth of the turns to the last (medians), every row with the machine that it was measured on.
@@ -50,30 +60,60 @@ whole forward pass a token; and transformers' own generate on the plain backbone
 Medians over --turns turns.
 """
 
+STREAMING_FILE = "streaming.json"  # of a sweep
+TURNS = 48
 WARM_UP_TURNS = 2
 MEDIAN_OF = 8  # first and last turns, and at most a quarter of all
 ROUNDS, MOST = 20, 256  # of --fps
 
 
+# What the JSON tells elsewhere or not at all.
+NOT_TOLD = ("name", "json", "export", "sweep")
+
+
+def _numbers(text: str) -> list[int]:
+    """1,16 of a command line."""
+    return [int(number) for number in text.split(",")]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument(
         "--export",
         nargs="+",
         type=local_path,
         metavar="DIR",
         help="exports to compare (default: random models of casa and insertion)",
     )
+    whose.add_argument(
+        "--sweep",
+        type=local_path,
+        metavar="DIR",
+        help=f"exports of a sweep's jobs, one a variant; writes DIR/{STREAMING_FILE} unless --json "
+        "says another",
+    )
+    parser.add_argument("--only", metavar="PATTERN", help="of --sweep: 'demo,*' (default: all)")
     parser.add_argument(
         "--size", choices=SIZES, default="small", help="of random models (default: small)"
     )
-    parser.add_argument("--turns", type=int, default=48, help="default: 48")
+    parser.add_argument("--turns", type=int, help="default: 48; the last mark of --sweep")
+    parser.add_argument(
+        "--marks",
+        type=_numbers,
+        metavar="N,N",
+        help="show what streams cost after so many images (default of --sweep: "
+        f"{','.join(map(str, _marks.MARKS))}, those up to --turns)",
+    )
     parser.add_argument("--new-tokens", type=int, default=16, help="a turn (default: 16)")
     parser.add_argument("--text-tokens", type=int, default=2, help="a turn (default: 2)")
     parser.add_argument(
         "--prompt-tokens", type=int, default=22, help="before the first frame (default: 22)"
     )
     parser.add_argument(
-        "--image-size", type=int, default=224, help="side of a frame in pixels (default: 224)"
+        "--image-size",
+        type=int,
+        help=f"side of a frame in pixels (default: {LARGEST}, or the largest below it that every "
+        "export takes as it is)",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -105,16 +145,21 @@ def run(arguments: argparse.Namespace) -> Report:
 
     :raises UserError: sizes that make no stream, or a directory that is no export.
     """
+    chosen, left = _of_sweep(arguments)
     check(arguments)
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
-    models = load_models(arguments, device, dtype)
-    for label, model in models.items():  # exports have towers of their own
-        check_frames(arguments, model.visual.token_side, f" of {label}")
+    models, processors = load_models(arguments, device, dtype, [one.job for one in chosen])
+    arguments.image_size = frame_side(arguments.image_size, processors)
+    forms = {label: TurnForm.of(processor) for label, processor in processors.items()}
     facts = machine(device, dtype)
-    options = {k: v for k, v in vars(arguments).items() if k not in ("name", "json", "export")}
+    options = {k: v for k, v in vars(arguments).items() if k not in NOT_TOLD}
     data: dict[str, Any] = {"machine": facts, "arguments": options}
-    lines = [describe_machine(facts), *sources(models, arguments)]
+    lines = [describe_machine(facts), *sources(models, arguments), *_left_out(left)]
+    if arguments.sweep:
+        data["exports"] = {o.job: {"seed": o.seed, "step": o.step} for o in chosen}
+        data["left_out"] = [asdict(one) for one in left]
+    entering = script(models, processors, arguments)
     if arguments.compare_paths:
         paths = _paths.compare_paths(models, arguments)
         return Report("\n".join([*lines, "", _paths.table(paths)]), {**data, "paths": paths})
@@ -123,21 +168,26 @@ def run(arguments: argparse.Namespace) -> Report:
         f"{arguments.text_tokens} text tokens and {arguments.new_tokens} new ones"
     )
     if arguments.fps is not None:
-        held = _held_streams.held_streams(models, script(models, arguments), arguments)
+        held = _held_streams.held_streams(models, forms, entering, arguments)
         lines += [f"{shape}; {arguments.rounds} rounds", "", _held_streams.table(held, arguments)]
         return Report("\n".join(lines), {**data, "held": held})
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
-    turns, young = play(models, arguments, k)
+    turns, young = play(models, forms, entering, arguments.turns, k)
+    marks = _marks.marks_up_to(arguments.turns, arguments.marks)
     streams = {
         label: {
             **summary(turns[label], young[label]),
+            "marks": _marks.at_marks(turns[label], marks, tensor_bytes(list(model.parameters()))),
             "turns": [asdict(turn) for turn in turns[label]],
             "first_turns": [asdict(turn) for turn in young[label]],
         }
-        for label in models
+        for label, model in models.items()
     }
     data["streams"] = streams
-    lines += [f"{shape}; first and last: medians of {k}", "", table(streams)]
+    if arguments.marks or arguments.sweep:
+        lines += [shape, "", _marks.table(streams, marks)]
+    else:
+        lines += [f"{shape}; first and last: medians of {k}", "", table(streams)]
     if arguments.published:
         side, new = arguments.image_size, arguments.new_tokens
         ours = [
@@ -149,6 +199,37 @@ def run(arguments: argparse.Namespace) -> Report:
     return Report("\n".join(lines), data)
 
 
+def _of_sweep(arguments: argparse.Namespace) -> tuple[list[SweepExport], list[LeftOut]]:
+    """The exports of --sweep, which the arguments then name; sets how long streams are.
+
+    :raises UserError: options that do not go together, or a sweep without exports.
+    """
+    sweep = arguments.sweep
+    if sweep is None and arguments.only is not None:
+        raise UserError(f"--only is {arguments.only}, but only --sweep reads it; leave it out.")
+    if arguments.turns is None:
+        arguments.turns = max(arguments.marks or (_marks.MARKS if sweep else [TURNS]))
+    if sweep is None:
+        return [], []
+    for option in ("fps", "compare_paths"):
+        if getattr(arguments, option):
+            raise UserError(
+                f"--{option.replace('_', '-')} beside --sweep, which measures streams alone; name "
+                "the exports with --export JOB/export ..."
+            )
+    chosen, left = sweep_exports(sweep, arguments.only or "*")
+    arguments.export = [one.path for one in chosen]
+    arguments.json = arguments.json or sweep / STREAMING_FILE
+    threads = {one.threads for one in chosen}
+    if len(threads) == 1:
+        use_threads(threads.pop())
+    return chosen, left
+
+
+def _left_out(left: Sequence[LeftOut]) -> list[str]:
+    return [f"left out: {one.job}: {one.why}" for one in left]
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Refuses arguments that make no stream.
 
@@ -158,8 +239,12 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {getattr(arguments, name)}; it must be at least {least}.")
-    if not arguments.export:
-        check_frames(arguments, SIDE)
+    size = arguments.image_size
+    if not arguments.export and size is not None and (size < SIDE or size % SIDE):
+        raise UserError(
+            f"--image-size is {size}; it must be a positive multiple of {SIDE}, the side of an "
+            "image token."
+        )
     if arguments.fps is not None and not (math.isfinite(arguments.fps) and arguments.fps > 0):
         raise UserError(f"--fps is {arguments.fps}; expected a number of frames/s above 0.")
     for name, default in (("rounds", ROUNDS), ("most", MOST)):
@@ -178,25 +263,15 @@ def check(arguments: argparse.Namespace) -> None:
             )
 
 
-def check_frames(arguments: argparse.Namespace, side: int, whose: str = "") -> None:
-    """Refuses frames that are no whole image tokens.
-
-    :param side: pixels of a token's side; :param whose: for messages.
-    :raises UserError: naming the argument.
-    """
-    if arguments.image_size < side or arguments.image_size % side:
-        raise UserError(
-            f"--image-size is {arguments.image_size}; it must be a positive multiple of {side}, "
-            f"the side of an image token{whose}."
-        )
-
-
-def script(models: dict[str, Any], arguments: argparse.Namespace) -> Script:
-    """What enters, in ids that every model has."""
+def script(
+    models: dict[str, Any], processors: dict[str, Any], arguments: argparse.Namespace
+) -> Script:
+    """What enters, in ids that every model has, and that are plain text to every processor."""
+    ids = min(model.config.text_config.vocab_size for model in models.values())
     return Script(
         seed=arguments.seed,
         image_size=arguments.image_size,
-        vocabulary=min(model.config.text_config.vocab_size for model in models.values()),
+        vocabulary=ordinary_ids(ids, processors.values()),
         prompt_tokens=arguments.prompt_tokens,
         text_tokens=arguments.text_tokens,
         new_tokens=arguments.new_tokens,
@@ -204,31 +279,35 @@ def script(models: dict[str, Any], arguments: argparse.Namespace) -> Script:
 
 
 def play(
-    models: dict[str, Any], arguments: argparse.Namespace, k: int
+    models: dict[str, Any], forms: dict[str, TurnForm], entering: Script, turns: int, k: int
 ) -> tuple[dict[str, list[Turn]], dict[str, list[Turn]]]:
     """All turns of a long stream of each model, and the first `k` turns of a young one that
     alternate with the last `k` of the long one.
+
+    :param forms: of the models that have a template; :param entering: what every stream gets.
     """
-    entering = script(models, arguments)
+
+    def started(label: str) -> Stream:
+        return Stream(models[label], form=forms.get(label))
 
     def turn(stream: Stream, index: int) -> Turn:
         return stream.turn(*entering.given(stream, index))
 
-    for model in models.values():
-        warm_up = Stream(model)
+    for label in models:
+        warm_up = started(label)
         for index in range(WARM_UP_TURNS):
             turn(warm_up, index)
-    old, young = ({label: Stream(model) for label, model in models.items()} for _ in range(2))
-    turns: dict[str, list[Turn]] = {label: [] for label in models}
+    old, young = ({label: started(label) for label in models} for _ in range(2))
+    played: dict[str, list[Turn]] = {label: [] for label in models}
     first_turns: dict[str, list[Turn]] = {label: [] for label in models}
     order = list(models)
-    for index in tqdm(range(arguments.turns), desc="turns", disable=None):
+    for index in tqdm(range(turns), desc="turns", disable=None):
         for label in order:
-            turns[label].append(turn(old[label], index))
-            if (young_index := index - (arguments.turns - k)) >= 0:
+            played[label].append(turn(old[label], index))
+            if (young_index := index - (turns - k)) >= 0:
                 first_turns[label].append(turn(young[label], young_index))
         order.reverse()
-    return turns, first_turns
+    return played, first_turns
 
 
 def summary(turns: Sequence[Turn], young: Sequence[Turn]) -> dict[str, dict[str, float]]:

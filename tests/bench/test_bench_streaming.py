@@ -20,6 +20,8 @@ from casa_train.bench.__main__ import main
 from casa_train.bench._published_streams import PUBLISHED, session
 from casa_train.bench._streams import Script, Stream, Turn
 from casa_train.export.writer import write_export
+from casa_train.modeling.processing_casa import CasaProcessor
+from data_recipes.synthetic import build_tokenizer
 from tests.helpers.bench_numbers import bench
 from tests.helpers.tiny import tiny_model, tiny_siglip_config
 
@@ -29,12 +31,13 @@ STREAM += ["--prompt-tokens", str(PROMPT), "--image-size", "56", "--device", "cp
 
 
 def save_export(directory: Path, mechanism: str, **options: Any) -> Path:
-    """An export of a tiny model; a stream of random ids needs no processor."""
+    """An export of a tiny model, with a template that has nothing around turns and images."""
     model = tiny_model(mechanism, **options)
+    processor = CasaProcessor(build_tokenizer(), token_side=model.visual.token_side)
     write_export(
         directory,
         save_model=lambda path: model.save_pretrained(path),
-        save_processor=lambda path: (path / "processor_config.json").write_text("{}"),
+        save_processor=lambda path: processor.save_pretrained(path),
         source=Path(str(modeling.__file__)).parent,
         card="",
         provenance={},

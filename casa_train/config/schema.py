@@ -298,6 +298,8 @@ class Config:
 
 
 GROUP_OF_ADAPTERS = "optim.groups.lora."
+# Options of mechanisms that came when runs had begun without them, at their defaults.
+OPTIONS_ADDED = {"fusion.ffn_width": 0}
 
 # Names that fields had in earlier versions: run directories and users' own files may hold them.
 RENAMED = {"world_size": "planned_ranks"}
@@ -337,6 +339,8 @@ def run_fields(config: Config) -> dict[str, Any]:
         if isinstance(mark, Free) or (
             isinstance(mark, Added) and name in defaults and value == defaults[name]
         ):
+            continue
+        if name in OPTIONS_ADDED and value == OPTIONS_ADDED[name]:
             continue
         if not adapted and name.startswith(GROUP_OF_ADAPTERS):
             continue  # runs began when there was no such group, and it is without effect

@@ -193,9 +193,9 @@ class BlockWork:
         """h + SA(norm(h))."""
         return h | self.project_out(self.self_attention(*self.project(self.norm(h))))
 
-    def mlp(self, part: str, tokens: int, own: bool, x: bool) -> bool:
-        """A gated feed-forward network of the backbone's shape."""
-        width, ffn = self.sizes.width, self.sizes.ffn
+    def mlp(self, part: str, tokens: int, own: bool, x: bool, ffn: int | None = None) -> bool:
+        """A gated feed-forward network of the backbone's shape, or `ffn` wide."""
+        width, ffn = self.sizes.width, self.sizes.ffn if ffn is None else ffn
         gate, up = (
             self.linear(part, tokens, width, ffn, own, x, name) for name in ("gate_proj", "up_proj")
         )

@@ -51,6 +51,9 @@ from .segments import Segments, on_device
 from .streaming import FlatCache, StreamingState
 from .windows import Chunk, text_positions
 
+# Widths multiply into sizes that count in 64 bits.
+WIDEST = 2**31 - 1
+
 
 class FusionMechanism:
     """Base class; on its own it is the plain backbone, blind to images.
@@ -90,6 +93,14 @@ class FusionMechanism:
         self.text_config = text_config
         # Whether positions have the three axes of Qwen2.5-VL's multimodal RoPE.
         self.multimodal = mrope_section(text_config) is not None
+
+    def check_whole(self, key: str, least: int, most: int) -> None:
+        """Refuses an option that is no whole number of this range."""
+        value = self.fusion[key]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(
+                f"fusion.{key} is {value!r}; expected a whole number from {least} to {most}"
+            )
 
     @classmethod
     def takes_steps(cls) -> bool:

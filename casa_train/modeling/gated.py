@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .block import DecoderContext, plain_block, project, project_out, query_mask
 from .block_work import BlockWork
-from .fusion import register
+from .fusion import WIDEST, register
 from .image_attention import ATTENTION_GATE, FFN_GATE
 from .regions import RegionMLP, normed
 from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, read_windows
@@ -21,7 +21,8 @@ from .windowed import WindowedMechanism, image_heads, linear_like, norm_like, re
 
 @register
 class GatedCrossAttention(WindowedMechanism):
-    """Options: `every` n puts a new layer before blocks n-1, 2n-1, ...
+    """Options: `every` n puts a new layer before blocks n-1, 2n-1, ...; `ffn_width` of its
+    feed-forward network (0: the backbone's).
 
     Text without an image before it passes the new layers unchanged, so that text alone gives the
     backbone's own logits; in Flamingo the feed-forward part acts on it too. The projections are
@@ -29,15 +30,17 @@ class GatedCrossAttention(WindowedMechanism):
     """
 
     name = "gated_cross_attention"
-    options = {"every": 1}
+    options = {"every": 1, "ffn_width": 0}
     decode_steps = True
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
         self.check_every()
+        self.check_whole("ffn_width", 0, WIDEST)
+        self.ffn_width: int = self.fusion["ffn_width"] or text_config.intermediate_size
 
     def make_layer(self, layer: Any, layer_idx: int) -> nn.Module | None:
-        return GatedLayer(layer, layer_idx) if self.has_fusion(layer_idx) else None
+        return GatedLayer(layer, layer_idx, self.ffn_width) if self.has_fusion(layer_idx) else None
 
     def zero_at_start(self, name: str) -> bool:
         # Closed gates let no gradient through to what stands behind them.
@@ -58,14 +61,14 @@ class GatedCrossAttention(WindowedMechanism):
             q = work.text_linear(width, q_width, True, True)
             read = work.cross_attention(q, work.image_keys(True, True))
             work.text_linear(q_width, width, True, read)
-            h = work.mlp("fusion, text projections", work.text, True, True)
+            h = work.mlp("fusion, text projections", work.text, True, True, self.ffn_width)
         return work.plain_block(h), z
 
 
 class GatedLayer(nn.Module):
     """Cross-attention and feed-forward network, each behind a tanh gate that starts closed."""
 
-    def __init__(self, layer: Any, layer_idx: int) -> None:
+    def __init__(self, layer: Any, layer_idx: int, ffn: int) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx = layer_idx
@@ -77,7 +80,7 @@ class GatedLayer(nn.Module):
         self.v_proj = linear_like(attention.v_proj)
         self.o_proj = linear_like(attention.o_proj)
         self.ffn_norm = norm_like(layer.input_layernorm)
-        self.mlp = GatedMLP(mlp)
+        self.mlp = GatedMLP(mlp, ffn)
         self.attention_gate = nn.Parameter(torch.empty(1))
         self.ffn_gate = nn.Parameter(torch.empty(1))
         self.reset_parameters()
@@ -106,11 +109,11 @@ class GatedLayer(nn.Module):
 
 
 class GatedMLP(RegionMLP):
-    """A gated feed-forward network of the shapes and the activation of the backbone's."""
+    """A gated feed-forward network like the backbone's, `ffn` wide, with its activation."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, ffn: int) -> None:
         super().__init__()
-        self.gate_proj = linear_like(mlp.gate_proj)
-        self.up_proj = linear_like(mlp.up_proj)
-        self.down_proj = linear_like(mlp.down_proj)
+        self.gate_proj = linear_like(mlp.gate_proj, outputs=ffn)
+        self.up_proj = linear_like(mlp.up_proj, outputs=ffn)
+        self.down_proj = linear_like(mlp.down_proj, inputs=ffn)
         self.act_fn = mlp.act_fn

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import varlen_attention
 from .block_work import Paper
-from .fusion import register
+from .fusion import WIDEST, register
 from .insertion import Insertion
 from .segments import Segments
 from .windows import Chunk
@@ -26,23 +26,22 @@ from .windows import Chunk
 
 @register
 class QFormerInsertion(Insertion):
-    """Options: `queries` tokens a picture; `layers` of the resampler; its `heads` (0: width / 64).
+    """Options: `queries` tokens a picture; `layers` of the resampler; its `heads` (0: width / 64);
+    `ffn_width` of its feed-forward networks (0: four times its width, which is the backbone's).
 
     Under multimodal RoPE the queries stand in one row.
     """
 
     name = "qformer_insertion"
-    options = {"queries": 128, "layers": 2, "heads": 0}
+    options = {"queries": 128, "layers": 2, "heads": 0, "ffn_width": 0}
 
     def __init__(self, fusion: dict[str, Any], text_config: Any) -> None:
         super().__init__(fusion, text_config)
         width = text_config.hidden_size
         for key, least, most in (("queries", 1, 1 << 16), ("layers", 1, 1000), ("heads", 0, width)):
-            value = self.fusion[key]
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(
-                    f"fusion.{key} is {value!r}; expected a whole number from {least} to {most}"
-                )
+            self.check_whole(key, least, most)
+        self.check_whole("ffn_width", 0, WIDEST)
+        self.ffn_width: int = self.fusion["ffn_width"] or 4 * width
         self.heads = self.fusion["heads"] or max(1, width // 64)
         if width % self.heads:
             raise ValueError(
@@ -56,6 +55,7 @@ class QFormerInsertion(Insertion):
             self.fusion["queries"],
             self.fusion["layers"],
             self.text_config.initializer_range,
+            self.ffn_width,
         )
 
     def count_resampler(self, paper: Paper, width: int, pack: Sequence[Chunk], z: bool) -> bool:
@@ -75,8 +75,8 @@ class QFormerInsertion(Insertion):
                 linear(tokens)
             paper.attention("resampler", tokens * queries, width, True, True, True)
             linear(count)
-            linear(count, outputs=4 * width)
-            linear(count, inputs=4 * width)
+            linear(count, outputs=self.ffn_width)
+            linear(count, inputs=self.ffn_width)
         return z or images > 0
 
     def compress(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
@@ -90,12 +90,15 @@ class QFormer(nn.Module):
     """Pre-norm transformer of learned queries; every image is read by its own copy of them.
 
     :param width: C; :param heads: H; :param queries: Q; :param std: of the queries' first values.
+    :param ffn: width of the feed-forward networks.
     """
 
-    def __init__(self, width: int, heads: int, queries: int, layers: int, std: float) -> None:
+    def __init__(
+        self, width: int, heads: int, queries: int, layers: int, std: float, ffn: int
+    ) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, width))
-        self.layers = nn.ModuleList([QFormerLayer(width, heads) for _ in range(layers)])
+        self.layers = nn.ModuleList([QFormerLayer(width, heads, ffn) for _ in range(layers)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.std = std
         self.reset_parameters()
@@ -119,14 +122,14 @@ class QFormer(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, ffn: int) -> None:
         super().__init__()
         self.self_norm, self.cross_norm, self.image_norm, self.ffn_norm = (
             nn.LayerNorm(width, eps=1e-6) for _ in range(4)
         )
         self.self_attn = QFormerAttention(width, heads)
         self.cross_attn = QFormerAttention(width, heads)
-        self.ffn = QFormerFFN(width)
+        self.ffn = QFormerFFN(width, ffn)
 
     def forward(
         self, s: Tensor, images: Tensor, among: Segments, across: Segments, backend: str
@@ -156,10 +159,10 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerFFN(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, ffn)
+        self.down = nn.Linear(ffn, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(F.gelu(self.up(x)))

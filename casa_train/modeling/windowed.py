@@ -180,9 +180,13 @@ def image_heads(
     return project(owner, normed(norm, images), head_dim, queries=queries)
 
 
-def linear_like(source: nn.Linear) -> nn.Linear:
-    """A new linear of the same shape, with a bias where `source` has one."""
-    return nn.Linear(source.in_features, source.out_features, bias=source.bias is not None)
+def linear_like(
+    source: nn.Linear, inputs: int | None = None, outputs: int | None = None
+) -> nn.Linear:
+    """A new linear of the same shape, or of these widths, with a bias where `source` has one."""
+    inputs = source.in_features if inputs is None else inputs
+    outputs = source.out_features if outputs is None else outputs
+    return nn.Linear(inputs, outputs, bias=source.bias is not None)
 
 
 HEAD_NORMS = ("q_norm", "k_norm")

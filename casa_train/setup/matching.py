@@ -6,13 +6,15 @@ resampler count, and where fusion replaces self-attention what was dropped is ta
 feed-forward networks were widened by to reach a number counts, too: the insertion model is narrow.
 
 A backbone with random weights gets wider feed-forward networks, and options of the mechanism stay
-as they are. A pretrained one has its width: there `every`, the blocks of hyper attention or the
-Q-Former's layers are chosen.
+as they are. A pretrained one has its width: there `every`, the blocks of hyper attention, the
+Q-Former's layers and the width of the mechanism's own feed-forward networks are chosen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +35,9 @@ CLOSE = TOLERANCE / 2
 # What widths are multiples of, best first: kernels like rows of many elements.
 MULTIPLES = (64, 8, 4, 2, 1)
 PLAIN = {"mechanism": "insertion"}
+# The option of mechanisms that have feed-forward networks of their own.
+FFN = "ffn_width"
+MOST_LAYERS = 1000  # of a Q-Former
 WIDTH = "model.backbone.config.intermediate_size"
 
 
@@ -198,25 +203,44 @@ def _width(counts: _Counts, fusion: dict[str, Any], wanted: int) -> int:
 
 
 def _options(counts: _Counts, fusion: dict[str, Any], wanted: int) -> dict[str, Any]:
-    """The options with which a mechanism beside a pretrained backbone has the wished number; the
-    given ones where they do.
+    """The options with which a mechanism beside a pretrained backbone has the wished number; none
+    where those that it has do.
+
+    Where its feed-forward networks have a width of their own, those are preferred that leave it
+    nearest to what it is by default.
 
     :raises UserError: none do.
     """
-    found: list[tuple[int, dict[str, Any]]] = []
-    for options in _variants(counts, fusion, wanted):
-        found.append((counts.new({**fusion, **options}), options))
-        if not options and _near(found[0][0], wanted, CLOSE):
-            break
-    new, options = min(found, key=lambda one: abs(one[0] - wanted))
+    own = counts.new(fusion)
+    if _near(own, wanted, CLOSE):
+        return {}
+    found: list[tuple[int, dict[str, Any]]] = [(own, {})]
+    wide: dict[int, float] = {}
+    for options in _depths(counts, fusion, wanted):
+        if options:
+            with contextlib.suppress(UserError):  # such as blocks that all drop self-attention
+                found.append((counts.new({**fusion, **options}), options))
+        if FFN in counts.mechanism(fusion).options:
+            new, width, ratio = _own_width(counts, {**fusion, **options}, wanted)
+            wide[width] = ratio
+            found.append((new, {**options, FFN: width}))
+
+    def distance(one: tuple[int, dict[str, Any]]) -> tuple[bool, float, int]:
+        close = _near(one[0], wanted, CLOSE)
+        ratio = wide[one[1][FFN]] if close and FFN in one[1] else 0.0
+        return not close, ratio, abs(one[0] - wanted)
+
+    new, options = min(found, key=distance)
     if not _near(new, wanted):
         words = [(new, _words(o) if o else "as it is") for new, o in found]
         raise _unreachable(counts.config, wanted, words)
     return options
 
 
-def _variants(counts: _Counts, fusion: dict[str, Any], wanted: int) -> Iterator[dict[str, Any]]:
-    """Options that make a mechanism larger or smaller, those that it has (nothing) first."""
+def _depths(counts: _Counts, fusion: dict[str, Any], wanted: int) -> Iterator[dict[str, Any]]:
+    """Options that say in how many blocks a mechanism stands, or how many layers its resampler has:
+    those that it has (nothing) first.
+    """
     yield {}
     mechanism = counts.mechanism(fusion)
     depth: int = _text(counts.model_config).num_hidden_layers
@@ -231,12 +255,28 @@ def _variants(counts: _Counts, fusion: dict[str, Any], wanted: int) -> Iterator[
             if number != len(mechanism.layers):
                 yield {"layers": spread(number, depth)}
     elif isinstance(mechanism, QFormerInsertion):
-        layers, new = 0, -1
-        while new < wanted:
-            layers += 1
-            new = counts.new({**fusion, "layers": layers})
-            if layers != mechanism.fusion["layers"]:
+        one, two = (counts.new({**fusion, "layers": layers}) for layers in (1, 2))
+        most = 1 + (wanted - one) // (two - one)  # that have no more than is wished for
+        for layers in (most, most + 1):
+            if 1 <= layers <= MOST_LAYERS and layers != mechanism.fusion["layers"]:
                 yield {"layers": layers}
+
+
+def _own_width(counts: _Counts, fusion: dict[str, Any], wanted: int) -> tuple[int, int, float]:
+    """The width of a mechanism's own feed-forward networks that comes nearest to a number.
+
+    :return: new parameters, the width, and how far that is from the default: |log| of their ratio.
+    """
+    plain: int = counts.mechanism({**fusion, FFN: 0}).ffn_width
+    new = counts.new({**fusion, FFN: plain})
+    column = counts.new({**fusion, FFN: plain + 1}) - new
+    exact = plain + (wanted - new) / column
+    for multiple in MULTIPLES:
+        width = min(MOST_COUNT, max(1, round(exact / multiple) * multiple))
+        reached = counts.new({**fusion, FFN: width})
+        if _near(reached, wanted, CLOSE):
+            break
+    return reached, width, abs(math.log(width / plain))
 
 
 def spread(number: int, depth: int) -> list[int]:
@@ -258,11 +298,16 @@ def _words(options: dict[str, Any]) -> str:
     return ", ".join(f"fusion.{name}={value}" for name, value in options.items())
 
 
+def _new(one: tuple[int, Any]) -> int:
+    return one[0]
+
+
 def _unreachable(config: Config, wanted: int, found: list[tuple[int, str]]) -> UserError:
     """:param found: new parameters, and by what."""
     below = [one for one in found if one[0] <= wanted]
     above = [one for one in found if one[0] > wanted]
-    nearest = [*([max(below)] if below else []), *([min(above)] if above else [])]
+    nearest = [max(below, key=_new)] if below else []
+    nearest += [min(above, key=_new)] if above else []
     numbers = " and ".join(f"{new:,} ({how})" for new, how in nearest)
     fixed = "" if config.model.backbone.pretrained is None else ", whose backbone is pretrained,"
     return UserError(

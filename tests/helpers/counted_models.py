@@ -30,8 +30,8 @@ FUSIONS: list[dict[str, Any]] = [
     {"mechanism": "cross_attention"},
     {"mechanism": "cross_attention", "update_image_tokens": "ffn_and_attention"},
     {"mechanism": "insertion"},
-    {"mechanism": "qformer_insertion", "queries": 4},
-    {"mechanism": "gated_cross_attention", "every": 2},
+    {"mechanism": "qformer_insertion", "queries": 4, "ffn_width": 72},
+    {"mechanism": "gated_cross_attention", "every": 2, "ffn_width": 40},
     {"mechanism": "hyper_attention", "layers": [1]},
 ]
 

@@ -229,7 +229,8 @@ def reference_settings(model: CasaForConditionalGeneration) -> Settings:
         last = text.num_hidden_layers - 1
         spread = {0, (last + 1) // 3, 2 * (last + 1) // 3, last}
         options["hyper_layers"] = tuple(options.pop("layers", None) or sorted(spread))
-    options.pop("init", None)
+    for name in ("init", "ffn_width"):  # what the reference reads from the weights
+        options.pop(name, None)
     still = text.no_rope_layers if text.model_type == "smollm3" else ()
     return Settings(
         layers=text.num_hidden_layers,

@@ -531,6 +531,8 @@ CROSS = ("casa", "cross_attention")
         ("qformer_insertion", {"queries": 0}, ["queries"]),
         ("qformer_insertion", {"layers": 0}, ["layers"]),
         ("qformer_insertion", {"heads": 3}, ["heads", "3"]),
+        ("qformer_insertion", {"ffn_width": -1}, ["ffn_width", "-1", "from 0"]),
+        ("gated_cross_attention", {"ffn_width": 2.5}, ["ffn_width", "2.5", "whole number"]),
         ("gated_cross_attention", {"init": "random"}, ["init"]),
         ("hyper_attention", {"init": "zero_output"}, ["init", "zero_output"]),
         ("hyper_attention", {"layers": [0, 2]}, ["layers", "2"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,14 @@ from casa_train.config.matched import as_given
 from casa_train.config.schema import Config, fingerprint
 from casa_train.cost.sizes import size_model
 from casa_train.errors import UserError
+from casa_train.export.from_run import export
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.report.jobs import differing_fields, job_labels
+from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.setup.matching import Matching, match_parameters, new_parameters
 from casa_train.setup.model import meta_model
+from tests.helpers.commands import run, train_command
+from tests.helpers.runs import short_run
 from tests.helpers.tiny import PROPERTY
 
 # The decoder of `demo`, whose vocabulary without a tokenizer is 1024; its tower is as wide.
@@ -220,3 +225,189 @@ def test_jobs_of_a_sweep_are_told_apart_by_what_was_typed() -> None:
     }
     labels = job_labels(configs, differing_fields(configs))
     assert labels == {"casa": "casa", "hyper_attention": "hyper_attention"}
+
+
+# ------------------------------------------------------------------------ pretrained backbones
+
+DEPTH = 7
+SLIM = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": DEPTH}
+SLIM |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640}
+SLIM_ATTENTION = 2 * 64 * 64 + 2 * 64 * 32
+SLIM_CASA = SLIM_ATTENTION + 64  # in each block
+
+
+def slim_gated(blocks: int, ffn: int) -> int:
+    return blocks * (SLIM_ATTENTION + 3 * 64 * ffn + 3 * 64 + 2)
+
+
+def slim_hyper(blocks: int) -> int:
+    return blocks * (2 * 64 * 32 + 64 + 1)
+
+
+def slim_qformer(layers: int, ffn: int) -> int:
+    attentions, norms = 2 * (4 * 64 * 64 + 3 * 64), 4 * 2 * 64
+    return layers * (attentions + norms + 2 * 64 * ffn + ffn + 64) + 3 * 64 + 2 * 64
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published Llama in miniature."""
+    directory = tmp_path_factory.mktemp("slim")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SLIM)).save_pretrained(directory)
+    return directory
+
+
+def beside(slim: Path, *overrides: str) -> Matching:
+    model = [
+        "model=pretrained",
+        f"model.backbone.pretrained={slim}",
+        "model.vision.pretrained=null",
+    ]
+    tower = ["depth=1", "hidden_size=32", "intermediate_size=48", "num_heads=2"]
+    tower += ["out_hidden_size=64", "fullatt_block_indexes=[0]"]
+    sizes = ["model.vision.train_last_blocks=-1", *(f"+model.vision.config.{x}" for x in tower)]
+    return matched(*model, *sizes, *overrides)
+
+
+def chosen(found: Matching) -> dict[str, object]:
+    """Options that are others than those that were given."""
+    written = found.config.model.matched
+    assert written is not None
+    before = written.fusion or found.config.fusion
+    return {k: v for k, v in found.config.fusion.items() if v != before.get(k)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "new"),
+    [
+        (["fusion=casa", "model.match={mechanism: casa, every: 3}"], {"every": 3}, 2 * SLIM_CASA),
+        (["fusion=casa", "fusion.every=2", "model.match=casa"], {"every": 1}, DEPTH * SLIM_CASA),
+        # Four blocks and three are as many by `every`: 7 // 2.
+        (["fusion=cross_attention", f"model.new_parameters={3 * SLIM_CASA - 700}"], {"every": 2},
+         3 * SLIM_CASA),
+        (["fusion=casa", "fusion.every=6", f"model.new_parameters={SLIM_CASA}"], {}, SLIM_CASA),
+        (["fusion=gated_cross_attention", f"model.new_parameters={slim_gated(3, 160)}"],
+         {"every": 2}, slim_gated(3, 160)),
+        (["fusion=gated_cross_attention", f"model.new_parameters={slim_gated(2, 160) + 1600}"],
+         {"every": 3, "ffn_width": 164}, slim_gated(2, 164)),
+        (["fusion=gated_cross_attention", "fusion.every=7", "model.new_parameters=25000"],
+         {"ffn_width": 64}, slim_gated(1, 64)),
+        (["fusion=hyper_attention", f"model.new_parameters={slim_hyper(3) + 200}"],
+         {"layers": [0, 3, 6]}, slim_hyper(3)),
+        (["fusion=hyper_attention", f"model.new_parameters={slim_hyper(1)}"], {"layers": [3]},
+         slim_hyper(1)),
+        (["fusion=hyper_attention", f"model.new_parameters={slim_hyper(4)}"], {}, slim_hyper(4)),
+        (["fusion=qformer_insertion", "fusion.queries=3",
+          f"model.new_parameters={slim_qformer(5, 256)}"], {"layers": 5}, slim_qformer(5, 256)),
+        (["fusion=qformer_insertion", "fusion.queries=3",
+          f"model.new_parameters={slim_qformer(1, 320) + 60}"],
+         {"layers": 1, "ffn_width": 320}, slim_qformer(1, 320)),
+        (["fusion=insertion", "model.new_parameters=0"], {}, 0),
+        (["fusion=insertion", "model.match={mechanism: casa, share_parameters: true}"], {}, 0),
+    ],
+)  # fmt: skip
+def test_beside_a_pretrained_backbone_options_are_chosen(
+    slim: Path, overrides: list[str], options: dict[str, object], new: int
+) -> None:
+    found = beside(slim, *overrides)
+    assert chosen(found) == options
+    assert found.config.model.backbone.config == {}
+    assert new_parameters(found.config, found.model_config) == new
+    plain = beside(slim, "fusion=insertion")
+    assert built(found) - built(plain) == new
+    assert parameters(AutoModelForCausalLM.from_pretrained(slim)) < built(plain)
+    (note,) = found.notes
+    for name, value in options.items():
+        assert f"fusion.{name}={value} instead of" in note
+    again = as_given(found.config)
+    assert again.fusion == beside(slim, *overrides[:-1]).config.fusion
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["fusion=insertion", "model.match=casa"], "insertion, whose backbone is pretrained, has no"
+         ".*: the nearest are 0 .as it is."),
+        (["fusion=casa", f"model.new_parameters={4 * SLIM_CASA}"],
+         f"nearest are {3 * SLIM_CASA:,} .fusion.every=2. and {7 * SLIM_CASA:,} .as it is"),
+        (["fusion=hyper_attention", f"model.new_parameters={slim_hyper(9)}"],
+         f"nearest are {slim_hyper(7):,} .fusion.layers=.0, 1, 2, 3, 4, 5, 6."),
+        (["fusion=qformer_insertion", "model.match=hyper_attention"], "fusion.layers=1, fus"),
+    ],
+)  # fmt: skip
+def test_what_options_cannot_reach_is_refused_with_the_nearest(
+    slim: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        beside(slim, *overrides)
+
+
+@given(wanted=st.integers(1, 3_000_000), data=st.data())
+@PROPERTY
+def test_own_widths_come_near_any_number_beside_a_pretrained_backbone(
+    slim: Path, wanted: int, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(["gated_cross_attention", "qformer_insertion_4"]))
+    least = slim_gated(1, 1) if name.startswith("gated") else slim_qformer(1, 1) + 64
+    try:
+        found = beside(slim, f"fusion={name}")
+        found.config.model.new_parameters = wanted
+        found = match_parameters(found.config, found.model_config)
+    except UserError as error:
+        assert "the nearest are" in str(error) and wanted < 1.01 * least
+        return
+    assert abs(new_parameters(found.config, found.model_config) - wanted) <= 0.02 * wanted
+
+
+# ------------------------------------------------------------------------------------ real sizes
+
+
+def test_widths_at_the_size_of_helium() -> None:
+    """Random weights in Helium1-2B's layout, whose gated layers alone have 1.8 billion."""
+    sizes = {"model_type": "helium", "hidden_size": 2048, "intermediate_size": 8192}
+    sizes |= {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    sizes |= {"head_dim": 128, "vocab_size": 64_000, "tie_word_embeddings": False}
+    given = [f"++model.backbone.config.{name}={value}" for name, value in sizes.items()]
+    given += ["model.vision.config.out_hidden_size=2048", "model.match=gated_cross_attention"]
+    attention = 2 * 2048 * 2048 + 2 * 2048 * 1024
+    gated = 28 * (attention + 3 * 2048 * 8192 + 3 * 2048 + 2)
+    for name, own in (("casa", 28 * (attention + 2048)), ("insertion", 0)):
+        found = matched(f"fusion={name}", *given)
+        width = found.config.model.backbone.config["intermediate_size"]
+        assert width % 64 == 0
+        new = own + 28 * 3 * 2048 * (width - 8192)
+        assert new == new_parameters(found.config, found.model_config)
+        assert abs(new - gated) <= 0.01 * gated
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_keeps_its_numbers(data_dir: Path, tmp_path: Path) -> None:
+    """Start, resume, export: config.yaml holds what was chosen, and another target is refused."""
+    run_dir, match = tmp_path / "a", "model.match=gated_cross_attention"
+    steps = ["trainer.steps=2", "checkpoint.every=1", "fusion.placement=replace", "fusion.every=2"]
+    overrides = short_run(data_dir, run_dir, *steps)
+    first = run(train_command([*overrides, match]))
+    assert "parameters matched: " in first.stdout
+    stored = load_run_config(run_dir)
+    text = (run_dir / "config.yaml").read_text()
+    width = stored.model.backbone.config["intermediate_size"]
+    assert f"intermediate_size: {width}\n" in text and width > 48
+    written = stored.model.matched
+    assert written is not None and written.intermediate_size == 48
+    # The gated layers of TINY against one norm, and what the networks were widened by.
+    assert written.wanted == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 3 * 32 + 2)
+    assert written.reached == 32 + 2 * 3 * 32 * (width - 48)
+    assert new_parameters(stored, load_model_config(run_dir)) == written.reached
+
+    again = run(train_command([*overrides, match]))
+    assert "nothing to do" in again.stdout and text == (run_dir / "config.yaml").read_text()
+    for changed in (["model.new_parameters=30000"], []):
+        other = run(train_command([*overrides, *changed]), check=False)
+        assert other.returncode == 2
+        assert "model.match.mechanism: 'gated_cross_attention' there, 'absent' now" in other.stderr
+
+    export(run_dir, tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["text_config"]["intermediate_size"] == width

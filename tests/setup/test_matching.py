@@ -207,6 +207,30 @@ def test_what_cannot_be_is_refused_by_name(overrides: list[str], said: str) -> N
         matched(*overrides)
 
 
+@pytest.mark.parametrize("name", ["gated_cross_attention", "qformer_insertion"])
+def test_runs_go_on_that_began_before_own_widths(name: str) -> None:
+    now = composed(f"fusion={name}")
+    before, other = copy.deepcopy(now), copy.deepcopy(now)
+    assert before.fusion.pop("ffn_width") == 0
+    other.fusion["ffn_width"] = 7
+    assert fingerprint(before) == fingerprint(now) != fingerprint(other)
+
+
+def test_adapters_count_on_both_sides() -> None:
+    """LoRA of rank 4 beside the wider networks, and none where self-attention was replaced."""
+    lora = ["model.backbone.trainable=lora", "model.backbone.lora.rank=4"]
+    replaced = ["fusion=casa", "fusion.placement=replace", "fusion.every=2"]
+    found = matched(*replaced, *lora, "model.match=gated_cross_attention")
+    width = found.config.model.backbone.config["intermediate_size"]
+    column = LAYERS * (3 * WIDTH + 3 * 4)
+    dropped = 4 * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS))  # q and o, k and v of one block
+    new = WIDTH - dropped + column * (width - FFN)
+    assert new_parameters(found.config, found.model_config) == new
+    assert abs(new - GATED) <= 0.01 * GATED
+    plain = matched("fusion=insertion", *lora)
+    assert built(found) - built(plain) == new
+
+
 def test_a_stored_configuration_is_not_matched_again() -> None:
     found = matched("fusion=casa", "model.match=gated_cross_attention")
     again = match_parameters(found.config, found.model_config)

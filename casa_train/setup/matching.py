@@ -35,7 +35,8 @@ CLOSE = TOLERANCE / 2
 # What widths are multiples of, best first: kernels like rows of many elements.
 MULTIPLES = (64, 8, 4, 2, 1)
 PLAIN = {"mechanism": "insertion"}
-# The option of mechanisms that have feed-forward networks of their own.
+# The option of mechanisms that have feed-forward networks of their own (0: the default), and the
+# attribute that holds their width.
 FFN = "ffn_width"
 MOST_LAYERS = 1000  # of a Q-Former
 WIDTH = "model.backbone.config.intermediate_size"
@@ -220,7 +221,7 @@ def _options(counts: _Counts, fusion: dict[str, Any], wanted: int) -> dict[str, 
         if options:
             with contextlib.suppress(UserError):  # such as blocks that all drop self-attention
                 found.append((counts.new({**fusion, **options}), options))
-        if FFN in counts.mechanism(fusion).options:
+        if isinstance(getattr(counts.mechanism(fusion), FFN, None), int):
             new, width, ratio = _own_width(counts, {**fusion, **options}, wanted)
             wide[width] = ratio
             found.append((new, {**options, FFN: width}))

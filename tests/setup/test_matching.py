@@ -20,6 +20,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from casa_train.config.compose import compose_config
 from casa_train.config.matched import as_given
 from casa_train.config.schema import Config, fingerprint
+from casa_train.cost.dry_run import dry_run
 from casa_train.cost.sizes import size_model
 from casa_train.errors import UserError
 from casa_train.export.from_run import export
@@ -240,6 +241,20 @@ def test_a_stored_configuration_is_not_matched_again() -> None:
     other.model = found.config.model
     with pytest.raises(UserError, match="model.matched says .* 590,208 new .* it has 442,368"):
         match_parameters(other, size_model(other, []))
+
+
+def test_a_dry_run_says_what_was_chosen() -> None:
+    lines = dry_run(composed("fusion=hyper_attention", "model.match=gated_cross_attention"))
+    text = " ".join(" ".join(lines).split())
+    new = ADDED["hyper_attention"] + 3 * WIDTH * LAYERS * (856 - FFN)
+    assert f"new {new:,} parameters more than with fusion=insertion parameters matched" in text
+    assert "0.39% more than the 590,982 of model.match=gated_cross_attention: model.back" in text
+    assert "model.backbone.config.intermediate_size=856 instead of 384 Parameters" in text
+    decoder = plain_parameters(856) - plain_parameters(1) + LAYERS * (3 * WIDTH + ATTENTION)
+    norms = (2 * LAYERS + 1) * WIDTH
+    assert f"text backbone {decoder + 1024 * WIDTH + norms:,} 0" in text
+    unmatched = dry_run(composed("fusion=casa"))
+    assert f"  new        {ADDED['casa']:,} parameters more than with fusion=insertion" in unmatched
 
 
 def test_jobs_of_a_sweep_are_told_apart_by_what_was_typed() -> None:

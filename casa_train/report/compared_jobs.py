@@ -90,12 +90,11 @@ def say_what_differs(variants: Sequence[Variant], match: str, sweep: Path, say: 
     """What stays in the tables all the same, but must be known: steps, data, seeds, machines."""
     trials = [trial for variant in variants for trial in variant.trials]
     _say_groups("trainer.steps differ", {t.name: f"{t.job.steps:,}" for t in trials}, say)
-    for field_prefix, title in (("data.", "the training data differs"),):
-        own = {
-            v.label: json.dumps({k: x for k, x in v.fields.items() if k.startswith(field_prefix)})
-            for v in variants
-        }
-        _say_groups(title, own, say)
+    data = {
+        v.label: json.dumps({k: x for k, x in v.fields.items() if k.startswith("data.")})
+        for v in variants
+    }
+    _say_groups("the training data differs", data, say)
     _say_groups(
         "jobs of one seed saw other samples in step 1",
         {

@@ -128,8 +128,6 @@ def compare(
         limit: float | None = match_parameters(variants, reference, say)
     else:
         limit = match_amount(variants, match, say)
-    say_what_differs(variants, match, sweep, say)
-    say_what_is_early(variants, say)
     read: list[Variant] = []
     apart: list[Variant] = []
     for variant in variants:
@@ -138,17 +136,29 @@ def compare(
         variant.trials = chosen or variant.trials
     _refuse_nothing(read, reference, sweep, problems)
     assert limit is not None
+    say_what_differs(read, match, sweep, say)
+    say_what_is_early(read, say)
     read.sort(key=lambda variant: variant is not reference)  # the others keep their order
     first = next(r for v in read for t in v.trials if (r := t.chosen) is not None)
     sources = abilities_of(list(first.hits))
     result = Comparison(sweep.name, match, limit, reference, read, apart, sources)
     result.problems = problems
-    _find_common(result)
-    _fill_cells(result)
     result.chance = read_chance(result, sweep)
+    fill(result)
+    return result
+
+
+def fill(result: Comparison) -> None:
+    """The statistics of jobs that are read: cells, what nobody learned, differences.
+
+    :raises UserError: no question that every job could read.
+    """
+    _find_common(result)
+    for variant in result.variants:
+        for ability in result.columns:
+            result.cells[variant.label, ability] = interval(result.shares(variant, ability))
     result.unlearned = _unlearned(result)
     _fill_differences(result)
-    return result
 
 
 def _refuse_nothing(
@@ -184,12 +194,6 @@ def _find_common(result: Comparison) -> None:
         raise UserError(f"nothing can be compared. {' '.join(result.problems)}")
 
 
-def _fill_cells(result: Comparison) -> None:
-    for variant in result.variants:
-        for ability in result.columns:
-            result.cells[variant.label, ability] = interval(result.shares(variant, ability))
-
-
 def read_chance(result: Comparison, sweep: Path) -> dict[str, float]:
     """By ability what the best answer without an image would reach, by an evaluation of a job;
     else the mean of the jobs that were asked with another sample's image.
@@ -217,7 +221,8 @@ def _unlearned(result: Comparison) -> list[str]:
     return [
         ability
         for ability, chance in result.chance.items()
-        if not any(
+        if ability in result.sources
+        and not any(
             above_chance(result.shares(variant, ability), result.questions(ability), chance)
             for variant in result.variants
         )

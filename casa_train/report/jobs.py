@@ -18,6 +18,7 @@ from casa_train.cost.full_pack import full_pack
 from casa_train.cost.sizes import work_counter
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
+from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.report.sweep_page import Job
 from casa_train.run.configuration import load_model_config, load_run_config
 from casa_train.run.layout import (
@@ -33,6 +34,9 @@ from casa_train.run.starts import read_starts
 from casa_train.run.sweep import run_directories
 from casa_train.setup.model import meta_model
 from casa_train.setup.parts import part_sizes
+
+Sizes = tuple[int, int, int, int]
+"""Parameters, those of fusion, those that train, and the work of a full pack."""
 
 # What a file that was cut short, edited or written by another version raises.
 BROKEN = (
@@ -65,12 +69,13 @@ def read_sweep(sweep: Path, only: str = "*") -> list[Job]:
             configs[run.name] = load_run_config(run)
     differing = differing_fields(configs)
     labels = job_labels(configs, differing)
+    sizes: dict[str, Sizes] = {}
     for job in jobs:
         if job.directory in configs:
             config = job.config = configs[job.directory]
             job.label, job.differs = labels[job.directory], differing[job.directory]
             job.mechanism, job.steps = str(config.fusion["mechanism"]), config.trainer.steps
-            _read(job, sweep / job.directory, config)
+            _read(job, sweep / job.directory, config, sizes)
     return jobs
 
 
@@ -130,7 +135,8 @@ def job_labels(
     return {job: label if times[label] == 1 else job for job, label in labels.items()}
 
 
-def _read(job: Job, run: Path, config: Config) -> None:
+def _read(job: Job, run: Path, config: Config, sizes: dict[str, Sizes]) -> None:
+    """:param sizes: of the jobs before, by what they follow from."""
     with _noted(job, METRICS_FILE):
         job.metrics = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
         job.step = int(job.metrics[-1]["step"]) if job.metrics else 0
@@ -154,7 +160,12 @@ def _read(job: Job, run: Path, config: Config) -> None:
     with _noted(job, EVALUATION_FILE):
         _read_evaluation(job, run / EVALUATION_FILE)
     with _noted(job, "sizes"):
-        _read_sizes(job, run, config)
+        fields = {k: v for k, v in flatten(config).items() if k not in ("name", "run_dir", "seed")}
+        described = load_model_config(run)
+        key = json.dumps([fields, described.to_dict()], sort_keys=True, default=str)
+        if key not in sizes:
+            sizes[key] = _sizes(config, described)
+        job.parameters, job.fusion_parameters, job.trained, job.work = sizes[key]
 
 
 def _read_validation(job: Job, path: Path) -> None:
@@ -179,13 +190,13 @@ def _read_evaluation(job: Job, path: Path) -> None:
         job.measured = f"{scores['questions']} questions{at}"
 
 
-def _read_sizes(job: Job, run: Path, config: Config) -> None:
-    """Parameters and the work of a full pack, from the model on the meta device."""
-    model = meta_model(config, load_model_config(run))
-    job.parameters = sum(part_sizes(model).values())
-    job.fusion_parameters = part_sizes(model)["fusion"]
-    job.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    job.work = work_counter(config, model)(full_pack(config), config.data.text_tokens)
+def _sizes(config: Config, described: CasaConfig) -> Sizes:
+    """From the model on the meta device."""
+    model = meta_model(config, described)
+    parts = part_sizes(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    work = work_counter(config, model)(full_pack(config), config.data.text_tokens)
+    return sum(parts.values()), parts["fusion"], trained, work
 
 
 def _failure(run: Path, metrics: Path | None) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from casa_train.io.numbers import duration, short, with_unit
-from casa_train.report.variants import Reading, Trial, Variant
+from casa_train.report.variants import Reading, Variant
 
 MATCHES = ("params", "tokens", "flops", "seconds")
 PARAMETERS_AGREE = 0.02  # new parameters, as a share of the reference's
@@ -85,7 +85,7 @@ def match_parameters(
                 f"{less:+.1f} % of the {reference:,} that are matched "
                 f"(expected within {100 * PARAMETERS_AGREE:g} %)."
             )
-    _choose_last([trial for variant in agreeing for trial in variant.trials], say)
+    _choose_last(agreeing, baseline, say)
     return reference if agreeing else None
 
 
@@ -103,19 +103,19 @@ def agrees(own: int, reference: int) -> bool:
     return abs(own - reference) <= PARAMETERS_AGREE * abs(reference)
 
 
-def _choose_last(trials: Sequence[Trial], say: Callable[[str], None]) -> None:
-    """The last validation of each, where they came equally far."""
-    if not trials:
-        return
-    ends = Counter(trial.readings[-1].step for trial in trials)
+def _choose_last(
+    variants: Sequence[Variant], baseline: Variant, say: Callable[[str], None]
+) -> None:
+    """The last validation of each trial that came as far as most of the baseline's."""
+    ends = Counter(trial.readings[-1].step for trial in baseline.trials)
     usual = max(ends, key=lambda step: (ends[step], step))
-    for trial in trials:
+    for trial in [trial for variant in variants for trial in variant.trials]:
         last = trial.readings[-1]
         if last.step == usual:
             trial.chosen = last
         else:
             say(
-                f"{trial.name} is left out: its last validation was at step {last.step:,}, that of "
-                f"most at step {usual:,}. --match tokens, flops or seconds compares runs of "
+                f"{trial.name} is left out: its last validation was at step {last.step:,}, the "
+                f"baseline's at step {usual:,}. --match tokens, flops or seconds compares runs of "
                 "different lengths."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ from tests.helpers.report_pages import fake_record
 
 
 def config_of(*overrides: str) -> Config:
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
     return compose_config(["+experiment=demo", *TINY, "model.tokenizer=none", *overrides])
 
 

@@ -17,7 +17,7 @@ from casa_train.errors import UserError
 from casa_train.evaluate.evaluation import scores_said
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
-from casa_train.report.matching import MATCHES
+from casa_train.report.read_points import MATCHES
 from casa_train.report.run_report import report
 from casa_train.report.sweep_page import markdown, write_sweep
 

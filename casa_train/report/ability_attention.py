@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from casa_train.evaluate.attention_while_training import CLASSES
+from casa_train.io.numbers import percent
 from casa_train.modeling.image_attention import IMAGE_GATE, IMAGE_SHARE
 from casa_train.report.comparison import Comparison
 from casa_train.report.series import Array, column
 from casa_train.report.significance import LEVEL, Interval, interval
 from casa_train.report.variants import Reading, Variant
+from casa_train.report.verdicts import points, span
 
-CLASSES = ("question", "answer", "gist")
 SHARES = (IMAGE_SHARE, IMAGE_GATE)  # in percent; other gates are open or closed for all alike
 TEXT_ONLY = "text"  # the ability whose questions are not about an image
 
@@ -25,7 +27,8 @@ TEXT_ONLY = "text"  # the ability whose questions are not about an image
 class AttentionOverTime:
     """One variant's.
 
-    :param quantity: such as the image share; :param uniform: what equal attention would give.
+    :param quantity: such as the image share.
+    :param uniform: by ability, what equal attention would give its answers; of gates nothing.
     :param steps: those that all seeds were measured at.
     :param values: by (ability, class), (seeds, steps, layers), NaN where nothing was recorded.
     """
@@ -34,7 +37,7 @@ class AttentionOverTime:
     quantity: str
     layers: list[int]
     steps: list[int]
-    uniform: float | None
+    uniform: dict[str, float]
     values: dict[tuple[str, str], Array] = field(default_factory=dict)
 
     def at_end(self, ability: str, kind: str) -> Array:
@@ -89,7 +92,12 @@ def _of_variant(
     ]
     steps = sorted(set.intersection(*(set(own) for own in by_step)))
     first = next(iter(by_step[0].values()))
-    over = AttentionOverTime(variant, quantity, list(first["layers"]), steps, first.get("uniform"))
+    uniform = {
+        ability: found
+        for ability, source in result.sources.items()
+        if (found := _uniform(first, source)) is not None
+    }
+    over = AttentionOverTime(variant, quantity, list(first["layers"]), steps, uniform)
     for ability, source in result.sources.items():
         for kind in CLASSES:
             values = np.array(
@@ -103,6 +111,13 @@ def _of_variant(
     return over
 
 
+def _uniform(quantity: Mapping[str, Any], source: str) -> float | None:
+    """Of the answers of a source, or of all where it does not say so."""
+    own = (quantity["sources"].get(source) or {}).get("uniform") or {}
+    found = own.get("answer", quantity.get("uniform"))
+    return None if found is None else float(found)
+
+
 def _layers(quantity: Mapping[str, Any], source: str, kind: str, count: int) -> Array:
     classes = (quantity["sources"].get(source) or {}).get("classes") or {}
     found = classes.get(kind)
@@ -114,33 +129,36 @@ def gate_said(over: AttentionOverTime) -> str | None:
     """What answers to questions about text alone give images at the end, beside all other answers;
     None where there is no such ability.
 
-    That the gate closes is said only if the interval over seeds is below 0.
+    That the gate closes is said only if the interval over seeds is below 0, and below what equal
+    attention would make of fewer images in sight.
     """
     others = [a for a, kind in over.values if kind == "answer" and a != TEXT_ONLY]
     if (TEXT_ONLY, "answer") not in over.values or not others:
         return None
     text = over.at_end(TEXT_ONLY, "answer")
     about_images = np.mean([over.at_end(ability, "answer") for ability in others], axis=0)
+    if not np.isfinite([text, about_images]).all():
+        return None
     gap = interval((text - about_images).tolist())
-    said = (
+    equal, beside = 0.0, ""
+    if all(ability in over.uniform for ability in (TEXT_ONLY, *others)):
+        of_others = float(np.mean([over.uniform[ability] for ability in others]))
+        equal = over.uniform[TEXT_ONLY] - of_others
+        beside = f" (equal attention: {percent(over.uniform[TEXT_ONLY])} and {percent(of_others)})"
+    return (
         f"At step {over.steps[-1]:,}, answers to questions about text alone give images "
-        f"{100 * text.mean():.1f} % (mean over layers), those of the other abilities "
-        f"{100 * about_images.mean():.1f} %: {_points(gap.mean)} points"
+        f"{percent(text.mean())}, mean over layers, those of the other abilities "
+        f"{percent(about_images.mean())}{beside}: {points(gap.mean)} points{_carried(gap, equal)}"
     )
-    return f"{said}{_carried(gap)}"
 
 
-def _carried(gap: Interval) -> str:
+def _carried(gap: Interval, equal: float) -> str:
+    """:param equal: the gap that equal attention would show."""
     if gap.seeds == 1:
         return " by one seed, of which nothing is claimed."
-    inside = f", {100 * LEVEL:g} % interval over {gap.seeds} seeds "
-    inside += f"{_points(gap.low)} to {_points(gap.high)}"
-    if gap.high < 0:
+    inside = f", {100 * LEVEL:g} % interval over {gap.seeds} seeds {span(gap)}"
+    if gap.high < min(0.0, equal):
         return f"{inside}: the gate closes on text-only turns."
-    if gap.low > 0:
+    if gap.low > max(0.0, equal):
         return f"{inside}: the gate is further open on text-only turns."
     return f"{inside}: that it closes on text-only turns is not shown."
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")

@@ -23,7 +23,7 @@ from casa_train.report.compared_jobs import (
     with_validations,
 )
 from casa_train.report.jobs import BROKEN
-from casa_train.report.matching import match_amount, match_parameters
+from casa_train.report.read_points import match_amount, match_parameters
 from casa_train.report.significance import (
     Difference,
     Integers,

@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from casa_train.evaluate.attention_while_training import CLASSES
 from casa_train.io.numbers import memory_unit
 from casa_train.pages.html import MORE_SERIES
 from casa_train.report import drawing
-from casa_train.report.ability_attention import CLASSES, AttentionOverTime
+from casa_train.report.ability_attention import AttentionOverTime
 from casa_train.report.comparison import Comparison
 from casa_train.report.drawing import BLUE, GREY, GROUP_COLOURS, INK, LIGHT, ORANGE, Plot
 from casa_train.report.series import Array
@@ -179,7 +180,7 @@ def _direct_labels(
     right = axes.get_xlim()[1]
     room = (high - low) / 19  # of a line of text
     wanted = sorted(ends, key=lambda label: ends[label][1])
-    places = _apart([ends[label][1] for label in wanted], room, low, high)
+    places = apart([ends[label][1] for label in wanted], room, low, high)
     for label, place in zip(wanted, places, strict=True):
         x, y = ends[label]
         axes.annotate(
@@ -201,7 +202,7 @@ def _direct_labels(
         )
 
 
-def _apart(values: Sequence[float], room: float, low: float, high: float) -> list[float]:
+def apart(values: Sequence[float], room: float, low: float, high: float) -> list[float]:
     """Ascending values moved as little as it takes to lie `room` apart within low and high."""
     blocks: list[list[float]] = []  # the middle of each, and how many
     for value in values:
@@ -283,9 +284,11 @@ def draw_attention(over: AttentionOverTime, abilities: Sequence[str]) -> list[Pl
                 mean = of_seeds.mean(axis=0)
                 axes.plot(steps, mean, color=colour, linewidth=2, marker=few, markersize=4)
                 curves.append(mean)
-            if over.uniform is not None:
-                axes.axhline(100 * over.uniform, color=GREY, linewidth=0.9, linestyle=(0, (4, 2)))
-            axes.set_ylim(0, max(100 * most, 100 * (over.uniform or 0)) * 1.06)
+            if ability in over.uniform:
+                axes.axhline(
+                    100 * over.uniform[ability], color=GREY, linewidth=0.9, linestyle=(0, (4, 2))
+                )
+            axes.set_ylim(0, 106 * max(most, *over.uniform.values(), 0.0))
             axes.yaxis.set_major_formatter(drawing.percents())
             axes.xaxis.set_major_locator(MaxNLocator(4, steps=drawing.ROUND, integer=True))
             axes.set_xlabel("")

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from casa_train.config.model_schema import LORA
-from casa_train.config.schema import Config
 from casa_train.io.numbers import MISSING, duration, memory, short, with_unit
-from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.report import series
 from casa_train.report.jobs import BROKEN
 from casa_train.report.series import Columns
@@ -23,8 +17,7 @@ from casa_train.report.variants import Trial, Variant
 from casa_train.run.configuration import load_model_config
 from casa_train.run.layout import STARTS_FILE
 from casa_train.run.starts import read_starts
-from casa_train.setup.model import meta_model
-from casa_train.setup.parts import part_sizes
+from casa_train.setup.matching import new_parameters
 
 INSERTION = "insertion"
 
@@ -35,33 +28,15 @@ def count_new_parameters(
     """Sets what each variant adds beyond the insertion model of the same configuration: fewer than
     none where it drops layers.
     """
-    known: dict[str, int] = {}
     for variant in variants:
         job = variant.trials[0].job
         try:
-            if job.parameters is None or job.config is None:
-                raise ValueError("; ".join(job.notes) or "the model's sizes are not known")
-            matched = getattr(job.config.model, "matched", None)
-            if matched is not None:  # widened to have so many
-                variant.new_parameters = int(matched.reached)
-                continue
-            plain = load_model_config(sweep / job.directory).to_dict()
-            plain["fusion"] = {"mechanism": INSERTION}
-            key = json.dumps([plain, job.config.model.backbone.trainable == LORA], default=str)
-            if key not in known:
-                known[key] = _insertion_parameters(job.config, plain)
-            variant.new_parameters = job.parameters - known[key]
+            if job.config is None:
+                raise ValueError("; ".join(job.notes) or "its configuration is missing")
+            described = load_model_config(sweep / job.directory)
+            variant.new_parameters = new_parameters(job.config, described)
         except BROKEN as error:
             say(f"{variant.label}: its new parameters cannot be counted: {error}")
-
-
-def _insertion_parameters(config: Config, plain: dict[str, Any]) -> int:
-    other = copy.deepcopy(config)
-    other.fusion = {"mechanism": INSERTION}
-    if other.model.backbone.trainable != LORA:
-        other.model.backbone.trainable = True  # a model in which nothing trains is refused
-    model = meta_model(other, CasaConfig.from_dict(copy.deepcopy(plain)))
-    return sum(part_sizes(model).values())
 
 
 @dataclass(frozen=True)

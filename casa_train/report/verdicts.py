@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from casa_train.io.numbers import MISSING, count
 from casa_train.report.comparison import MEAN, Comparison
-from casa_train.report.matching import PARAMETERS_AGREE, written
+from casa_train.report.read_points import written
 from casa_train.report.significance import ALPHA, LEVEL, Difference, Interval
 from casa_train.report.variants import Variant
+from casa_train.setup.matching import TOLERANCE
 
 NONE = "no difference shown"
 
@@ -42,7 +43,7 @@ def how_matched(result: Comparison) -> str:
         return (
             f"Every job is read at its last validation; variants add {result.limit:,.0f} "
             "parameters to the insertion model of their configuration, within "
-            f"{100 * PARAMETERS_AGREE:g} %."
+            f"{100 * TOLERANCE:g} %."
         )
     amounts = [reading.amounts[result.match] for _, reading in result.chosen]
     said = written(result.match, result.limit)

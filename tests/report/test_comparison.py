@@ -19,7 +19,7 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report.comparison import MEAN, Comparison, compare, fill
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
-from casa_train.report.matching import agrees, reference_parameters
+from casa_train.report.read_points import agrees, reference_parameters
 from casa_train.report.significance import holm, interval, paired
 from casa_train.report.sweep_page import Job
 from casa_train.report.training_costs import count_new_parameters

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from casa_train.io.numbers import duration, short, with_unit
 from casa_train.report.variants import Reading, Variant
+from casa_train.setup.matching import TOLERANCE
 
 MATCHES = ("params", "tokens", "flops", "seconds")
-PARAMETERS_AGREE = 0.02  # new parameters, as a share of the reference's
 TITLES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}
 
 
@@ -65,7 +65,7 @@ def match_parameters(
     variants: Sequence[Variant], baseline: Variant, say: Callable[[str], None]
 ) -> int | None:
     """Chooses the last validation of the trials whose variants add as many parameters, within
-    `PARAMETERS_AGREE`; returns how many that is, None where nothing can be told.
+    `TOLERANCE`; returns how many that is, None where nothing can be told.
 
     A baseline that adds none, as token insertion, stands beside them whatever they add.
     """
@@ -83,7 +83,7 @@ def match_parameters(
             say(
                 f"{variant.label} is not in the matched tables: it adds {own:,} parameters, "
                 f"{less:+.1f} % of the {reference:,} that are matched "
-                f"(expected within {100 * PARAMETERS_AGREE:g} %)."
+                f"(expected within {100 * TOLERANCE:g} %)."
             )
     _choose_last(agreeing, baseline, say)
     return reference if agreeing else None
@@ -100,7 +100,7 @@ def reference_parameters(counts: dict[str, int], baseline: int) -> int:
 
 
 def agrees(own: int, reference: int) -> bool:
-    return abs(own - reference) <= PARAMETERS_AGREE * abs(reference)
+    return abs(own - reference) <= TOLERANCE * abs(reference)
 
 
 def _choose_last(

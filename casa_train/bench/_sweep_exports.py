@@ -10,6 +10,7 @@ from pathlib import Path
 from casa_train.config.schema import Config, flatten
 from casa_train.errors import UserError
 from casa_train.export.writer import exported_step
+from casa_train.io.files import EXPORT_MARKER
 from casa_train.run.configuration import load_run_config
 from casa_train.run.layout import CONFIG_FILE, EXPORT
 from casa_train.run.sweep import run_directories
@@ -19,13 +20,13 @@ from casa_train.run.sweep import run_directories
 class SweepExport:
     """A job that stands for its variant.
 
-    :param job: the name of its directory; :param step: that was exported.
+    :param job: the name of its directory; :param step: that was exported, if it tells.
     """
 
     job: str
     path: Path
     seed: int
-    step: int
+    step: int | None
     threads: int
 
 
@@ -61,15 +62,15 @@ def sweep_exports(sweep: Path, only: str) -> tuple[list[SweepExport], list[LeftO
         taken: str | None = None
         for job in sorted(jobs, key=lambda job: configs[job].seed):
             path = sweep / job / EXPORT
-            step = exported_step(path)
-            if step is None:
+            if not (path / EXPORT_MARKER).is_file():
                 how = f"python -m casa_train.export {sweep / job} --out {path}"
                 left.append(LeftOut(job, f"no export in {path} ({how})"))
             elif taken is not None:
                 left.append(LeftOut(job, f"{taken} stands for it: only the seed differs"))
             else:
-                taken, config = job, configs[job]
-                chosen.append(SweepExport(job, path, config.seed, step, config.parallel.threads))
+                taken, threads = job, configs[job].parallel.threads
+                step = exported_step(path)
+                chosen.append(SweepExport(job, path, configs[job].seed, step, threads))
     if not chosen:
         raise UserError(
             f"--sweep {sweep}: no job of {only!r} has an export of its own; expected "

@@ -27,7 +27,7 @@ from casa_train.engine.starting import build_engine, start_model
 from casa_train.errors import UserError
 from casa_train.io.numbers import GIB, count
 from casa_train.modeling.windows import Chunk
-from casa_train.setup.matching import match_parameters
+from casa_train.setup.equal_parameters import match_parameters
 from casa_train.setup.model import meta_model
 from casa_train.setup.pretrained import Stored
 from casa_train.setup.weights import Start

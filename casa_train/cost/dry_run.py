@@ -24,7 +24,7 @@ from casa_train.io.tables import aligned
 from casa_train.modeling.block_work import Operations, TextSizes
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.windows import Chunk
-from casa_train.setup.matching import match_parameters, new_parameters
+from casa_train.setup.equal_parameters import match_parameters, new_parameters
 from casa_train.setup.model import meta_model
 from casa_train.setup.optim import build_groups, fit_schedule
 from casa_train.setup.parts import PARTS, part_of

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from casa_train.errors import UserError
 from casa_train.io.numbers import count
-from casa_train.report.training_costs import INSERTION, machines_of
+from casa_train.report.training_costs import machines_of
 from casa_train.report.variants import Key, Variant, read_validations
 
 Say = Callable[[str], None]
+
+INSERTION = "insertion"
 
 
 def find_baseline(variants: Sequence[Variant], name: str | None) -> Variant:

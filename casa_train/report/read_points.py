@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from casa_train.io.numbers import duration, short, with_unit
 from casa_train.report.variants import Reading, Variant
-from casa_train.setup.matching import TOLERANCE
+from casa_train.setup.equal_parameters import TOLERANCE
 
 MATCHES = ("params", "tokens", "flops", "seconds")
 TITLES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}

@@ -17,7 +17,7 @@ from casa_train.report.variants import Trial, Variant
 from casa_train.run.configuration import load_model_config
 from casa_train.run.layout import STARTS_FILE
 from casa_train.run.starts import read_starts
-from casa_train.setup.matching import new_parameters
+from casa_train.setup.equal_parameters import new_parameters
 
 INSERTION = "insertion"
 

@@ -10,7 +10,7 @@ from casa_train.report.comparison import MEAN, Comparison
 from casa_train.report.read_points import written
 from casa_train.report.significance import ALPHA, LEVEL, Difference, Interval
 from casa_train.report.variants import Variant
-from casa_train.setup.matching import TOLERANCE
+from casa_train.setup.equal_parameters import TOLERANCE
 
 NONE = "no difference shown"
 

@@ -12,8 +12,8 @@ from casa_train.data.templates import verdict
 from casa_train.errors import UserError
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
+from casa_train.setup.equal_parameters import match_parameters
 from casa_train.setup.fp8 import check_fp8
-from casa_train.setup.matching import match_parameters
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.optim import build_groups
 from casa_train.setup.weights import Start, find_weights, open_sources
@@ -23,7 +23,7 @@ from casa_train.setup.weights import Start, find_weights, open_sources
 class Checked:
     """What a run needs, checked; the model is on the meta device.
 
-    :param config: with the numbers that matched parameters took (`matching.py`).
+    :param config: with the numbers that matched parameters took (`equal_parameters.py`).
     :param notes: lines about whose tokenizer and chat template are in force, and those numbers.
     """
 

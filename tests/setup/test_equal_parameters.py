@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -18,6 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from casa_train.config.compose import compose_config
+from casa_train.config.conf_dir import CONF_DIR
 from casa_train.config.matched import as_given
 from casa_train.config.schema import Config, fingerprint
 from casa_train.cost.dry_run import dry_run
@@ -27,7 +29,7 @@ from casa_train.export.from_run import export
 from casa_train.modeling.configuration_casa import CasaConfig
 from casa_train.report.jobs import differing_fields, job_labels
 from casa_train.run.configuration import load_model_config, load_run_config
-from casa_train.setup.matching import Matching, match_parameters, new_parameters
+from casa_train.setup.equal_parameters import Matching, match_parameters, new_parameters
 from casa_train.setup.model import meta_model
 from tests.helpers.commands import run, train_command
 from tests.helpers.runs import short_run
@@ -46,18 +48,19 @@ QFORMER_LAYER = (
 # What a mechanism adds by itself; the decoder's own parameters that it drops are taken off.
 ADDED = {
     "casa": LAYERS * (ATTENTION + WIDTH),
-    "casa fusion.share_parameters=true": 0,
-    "cross_attention": LAYERS * (ATTENTION + WIDTH),
-    "cross_attention fusion.share_parameters=true": 0,
-    "casa fusion.placement=replace fusion.every=2": WIDTH,  # in one block of three
+    "casa_shared": 0,
+    "casa_replace": WIDTH,  # in one block of three
+    "casa_ffn": LAYERS * (ATTENTION + WIDTH),
+    "casa_history": LAYERS * (ATTENTION + WIDTH),
     "casa fusion.placement=before": LAYERS * (ATTENTION + 2 * WIDTH),
-    "casa fusion.update_image_tokens=ffn": LAYERS * (ATTENTION + WIDTH),
-    "casa fusion.history=all": LAYERS * (ATTENTION + WIDTH),
+    "cross_attention": LAYERS * (ATTENTION + WIDTH),
+    "cross_attention_shared": 0,
     "insertion": 0,
-    "qformer_insertion_4": 2 * QFORMER_LAYER + 4 * WIDTH + 2 * WIDTH,
+    "qformer_insertion_2": 2 * QFORMER_LAYER + 2 * WIDTH + 2 * WIDTH,
     "gated_cross_attention": GATED,
     "hyper_attention": LAYERS * (2 * WIDTH * KEYS + WIDTH + 1),
 }
+SWEEP = yaml.safe_load((CONF_DIR / "sweep" / "abilities.yaml").read_text())
 
 
 @functools.cache  # a third of a second each
@@ -133,6 +136,10 @@ def test_every_mechanism_has_as_many_as_the_gated_one(mechanism: str) -> None:
     assert (f"intermediate_size={width} instead of {FFN}" in note) == (width != FFN)
 
 
+def test_every_mechanism_of_the_comparison_is_tried() -> None:
+    assert set(SWEEP["hydra"]["sweeper"]["params"]["fusion"].split(",")) < set(ADDED)
+
+
 @given(wanted=st.integers(60_000, 30_000_000), fusion=st.sampled_from(sorted(ADDED)))
 @PROPERTY
 def test_a_number_is_reached_or_refused(wanted: int, fusion: str) -> None:
@@ -168,7 +175,7 @@ def test_a_mechanism_is_named_in_one_word_a_file_or_its_fields(tmp_path: Path) -
     own.write_text("defaults: [ground]\nlayers: 3\n")
     asked = {
         "casa": ADDED["casa"],
-        "qformer_insertion_4": ADDED["qformer_insertion_4"],
+        "qformer_insertion_2": ADDED["qformer_insertion_2"],
         "{mechanism: hyper_attention, layers: [0, 2]}": ADDED["hyper_attention"] // LAYERS * 2,
         str(own): 3 * QFORMER_LAYER + 7 * WIDTH + 2 * WIDTH,
     }
@@ -220,8 +227,7 @@ def test_runs_go_on_that_began_before_own_widths(name: str) -> None:
 def test_adapters_count_on_both_sides() -> None:
     """LoRA of rank 4 beside the wider networks, and none where self-attention was replaced."""
     lora = ["model.backbone.trainable=lora", "model.backbone.lora.rank=4"]
-    replaced = ["fusion=casa", "fusion.placement=replace", "fusion.every=2"]
-    found = matched(*replaced, *lora, "model.match=gated_cross_attention")
+    found = matched("fusion=casa_replace", *lora, "model.match=gated_cross_attention")
     width = found.config.model.backbone.config["intermediate_size"]
     column = LAYERS * (3 * WIDTH + 3 * 4)
     dropped = 4 * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS))  # q and o, k and v of one block
@@ -386,8 +392,8 @@ def test_what_options_cannot_reach_is_refused_with_the_nearest(
 def test_own_widths_come_near_any_number_beside_a_pretrained_backbone(
     slim: Path, wanted: int, data: st.DataObject
 ) -> None:
-    name = data.draw(st.sampled_from(["gated_cross_attention", "qformer_insertion_4"]))
-    least = slim_gated(1, 1) if name.startswith("gated") else slim_qformer(1, 1) + 64
+    name = data.draw(st.sampled_from(["gated_cross_attention", "qformer_insertion_2"]))
+    least = slim_gated(1, 1) if name.startswith("gated") else slim_qformer(1, 1) - 64
     try:
         found = beside(slim, f"fusion={name}")
         found.config.model.new_parameters = wanted

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.helpers.commands import ROOT
 
 FOLDERS = ("casa_train", "conf", "data_recipes", "launch", "tests")
-MARK = re.compile(r"# needs (a hub|a GPU|a cluster|a browser|lmms-eval|SmolLM2)\b")
+MARK = re.compile(r"# needs (a hub|a GPU|a cluster|a browser|lmms-eval|SmolLM2|hours)\b")
 """The first line of a block that not every machine can run."""
 FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 

@@ -53,6 +53,7 @@ SMALL: list[tuple[str, list[str]]] = [
     ("casa_train .*experiment=demo_live ", [*RUN, "data.image_tokens=200", "data.text_tokens=200"]),
     ("casa_train .*data=mine", [*OWN_CONF, *OWN_SIZES]),
     ("casa_train .*export.best=true", VALIDATED),
+    ("casa_train -m .*sweep=fusion_demo", VALIDATED),  # validations are what is compared
     ("casa_train .*evaluation.benchmarks=", [*VALIDATED, "data.text_tokens=320"]),
     ("casa_train ", RUN),
     ("casa_train.evaluate .*--benchmarks", ["--samples", "2"]),

@@ -158,8 +158,8 @@ def _evaluation(config: Config) -> None:
                 f"{', '.join(BENCHMARKS)}. Name one of them, or take it out."
             )
     watched = evaluation.attention_while_training
-    if watched and not (evaluation.every and config.data.validation):
-        expected = "0 where no held-out sample is measured (evaluation.every and data.validation)"
+    if watched and evaluation.every and not config.data.validation:
+        expected = "0 where validations measure no held-out sample (data.validation)"
         raise refused("evaluation.attention_while_training", watched, expected)
     if evaluation.benchmarks and not evaluation.every:
         expected = "none where nothing is validated (evaluation.every=0)"

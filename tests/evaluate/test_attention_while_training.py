@@ -210,8 +210,9 @@ def test_a_question_begins_behind_what_opens_a_conversation(data: Path) -> None:
     assert {len(sample.turns) for sample in samples} > {1}
 
 
-def test_where_nothing_is_validated_it_is_refused(data: Path) -> None:
-    with pytest.raises(UserError, match="evaluation.attention_while_training is 3; expected 0 "):
-        compose_config(
-            ["+experiment=demo", *TINY, *on_data(data), "evaluation.attention_while_training=3"]
-        )
+def test_without_held_out_samples_it_is_refused(data: Path) -> None:
+    command = ["+experiment=demo", *TINY, *on_data(data), "evaluation.attention_while_training=3"]
+    compose_config(command)  # evaluation.every=0: there are no validations at all
+    command += ["evaluation.every=2", "data.validation=null"]
+    with pytest.raises(UserError, match=r"attention_while_training is 3; expected 0 .*validation"):
+        compose_config(command)

@@ -124,6 +124,12 @@ class Validator(Hook):
                 "follows"
             )
         same = [record for record in earlier if self.measured.loss_compares(record)]
+        if held_out is not None and any("loss" in r and r not in same for r in earlier):
+            self.sinks.log(
+                "data.validation or evaluation.ask: other held-out answers were measured before; "
+                "those losses and exact matches do not compare with what follows, and the best "
+                "begins anew"
+            )
         known = [(r["step"], r.get("loss"), self.measured.whole(r)) for r in same]
         known = self.ranks.gather(known)[0]
         for step, loss, _ in known:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ from casa_train.data.sample import Sample
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
 from casa_train.evaluate.held_out import HeldOut, answer_spans, open_held_out, score
+from casa_train.evaluate.measured import Measured
 from casa_train.evaluate.questions import Questions
 from casa_train.evaluate.shares import source_labels, spread
-from casa_train.evaluate.validation import Best
+from casa_train.evaluate.validation import Best, Validator
 from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.setup.model import build_model, build_model_config
 from casa_train.setup.weights import find_weights, open_sources, start_weights
+from casa_train.training.state import Progress
 from data_recipes.__main__ import main as recipes
 from tests.helpers.benchmark_copies import write_benchmark
 from tests.helpers.commands import TEMPLATE, TINY, on_data, run
@@ -283,6 +286,28 @@ def test_questions_are_answered_as_generate_answers_them(
         assert processor.decode(new, skip_special_tokens=True).strip() == record["answer"]
     assert any(record["history"] for record in records) == (ask == "last")
     assert processor.tokenizer.padding_side == "right"  # as training wants it
+
+
+def test_a_run_that_goes_on_with_other_answers_says_so(data_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "validation.jsonl"
+    logged: dict[str, str] = {}
+    for ask in ("every", "last"):
+        config = tiny_config(data_dir, f"evaluation.ask={ask}", "evaluation.questions=0")
+        _, found = held_out(config)
+        if ask == "every":
+            record = {"step": 2, "loss": 1.5, "samples_digest": found.digest}
+            path.write_text(json.dumps(record) + "\n")
+        lines: list[str] = []
+        sinks: Any = SimpleNamespace(log=lines.append)
+        engine: Any = None  # step 3 owes no validation
+        best = Best()
+        validator = Validator(config, Ranks(), engine, Measured(found), path, sinks, best)
+        validator.begin(Progress(step=3))
+        validator.close(None)
+        logged[ask] = "\n".join(lines)
+        assert best.step == (2 if ask == "every" else 0)
+    assert "other held-out answers were measured before" in logged["last"]
+    assert "of each the last answer" in logged["last"] and "before" not in logged["every"]
 
 
 def test_questions_over_a_pack_are_left_out(data_dir: Path) -> None:

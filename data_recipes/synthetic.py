@@ -17,7 +17,12 @@ from typing import Any, Literal
 from casa_train.errors import UserError
 from data_recipes import whole
 from data_recipes.pipeline import Encoding, Row, check_least
-from data_recipes.synthetic_abilities import FAMILIES, ability_corpus, ability_example
+from data_recipes.synthetic_abilities import (
+    FAMILIES,
+    MOST_DESCRIBED,
+    ability_corpus,
+    ability_example,
+)
 from data_recipes.synthetic_scenes import (
     REWORDED,
     SPLITS,
@@ -126,6 +131,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"sample is asked in them, as TASK{REWORDED}",
     )
     parser.add_argument(
+        "--described",
+        action="store_true",
+        help="with abilities: words in brackets take the place of the pictures, to train a text "
+        f"model on; streams have {MOST_DESCRIBED} frames at most",
+    )
+    parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
@@ -156,6 +167,11 @@ def run(arguments: argparse.Namespace) -> None:
             "out. Add a task with pictures, or set --validation 0."
         )
     abilities = {*tasks} <= {*FAMILIES}
+    if arguments.described and not abilities:
+        raise UserError(
+            "--described without abilities: pictures of other tasks have no description. Leave it "
+            f"out, or set --tasks abilities, or some of {', '.join(FAMILIES)}."
+        )
     style = _style(arguments, tasks)
     wanted = {
         "version": VERSION,
@@ -169,6 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
         **({"wording": arguments.wording} if style.free else {}),
         **({"hold_out_wordings": True} if style.hold_out else {}),
         **({"scale": style.scale} if style.scale != 1 else {}),
+        **({"described": True} if arguments.described else {}),
     }
     write_splits = partial(_write_splits, arguments.out, wanted, style, arguments.workers)
     build = ability_tokenizer if abilities else build_tokenizer
@@ -218,6 +235,7 @@ class DrawJob:
     stop: int
     held_out: frozenset[bytes]
     style: Style
+    described: bool = False
 
     @property
     def name(self) -> str:
@@ -230,7 +248,8 @@ class DrawJob:
     def rows(self) -> Iterator[Row]:
         draw: Callable[..., Example]
         if {*self.tasks} <= {*FAMILIES}:
-            draw = partial(ability_example, self.seed, self.split, self.tasks)
+            ask = partial(ability_example, described=self.described)
+            draw = partial(ask, self.seed, self.split, self.tasks)
         else:
             draw = partial(example, self.seed, self.split, list(self.tasks), style=self.style)
         for i in range(self.start, self.stop):
@@ -258,6 +277,7 @@ def _write_splits(
                 min(start + whole.SHARD, size),
                 held_out,
                 style,
+                "described" in wanted,
             )
             for start in range(0, size, whole.SHARD)
         ]

@@ -12,6 +12,7 @@ right as often as by chance; all but the questions that need no image. Pictures 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +55,13 @@ LENGTHS = {8: 32, 16: 16, 32: 8, 64: 4, 128: 2, 256: 1}  # of one that trains: h
 NEEDLES = 3  # frames of a stream that show a shape
 MOST = 9  # shapes that are counted
 BARS = 3
+NOTHING = "nothing"  # what words say of an empty frame or cell
+MOST_DESCRIBED = 64  # frames: as words they take more room
 ASKED = 3  # questions at the end of a conversation that trains
 ORDERS = ("tallest", "middle", "shortest")
 
 Turn = tuple[str, str]
+Seen = tuple[Image.Image, str]  # a picture, and in words what it shows
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Drawn:
     """
 
     name: str
-    images: Sequence[Image.Image]
+    pictures: Sequence[Seen]
     history: Sequence[Turn]
     asked: Sequence[Turn]
 
@@ -92,22 +96,22 @@ class Family:
 # --------------------------------------------------------------------------------------- pictures
 
 
-def _picture(rng: np.random.Generator, shapes: Sequence[tuple[str, str]], side: int) -> Image.Image:
+def _picture(rng: np.random.Generator, shapes: Sequence[tuple[str, str]], side: int) -> Seen:
     """Shapes (kind, colour) in different ones of side x side cells."""
     canvas = Canvas(rng, side * CELL, side * CELL)
     cells = shuffled(rng, canvas.region.split(side, side))
     for (kind, colour), cell in zip(shapes, cells, strict=False):
         canvas.shape(kind, colour, cell)
-    return canvas.finish()
+    return canvas.finish(), " ".join(f"{colour} {kind}" for kind, colour in shapes)
 
 
-def _empty(rng: np.random.Generator) -> Image.Image:
+def _empty(rng: np.random.Generator) -> Seen:
     """A frame with nothing but a grey stroke."""
     image = Image.new("RGB", (2 * CELL, 2 * CELL), random_background(rng))
     level = int(rng.integers(120, 200))
     ends = tuple(rng.uniform(0, 2 * CELL, 4).tolist())
     ImageDraw.Draw(image).line(ends, fill=(level, level, level), width=3)
-    return image.reduce(2)
+    return image.reduce(2), NOTHING
 
 
 def _any_kind(rng: np.random.Generator) -> str:
@@ -121,14 +125,16 @@ def _any_colour(rng: np.random.Generator) -> str:
 # ----------------------------------------------------------------------------------- many pictures
 
 
-def _talk(rng: np.random.Generator, images: int) -> tuple[list[Image.Image], str, list[Turn]]:
+def _talk(rng: np.random.Generator, images: int) -> tuple[list[Seen], str, list[Turn]]:
     """Pictures of one shape, the words that show them by name, and for each what colour it has."""
     names = shuffled(rng, NAMES)[:images]
-    colours = [_any_colour(rng) for _ in names]
-    pictures = [_picture(rng, [(_any_kind(rng), colour)], side=2) for colour in colours]
+    seen = [(_any_kind(rng), _any_colour(rng)) for _ in names]
+    pictures = [_picture(rng, [shape], side=2) for shape in seen]
     shown = "".join(f"<image>{name}" for name in names) + "\n"
-    asked = [f"{name}: which colour?" for name in names]
-    return pictures, shown, list(zip(asked, colours, strict=True))
+    asked = [
+        (f"{name}: which colour?", colour) for name, (_, colour) in zip(names, seen, strict=True)
+    ]
+    return pictures, shown, asked
 
 
 def _newest(rng: np.random.Generator, degree: Any) -> Drawn:
@@ -149,10 +155,10 @@ def _earlier(rng: np.random.Generator, degree: Any) -> Drawn:
     return _after(f"earlier_{degree}", pictures, shown, [colours[-1 - degree]])
 
 
-def _after(name: str, images: Sequence[Image.Image], shown: str, asked: Sequence[Turn]) -> Drawn:
+def _after(name: str, pictures: Sequence[Seen], shown: str, asked: Sequence[Turn]) -> Drawn:
     """A conversation whose first turn shows all pictures."""
     (first, answer), *others = asked
-    return Drawn(name, images, [], [(f"{shown}{first}", answer), *others])
+    return Drawn(name, pictures, [], [(f"{shown}{first}", answer), *others])
 
 
 def _compare(rng: np.random.Generator, degree: Any) -> Drawn:
@@ -197,7 +203,9 @@ def _spelling(rng: np.random.Generator, degree: Any) -> Drawn:
     draw, row = ImageDraw.Draw(image), int(rng.integers(3))
     for cell, letter in zip(Region(0, row * CELL, 3 * CELL, CELL).split(3, 1), word, strict=False):
         print_capital(rng, draw, letter, pick(rng, cell.split(2, 2)))
-    return _after("spelling", [image], "<image>", [("Spell the word.", " ".join(word))])
+    return _after(
+        "spelling", [(image, " ".join(word))], "<image>", [("Spell the word.", " ".join(word))]
+    )
 
 
 def _relation(rng: np.random.Generator, degree: Any) -> Drawn:
@@ -211,30 +219,35 @@ def _relation(rng: np.random.Generator, degree: Any) -> Drawn:
     line = int(rng.integers(3))
     places = [3 * line + i if side in SIDES[:2] else 3 * i + line for i in (near, far)]
     kinds = shuffled(rng, KINDS)[:2]
+    words = [NOTHING] * len(cells)
     for kind, place in zip(kinds, places, strict=True):
         canvas.shape(kind, _any_colour(rng), cells[place])
+        words[place] = kind
     question = f"Where is the {kinds[0]}, seen from the {kinds[1]}?"
-    return _after("relation", [canvas.finish()], "<image>", [(question, side)])
+    return _after("relation", [(canvas.finish(), " ".join(words))], "<image>", [(question, side)])
 
 
 def _bars(rng: np.random.Generator, degree: Any) -> Drawn:
     """A bar chart: how high a bar is, or which bar has a place in the order."""
     colours = shuffled(rng, COLOURS)[:BARS]
-    size = (CHART[0] * CELL, CHART[1] * CELL)
     if (degree or pick(rng, ("value", "order"))) == "value":
         levels = random_levels(rng, BARS)
         asked = [
             (f"How high is the {colour} bar?", str(level))
             for colour, level in zip(colours, levels, strict=True)
         ]
-        chart = draw_bars(rng, colours, levels, size)
-        return _after("bars_value", [chart], "<image>", shuffled(rng, asked))
+        return _after("bars_value", [_chart(rng, colours, levels)], "<image>", shuffled(rng, asked))
     levels = random_levels(rng, BARS, distinct=True)
     ranked = [colours[i] for i in np.argsort(levels)[::-1]]
     asked = [(f"Which bar is the {o}?", c) for o, c in zip(ORDERS, ranked, strict=True)]
     # One alone: two answers would give the third away.
-    chart = draw_bars(rng, colours, levels, size)
+    chart = _chart(rng, colours, levels)
     return _after("bars_order", [chart], "<image>", [pick(rng, asked)])
+
+
+def _chart(rng: np.random.Generator, colours: Sequence[str], levels: Sequence[int]) -> Seen:
+    words = " ".join(f"{c} {level}" for c, level in zip(colours, levels, strict=True))
+    return draw_bars(rng, colours, levels, (CHART[0] * CELL, CHART[1] * CELL)), words
 
 
 # ----------------------------------------------------------------------------------- many frames
@@ -277,27 +290,46 @@ FAMILIES = {
 }
 
 
+TOO_LONG = [length for length in STREAMS if length > MOST_DESCRIBED]
+
+
 # --------------------------------------------------------------------------------------- examples
 
 
 def ability_example(
-    seed: int, split: SplitName, families: Sequence[str], index: int, attempt: int = 0
+    seed: int,
+    split: SplitName,
+    families: Sequence[str],
+    index: int,
+    attempt: int = 0,
+    described: bool = False,
 ) -> Example:
     """Sample `index` of a split; the families take turns, by their shares where they train, and by
     their degrees held out. Another `attempt` gives another sample of the same family and degree.
+
+    :param described: words in brackets take the place of the pictures.
     """
     rng = generator(seed, split, index, attempt, purpose=3)
     if split == "train":
         turns = [name for name in families for _ in range(FAMILIES[name].share)]
-        drawn = FAMILIES[turns[index % len(turns)]].draw(rng, None)
-        asked = drawn.asked[:ASKED]
+        family, degree = FAMILIES[turns[index % len(turns)]], None
     else:
-        cases = [(FAMILIES[name], degree) for name in families for degree in FAMILIES[name].degrees]
+        cases = [(FAMILIES[name], d) for name in families for d in FAMILIES[name].degrees]
+        if described:
+            cases = [case for case in cases if case[1] not in TOO_LONG]
         family, degree = cases[index % len(cases)]
+    drawn = family.draw(rng, degree)
+    while described and len(drawn.pictures) > MOST_DESCRIBED:
         drawn = family.draw(rng, degree)
-        asked = drawn.asked[:1]
-    images = tuple(png(image, 1) for image in drawn.images)
-    return Example(drawn.name, images, (*drawn.history, *asked))
+    texts = (*drawn.history, *drawn.asked[: ASKED if split == "train" else 1])
+    if not described:
+        return Example(drawn.name, tuple(png(image, 1) for image, _ in drawn.pictures), texts)
+    words = iter(drawn.pictures)
+    texts = tuple(
+        (re.sub("<image>", lambda _: f"[{next(words)[1]}]", question), answer)
+        for question, answer in texts
+    )
+    return Example(drawn.name, (), texts)
 
 
 def ability_corpus() -> list[str]:

@@ -17,7 +17,7 @@ from casa_train.errors import UserError
 from casa_train.modeling.backbones import BACKBONES
 from casa_train.modeling.configuration_casa import ALIASES, CasaConfig
 from casa_train.setup.model import NOT_SIZES
-from casa_train.setup.pretrained import TEXT_TOKENS
+from casa_train.setup.text_config import TEXT_TOKENS
 
 TIES = "tie_word_embeddings"
 # What some text configurations do not list and their model reads all the same.

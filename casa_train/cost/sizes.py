@@ -27,7 +27,7 @@ from casa_train.modeling.modeling_casa import CasaForConditionalGeneration
 from casa_train.modeling.tower_kinds import tower_shape
 from casa_train.setup.lora import adapter_ranks
 from casa_train.setup.model import describe_model
-from casa_train.setup.pretrained import backbone_config
+from casa_train.setup.text_config import backbone_config
 from casa_train.setup.tower_weights import export_tower, tower_config
 
 # Qwen2.5-VL-3B's as published copies of its config.json have them. Helium1-2B's config.json was not

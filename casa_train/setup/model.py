@@ -20,7 +20,7 @@ from casa_train.modeling.processing_casa import CasaProcessor
 from casa_train.modeling.tower_kinds import TOWER_KINDS
 from casa_train.setup.lora import add_adapters, is_adapter
 from casa_train.setup.own_mechanisms import register_own
-from casa_train.setup.pretrained import backbone_config
+from casa_train.setup.text_config import backbone_config
 from casa_train.setup.tower_weights import export_tower, vision_config
 from casa_train.setup.weights import NO_BACKBONE, Sources
 

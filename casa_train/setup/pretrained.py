@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.json", "*.safetensors")
 # The same weights once more, in a format of Mistral's own, beside them.
 TWICE = ("consolidated*",)
-# A text decoder's special tokens; Qwen2.5-VL's configuration holds others beside them.
-TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The tower of a Qwen2.5-VL checkpoint, as its releases write it.
 VISUAL = re.compile(r"(model\.)?visual\.")
 # Tables that older checkpoints carry along; they are computed, never loaded.
@@ -208,24 +206,6 @@ def _resolve(name: str, setting: str, files: Sequence[str]) -> Path:
             f"{setting}: {name!r} cannot be fetched from the hub ({first}). Download it where "
             "there is a network and give its directory."
         ) from error
-
-
-def backbone_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text decoder's configuration out of a checkpoint's.
-
-    Qwen2.5-VL's holds it beside the vision tower's: at the top level, or as `text_config` where
-    newer releases of transformers wrote it.
-    """
-    if config.get("model_type") != "qwen2_5_vl":
-        return dict(config)
-    nested = config.get("text_config") or {}
-    text = {**config, **nested}
-    # Releases before 5.0 tie inside of text_config, later ones beside it.
-    text["tie_word_embeddings"] = any(c.get("tie_word_embeddings") for c in (config, nested))
-    for name in list(text):
-        if name.endswith(("_config", "_token_id")) and name not in TEXT_TOKENS:
-            del text[name]
-    return {**text, "model_type": "qwen2_5_vl_text"}
 
 
 class Stored:

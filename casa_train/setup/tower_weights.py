@@ -15,11 +15,10 @@ from typing import Any
 from casa_train.errors import UserError
 from casa_train.modeling.tower_kinds import TOWER_KINDS, name_of_kind
 from casa_train.setup.pretrained import Account, Pretrained, Stored, find_parameters
+from casa_train.setup.text_config import EXPORT
 
 # Keys of a vision configuration that say nothing of its sizes.
 NOT_SIZES = ("model_type", "dtype", "torch_dtype", "transformers_version", "_attn_implementation")
-# Exports of this project, see `CasaConfig`.
-EXPORT = "casa_vlm"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from casa_train.report.__main__ import main as report
 from data_recipes.__main__ import main as recipes
 from tests.helpers.commands import TINY, run
 
@@ -18,7 +19,7 @@ BUDGETS = ["data.text_tokens=300", "data.image_tokens=300"]
 
 
 @pytest.mark.slow
-def test_from_data_to_the_page(tmp_path: Path) -> None:
+def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny and two steps long; sizes apart, every command is that of conf/README.md."""
     data, runs = tmp_path / "data", tmp_path / "runs"
     for name, tasks, held_out in (
@@ -58,7 +59,9 @@ def test_from_data_to_the_page(tmp_path: Path) -> None:
     run([*python, "casa_train.evaluate", *only, "evaluation.max_samples=32"])
     run([*python, "casa_train.bench", "streaming", *only, *streamed])
     for match in ("tokens", "flops", "seconds", "params"):
-        said = run([*python, "casa_train.report", *only, "--match", match]).stdout
+        capsys.readouterr()
+        assert report([*only, "--match", match]) == 0
+        said = capsys.readouterr().out
         assert "insertion" in said and str(runs / "comparison.html") in said
     page = (runs / "comparison.html").read_text()
     for word in ("earlier 8", "stream 256", "time to first token"):

@@ -32,6 +32,7 @@ from casa_train.config.schema import Config
 from casa_train.config.sweep_jobs import AUTO, SweepJob, sweep_job, wanted_jobs
 from casa_train.errors import RankError, UserError
 from casa_train.io.log import drop_unwritten
+from casa_train.io.log import log as say
 from casa_train.run.layout import CONSOLE_FILE
 from casa_train.training.signals import EXIT_REQUEUE, StopRequest
 
@@ -100,6 +101,12 @@ def holding(raw: DictConfig) -> Config | None:
     return None
 
 
+def complain(message: str) -> None:
+    """`report` of one job, by which a console that takes no more ends no other."""
+    with contextlib.suppress(OSError):
+        report(message)
+
+
 def side_by_side(jobs: Sequence[SweepJob], wanted: int | None) -> None:
     """Runs the jobs of a sweep in processes of their own.
 
@@ -123,7 +130,7 @@ def side_by_side(jobs: Sequence[SweepJob], wanted: int | None) -> None:
         count = at_once(wanted, [job.config for job in jobs], cores, gpus)
         options, _ = split_options(sys.argv[1:])
         options = [option for option in options if option not in ("-m", "--multirun")]
-        log(f"{len(jobs)} jobs, {count} at once; what each prints: its directory's {CONSOLE_FILE}")
+        say(f"{len(jobs)} jobs, {count} at once; what each prints: its directory's {CONSOLE_FILE}")
         starts = [
             Job(
                 job.run_dir,
@@ -132,7 +139,7 @@ def side_by_side(jobs: Sequence[SweepJob], wanted: int | None) -> None:
             )
             for job in jobs
         ]
-        outcome = Pool(places(count, gpus), stop, EXIT_REQUEUE, log, report).run(starts)
+        outcome = Pool(places(count, gpus), stop, EXIT_REQUEUE, say, complain).run(starts)
     if outcome.left or outcome.crashed:
         raise SystemExit(EXIT_REQUEUE if outcome.left else 1)
 

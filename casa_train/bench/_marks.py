@@ -17,8 +17,9 @@ PEAK, HELD = "peak of the turn", "weights, KV cache and streaming state"
 
 METHOD = """\
 --marks tells what a stream costs after so many images: times are medians over the up to eight turns
-before the mark, at most a quarter of all; sizes are those of its turn. Memory is the turn's peak on
-a GPU; on a CPU it is the sum of weights, KV cache and streaming state.
+before the mark, at most a quarter of all, and after one image over the first turns of up to eight
+streams, spread over the time of the long one; sizes are those of the mark's turn. Memory is the
+turn's peak on a GPU; on a CPU it is the sum of weights, KV cache and streaming state.
 """
 
 
@@ -39,16 +40,18 @@ def marks_up_to(turns: int, asked: Sequence[int] | None) -> list[int]:
 
 
 def at_marks(
-    turns: Sequence[Turn], marks: Sequence[int], weight_bytes: int
+    turns: Sequence[Turn], openings: Sequence[Turn], marks: Sequence[int], weight_bytes: int
 ) -> dict[str, dict[str, Any]]:
     """By mark what the stream costs there; a turn is one image.
 
+    :param openings: first turns of other streams of the model.
     :param weight_bytes: of the model, for a device that has no peak.
     """
     found = {}
     for mark in marks:
         near = turns[mark - max(1, min(MEDIAN_OF, mark // 4)) : mark]
         last = near[-1]
+        near = [*near, *(openings if mark == 1 else ())]
         held = weight_bytes + last.cache_bytes + last.state_bytes
         found[str(mark)] = {
             "first_token": statistics.median(turn.first_token for turn in near),
@@ -77,16 +80,11 @@ def table(streams: Mapping[str, Mapping[str, Any]], marks: Sequence[int]) -> str
     """For each quantity a row a stream, a column a mark."""
     blocks = []
     for title, name, unit, style in ROWS:
-        if name == "memory_bytes":
-            title += f" ({'; '.join(sorted({_kind(s, marks) for s in streams.values()}))})"
         rows = [[f"{title}, after", *(count(mark, "image") for mark in marks)]]
         for label, stream in streams.items():
             values = [stream["marks"].get(str(mark), {}).get(name) for mark in marks]
             cells = [MISSING if v is None else f"{v * unit:{style}}" for v in values]
             rows.append([label, *cells])
         blocks.append(aligned(rows))
-    return "\n\n".join(blocks)
-
-
-def _kind(stream: Mapping[str, Any], marks: Sequence[int]) -> str:
-    return str(stream["marks"][str(marks[0])]["memory"])
+    kinds = sorted({str(stream["marks"][str(marks[0])]["memory"]) for stream in streams.values()})
+    return "\n\n".join([*blocks, f"memory: {'; '.join(kinds)}"])

@@ -64,6 +64,7 @@ STREAMING_FILE = "streaming.json"  # of a sweep
 TURNS = 48
 WARM_UP_TURNS = 2
 MEDIAN_OF = 8  # first and last turns, and at most a quarter of all
+OPENINGS = 7  # streams of one turn
 ROUNDS, MOST = 20, 256  # of --fps
 
 
@@ -172,12 +173,14 @@ def run(arguments: argparse.Namespace) -> Report:
         lines += [f"{shape}; {arguments.rounds} rounds", "", _held_streams.table(held, arguments)]
         return Report("\n".join(lines), {**data, "held": held})
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
-    turns, young = play(models, forms, entering, arguments.turns, k)
+    turns, young, openings = play(models, forms, entering, arguments.turns, k)
     marks = _marks.marks_up_to(arguments.turns, arguments.marks)
     streams = {
         label: {
             **summary(turns[label], young[label]),
-            "marks": _marks.at_marks(turns[label], marks, tensor_bytes(list(model.parameters()))),
+            "marks": _marks.at_marks(
+                turns[label], openings[label], marks, tensor_bytes(list(model.parameters()))
+            ),
             "turns": [asdict(turn) for turn in turns[label]],
             "first_turns": [asdict(turn) for turn in young[label]],
         }
@@ -280,9 +283,9 @@ def script(
 
 def play(
     models: dict[str, Any], forms: dict[str, TurnForm], entering: Script, turns: int, k: int
-) -> tuple[dict[str, list[Turn]], dict[str, list[Turn]]]:
-    """All turns of a long stream of each model, and the first `k` turns of a young one that
-    alternate with the last `k` of the long one.
+) -> tuple[dict[str, list[Turn]], dict[str, list[Turn]], dict[str, list[Turn]]]:
+    """All turns of a long stream of each model, the first `k` turns of a young one that alternate
+    with the last `k` of the long one, and meanwhile the first turns of others.
 
     :param forms: of the models that have a template; :param entering: what every stream gets.
     """
@@ -300,14 +303,18 @@ def play(
     old, young = ({label: started(label) for label in models} for _ in range(2))
     played: dict[str, list[Turn]] = {label: [] for label in models}
     first_turns: dict[str, list[Turn]] = {label: [] for label in models}
+    openings: dict[str, list[Turn]] = {label: [] for label in models}
+    opened_at = {turns * n // OPENINGS for n in range(OPENINGS)}
     order = list(models)
     for index in tqdm(range(turns), desc="turns", disable=None):
         for label in order:
             played[label].append(turn(old[label], index))
             if (young_index := index - (turns - k)) >= 0:
                 first_turns[label].append(turn(young[label], young_index))
+            if index in opened_at:
+                openings[label].append(turn(started(label), 0))
         order.reverse()
-    return played, first_turns
+    return played, first_turns, openings
 
 
 def summary(turns: Sequence[Turn], young: Sequence[Turn]) -> dict[str, dict[str, float]]:

@@ -112,12 +112,10 @@ class Pool:
                 for running in [r for r in self._running if r.process.poll() is not None]:
                     self._end(running)
         except KeyboardInterrupt:
-            self._signal(signal.SIGINT)
-            for running in self._running:
-                running.process.wait()
+            self._interrupt()
             raise
         finally:
-            self._signal(signal.SIGKILL)  # after a second interrupt, or a fault of this file
+            self._signal(signal.SIGTERM)  # nobody would wait for what still runs
         if waiting:
             self.log(
                 f"not begun: {len(waiting)} of {len(jobs)} jobs; the same command goes on with them"
@@ -176,6 +174,15 @@ class Pool:
         record_failure(run_dir, message)
         (self.outcome.failed if code == USER_CAN_MEND else self.outcome.crashed).append(run_dir)
         self.complain(f"job {_shown(run_dir)}: {message}")
+
+    def _interrupt(self) -> None:
+        """Passes Ctrl-C on and waits; a second one kills."""
+        self._signal(signal.SIGINT)
+        try:
+            for running in self._running:
+                running.process.wait()
+        except KeyboardInterrupt:
+            self._signal(signal.SIGKILL)
 
     def _pass_on(self) -> None:
         name = self.stop.signal

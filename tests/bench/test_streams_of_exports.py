@@ -92,22 +92,23 @@ def turn(number: int, memory: int | None = None) -> Turn:
 
 def test_marks_are_medians_of_times_and_the_sizes_of_their_turn() -> None:
     turns = [turn(n) for n in range(1, 66)]
-    found = at_marks(turns, [1, 16, 64], weight_bytes=5_000_000)
+    first = [turn(n) for n in (3, 2)]  # of other streams, and of no other mark
+    found = at_marks(turns, first, [1, 16, 64], weight_bytes=5_000_000)
     assert [(found[m]["first_token"], found[m]["median_of"]) for m in found] == [
-        (1 / 8, 1),
+        (2 / 8, 3),
         (statistics.median(range(13, 17)) / 8, 4),
         (statistics.median(range(57, 65)) / 8, 8),
     ]
     assert found["64"]["tokens_per_second"] == 100 - 60.5
     assert (found["16"]["cache_tokens"], found["16"]["state_bytes"]) == (160, 116)
     assert found["16"]["memory_bytes"] == 5_000_000 + 16_000 + 116
-    assert found["16"]["memory"] == HELD
-    on_gpu = at_marks([replace(t, memory_bytes=77) for t in turns], [16], 5_000_000)["16"]
+    assert found["16"]["memory"] == HELD and found["1"]["cache_tokens"] == 10
+    on_gpu = at_marks([replace(t, memory_bytes=77) for t in turns], [], [16], 5_000_000)["16"]
     assert (on_gpu["memory_bytes"], on_gpu["memory"]) == (77, PEAK)
     shown = table({"one": {"marks": found}, "short": {"marks": {"1": found["1"]}}}, [1, 16])
     (row,) = (line.split() for line in shown.splitlines() if "tokens/s" in line)
     assert row == "decoding, tokens/s, after 1 image 16 images".split()
-    assert "memory, MiB (weights, KV cache and streaming state)" in shown
+    assert shown.endswith("memory: weights, KV cache and streaming state")
     assert marks_up_to(20, None) == [1, 16] and marks_up_to(9, [9, 4, 30]) == [4, 9]
     for asked, message in (
         ([0, 4], "--marks holds 0"),

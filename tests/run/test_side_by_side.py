@@ -67,6 +67,10 @@ def test_a_job_beside_another_is_the_job_alone(data_dir: Path, tmp_path: Path) -
     again = run(train_command([*sweep, "fusion.every=1,2"]))
     assert again.stdout.count(" was finished before: ") == 2 and "begins" not in again.stdout
     assert (beside / CONSOLE_FILE).read_text() == console
+    with Path("/dev/full").open("w") as full:  # a console that takes nothing ends no sweep
+        command = train_command([*sweep, "fusion.every=1,2"])
+        told = subprocess.run(command, cwd=ROOT, env=environment(), stdout=full)
+    assert told.returncode == 0
     refuses_to_call_it_finished(beside, data_dir)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class _Counts:
     def __init__(self, config: Config, model_config: CasaConfig) -> None:
         self.config, self.model_config = config, model_config
         self.width: int = _text(model_config).intermediate_size
-        self._base: int | None = None
+        self._totals: dict[str, int] = {}
 
     def described(self, fusion: dict[str, Any], width: int) -> CasaConfig:
         """The model's configuration with another mechanism or width."""
@@ -125,17 +126,19 @@ class _Counts:
 
     def total(self, fusion: dict[str, Any], width: int) -> int:
         """Parameters of the whole model; tied ones count once."""
-        model = unfrozen_model(self.config, self.described(fusion, width))
-        return sum(parameter.numel() for parameter in model.parameters())
+        key = json.dumps([fusion, width], sort_keys=True, default=str)
+        if key not in self._totals:
+            model = unfrozen_model(self.config, self.described(fusion, width))
+            self._totals[key] = sum(parameter.numel() for parameter in model.parameters())
+        return self._totals[key]
 
     def new(self, fusion: dict[str, Any], width: int | None = None) -> int:
         """Parameters beyond the insertion model, which has the width from before.
 
         :param width: of the feed-forward networks; None: that one.
         """
-        if self._base is None:
-            self._base = self.total(PLAIN, self.width)
-        return self.total(fusion, self.width if width is None else width) - self._base
+        total = self.total(fusion, self.width if width is None else width)
+        return total - self.total(PLAIN, self.width)
 
     def reference(self, fusion: dict[str, Any]) -> int:
         """New parameters of the mechanism that `model.match` names.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -141,7 +141,7 @@ def test_every_mechanism_of_the_comparison_is_tried() -> None:
 
 
 @given(wanted=st.integers(60_000, 30_000_000), fusion=st.sampled_from(sorted(ADDED)))
-@PROPERTY
+@settings(PROPERTY, max_examples=15)
 def test_a_number_is_reached_or_refused(wanted: int, fusion: str) -> None:
     arguments = f"fusion={fusion}".split()
     if ADDED[fusion] > 1.02 * wanted:
@@ -302,7 +302,8 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def beside(slim: Path, *overrides: str) -> Matching:
+def beside(slim: Path, *overrides: str) -> list[str]:
+    """Overrides that put a mechanism beside it."""
     model = [
         "model=pretrained",
         f"model.backbone.pretrained={slim}",
@@ -311,7 +312,7 @@ def beside(slim: Path, *overrides: str) -> Matching:
     tower = ["depth=1", "hidden_size=32", "intermediate_size=48", "num_heads=2"]
     tower += ["out_hidden_size=64", "fullatt_block_indexes=[0]"]
     sizes = ["model.vision.train_last_blocks=-1", *(f"+model.vision.config.{x}" for x in tower)]
-    return matched(*model, *sizes, *overrides)
+    return [*model, *sizes, *overrides]
 
 
 def chosen(found: Matching) -> dict[str, object]:
@@ -354,18 +355,17 @@ def chosen(found: Matching) -> dict[str, object]:
 def test_beside_a_pretrained_backbone_options_are_chosen(
     slim: Path, overrides: list[str], options: dict[str, object], new: int
 ) -> None:
-    found = beside(slim, *overrides)
+    found = matched(*beside(slim, *overrides))
     assert chosen(found) == options
     assert found.config.model.backbone.config == {}
     assert new_parameters(found.config, found.model_config) == new
-    plain = beside(slim, "fusion=insertion")
+    plain = matched(*beside(slim, "fusion=insertion"))
     assert built(found) - built(plain) == new
     assert parameters(AutoModelForCausalLM.from_pretrained(slim)) < built(plain)
     (note,) = found.notes
     for name, value in options.items():
         assert f"fusion.{name}={value} instead of" in note
-    again = as_given(found.config)
-    assert again.fusion == beside(slim, *overrides[:-1]).config.fusion
+    assert as_given(found.config) == composed(*beside(slim, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -384,20 +384,18 @@ def test_what_options_cannot_reach_is_refused_with_the_nearest(
     slim: Path, overrides: list[str], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        beside(slim, *overrides)
+        matched(*beside(slim, *overrides))
 
 
 @given(wanted=st.integers(1, 3_000_000), data=st.data())
-@PROPERTY
+@settings(PROPERTY, max_examples=12)
 def test_own_widths_come_near_any_number_beside_a_pretrained_backbone(
     slim: Path, wanted: int, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(["gated_cross_attention", "qformer_insertion_2"]))
     least = slim_gated(1, 1) if name.startswith("gated") else slim_qformer(1, 1) - 64
     try:
-        found = beside(slim, f"fusion={name}")
-        found.config.model.new_parameters = wanted
-        found = match_parameters(found.config, found.model_config)
+        found = matched(*beside(slim, f"fusion={name}"), wanted=wanted)
     except UserError as error:
         assert "the nearest are" in str(error) and wanted < 1.01 * least
         return

@@ -249,7 +249,7 @@ def _fill_differences(result: Comparison) -> None:
                 )
             continue
         for ability in result.columns:
-            if ability in result.unlearned:
+            if ability in result.unlearned or set(result.abilities) <= set(result.unlearned):
                 continue
             names = result.abilities if ability == MEAN else [ability]
             sides = [

@@ -55,9 +55,10 @@ def match_amount(
 
 
 def last_within(readings: Sequence[Reading], amount: str, limit: float) -> Reading | None:
-    """The last validation before more than `limit` was spent."""
-    # Sums of seconds differ in their last digits.
-    within = [r for r in readings if r.amounts[amount] <= limit * (1 + 1e-9)]
+    """The last validation before more than `limit` was spent, by more than `TOLERANCE`: packs of
+    other seeds are not as full to the last token.
+    """
+    within = [r for r in readings if r.amounts[amount] <= limit * (1 + TOLERANCE)]
     return within[-1] if within else None
 
 

@@ -48,9 +48,9 @@ def how_matched(result: Comparison) -> str:
     amounts = [reading.amounts[result.match] for _, reading in result.chosen]
     said = written(result.match, result.limit)
     return (
-        f"Every job is read at its last validation within {said} of training, the most that every "
-        f"job reached; the jobs stand at {100 * min(amounts) / result.limit:.1f} to "
-        f"{100 * max(amounts) / result.limit:.1f} % of that."
+        f"Every job is read at its last validation up to {said} of training, the most that every "
+        f"job reached ({100 * TOLERANCE:g} % more is let pass); the jobs stand at "
+        f"{100 * min(amounts) / result.limit:.1f} to {100 * max(amounts) / result.limit:.1f} % of that."
         + {
             "tokens": " Tokens are the text tokens of the samples and the image tokens of the "
             "vision tower: data that was seen, the same for every mechanism, whether or not its "

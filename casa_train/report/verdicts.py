@@ -45,12 +45,12 @@ def how_matched(result: Comparison) -> str:
             "parameters to the insertion model of their configuration, within "
             f"{100 * TOLERANCE:g} %."
         )
-    amounts = [reading.amounts[result.match] for _, reading in result.chosen]
+    stands = [reading.amounts[result.match] / result.limit for _, reading in result.chosen]
     said = written(result.match, result.limit)
     return (
         f"Every job is read at its last validation up to {said} of training, the most that every "
         f"job reached ({100 * TOLERANCE:g} % more is let pass); the jobs stand at "
-        f"{100 * min(amounts) / result.limit:.1f} to {100 * max(amounts) / result.limit:.1f} % of that."
+        f"{100 * min(stands):.1f} to {100 * max(stands):.1f} % of that."
         + {
             "tokens": " Tokens are the text tokens of the samples and the image tokens of the "
             "vision tower: data that was seen, the same for every mechanism, whether or not its "

@@ -117,9 +117,12 @@ def say_what_differs(variants: Sequence[Variant], match: str, sweep: Path, say: 
                 "that both sides have."
             )
     machines = machines_of(trials, sweep)
-    if match == "seconds" and len(machines) > 1:
+    if len(machines) > 1:
+        what = (
+            "seconds, which are matched," if match == "seconds" else "speeds and times of the costs"
+        )
         places = "; ".join(f"{place}: {', '.join(names)}" for place, names in machines.items())
-        say(f"seconds are those of different machines, and do not compare: {places}.")
+        say(f"jobs trained on different machines, so that {what} do not compare: {places}.")
 
 
 def say_what_is_early(variants: Sequence[Variant], say: Say) -> None:

@@ -96,8 +96,9 @@ def draw_curves(result: Comparison, look: Mapping[str, Look]) -> list[Plot]:
             if not curves:
                 continue
             _amount_axis(axes, amount, result)
+            axes.set_ylim(0, min(104, max(10, 1.08 * axes.get_ylim()[1])))
             _direct_labels(axes, ends, look)
-            title = f"{ability.capitalize()} against {TITLES[amount]}"
+            title = f"{ability[0].upper()}{ability[1:]} against {TITLES[amount]}"
             plots.append(drawing.plot(title, "exact match", figure, curves, by=""))
     return [plot for plot in plots if plot is not None]
 
@@ -247,11 +248,15 @@ def draw_differences(result: Comparison, look: Mapping[str, Look]) -> Plot | Non
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(rows[int(y)].label)))
         axes.grid(False, axis="y")
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−")))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _signed(x)))
         axes.set_xlabel("percentage points")
         title = f"Difference from {result.baseline.label}"
         note = f"{ability}; filled: claimed, line: 95 % over seeds"
         return drawing.plot(title, note, figure, [np.array(means)], by="")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+g}".replace("-", "−") if value else "0"
 
 
 def _short(label: str) -> str:

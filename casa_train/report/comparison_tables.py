@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from casa_train.io.numbers import percent
+from casa_train.io.numbers import count, percent
 from casa_train.report.comparison import Comparison
 from casa_train.report.significance import Difference
 from casa_train.report.training_costs import COLUMNS, cost_of, cost_rows
@@ -131,7 +131,7 @@ def markdown(result: Comparison, problems: Sequence[str]) -> list[str]:
     labels = [variant.label for variant in [*result.variants, *result.apart]]
     costs = [[label, *row] for label, row in zip(labels, costs, strict=True)]
     return [
-        f"# {result.name}: {len(labels)} variants, matched by {result.match}",
+        f"# {result.name}: {count(len(labels), 'variant')}, matched by {result.match}",
         "",
         how_matched(result),
         "",

@@ -105,15 +105,17 @@ def what_a_claim_is(result: Comparison) -> str:
     """What stands behind the words, and how far they go."""
     total = len(result.differences)
     claimed = sum(difference.claimed for difference in result.differences.values())
+    if not total:
+        return "Nothing is compared, so nothing is claimed."
     said = (
         "A difference is claimed only if a paired test over the questions (exact sign flips, by "
-        f"question over all seeds) is below {ALPHA:g} after Holm's correction for all "
-        f"{count(total, 'comparison')} of this page, and the {100 * LEVEL:g} % interval of the "
+        f"question over all seeds) is below {ALPHA:g} after Holm's correction for "
+        f"the {count(total, 'comparison')} of this page, and the {100 * LEVEL:g} % interval of the "
         "difference over seeds excludes 0."
     )
     if any(d.over_seeds.seeds == 1 for d in result.differences.values()):
         said += " Of one seed there is no interval: nothing is claimed beyond these questions."
-    if total and claimed:
+    if claimed:
         chance = (1 - LEVEL) * total
         said += (
             f" {claimed} of {total} are. The interval is of each by itself: if seeds alone made "

@@ -120,7 +120,7 @@ def test_known_differences_are_found_and_said(sweep: Path) -> None:
     better, worse, neither = words["casa"].split("; ")
     assert better.startswith("better at newest (+") and worse.startswith("worse at earlier_2 (−")
     assert neither == "no difference shown at earlier_10."
-    assert "all 8 comparisons" in what_a_claim_is(result)
+    assert "the 8 comparisons of this page" in what_a_claim_is(result)
 
 
 def test_the_statistics_can_be_done_again_from_the_csv(sweep: Path) -> None:
@@ -482,7 +482,9 @@ def test_nothing_is_compared_where_nobody_is_above_chance(sweep: Path) -> None:
             families = json.loads((path / "evaluation.json").read_text())["families"]
             families[f"synthetic_{name}"] = {"guess": 0.99}
             (path / "evaluation.json").write_text(json.dumps({"families": families}))
-    assert not compared(sweep).differences  # the mean of nothing that was learned is not, either
+    nothing = compared(sweep)
+    assert "Nothing is compared" in what_a_claim_is(nothing)
+    assert not nothing.differences  # the mean of nothing that was learned is not, either
     evaluated(sweep, None, 0.2)
     result = compared(sweep)
     assert result.chance == {"newest": 0.2} and not result.unlearned

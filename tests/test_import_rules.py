@@ -72,6 +72,7 @@ HOMES = {
     "starlette": "caption/web/",
     "uvicorn": "caption/web/",
     "peft": "setup/lora.py",
+    "scipy": "report/significance.py",
 }
 TOPS = ("casa_train", "conf", "data_recipes", "launch", "tests")
 # Files that a user writes, which explanations name as examples.

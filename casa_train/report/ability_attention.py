@@ -16,11 +16,10 @@ from casa_train.modeling.image_attention import IMAGE_GATE, IMAGE_SHARE
 from casa_train.report.comparison import Comparison
 from casa_train.report.series import Array, column
 from casa_train.report.significance import LEVEL, Interval, interval
-from casa_train.report.variants import Reading, Variant
+from casa_train.report.variants import Reading, Variant, text_only
 from casa_train.report.verdicts import points, span
 
 SHARES = (IMAGE_SHARE, IMAGE_GATE)  # in percent; other gates are open or closed for all alike
-TEXT_ONLY = "text"  # the ability whose questions are not about an image
 
 
 @dataclass
@@ -132,19 +131,26 @@ def gate_said(over: AttentionOverTime) -> str | None:
     That the gate closes is said only if the interval over seeds is below 0, and below what equal
     attention would make of fewer images in sight.
     """
-    others = [a for a, kind in over.values if kind == "answer" and a != TEXT_ONLY]
-    if (TEXT_ONLY, "answer") not in over.values or not others:
+    answered = [ability for ability, kind in over.values if kind == "answer"]
+    alone = [ability for ability in answered if text_only(ability)]
+    others = [ability for ability in answered if not text_only(ability)]
+    if not alone or not others:
         return None
-    text = over.at_end(TEXT_ONLY, "answer")
-    about_images = np.mean([over.at_end(ability, "answer") for ability in others], axis=0)
+    text, about_images = (
+        np.mean([over.at_end(ability, "answer") for ability in group], axis=0)
+        for group in (alone, others)
+    )
     if not np.isfinite([text, about_images]).all():
         return None
     gap = interval((text - about_images).tolist())
     equal, beside = 0.0, ""
-    if all(ability in over.uniform for ability in (TEXT_ONLY, *others)):
-        of_others = float(np.mean([over.uniform[ability] for ability in others]))
-        equal = over.uniform[TEXT_ONLY] - of_others
-        beside = f" (equal attention: {percent(over.uniform[TEXT_ONLY])} and {percent(of_others)})"
+    if all(ability in over.uniform for ability in answered):
+        of_text, of_others = (
+            float(np.mean([over.uniform[ability] for ability in group]))
+            for group in (alone, others)
+        )
+        equal = of_text - of_others
+        beside = f" (equal attention: {percent(of_text)} and {percent(of_others)})"
     return (
         f"At step {over.steps[-1]:,}, answers to questions about text alone give images "
         f"{percent(text.mean())}, mean over layers, those of the other abilities "

@@ -35,7 +35,7 @@ from casa_train.report.significance import (
 )
 from casa_train.report.sweep_page import Job
 from casa_train.report.training_costs import count_new_parameters
-from casa_train.report.variants import Reading, Trial, Variant, abilities_of, group
+from casa_train.report.variants import Reading, Trial, Variant, abilities_of, group, text_only
 from casa_train.run.layout import EVALUATION_FILE
 
 MEAN = "all abilities"  # their plain mean
@@ -198,7 +198,7 @@ def read_chance(result: Comparison, sweep: Path) -> dict[str, float]:
     """By ability what the best answer without an image would reach, by an evaluation of a job;
     else the mean of the jobs that were asked with another sample's image.
 
-    Of questions about text alone, such as are not asked about an image, the latter says nothing.
+    Questions about text alone have none: who needs no image may know all of their answers.
     """
     guesses: dict[str, list[float]] = {}
     blind: dict[str, list[float]] = {}
@@ -206,13 +206,13 @@ def read_chance(result: Comparison, sweep: Path) -> dict[str, float]:
         try:
             families = json.loads((sweep / trial.name / EVALUATION_FILE).read_text())["families"]
             for ability, source in result.sources.items():
-                found = families.get(source) or {}
+                found = {} if text_only(ability) else families.get(source) or {}
                 for name, shares in (("guess", guesses), ("blind", blind)):
                     if found.get(name) is not None:
                         shares.setdefault(ability, []).append(float(found[name]))
         except BROKEN:
             continue  # not evaluated: the page does without
-    means = {name: float(np.mean(shares)) for name, shares in blind.items() if name != "text"}
+    means = {name: float(np.mean(shares)) for name, shares in blind.items()}
     return means | {name: max(shares) for name, shares in guesses.items()}
 
 

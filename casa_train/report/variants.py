@@ -239,3 +239,8 @@ def abilities_of(sources: Sequence[str]) -> dict[str, str]:
     start = common.rfind("/") + 1
     cut = common.find("_", start) + 1 or start
     return {source[cut:]: source for source in sorted(sources, key=natural)}
+
+
+def text_only(ability: str) -> bool:
+    """Whether its questions can be answered without an image: text, text_between and the like."""
+    return ability == "text" or ability.startswith("text_")

@@ -491,8 +491,10 @@ def test_nothing_is_compared_where_nobody_is_above_chance(sweep: Path) -> None:
     assert ("casa", "newest") in result.differences
 
 
-def test_without_an_image_text_questions_are_no_guess(sweep: Path) -> None:
+def test_questions_about_text_have_no_chance(sweep: Path) -> None:
+    """Without an image they are answered as well; the guess may even know their answers."""
     for path in sweep.glob("*/validation.jsonl"):
-        path.write_text(path.read_text().replace("synthetic_newest", "synthetic_text"))
-    evaluated(sweep, None, 0.9, "text")
-    assert not compared(sweep).chance
+        path.write_text(path.read_text().replace("synthetic_newest", "synthetic_text_between"))
+    evaluated(sweep, 1.0, 0.9, "text_between")
+    result = compared(sweep)
+    assert not result.chance and ("casa", "text_between") in result.differences

@@ -28,10 +28,10 @@ from tests.helpers.once import once
 from tests.helpers.report_pages import HOSTILE, Page
 from tests.helpers.sweep_jobs import config_of, skilled, write_job
 
-ABILITIES = ("newest", "text", "read <i>$x$")
+ABILITIES = ("newest", "text_between", "read <i>$x$")
 SEEDS = (0, 1, 2)
 # Of answers by ability and layer, at the end; before, half of it.
-SHARES = {"newest": (0.4, 0.6), "text": (0.1, 0.3), "read <i>$x$": (0.5, 0.7)}
+SHARES = {"newest": (0.4, 0.6), "text_between": (0.1, 0.3), "read <i>$x$": (0.5, 0.7)}
 
 
 def seen(seed: int, text: float = 1.0) -> Callable[[int], dict[str, Any]]:
@@ -42,9 +42,9 @@ def seen(seed: int, text: float = 1.0) -> Callable[[int], dict[str, Any]]:
 
     def at(step: int) -> dict[str, Any]:
         def classes(name: str) -> dict[str, Any]:
-            scale = (text if name == "text" else 1.0) * (1.0 if step > 10 else 0.5)
+            scale = (text if name == "text_between" else 1.0) * (1.0 if step > 10 else 0.5)
             answer = [scale * share + 0.01 * seed for share in SHARES[name]]
-            gist = None if name == "text" else [0.2, 0.25]
+            gist = None if name == "text_between" else [0.2, 0.25]
             return {"question": [0.3, 0.1 * seed], "answer": answer, "gist": gist}
 
         return {
@@ -55,7 +55,7 @@ def seen(seed: int, text: float = 1.0) -> Callable[[int], dict[str, Any]]:
                     f"tasks_{name}": {
                         "samples": 2,
                         "classes": classes(name),
-                        "uniform": {"answer": 0.42 if name == "text" else 0.46},
+                        "uniform": {"answer": 0.42 if name == "text_between" else 0.46},
                     }
                     for name in SHARES
                 },
@@ -282,14 +282,14 @@ def test_attention_is_told_by_ability_class_and_layer(sweep: Path) -> None:
     (over,) = attention_over_time(compared(sweep))
     assert (over.variant.label, over.quantity) == ("casa", "image share")
     assert over.layers == [1, 3] and over.steps == [10, 20, 30]
-    assert over.uniform == {"newest": 0.46, "text": 0.42, "read <i>$x$": 0.46}
+    assert over.uniform == {"newest": 0.46, "text_between": 0.42, "read <i>$x$": 0.46}
     assert over.values["newest", "answer"].shape == (3, 3, 2)
-    assert ("text", "gist") not in over.values and ("newest", "gist") in over.values
-    assert over.values["text", "question"][:, 0, 1] == pytest.approx([0, 0.1, 0.2])
+    assert ("text_between", "gist") not in over.values and ("newest", "gist") in over.values
+    assert over.values["text_between", "question"][:, 0, 1] == pytest.approx([0, 0.1, 0.2])
     layers = dict(over.by_layer("answer"))
     at = over.abilities.index("newest")
     assert layers[3][at] == pytest.approx(0.6 + 0.01)
-    assert dict(over.by_layer("gist"))[1][over.abilities.index("text")] is None
+    assert dict(over.by_layer("gist"))[1][over.abilities.index("text_between")] is None
 
 
 def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
@@ -300,15 +300,15 @@ def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
     assert "those of the other abilities 56.0 % (equal attention: 42.0 % and 46.0 %)" in said
     assert said.endswith("over 3 seeds −35.0 to −35.0: the gate closes on text-only turns.")
     # No further down than equal attention would be.
-    over.uniform["text"] = 0.05
+    over.uniform["text_between"] = 0.05
     assert str(gate_said(over)).endswith("that it closes on text-only turns is not shown.")
-    over.uniform["text"] = 0.42
-    over.values["text", "answer"][:, -1] = [[0.1], [0.5], [0.9]]
+    over.uniform["text_between"] = 0.42
+    over.values["text_between", "answer"][:, -1] = [[0.1], [0.5], [0.9]]
     assert str(gate_said(over)).endswith("that it closes on text-only turns is not shown.")
-    over.values["text", "answer"][:, -1] += 0.9
+    over.values["text_between", "answer"][:, -1] += 0.9
     assert str(gate_said(over)).endswith("not shown.")
     for key, values in over.values.items():
         over.values[key] = values[:1]
     assert str(gate_said(over)).endswith("by one seed, of which nothing is claimed.")
-    del over.values["text", "answer"]
+    del over.values["text_between", "answer"]
     assert gate_said(over) is None

@@ -13,6 +13,8 @@ SMOLLM_RUN := runs/demo_smollm
 SMOLLM_DATA := demo_smollm_data
 SMOLLM_TOKENS := --tokenizer $(SMOLLM_DATA)/SmolLM2-135M-Instruct --template auto
 ABILITIES := abilities_data
+ABILITIES_NEED := runs/abilities_text/export/config.json runs/abilities_tower/export/config.json $(ABILITIES)/conversations/summary.json
+SEEN_ALONE := newest,compare,counting,spelling,relation,bars
 ABILITIES_RUNS := --sweep runs --only 'abilities,*'
 FAST_RUNS := --sweep runs --only 'abilities_fast,*'
 COMPAT := .venv-compat
@@ -79,20 +81,27 @@ demo-smollm: $(SMOLLM)/.installed  ## beside a frozen SmolLM2-135M: its GGUF, pi
 	$(BIN)/python -m casa_train.evaluate $(SMOLLM_RUN) --text
 	@$(BIN)/python -m casa_train.report $(SMOLLM_RUN)
 
-# What both sweeps of abilities begin with: pictures and conversations, and the tower that reads them.
+# What both sweeps of abilities begin with: a text model and a tower that have learned before.
+runs/abilities_text/export/config.json: | setup
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/words --samples 60000 --validation 700 --seed 2 --tasks abilities --described
+	$(BIN)/python -m casa_train +experiment=abilities_text
+	$(BIN)/python -m casa_train.export runs/abilities_text --out runs/abilities_text/export
+
 runs/abilities_tower/export/config.json: | setup
-	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/pictures --samples 60000 --validation 700 --seed 1 --tasks newest,compare,counting,spelling,relation,bars
-	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/conversations --samples 60000 --validation 1600 --seed 0 --tasks abilities
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/pictures --samples 60000 --validation 700 --seed 1 --tasks $(SEEN_ALONE)
 	$(BIN)/python -m casa_train +experiment=abilities_tower
 	$(BIN)/python -m casa_train.export runs/abilities_tower --out runs/abilities_tower/export
 
-abilities: runs/abilities_tower/export/config.json  ## every mechanism and three seeds compared by abilities: hours; goes on where it was stopped
+$(ABILITIES)/conversations/summary.json: | setup
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/conversations --samples 60000 --validation 1600 --seed 0 --tasks abilities
+
+abilities: $(ABILITIES_NEED)  ## every mechanism and three seeds compared by abilities: hours; goes on where it was stopped
 	$(BIN)/python -m casa_train -m +sweep=abilities
 	$(BIN)/python -m casa_train.evaluate $(ABILITIES_RUNS)
 	$(BIN)/python -m casa_train.bench streaming $(ABILITIES_RUNS) --turns 256 --image-size 84
 	@$(BIN)/python -m casa_train.report $(ABILITIES_RUNS) --match tokens
 
-abilities-fast: runs/abilities_tower/export/config.json  ## the same in brief: one seed, fewer steps
+abilities-fast: $(ABILITIES_NEED)  ## the same in brief: one seed, fewer steps
 	$(BIN)/python -m casa_train -m +sweep=abilities_fast
 	@$(BIN)/python -m casa_train.report $(FAST_RUNS) --match tokens
 

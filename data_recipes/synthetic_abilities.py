@@ -3,7 +3,8 @@
 Sample i of a split is a pure function of (seed, split, i, families), as in `synthetic_scenes`. The
 last turn of a conversation is the question of its ability; the turns before it are its history,
 which says nothing about the answer. A held-out conversation has one such question, so questions are
-independent of each other; training asks up to three where there is more to ask.
+independent of each other; training asks up to five where there is more to ask. What a question
+names begins its answer: there a small model finds it again soonest.
 
 For every question the answers are uniform over their options, so without the right image a model is
 right as often as by chance; all but the questions that need no image. Pictures are made of cells of
@@ -57,7 +58,8 @@ MOST = 9  # shapes that are counted
 BARS = 3
 NOTHING = "nothing"  # what words say of an empty frame or cell
 MOST_DESCRIBED = 64  # frames: as words they take more room
-ASKED = 3  # questions at the end of a conversation that trains
+RECITED = 12  # colours that are told in one answer
+ASKED = 5  # questions at the end of a conversation that trains
 ORDERS = ("tallest", "middle", "shortest")
 
 Turn = tuple[str, str]
@@ -132,7 +134,8 @@ def _talk(rng: np.random.Generator, images: int) -> tuple[list[Seen], str, list[
     pictures = [_picture(rng, [shape], side=2) for shape in seen]
     shown = "".join(f"<image>{name}" for name in names) + "\n"
     asked = [
-        (f"{name}: which colour?", colour) for name, (_, colour) in zip(names, seen, strict=True)
+        (f"{name}: which colour?", f"{name} {colour}")
+        for name, (_, colour) in zip(names, seen, strict=True)
     ]
     return pictures, shown, asked
 
@@ -159,6 +162,14 @@ def _after(name: str, pictures: Sequence[Seen], shown: str, asked: Sequence[Turn
     """A conversation whose first turn shows all pictures."""
     (first, answer), *others = asked
     return Drawn(name, pictures, [], [(f"{shown}{first}", answer), *others])
+
+
+def _recite(rng: np.random.Generator, degree: Any) -> Drawn:
+    """Named pictures again, all asked about in one answer: what makes a text model look back."""
+    pictures, shown, asked = _talk(rng, int(rng.integers(2, TALK + 1)))
+    turns = [pick(rng, asked)[1] for _ in range(RECITED)]
+    names = " ".join(turn.split()[0] for turn in turns)
+    return _after("recite", pictures, shown, [(f"Which colours have {names}?", " ".join(turns))])
 
 
 def _compare(rng: np.random.Generator, degree: Any) -> Drawn:
@@ -224,7 +235,12 @@ def _relation(rng: np.random.Generator, degree: Any) -> Drawn:
         canvas.shape(kind, _any_colour(rng), cells[place])
         words[place] = kind
     question = f"Where is the {kinds[0]}, seen from the {kinds[1]}?"
-    return _after("relation", [(canvas.finish(), " ".join(words))], "<image>", [(question, side)])
+    return _after(
+        "relation",
+        [(canvas.finish(), " ".join(words))],
+        "<image>",
+        [(question, f"{kinds[0]} {side}")],
+    )
 
 
 def _bars(rng: np.random.Generator, degree: Any) -> Drawn:
@@ -233,7 +249,7 @@ def _bars(rng: np.random.Generator, degree: Any) -> Drawn:
     if (degree or pick(rng, ("value", "order"))) == "value":
         levels = random_levels(rng, BARS)
         asked = [
-            (f"How high is the {colour} bar?", str(level))
+            (f"How high is the {colour} bar?", f"{colour} {level}")
             for colour, level in zip(colours, levels, strict=True)
         ]
         return _after("bars_value", [_chart(rng, colours, levels)], "<image>", shuffled(rng, asked))
@@ -257,7 +273,7 @@ def _when(rng: np.random.Generator, degree: Any) -> Drawn:
     """A clip of one shape that changes its colour from frame to frame."""
     kind, colours = _any_kind(rng), shuffled(rng, COLOURS)[:FRAMES]
     frames = [_picture(rng, [(kind, colour)], side=1) for colour in colours]
-    asked = [(f"When is it {c}?", number) for c, number in zip(colours, NUMBERS, strict=False)]
+    asked = [(f"When is it {c}?", f"{c} {at}") for c, at in zip(colours, NUMBERS, strict=False)]
     # One alone: what was answered cannot be the answer again.
     return _after("when", frames, "<image>" * FRAMES, [pick(rng, asked)])
 
@@ -271,7 +287,7 @@ def _stream(rng: np.random.Generator, degree: Any) -> Drawn:
     )
     seen = {place: (kind, _any_colour(rng)) for place, kind in shown.items()}
     frames = [_picture(rng, [seen[i]], side=1) if i in seen else _empty(rng) for i in range(length)]
-    questions = [(f"Which colour was the {kind}?", colour) for kind, colour in seen.values()]
+    questions = [(f"Which colour was the {k}?", f"{k} {colour}") for k, colour in seen.values()]
     name = "stream" if degree is None else f"stream_{length}"
     return _after(name, frames, "<image>" * length, questions)
 
@@ -290,6 +306,7 @@ FAMILIES = {
 }
 
 
+RECITE = Family(_recite)
 TOO_LONG = [length for length in STREAMS if length > MOST_DESCRIBED]
 
 
@@ -313,6 +330,8 @@ def ability_example(
     if split == "train":
         turns = [name for name in families for _ in range(FAMILIES[name].share)]
         family, degree = FAMILIES[turns[index % len(turns)]], None
+        if described and index // len(turns) % 2:  # every second round
+            family = RECITE
     else:
         cases = [(FAMILIES[name], d) for name in families for d in FAMILIES[name].degrees]
         if described:

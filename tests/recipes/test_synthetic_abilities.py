@@ -35,6 +35,9 @@ OPTIONS = {  # answers among which each ability's are uniform
     "bars_value": [str(n) for n in range(1, 6)],
     "when": list(NUMBERS[:6]),
 }
+NAMING = [a for a in ABILITIES if a[:4] in ("newe", "earl", "rela", "when", "stre")] + [
+    "bars_value"
+]
 COLOURED = [a for a in ABILITIES if a not in (*OPTIONS, "spelling", "text_between")]
 OPTIONS |= {ability: list(COLOURS) for ability in COLOURED}
 
@@ -54,7 +57,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Canvas, "shape", lambda *_: None)
     monkeypatch.setattr(Canvas, "finish", lambda *_: None)
     monkeypatch.setattr(synthetic_abilities, "png", lambda *_: b"")
-    monkeypatch.setattr(synthetic_abilities, "print_text", lambda *_: None)
+    monkeypatch.setattr(synthetic_abilities, "print_capital", lambda *_: None)
     monkeypatch.setattr(synthetic_abilities, "draw_bars", lambda *_: None)
     monkeypatch.setattr(synthetic_abilities, "_empty", lambda *_: None)
 
@@ -146,6 +149,16 @@ def letters_of(data: bytes) -> str:
 # ---------------------------------------------------------------------------------- what they say
 
 
+def ending(sample: Example) -> tuple[str, str]:
+    """The last question, and its answer without the word of the question that it begins with."""
+    question, answer = sample.texts[-1]
+    first, _, rest = answer.partition(" ")
+    if sample.task in NAMING:
+        assert first in question.split(">")[-1]
+        return question, rest
+    return question, answer
+
+
 def test_each_ability_is_held_out_equally_often_and_trained_by_family() -> None:
     assert Counter(e.task for e in examples(48)) == dict.fromkeys(ABILITIES, 3)
     trained = Counter(e.task for e in examples(170, "train"))
@@ -157,7 +170,7 @@ def test_each_ability_is_held_out_equally_often_and_trained_by_family() -> None:
 def test_the_answer_is_what_the_pixels_show(held_out: list[Example]) -> None:
     checked: Counter[str] = Counter()
     for sample in held_out:
-        question, answer = sample.texts[-1]
+        question, answer = ending(sample)
         if sample.task.startswith(("newest", "earlier")):
             named = re.findall(r"<image>([a-z]+)", question)
             name = question.split("\n")[1].split(":")[0]
@@ -217,7 +230,7 @@ def test_answers_are_uniform_whatever_is_asked(undrawn: None) -> None:
     by_ability: dict[str, Counter[str]] = defaultdict(Counter)
     by_words: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for sample in examples(16 * 900):
-        question, answer = sample.texts[-1]
+        question, answer = ending(sample)
         by_ability[sample.task][answer] += 1
         if sample.task in OPTIONS:
             words = re.sub(r"(<image>\w*)+\n?", "", question)
@@ -259,9 +272,49 @@ def test_training_asks_several_questions_of_different_things(undrawn: None) -> N
         questions = [re.sub(r"(<image>\w*)+\n?", "", question) for question, _ in sample.texts]
         asked[sample.task].add(len(questions))
         if sample.task != "text_between":
-            assert len({*questions}) == len(questions) <= 3
-    assert asked["stream"] == asked["bars_value"] == {3} and asked["earlier"] == {2, 3}
+            assert len({*questions}) == len(questions) <= 5
+    assert asked["stream"] == asked["bars_value"] == {3} and asked["earlier"] == {2, 3, 4, 5}
     assert asked["when"] == asked["newest"] == asked["counting"] == asked["bars_order"] == {1}
+
+
+def test_words_say_what_pictures_would_show() -> None:
+    checked: Counter[str] = Counter()
+    for i in range(14 * 4):
+        told = ability_example(5, "validation", list(FAMILIES), i, described=True)
+        assert not told.images and "<image>" not in str(told.texts)
+        question, answer = ending(told)
+        words = re.findall(r"\[([^]]*)\]", question)
+        checked[told.task] += 1
+        if told.task == "counting":
+            assert len(words[0].split()) == 2 * int(answer)
+        elif told.task == "spelling":
+            assert words == [answer]
+        elif told.task == "compare":
+            first, second = ({*w.split()} & {*COLOURS} for w in words)
+            assert first & second == {answer}
+        elif told.task == "when":
+            frame = words[list(NUMBERS).index(answer)]
+            assert frame.split()[0] == question.split()[-1].removesuffix("?")
+        elif told.task.startswith("stream"):
+            assert f"{answer} {question.split()[-1].removesuffix('?')}" in words
+            assert len(words) == int(told.task.split("_")[1])
+        elif told.task.startswith(("newest", "earlier")):
+            name = question.split("\n")[1].split(":")[0]
+            assert re.search(rf"\[{answer} \w+\]{name}", question)
+        elif told.task == "relation":
+            places = words[0].split()
+            asked = re.search(r"Where is the (\w+), seen from the (\w+)\?", question)
+            assert asked and len(places) == 9
+            at, other = places.index(asked[1]), places.index(asked[2])
+            if at // 3 == other // 3:
+                assert answer == ("left" if at < other else "right")
+            else:
+                assert at % 3 == other % 3 and answer == ("above" if at < other else "below")
+        elif told.task == "bars_value":
+            assert f"{question.split(' the ')[1].split()[0]} {answer}" in words[0]
+    assert set(checked) == {*ABILITIES} - {"stream_128", "stream_256"}
+    for i in range(200):
+        assert len(str(ability_example(5, "train", ["stream"], i, described=True).texts)) < 1200
 
 
 # ----------------------------------------------------------------------------------- the dataset

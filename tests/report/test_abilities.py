@@ -22,13 +22,14 @@ BUDGETS = ["data.text_tokens=300", "data.image_tokens=300"]
 def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny and two steps long; sizes apart, every command is that of conf/README.md."""
     data, runs = tmp_path / "data", tmp_path / "runs"
-    for name, tasks, held_out in (
-        ("pictures", "newest,compare,counting,spelling,relation,bars", "14"),
-        ("conversations", "abilities", "32"),
+    for name, held_out, *tasks in (
+        ("words", "28", "abilities", "--described"),
+        ("pictures", "14", "newest,compare,counting,spelling,relation,bars"),
+        ("conversations", "32", "abilities"),
     ):
         sizes = ["--samples", "120", "--validation", held_out, "--seed", "3", "--workers", "1"]
         out = ["--out", str(data / name)]
-        assert recipes(["synthetic", *out, *sizes, "--tasks", tasks]) == 0
+        assert recipes(["synthetic", *out, *sizes, "--tasks", *tasks]) == 0
 
     def on(name: str) -> list[str]:
         return [
@@ -39,13 +40,16 @@ def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
             *BUDGETS,
         ]
 
-    python, tower = [sys.executable, "-m"], runs / "abilities_tower"
-    first = [f"run_dir={tower}", "trainer.steps=2", "evaluation.every=2", *on("pictures")]
-    run([*python, "casa_train", "+experiment=abilities_tower", *first])
-    run([*python, "casa_train.export", str(tower), "--out", str(tower / "export")])
+    python = [sys.executable, "-m"]
+    for name, part in (("words", "text"), ("pictures", "tower")):
+        first = runs / f"abilities_{part}"
+        short = [f"run_dir={first}", "trainer.steps=2", "evaluation.every=2", *on(name)]
+        run([*python, "casa_train", f"+experiment=abilities_{part}", *short])
+        run([*python, "casa_train.export", str(first), "--out", str(first / "export")])
     sweep = [
         f"hydra.sweep.dir={runs}",
-        f"model.vision.pretrained={tower}/export",
+        f"model.backbone.pretrained={runs}/abilities_text/export",
+        f"model.vision.pretrained={runs}/abilities_tower/export",
         "fusion=casa,insertion",
         "seed=0,1",
         "trainer.steps=4",

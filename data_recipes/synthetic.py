@@ -59,19 +59,22 @@ CHAT = """{{ '<|bos|>' }}{% for m in messages %}
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def build_tokenizer(texts: Iterable[str] = (), special: Sequence[str] = ()) -> Any:
+def build_tokenizer(
+    texts: Iterable[str] = (), special: Sequence[str] = (), one_form: bool = False
+) -> Any:
     """A small byte-level BPE tokenizer: any text encodes, the usual answers are one or two tokens.
 
     It does not depend on the arguments of the recipe, so datasets of several runs can be mixed.
 
     :param texts: what it learns from beside this recipe's own texts.
     :param special: special tokens that it has beside this recipe's own.
+    :param one_form: whether a word that begins a turn is the token it is after a space.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=one_form)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -92,8 +95,11 @@ def build_tokenizer(texts: Iterable[str] = (), special: Sequence[str] = ()) -> A
 
 
 def ability_tokenizer() -> Any:
-    """The same with the words of `synthetic_abilities`, and a token that stands behind images."""
-    return build_tokenizer(ability_corpus(), [IMAGE_END])
+    """The same with the words of `synthetic_abilities`, and a token that stands behind images.
+
+    A word is the same token wherever it stands: a small model finds again what is the same.
+    """
+    return build_tokenizer(ability_corpus(), [IMAGE_END], one_form=True)
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -132,7 +132,7 @@ def _talk(rng: np.random.Generator, images: int) -> tuple[list[Seen], str, list[
     names = shuffled(rng, NAMES)[:images]
     seen = [(_any_kind(rng), _any_colour(rng)) for _ in names]
     pictures = [_picture(rng, [shape], side=2) for shape in seen]
-    shown = "".join(f"<image>{name}" for name in names) + "\n"
+    shown = "".join(f"<image>{name} " for name in names)
     asked = [
         (f"{name}: which colour?", f"{name} {colour}")
         for name, (_, colour) in zip(names, seen, strict=True)
@@ -345,7 +345,7 @@ def ability_example(
         return Example(drawn.name, tuple(png(image, 1) for image, _ in drawn.pictures), texts)
     words = iter(drawn.pictures)
     texts = tuple(
-        (re.sub("<image>", lambda _: f"[{next(words)[1]}]", question), answer)
+        (re.sub("<image>", lambda _: f"[ {next(words)[1]} ] ", question), answer)
         for question, answer in texts
     )
     return Example(drawn.name, (), texts)

@@ -361,6 +361,13 @@ def ability_corpus() -> list[str]:
         *(f"When is it {colour}?" for colour in COLOURS),
         *(f"Which colour was the {kind}?" for kind in KINDS),
     ]
-    alone = [*SIDES, "How many shapes?", "Spell the word.", "Which colour is in both?"]
+    alone = [
+        *SIDES,
+        f"[ {NOTHING} ] [ {NOTHING} ]",
+        "Which colours have",
+        "How many shapes?",
+        "Spell the word.",
+        "Which colour is in both?",
+    ]
     letters = [" ".join(LETTERS), *LETTERS]
     return [*questions, *(text for text in (*alone, *letters) for _ in range(20))]

@@ -188,16 +188,16 @@ def compose_jobs(
             plain = [o for o in overrides if o not in swept]
             base = compose("train", [*where, *plain], return_hydra_config=True)
             of_sweep = [f"{k}={v}" for k, v in (base.hydra.sweeper.params or {}).items()]
-            choices: list[list[str]] = []
+            choices: dict[str, list[str]] = {}  # of a key given twice the last, as Hydra has it
             for override in parser.parse_overrides([*as_typed(of_sweep), *overrides]):
                 key = override.get_key_element()
                 if override.is_sweep_override():
                     values = [f"{key}={value}" for value in override.sweep_string_iterator()]
                 else:
                     values = [override.input_line or ""]
-                choices.append(values)
+                choices[key] = values
             jobs = []
-            for combination in itertools.product(*choices):
+            for combination in itertools.product(*choices.values()):
                 raw = compose("train", [*where, *combination])
                 with open_dict(raw):
                     directory = job_directory(raw.name, combination)

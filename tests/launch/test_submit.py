@@ -56,6 +56,23 @@ def test_a_named_sweep_is_read_from_conf() -> None:
         compose_jobs(["+experiment=demo", "seed=1,2", "run_dir=x"], array=True)
 
 
+def test_a_value_given_again_takes_the_place_of_the_sweep_s_own(tmp_path: Path) -> None:
+    """As under -m, where the last one counts and stands where the key stood first."""
+    sweep = tmp_path / "conf" / "sweep" / "mine.yaml"
+    sweep.parent.mkdir(parents=True)
+    params = "      seed: 3,4\n      fusion: casa,insertion\n"
+    head = (
+        "# @package _global_\ndefaults:\n  - /experiment: demo\nhydra:\n  sweeper:\n    params:\n"
+    )
+    sweep.write_text(head + params)
+    for given, seeds in ((["seed=8"], [8]), (["seed=8,9"], [8, 9])):
+        jobs = compose_jobs(["+sweep=mine", *given], True, tmp_path / "conf")
+        assert [Path(job.config.run_dir).name for job in jobs] == [
+            f"demo,seed={seed},fusion={name}" for seed in seeds for name in ("casa", "insertion")
+        ]
+        assert [job.config.seed for job in jobs] == [seed for seed in seeds for _ in range(2)]
+
+
 def test_how_many_jobs_run_at_once_is_no_matter_of_an_array(tmp_path: Path) -> None:
     """SLURM starts the tasks; each is one run, under the name that a local sweep gives."""
     sweep = tmp_path / "conf" / "sweep" / "mine.yaml"

@@ -237,18 +237,20 @@ def at_once(wanted: int | None, configs: Sequence[Config | None], cores: int, gp
     """How many jobs run at once.
 
     :param wanted: None: one a GPU, or as many as the cores hold the threads of.
-    :param configs: of the jobs.
+    :param configs: of the jobs; None: one that does not hold, whose job says so at once.
     """
     if wanted is None:
-        wanted = gpus or cores // max(threads_of(config, cores) for config in configs)
+        threads = (threads_of(config, cores) for config in configs if config is not None)
+        wanted = gpus or cores // max(threads, default=1)
     return max(1, min(wanted, len(configs)))
 
 
-def threads_of(config: Config | None, cores: int) -> int:
+def threads_of(config: Config, cores: int) -> int:
     """CPU threads that a job computes with, at most a core each."""
     own = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    threads = config.parallel.threads if config is not None else 0
-    return min(cores, threads or (int(own) if own.isdecimal() and int(own) else cores))
+    return min(
+        cores, config.parallel.threads or (int(own) if own.isdecimal() and int(own) else cores)
+    )
 
 
 def places(count: int, gpus: int) -> list[dict[str, str]]:

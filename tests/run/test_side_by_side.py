@@ -210,9 +210,11 @@ def test_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_once(None, [one] * 3, cores=8, gpus=0) == 3  # no more than there are jobs
     assert at_once(None, [one] * 9, cores=8, gpus=4) == 4
     assert at_once(5, [own] * 9, cores=2, gpus=1) == 5  # as it was said
+    # A job whose configuration does not hold says so and computes nothing.
+    assert at_once(None, [one, None, three], cores=8, gpus=0) == 2
+    assert at_once(None, [None] * 3, cores=8, gpus=0) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
     assert threads_of(own, cores=8) == 2 and threads_of(three, cores=8) == 3
-    assert threads_of(None, cores=1) == 1
 
 
 def test_every_job_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

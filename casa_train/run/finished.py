@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from casa_train.config.compose import to_config
+from casa_train.config.matched import as_given
 from casa_train.config.places import absolute, as_before, places, relocated
 from casa_train.config.schema import Config, flatten
 from casa_train.errors import UserError
@@ -22,8 +23,9 @@ def is_finished(config: Config | None, run_dir: Path) -> bool:
     """Whether another start of the run would find nothing to do, and nothing to refuse.
 
     Only what is sure counts: its last start took the last step and left a checkpoint of it, every
-    field of its configuration is the same, and nothing that it names has changed since. A run that
-    exports while it goes on is never sure, and neither is one that reads from a hub.
+    field of its configuration is the same, as it was given or with the numbers that matched its
+    parameters, and nothing that it names has changed since. A run that exports while it goes on is
+    never sure, and neither is one that reads from a hub.
 
     :param config: as it would be started now; None: it does not hold.
     """
@@ -41,7 +43,8 @@ def is_finished(config: Config | None, run_dir: Path) -> bool:
         ended = (run_dir / STARTS_FILE).stat().st_mtime
         stored = to_config(OmegaConf.load(run_dir / CONFIG_FILE))  # type: ignore[arg-type]
         now = absolute(as_before(config, relocated(stored, run_dir)))
-        if flatten(replace(now, run_dir=str(run_dir.absolute()))) != flatten(stored):
+        here = flatten(replace(now, run_dir=str(run_dir.absolute())))
+        if here not in (flatten(stored), flatten(as_given(stored))):
             return False
         failed = run_dir / FAILURE_FILE
         if (run_dir / REQUEUE_FILE).exists() or (failed.exists() and _changed(failed) > ended):

@@ -16,8 +16,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from casa_train.config.compose import compose_config, compose_onto
+from casa_train.config.model_schema import Matched
 from casa_train.config.overrides import as_typed, quoted
 from casa_train.config.schema import Config
+from casa_train.cost.sizes import size_model
 from casa_train.io.files import sha256
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.configuration import stored_config
@@ -25,6 +27,7 @@ from casa_train.run.finished import is_finished
 from casa_train.run.layout import CONSOLE_FILE, FAILURE_FILE
 from casa_train.run.side_by_side import at_once, last_words, places, threads_of
 from casa_train.run.sweep import run_directories
+from casa_train.setup.equal_parameters import match_parameters
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
 from tests.helpers.runs import exact, wait_for_step
 
@@ -242,3 +245,33 @@ def test_any_directory_is_one_value(name: str, tmp_path: Path) -> None:
     """The run directory of a job goes through Hydra's grammar."""
     (override,) = as_typed([f"run_dir={quoted(f'{tmp_path}/{name}')}"])
     assert compose_config(["+experiment=demo", override]).run_dir == f"{tmp_path}/{name}"
+
+
+@pytest.mark.parametrize("chosen", ["width", "options"])
+def test_a_run_with_matched_parameters_is_finished_once(chosen: str, tmp_path: Path) -> None:
+    """Its directory holds the numbers that the start chose; who starts it again does not."""
+    data = tmp_path / "data"
+    for name in ("tokenizer", "train", "validation"):
+        (data / name).mkdir(parents=True)
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "step_7").mkdir(parents=True)
+    fusion, match = "casa", "gated_cross_attention"
+    own = ["trainer.steps=7", f"fusion={fusion}", f"run_dir={run_dir}", *on_data(data)]
+    config = compose_config(["+experiment=demo", *TINY, *own, f"model.match={match}"])
+    if chosen == "width":
+        started = match_parameters(config, size_model(config, [])).config
+    else:  # as beside a pretrained backbone
+        started = dataclasses.replace(config, fusion={**config.fusion, "every": 2})
+        matched = Matched(123, reached=124, fusion=dict(config.fusion))
+        started.model = dataclasses.replace(config.model, matched=matched)
+    assert started != config
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(started)))
+    left = {"start": 1, "time": 2.5, "left": "finished", "step": 7}
+    lines = [{"start": 1, "time": 1.5, "after_step": 0}, left]
+    (run_dir / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(run_dir / "starts.jsonl", (2e9, 2e9))
+    assert is_finished(config, run_dir)
+    for other in ("model.match=cross_attention", "model.match=null", "fusion.every=2"):
+        assert not is_finished(compose_onto(config, [other]), run_dir), other
+    wider = compose_onto(config, ["model.backbone.config.intermediate_size=56"])
+    assert not is_finished(wider, run_dir)

@@ -147,6 +147,7 @@ def run(arguments: argparse.Namespace) -> Report:
     :raises UserError: sizes that make no stream, or a directory that is no export.
     """
     chosen, left = _of_sweep(arguments)
+    marks = _marks.marks_up_to(arguments.turns, arguments.marks)
     check(arguments)
     device, dtype = device_and_dtype(arguments)
     torch.manual_seed(arguments.seed)
@@ -174,7 +175,6 @@ def run(arguments: argparse.Namespace) -> Report:
         return Report("\n".join(lines), {**data, "held": held})
     k = max(1, min(MEDIAN_OF, arguments.turns // 4))
     turns, young, openings = play(models, forms, entering, arguments.turns, k)
-    marks = _marks.marks_up_to(arguments.turns, arguments.marks)
     streams = {
         label: {
             **summary(turns[label], young[label]),
@@ -212,14 +212,20 @@ def _of_sweep(arguments: argparse.Namespace) -> tuple[list[SweepExport], list[Le
         raise UserError(f"--only is {arguments.only}, but only --sweep reads it; leave it out.")
     if arguments.turns is None:
         arguments.turns = max(arguments.marks or (_marks.MARKS if sweep else [TURNS]))
+    for option in ("fps", "compare_paths"):
+        name = f"--{option.replace('_', '-')}"
+        if sweep is not None and getattr(arguments, option):
+            raise UserError(
+                f"{name} beside --sweep, which measures streams alone; name the exports with "
+                "--export JOB/export ..."
+            )
+        if arguments.marks and getattr(arguments, option):
+            raise UserError(
+                f"--marks beside {name}, which measures no costs after so many images; give one of "
+                "the two."
+            )
     if sweep is None:
         return [], []
-    for option in ("fps", "compare_paths"):
-        if getattr(arguments, option):
-            raise UserError(
-                f"--{option.replace('_', '-')} beside --sweep, which measures streams alone; name "
-                "the exports with --export JOB/export ..."
-            )
     chosen, left = sweep_exports(sweep, arguments.only or "*")
     arguments.export = [one.path for one in chosen]
     arguments.json = arguments.json or sweep / STREAMING_FILE

@@ -118,6 +118,24 @@ def test_marks_are_medians_of_times_and_the_sizes_of_their_turn() -> None:
             marks_up_to(20, asked)
 
 
+def test_marks_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("casa_train.bench.streaming.load_models", load)
+    for options, message in (
+        (["--marks", "0"], "--marks holds 0"),
+        (["--marks", "0,4"], "--marks holds 0"),
+        (["--marks", "50", "--turns", "20"], "--marks begins at 50, but --turns is 20"),
+        (["--marks", "1,4", "--fps", "2"], "--marks beside --fps"),
+        (["--marks", "1,4", "--compare-paths"], "--marks beside --compare-paths"),
+    ):
+        assert main(["streaming", "--device", "cpu", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def write_job(sweep: Path, *overrides: str) -> Path:
     """A run's directory as a job of a sweep leaves it, without what it trained."""
     config = compose_config(["+experiment=demo", *overrides])

@@ -64,18 +64,20 @@ class AttentionOverTime:
 
 
 def attention_over_time(result: Comparison) -> list[AttentionOverTime]:
-    """Of each variant that recorded shares, the steps that all its seeds have."""
+    """Of each variant that recorded shares, the steps that all its seeds have; nothing of one whose
+    record holds no number.
+    """
     found = []
     for variant in result.variants:
         own = {trial.seed: trial.readings for trial in variant.trials}
         names = [
             name
             for name in SHARES
-            if all(any(name in r.attention for r in x) for x in own.values())
+            if all(any(r.attention.get(name) for r in x) for x in own.values())
         ]
         if names:
             found.append(_of_variant(result, variant, names[0], list(own.values())))
-    return [one for one in found if one.steps]
+    return [one for one in found if one.steps and one.values]
 
 
 def _of_variant(
@@ -85,7 +87,7 @@ def _of_variant(
         {
             reading.step: reading.attention[quantity]
             for reading in readings
-            if quantity in reading.attention
+            if reading.attention.get(quantity)
         }
         for readings in seeds
     ]

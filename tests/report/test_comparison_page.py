@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report import __main__ as report
 from casa_train.report.ability_attention import attention_over_time, gate_said
 from casa_train.report.comparison import Comparison, compare
@@ -26,7 +27,7 @@ from casa_train.report.jobs import read_sweep
 from casa_train.report.streaming_costs import read_streaming
 from tests.helpers.once import once
 from tests.helpers.report_pages import HOSTILE, Page
-from tests.helpers.sweep_jobs import config_of, skilled, write_job
+from tests.helpers.sweep_jobs import config_of, skilled, write_job, write_lines
 
 ABILITIES = ("newest", "text_between", "read <i>$x$")
 SEEDS = (0, 1, 2)
@@ -312,3 +313,26 @@ def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
     assert str(gate_said(over)).endswith("by one seed, of which nothing is claimed.")
     del over.values["text_between", "answer"]
     assert gate_said(over) is None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        {"layers": [1], "uniform": None, "sources": {}},
+        {"layers": [1], "uniform": 0.4, "sources": {"tasks_newest": {"samples": 0}}},
+        {
+            "layers": [1],
+            "uniform": 0.4,
+            "sources": {"tasks_newest": {"classes": {"answer": [None], "gist": None}}},
+        },
+    ],
+)
+def test_attention_of_which_nothing_is_known_has_no_section(sweep: Path, found: Any) -> None:
+    for seed in SEEDS:
+        path = sweep / f"s,fusion=casa,seed={seed}" / "validation.jsonl"
+        records = [{**r, "attention": {"image share": found}} for r in read_metrics(path)]
+        write_lines(path, records)
+    assert not attention_over_time(compared(sweep))
+    _, page = write_comparison(sweep, "*", "flops")
+    assert "Attention to images" not in Page(page.read_text()).text

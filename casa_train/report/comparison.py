@@ -52,6 +52,8 @@ class Comparison:
     :param common: by ability, the places of the questions that every job could read.
     :param cells: by (variant, ability), over seeds; MEAN is an ability, too, if there are several.
     :param chance: by ability, where an evaluation of the jobs says it.
+    :param blind: abilities whose chance is that of jobs which see another image; of the others it
+        is the best guess without one.
     :param unlearned: abilities in which no variant is above chance.
     :param differences: by (variant, ability), from the baseline.
     :param problems: what a reader must know, a line each.
@@ -67,6 +69,7 @@ class Comparison:
     common: dict[str, Integers] = field(default_factory=dict)
     cells: dict[tuple[str, str], Interval] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    blind: list[str] = field(default_factory=list)
     unlearned: list[str] = field(default_factory=list)
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -143,7 +146,7 @@ def compare(
     sources = abilities_of(list(first.hits))
     result = Comparison(sweep.name, match, limit, reference, read, apart, sources)
     result.problems = problems
-    result.chance = read_chance(result, sweep)
+    result.chance, result.blind = read_chance(result, sweep)
     fill(result)
     return result
 
@@ -194,11 +197,13 @@ def _find_common(result: Comparison) -> None:
         raise UserError(f"nothing can be compared. {' '.join(result.problems)}")
 
 
-def read_chance(result: Comparison, sweep: Path) -> dict[str, float]:
+def read_chance(result: Comparison, sweep: Path) -> tuple[dict[str, float], list[str]]:
     """By ability what the best answer without an image would reach, by an evaluation of a job;
     else the mean of the jobs that were asked with another sample's image.
 
     Questions about text alone have none: who needs no image may know all of their answers.
+
+    :return: beside them the abilities whose chance is such a mean.
     """
     guesses: dict[str, list[float]] = {}
     blind: dict[str, list[float]] = {}
@@ -213,7 +218,8 @@ def read_chance(result: Comparison, sweep: Path) -> dict[str, float]:
         except BROKEN:
             continue  # not evaluated: the page does without
     means = {name: float(np.mean(shares)) for name, shares in blind.items()}
-    return means | {name: max(shares) for name, shares in guesses.items()}
+    chance = means | {name: max(shares) for name, shares in guesses.items()}
+    return chance, [name for name in result.sources if name in blind and name not in guesses]
 
 
 def _unlearned(result: Comparison) -> list[str]:

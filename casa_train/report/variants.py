@@ -242,5 +242,9 @@ def abilities_of(sources: Sequence[str]) -> dict[str, str]:
 
 
 def text_only(ability: str) -> bool:
-    """Whether its questions can be answered without an image: text, text_between and the like."""
-    return ability == "text" or ability.startswith("text_")
+    """Whether its questions can be answered without an image: text, text_between and the like.
+
+    The ability of a source that shares no first word with others still has its own.
+    """
+    own = f"_{ability}".replace("/", "_")
+    return ability == "text" or ability.startswith("text_") or "_text_between_" in f"{own}_"

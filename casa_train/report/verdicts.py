@@ -44,6 +44,12 @@ def how_matched(result: Comparison) -> str:
             f"Every job is read at its last validation; variants add {result.limit:,.0f} "
             "parameters to the insertion model of their configuration, within "
             f"{100 * TOLERANCE:g} %."
+            + (
+                f" The baseline {result.baseline.label} adds none: against it they have that many "
+                "more."
+                if result.limit and not result.baseline.new_parameters
+                else ""
+            )
         )
     stands = [reading.amounts[result.match] / result.limit for _, reading in result.chosen]
     said = written(result.match, result.limit)
@@ -86,7 +92,7 @@ def verdict(result: Comparison) -> list[Finding]:
     lines = [Finding(label, said) for label, said in found.items() if said is not None]
     silent = [v.label for v in others if found[v.label] is None and _compared(result, v)]
     if silent:
-        lines.append(Finding(", ".join(silent), f"no difference to {base} shown in any ability."))
+        lines.append(Finding("; ".join(silent), f"no difference to {base} shown in any ability."))
     if result.unlearned:
         lines.append(
             Finding(
@@ -173,7 +179,12 @@ def _said(difference: Difference) -> str:
 def chance_said(result: Comparison) -> str:
     """Where chance is from, or how to know it."""
     if result.chance:
-        return "Chance: the best answer without an image, by the evaluations of the jobs."
+        best = [name for name in result.chance if name not in result.blind]
+        of = f" ({', '.join(result.blind)})" if best else ""
+        said = ["the best answer without an image"] if best else []
+        if result.blind:
+            said.append(f"what the jobs answer with another sample's image{of}")
+        return f"Chance: {'; '.join(said)}, by the evaluations of the jobs."
     return (
         "What chance reaches is not known: python -m casa_train.evaluate --sweep measures it. So "
         "nothing is said of abilities that nobody learned."

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from casa_train.errors import UserError
 from casa_train.io.numbers import count
+from casa_train.report.read_points import TITLES
 from casa_train.report.training_costs import machines_of
 from casa_train.report.variants import Key, Variant, read_validations
 
 Say = Callable[[str], None]
 
 INSERTION = "insertion"
+APART = 0.05
+"""Share of a matched amount that one job may have less than another before that is said."""
 
 
 def find_baseline(variants: Sequence[Variant], name: str | None) -> Variant:
@@ -58,7 +61,26 @@ def with_validations(variants: Sequence[Variant], sweep: Path, say: Say) -> list
                 if job.state != "finished":
                     say(f"{trial.name} is read where it came, as no job is done: it is {state}.")
         variant.trials = kept or variant.trials[:0]
+    variants = [variant for variant in variants if variant.trials]
+    _leave_out_cut(variants, say)
     return [variant for variant in variants if variant.trials]
+
+
+def _leave_out_cut(variants: Sequence[Variant], say: Say) -> None:
+    """Jobs that are done and whose validations end before: all others would be read there."""
+    finished = [t for v in variants for t in v.trials if t.job.state == "finished"]
+    cut = [t for t in finished if t.readings[-1].step < t.job.steps]
+    if len(cut) == len(finished):
+        return
+    for trial in cut:
+        say(
+            f"{trial.name} is left out: it is finished at step {trial.job.step:,}, but its last "
+            f"validation that says which answers were right was at step "
+            f"{trial.readings[-1].step:,} (evaluation.every was 0 at its end, or validation.jsonl "
+            "was cut)."
+        )
+    for variant in variants:
+        variant.trials = [trial for trial in variant.trials if trial not in cut]
 
 
 def same_questions(variants: Sequence[Variant], baseline: Variant, say: Say) -> list[Variant]:
@@ -123,6 +145,28 @@ def say_what_differs(variants: Sequence[Variant], match: str, sweep: Path, say: 
         )
         places = "; ".join(f"{place}: {', '.join(names)}" for place, names in machines.items())
         say(f"jobs trained on different machines, so that {what} do not compare: {places}.")
+
+
+def say_who_stands_apart(variants: Sequence[Variant], amount: str, limit: float, say: Say) -> None:
+    """Variants that are read at other amounts than were to be matched, as validations are rare."""
+    stands = {
+        variant.label: [t.chosen.amounts[amount] / limit for t in variant.trials if t.chosen]
+        for variant in variants
+    }
+    shares = [share for own in stands.values() for share in own]
+    if min(shares) >= (1 - APART) * max(shares):
+        return
+    said = "; ".join(
+        f"{label} at {100 * min(own):.0f}"
+        + (f" to {100 * max(own):.0f}" if max(own) - min(own) >= 0.005 else "")
+        + " %"
+        for label, own in stands.items()
+    )
+    say(
+        f"jobs are read at different {TITLES[amount]}, as there is no validation nearer: {said} of "
+        "what all reached. Who has less looks worse for that alone. A smaller evaluation.every "
+        "brings them together."
+    )
 
 
 def say_what_is_early(variants: Sequence[Variant], say: Say) -> None:

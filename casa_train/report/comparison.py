@@ -20,6 +20,7 @@ from casa_train.report.compared_jobs import (
     same_questions,
     say_what_differs,
     say_what_is_early,
+    say_who_stands_apart,
     with_validations,
 )
 from casa_train.report.jobs import BROKEN
@@ -105,6 +106,13 @@ class Comparison:
         answers = answers[answers >= 0]
         return float(answers.mean()) if len(answers) else math.nan
 
+    def stands(self, variant: Variant) -> float:
+        """Where a variant is read, as a share of the matched amount: the mean over its seeds."""
+        if self.match == "params":
+            return 1.0
+        found = [t.chosen.amounts[self.match] for t in variant.trials if t.chosen is not None]
+        return float(np.mean(found)) / self.limit
+
     def shares(self, variant: Variant, ability: str) -> list[float]:
         """One a seed."""
         return [self.share(t.chosen, ability) for t in variant.trials if t.chosen is not None]
@@ -141,6 +149,8 @@ def compare(
     assert limit is not None
     say_what_differs(read, match, sweep, say)
     say_what_is_early(read, say)
+    if match != "params":
+        say_who_stands_apart(read, match, limit, say)
     read.sort(key=lambda variant: variant is not reference)  # the others keep their order
     first = next(r for v in read for t in v.trials if (r := t.chosen) is not None)
     sources = abilities_of(list(first.hits))

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from casa_train.io.numbers import MISSING, count
+from casa_train.report.compared_jobs import APART
 from casa_train.report.comparison import MEAN, Comparison
+from casa_train.report.read_points import TITLES as AMOUNT_NAMES
 from casa_train.report.read_points import written
 from casa_train.report.significance import ALPHA, LEVEL, Difference, Interval
 from casa_train.report.variants import Variant
@@ -158,6 +160,12 @@ def _of_variant(result: Comparison, variant: Variant) -> str | None:
     rest = [ability for ability in own if ability not in chosen and ability != MEAN]
     if rest:
         parts.append(f"{NONE} at {', '.join(rest)}")
+    ratio = result.stands(variant) / result.stands(result.baseline)
+    if not 1 - APART <= ratio <= 1 / (1 - APART):
+        parts.append(
+            f"read after {100 * ratio:.0f} % of the {AMOUNT_NAMES[result.match]} of "
+            f"{result.baseline.label}, which may be why"
+        )
     beyond = "" if claimed else "on these questions and by one seed alone: "
     return f"{beyond}{'; '.join(parts)}."
 

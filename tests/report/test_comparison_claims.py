@@ -1,4 +1,4 @@
-"""What a comparison's words may claim: labels that stay apart, what chance is, who was read where."""
+"""What a comparison's words may claim: labels stay apart, what chance is, who was read where."""
 
 from __future__ import annotations
 
@@ -85,3 +85,45 @@ def test_what_chance_is_of_which_ability(tmp_path: Path) -> None:
 )
 def test_which_questions_need_no_image(ability: str, alone: bool) -> None:
     assert text_only(ability) == alone
+
+
+def test_who_is_read_after_less_training_is_said(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        job(tmp_path, "insertion", 2.0, seed)
+        job(tmp_path, "casa", 0.2, seed, cost=1.6)
+        job(tmp_path, "cross_attention", 0.2, seed, cost=1.01)
+    result = compared(tmp_path, "flops")
+    (said,) = [p for p in result.problems if "no validation nearer" in p]
+    assert "casa at 53 %" in said and "insertion at 100 %" in said
+    words = {finding.about: finding.said for finding in verdict(result)}
+    assert (
+        "; read after 53 % of the training FLOPs of insertion, which may be why." in words["casa"]
+    )
+    assert "worse" in words["cross_attention"] and "read after" not in words["cross_attention"]
+    # By tokens all stand at the same.
+    result = compared(tmp_path, "tokens")
+    assert not result.problems and "read after" not in "".join(map(str, verdict(result)))
+
+
+def test_seeds_that_are_read_apart_are_said(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        job(tmp_path, "casa", 1.0, seed, cost=1.1 if seed else 1.0)
+    (said,) = [p for p in compared(tmp_path, "flops").problems if "no validation nearer" in p]
+    assert "casa at 73 to 100 %" in said
+
+
+def test_a_finished_job_whose_validations_end_before_draws_nobody_back(tmp_path: Path) -> None:
+    for name in ("casa", "insertion"):
+        for seed in (0, 1):
+            job(tmp_path, name, 1.0, seed)
+    path = tmp_path / "s,fusion=casa,seed=1" / "validation.jsonl"
+    write_lines(path, [r for r in read_metrics(path) if r["step"] == 10])
+    result = compared(tmp_path)
+    (said,) = [p for p in result.problems if "is left out" in p]
+    assert said.startswith("s,fusion=casa,seed=1") and "at step 10 (" in said
+    assert {reading.step for _, reading in result.chosen} == {30}
+    assert [variant.seeds for variant in result.variants] == [[0, 1], [0]]
+    # Where all end there, that is where they are read.
+    for path in tmp_path.glob("*/validation.jsonl"):
+        write_lines(path, [r for r in read_metrics(path) if r["step"] == 10])
+    assert len(compared(tmp_path).chosen) == 4

@@ -38,6 +38,7 @@ from data_recipes.synthetic_wordings import WORDINGS
 # The shard writer and the tokenizer load torch: they are imported where a dataset is written, so
 # that rendering processes and `--help` start at once.
 
+EVERY_ABILITY = "abilities"
 ABILITY_TEMPLATE = "demo_live"  # with a token behind every image
 VERSION = 3  # raise when the same arguments would render something else
 STYLES = ("short", "free")
@@ -121,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only samples are always "
         "a small part of the training split); or out of the conversations that ask for one ability "
-        f"each, {', '.join(FAMILIES)}, or 'abilities', all of these",
+        f"each, {', '.join(FAMILIES)}, or '{EVERY_ABILITY}', all of these",
     )
     parser.add_argument(
         "--wording",
@@ -176,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.described and not abilities:
         raise UserError(
             "--described without abilities: pictures of other tasks have no description. Leave it "
-            f"out, or set --tasks abilities, or some of {', '.join(FAMILIES)}."
+            f"out, or set --tasks {EVERY_ABILITY}, or some of {', '.join(FAMILIES)}."
         )
     style = _style(arguments, tasks)
     wanted = {
@@ -199,10 +200,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(names: str) -> list[str]:
-    if names.strip() == "abilities":
-        return list(FAMILIES)
-    if {name.strip() for name in names.split(",")} & {*FAMILIES}:
-        return whole.chosen_tasks(names, list(FAMILIES))
+    if {name.strip() for name in names.split(",")} & {*FAMILIES, EVERY_ABILITY}:
+        return whole.chosen_tasks(names, list(FAMILIES), EVERY_ABILITY)
     chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
@@ -224,6 +223,11 @@ def _style(arguments: argparse.Namespace, tasks: Sequence[str]) -> Style:
     least, most = SCALES
     if not least <= arguments.scale <= most:
         raise UserError(f"--scale is {arguments.scale}; expected a number of {least} to {most}.")
+    if arguments.scale != 1 and {*tasks} <= {*FAMILIES}:
+        raise UserError(
+            f"--scale is {arguments.scale} with --tasks {','.join(tasks)}, whose pictures are made "
+            "of cells of one image token each; expected 1. Leave it out, or name other tasks."
+        )
     return Style(free, arguments.hold_out_wordings, arguments.scale)
 
 

@@ -59,19 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser, working: str) -> None:
     )
 
 
-def chosen_tasks(names: str, known: Sequence[str]) -> list[str]:
+def chosen_tasks(names: str, known: Sequence[str], every: str = "all") -> list[str]:
     """What --tasks names, in the order of `known`.
 
+    :param every: the word for all of them.
     :raises UserError: nothing, or something unknown.
     """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if chosen == ["all"]:
+    if chosen == [every]:
         return list(known)
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise UserError(
             f"--tasks names {', '.join(map(repr, unknown)) or 'nothing'}; expected a comma-"
-            f"separated list out of {', '.join(known)}, or 'all'."
+            f"separated list out of {', '.join(known)}, or {every!r} alone."
         )
     return [name for name in known if name in chosen]
 

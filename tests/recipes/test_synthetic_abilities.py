@@ -357,3 +357,23 @@ def test_some_abilities_alone_and_none_beside_other_tasks(
     assert "'colour'" in capsys.readouterr().err
     assert recipe(tmp_path / "d", "--tasks", "abilities", "--wording", "free") == 2
     assert "--wording" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["abilities", "--scale", "2"], "--scale is 2.0 with --tasks newest"),
+        (["stream,when", "--wording", "free"], "no wordings for when, stream"),
+        (["shape,word", "--described"], "--described without abilities"),
+        (["newest,shape"], "--tasks names 'shape'; expected .*newest, .*or 'abilities' alone"),
+        (["abilities,newest"], "--tasks names 'abilities'; expected .*or 'abilities' alone"),
+        (["colour,smell"], "--tasks names 'smell'; expected .*or 'all' alone"),
+    ],
+)
+def test_what_does_not_go_with_abilities_is_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["synthetic", "--out", str(tmp_path / "x"), "--samples", "4", "--validation", "2"]
+    assert main([*command, "--seed", "1", "--workers", "1", "--tasks", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()

@@ -146,7 +146,7 @@ class Pool:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env={**_environment(), **place},
+                    env={**environment_of_jobs(), **place},
                     start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
                 )
         except OSError as error:
@@ -202,11 +202,14 @@ def _shown(run_dir: Path) -> str:
     return min(str(run_dir), os.path.relpath(run_dir), key=len)
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment for a run that is alone and imports this very code."""
+def environment_of_jobs() -> dict[str, str]:
+    """This process's environment for a run that is alone and imports this very code.
+
+    What the user told DeepSpeed (DS_ACCELERATOR and the like) and SLURM's job are the job's, too.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    slurm = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
-    return {**of_no_rank(os.environ), **slurm, "PYTHONPATH": path}
+    own = {n: value for n, value in os.environ.items() if n.startswith(("SLURM_", "DS_"))}
+    return {**of_no_rank(os.environ), **own, "PYTHONPATH": path}
 
 
 def last_words(console: Path, offset: int, code: int) -> str:

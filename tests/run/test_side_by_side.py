@@ -25,7 +25,13 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.run.configuration import stored_config
 from casa_train.run.finished import is_finished
 from casa_train.run.layout import CONSOLE_FILE, FAILURE_FILE
-from casa_train.run.side_by_side import at_once, last_words, places, threads_of
+from casa_train.run.side_by_side import (
+    at_once,
+    environment_of_jobs,
+    last_words,
+    places,
+    threads_of,
+)
 from casa_train.run.sweep import run_directories
 from casa_train.setup.equal_parameters import match_parameters
 from tests.helpers.commands import ROOT, TINY, environment, on_data, run, train_command
@@ -226,6 +232,19 @@ def test_every_job_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(3, 2)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-ab")
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(3, 2)] == ["5", "GPU-ab", "5"]
+
+
+def test_a_job_is_no_rank_and_keeps_all_else_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_a_rank = dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"), "1")
+    kept = {"DS_ACCELERATOR": "cpu", "SLURM_JOB_ID": "77", "WANDB_MODE": "offline"}
+    with monkeypatch.context() as patch:
+        for name, value in {**of_a_rank, **kept}.items():
+            patch.setenv(name, value)
+        found = environment_of_jobs()
+    assert {name: found.get(name) for name in kept} == kept
+    assert not {*of_a_rank} & {*found}
 
 
 def test_last_words_are_of_this_start(tmp_path: Path) -> None:

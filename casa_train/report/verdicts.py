@@ -160,14 +160,22 @@ def _of_variant(result: Comparison, variant: Variant) -> str | None:
     rest = [ability for ability in own if ability not in chosen and ability != MEAN]
     if rest:
         parts.append(f"{NONE} at {', '.join(rest)}")
-    ratio = result.stands(variant) / result.stands(result.baseline)
-    if not 1 - APART <= ratio <= 1 / (1 - APART):
-        parts.append(
-            f"read after {100 * ratio:.0f} % of the {AMOUNT_NAMES[result.match]} of "
-            f"{result.baseline.label}, which may be why"
-        )
+    if said := _read_apart(result, variant, {_direction(d) for d in chosen.values()}):
+        parts.append(said)
     beyond = "" if claimed else "on these questions and by one seed alone: "
     return f"{beyond}{'; '.join(parts)}."
+
+
+def _read_apart(result: Comparison, variant: Variant, directions: set[str]) -> str | None:
+    """What is to be said of a direction that a variant's more or less training explains as well."""
+    ratio = result.stands(variant) / result.stands(result.baseline)
+    favoured = "worse" if ratio < 1 else "better"
+    if 1 - APART <= ratio <= 1 / (1 - APART) or favoured not in directions:
+        return None
+    return (
+        f"read after {100 * ratio:.0f} % of the {AMOUNT_NAMES[result.match]} of "
+        f"{result.baseline.label}: that alone may be why it is {favoured}"
+    )
 
 
 def _largest_first(found: dict[str, Difference]) -> Sequence[tuple[str, Difference]]:

@@ -96,10 +96,18 @@ def test_who_is_read_after_less_training_is_said(tmp_path: Path) -> None:
     (said,) = [p for p in result.problems if "no validation nearer" in p]
     assert "casa at 53 %" in said and "insertion at 100 %" in said
     words = {finding.about: finding.said for finding in verdict(result)}
-    assert (
-        "; read after 53 % of the training FLOPs of insertion, which may be why." in words["casa"]
+    told = (
+        "; read after 53 % of the training FLOPs of insertion: that alone may be why it is worse."
     )
+    assert words["casa"].endswith(told)
     assert "worse" in words["cross_attention"] and "read after" not in words["cross_attention"]
+    # The other way round it is the baseline that had less.
+    words = {
+        finding.about: finding.said for finding in verdict(compared(tmp_path, "flops", "casa"))
+    }
+    assert words["insertion"].endswith(
+        "read after 188 % of the training FLOPs of casa: that alone may be why it is better."
+    )
     # By tokens all stand at the same.
     result = compared(tmp_path, "tokens")
     assert not result.problems and "read after" not in "".join(map(str, verdict(result)))
@@ -127,3 +135,13 @@ def test_a_finished_job_whose_validations_end_before_draws_nobody_back(tmp_path:
     for path in tmp_path.glob("*/validation.jsonl"):
         write_lines(path, [r for r in read_metrics(path) if r["step"] == 10])
     assert len(compared(tmp_path).chosen) == 4
+
+
+def test_what_is_better_after_less_needs_no_excuse(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        job(tmp_path, "insertion", -3.0, seed)
+        job(tmp_path, "casa", 4.0, seed, cost=1.4)
+    result = compared(tmp_path, "flops")
+    words = {finding.about: finding.said for finding in verdict(result)}
+    assert any("casa at 93 %" in problem for problem in result.problems)
+    assert "better" in words["casa"] and "read after" not in words["casa"]

@@ -36,10 +36,16 @@ from casa_train.report.significance import (
 )
 from casa_train.report.sweep_page import Job
 from casa_train.report.training_costs import count_new_parameters
-from casa_train.report.variants import Reading, Trial, Variant, abilities_of, group, text_only
+from casa_train.report.variants import (
+    MEAN,
+    Reading,
+    Trial,
+    Variant,
+    abilities_of,
+    group,
+    text_only,
+)
 from casa_train.run.layout import EVALUATION_FILE
-
-MEAN = "all abilities"  # their plain mean
 
 
 @dataclass

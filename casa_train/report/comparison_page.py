@@ -10,7 +10,7 @@ from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.pages import html
 from casa_train.report.ability_attention import attention_over_time, gate_said
-from casa_train.report.comparison import MEAN, Comparison, compare
+from casa_train.report.comparison import Comparison, compare
 from casa_train.report.comparison_plots import (
     CLASS_COLOURS,
     draw_abilities,
@@ -33,6 +33,7 @@ from casa_train.report.drawing import VARIABLES
 from casa_train.report.jobs import read_sweep
 from casa_train.report.streaming_costs import read_streaming
 from casa_train.report.training_costs import cost_rows
+from casa_train.report.variants import MEAN
 from casa_train.report.verdicts import chance_said, how_matched, verdict, what_a_claim_is
 
 STEM = "comparison"  # of comparison.html, .md, .csv and .json

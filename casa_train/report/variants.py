@@ -31,6 +31,7 @@ from casa_train.run.sweep import natural
 AMOUNTS = ("tokens", "flops", "seconds")
 """What training costs, summed over its steps: text and image tokens of the data, floating-point
 operations, and seconds of steps (validations and saves not among them)."""
+MEAN = "all abilities"  # their plain mean
 UNREAD = "-"  # a sample that could not be read
 Key = tuple[str, tuple[tuple[str, int], ...]]
 
@@ -233,12 +234,13 @@ def _answers(text: str) -> Integers:
 
 def abilities_of(sources: Sequence[str]) -> dict[str, str]:
     """By ability its source, in natural order: a source's name without the first word, up to a _,
-    where all share that.
+    where all share that, and whole where nothing else or the mean's name would be left.
     """
     common = os.path.commonprefix(list(sources)) if len(sources) > 1 else ""
     start = common.rfind("/") + 1
     cut = common.find("_", start) + 1 or start
-    return {source[cut:]: source for source in sorted(sources, key=natural)}
+    names = {source[cut:]: source for source in sorted(sources, key=natural)}
+    return {name if name not in ("", MEAN) else f"({s})": s for name, s in names.items()}
 
 
 def text_only(ability: str) -> bool:

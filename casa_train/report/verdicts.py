@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from casa_train.io.numbers import MISSING, count
 from casa_train.report.compared_jobs import APART
-from casa_train.report.comparison import MEAN, Comparison
+from casa_train.report.comparison import Comparison
 from casa_train.report.read_points import TITLES as AMOUNT_NAMES
 from casa_train.report.read_points import written
 from casa_train.report.significance import ALPHA, LEVEL, Difference, Interval
-from casa_train.report.variants import Variant
+from casa_train.report.variants import MEAN, Variant
 from casa_train.setup.equal_parameters import TOLERANCE
 
 NONE = "no difference shown"

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from casa_train.errors import UserError
 from casa_train.metrics.sinks.jsonl import read_metrics
-from casa_train.report.comparison import MEAN, Comparison, compare, fill
+from casa_train.report.comparison import Comparison, compare, fill
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
 from casa_train.report.read_points import agrees, reference_parameters
 from casa_train.report.significance import holm, interval, paired
 from casa_train.report.sweep_page import Job
 from casa_train.report.training_costs import count_new_parameters
-from casa_train.report.variants import Reading, Trial, Variant, abilities_of, group
+from casa_train.report.variants import MEAN, Reading, Trial, Variant, abilities_of, group
 from casa_train.report.verdicts import verdict, what_a_claim_is
 from casa_train.run.directory import record_failure
 from casa_train.run.starts import StartLog
@@ -213,6 +213,8 @@ def test_abilities_are_sources_without_what_all_begin_with() -> None:
     }
     assert abilities_of(["chart", "count"]) == {"chart": "chart", "count": "count"}
     assert abilities_of(["synthetic_a"]) == {"synthetic_a": "synthetic_a"}
+    assert abilities_of(["x_", "x_b"]) == {"(x_)": "x_", "b": "x_b"}
+    assert abilities_of([MEAN, "b"]) == {"(all abilities)": MEAN, "b": "b"}
 
 
 # ------------------------------------------------------------------------------------- where it is

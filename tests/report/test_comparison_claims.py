@@ -9,9 +9,11 @@ import pytest
 
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report.comparison import Comparison, compare
+from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
 from casa_train.report.variants import text_only
 from casa_train.report.verdicts import chance_said, how_matched, verdict
+from tests.helpers.report_pages import Page
 from tests.helpers.sweep_jobs import config_of, skilled, write_job, write_lines
 
 SOURCES = ("tasks_newest", "tasks_earlier")
@@ -145,3 +147,23 @@ def test_what_is_better_after_less_needs_no_excuse(tmp_path: Path) -> None:
     words = {finding.about: finding.said for finding in verdict(result)}
     assert any("casa at 93 %" in problem for problem in result.problems)
     assert "better" in words["casa"] and "read after" not in words["casa"]
+
+
+def test_every_job_that_must_be_known_stands_on_the_page(tmp_path: Path) -> None:
+    for seed in range(20):
+        run = job(tmp_path, "casa", 1.0, seed)
+        place = {"time": 1.0, "start": 0, "host": f"h{seed % 2}", "device": "cpu"}
+        write_lines(run / "starts.jsonl", [place])
+    _, path = write_comparison(tmp_path, "*", "seconds")
+    text = Page(path.read_text()).text
+    assert text.count("seed=19") == 2 and "h1" in text  # told there and among the variants' jobs
+
+
+def test_an_ability_that_is_named_as_their_mean_is_not_the_mean(tmp_path: Path) -> None:
+    for name in ("casa", "insertion"):
+        answers = skilled({"all abilities": 3.0, "b": -3.0}, 1)
+        write_job(tmp_path / f"s,{name}", config_of(f"fusion={name}"), 1, answers)
+    result = compared(tmp_path)
+    assert len(result.columns) == len(set(result.columns)) == 3
+    cells = [result.cells["casa", column].mean for column in result.columns]
+    assert cells[0] == pytest.approx((cells[1] + cells[2]) / 2) and cells[1] != cells[2]

@@ -97,7 +97,7 @@ def read_streaming(
         return None
     missing = [v.label for v in result.variants if not any(measured.get(v.label, []))]
     if missing:
-        say(f"{STREAMING_FILE} holds no stream of {', '.join(missing)}. {again}.")
+        say(f"{STREAMING_FILE} holds no stream of {'; '.join(missing)}. {again}.")
     seen = {images for streams in measured.values() for one in streams for _, images in one}
     if not seen:
         return None

@@ -29,6 +29,7 @@ from casa_train.run.lock import unwritable
 ROOT = Path(__file__).resolve().parents[2]
 USER_CAN_MEND = 2
 BETWEEN_LOOKS = 0.1  # seconds
+BETWEEN_INTERRUPTS = 20.0  # seconds
 
 
 class Signalled(Protocol):
@@ -191,6 +192,16 @@ class Pool:
             self._signal(signal.Signals[name])
             self.log(f"{name}: passed on to the jobs, which save and leave")
 
+    def _interrupt(self) -> None:
+        """Until every job has ended: Python drops an interrupt that meets a `__del__`."""
+        ended = False
+        while not ended:
+            self._signal(signal.SIGINT)
+            until = time.monotonic() + BETWEEN_INTERRUPTS
+            while not ended and time.monotonic() < until:
+                ended = all(running.process.poll() is not None for running in self._running)
+                time.sleep(BETWEEN_LOOKS)
+
     def _signal(self, number: signal.Signals) -> None:
         for running in self._running:
             with contextlib.suppress(ProcessLookupError):
@@ -198,8 +209,9 @@ class Pool:
 
 
 def _shown(run_dir: Path) -> str:
-    """As short as one would write it here."""
-    return min(str(run_dir), os.path.relpath(run_dir), key=len)
+    """As one would write it here: below this folder from here, elsewhere whole."""
+    below = os.path.relpath(run_dir)
+    return str(run_dir) if below.startswith(os.pardir) else below
 
 
 def environment_of_jobs() -> dict[str, str]:

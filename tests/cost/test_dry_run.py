@@ -51,6 +51,14 @@ def composed(*overrides: str) -> Config:
 REPORTS: dict[str, list[str]] = {}  # behind the first line, which names the run
 
 
+# What a make target makes first, where there are no sizes before.
+MADE_FIRST = {
+    "demo_smollm": "demo_smollm_data/SmolLM2-135M-Instruct",
+    "abilities": "runs/abilities_text/export",
+}
+FROM_NOTHING = ["model.backbone.pretrained=null", "model.vision.pretrained=null"]
+
+
 def report(*overrides: str) -> str:
     """Experiments and jobs of sweeps are often one and the same model."""
     config = composed(*overrides)
@@ -74,14 +82,14 @@ def test_every_experiment_dry_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert composed(f"+experiment={name}").name == name
-    if name == "demo_smollm":  # whose model `make demo-smollm` converts first
+    if name in MADE_FIRST:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError, match="'demo_smollm_data/SmolLM2-135M-Instruct' cannot be"):
+        with pytest.raises(UserError, match=f"'{MADE_FIRST[name]}' cannot be"):
             report(f"+experiment={name}")
         return
     text = report(f"+experiment={name}")
     assert all(len(line) <= 100 for line in text.splitlines())
-    assert ("RECORDED" in text) == (not name.startswith("demo"))
+    assert ("RECORDED" in text) == (not name.startswith(("demo", "abilities")))
 
 
 @pytest.mark.slow
@@ -90,10 +98,11 @@ def test_every_job_of_a_sweep_dry_runs(name: str) -> None:
     params = raw(f"+sweep={name}", hydra=True).hydra.sweeper.params
     choices = [[f"{key}={v}" for v in str(values).split(",")] for key, values in params.items()]
     jobs = list(itertools.product(*choices))
-    reports = {report(f"+sweep={name}", *job) for job in jobs}
+    first = FROM_NOTHING if name.startswith("abilities") else []
+    reports = {report(f"+sweep={name}", *first, *job) for job in jobs}
     assert len(jobs) > 2
     # Positions and first values cost nothing; every other switch shows.
-    if name in ("fusion", "switches", "every", "efficiency"):
+    if name in ("fusion", "switches", "every", "efficiency", "abilities_fast"):
         assert len(reports) == len(jobs)
 
 

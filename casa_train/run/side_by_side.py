@@ -177,11 +177,17 @@ class Pool:
         self.complain(f"job {_shown(run_dir)}: {message}")
 
     def _interrupt(self) -> None:
-        """Passes Ctrl-C on and waits; a second one kills."""
-        self._signal(signal.SIGINT)
+        """Passes Ctrl-C on, again and again until every job has ended: Python drops an interrupt
+        that meets a `__del__`. A second one from the user kills.
+        """
         try:
-            for running in self._running:
-                running.process.wait()
+            ended = False
+            while not ended:
+                self._signal(signal.SIGINT)
+                until = time.monotonic() + BETWEEN_INTERRUPTS
+                while not ended and time.monotonic() < until:
+                    ended = all(running.process.poll() is not None for running in self._running)
+                    time.sleep(BETWEEN_LOOKS)
         except KeyboardInterrupt:
             self._signal(signal.SIGKILL)
 
@@ -191,16 +197,6 @@ class Pool:
             self._told = name
             self._signal(signal.Signals[name])
             self.log(f"{name}: passed on to the jobs, which save and leave")
-
-    def _interrupt(self) -> None:
-        """Until every job has ended: Python drops an interrupt that meets a `__del__`."""
-        ended = False
-        while not ended:
-            self._signal(signal.SIGINT)
-            until = time.monotonic() + BETWEEN_INTERRUPTS
-            while not ended and time.monotonic() < until:
-                ended = all(running.process.poll() is not None for running in self._running)
-                time.sleep(BETWEEN_LOOKS)
 
     def _signal(self, number: signal.Signals) -> None:
         for running in self._running:

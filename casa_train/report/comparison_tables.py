@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from casa_train.io.numbers import count, percent
+from casa_train.io.tables import markdown_table
 from casa_train.report.comparison import Comparison
 from casa_train.report.significance import Difference
 from casa_train.report.training_costs import COLUMNS, cost_of, cost_rows
@@ -143,28 +144,11 @@ def markdown(result: Comparison, problems: Sequence[str]) -> list[str]:
         f"{CLAIMED[True]} better, {CLAIMED[False]} worse than {result.baseline.label}; "
         f"{WEAKER[True]} {WEAKER[False]} on these questions, by one seed:",
         "",
-        *table([head, *rows]),
+        *markdown_table([head, *rows]),
         "",
-        *table([["variant", *titles], *costs]),
+        *markdown_table([["variant", *titles], *costs]),
         *(["", "To know:", "", *(f"- {problem}" for problem in problems)] if problems else []),
     ]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, aligned for a terminal, numbers to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    ]
-    rule = [f"{'-' * (width - 1)}:" if i else "-" * width for i, width in enumerate(widths)]
-    return [lines[0], f"| {' | '.join(rule)} |", *lines[1:]]
 
 
 def as_csv(result: Comparison) -> str:

@@ -20,6 +20,7 @@ from casa_train.config.schema import Config
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.io.numbers import MISSING, memory, memory_unit, percent, short
+from casa_train.io.tables import markdown_table
 from casa_train.metrics.sinks.base import Record
 from casa_train.pages import html
 from casa_train.report import drawing, series
@@ -203,7 +204,7 @@ def markdown(jobs: Sequence[Job]) -> list[str]:
         numbers = [column.value(job) for column in columns]
         rows.append(
             [
-                job.label.replace("|", "\\|"),
+                job.label,
                 progress(job),
                 *(
                     MISSING if number is None else column.write(number)
@@ -211,17 +212,7 @@ def markdown(jobs: Sequence[Job]) -> list[str]:
                 ),
             ]
         )
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [line(rows[0]), line(rule), *map(line, rows[1:])]
+    return markdown_table(rows, left=2)
 
 
 def progress(job: Job) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from casa_train.io.numbers import duration, short, with_unit
 from casa_train.report.variants import Reading, Variant
-from casa_train.setup.equal_parameters import TOLERANCE
+from casa_train.setup.equal_parameters import TOLERANCE, agrees
 
 MATCHES = ("params", "tokens", "flops", "seconds")
 TITLES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}
@@ -98,10 +98,6 @@ def reference_parameters(counts: dict[str, int], baseline: int) -> int:
         (own for own in counts.values() if own),
         key=lambda own: (sum(agrees(other, own) for other in counts.values()), own),
     )
-
-
-def agrees(own: int, reference: int) -> bool:
-    return abs(own - reference) <= TOLERANCE * abs(reference)
 
 
 def _choose_last(

@@ -165,7 +165,8 @@ def _plain(config: Config, model_config: CasaConfig) -> CasaConfig:
     return plain
 
 
-def _near(new: int, wanted: int, share: float = TOLERANCE) -> bool:
+def agrees(new: int, wanted: int, share: float = TOLERANCE) -> bool:
+    """Whether a number of parameters is as good as another."""
     return abs(new - wanted) <= share * abs(wanted)
 
 
@@ -175,10 +176,10 @@ def _width(counts: _Counts, fusion: dict[str, Any], wanted: int) -> int:
     :raises UserError: the mechanism alone has more, or no width comes near.
     """
     own = counts.new(fusion)
-    if _near(own, wanted, CLOSE):
+    if agrees(own, wanted, CLOSE):
         return counts.width
     if own > wanted:
-        if _near(own, wanted):
+        if agrees(own, wanted):
             return counts.width
         raise UserError(
             f"{_asked(counts.config)} wants {wanted:,} new parameters, but fusion="
@@ -199,7 +200,7 @@ def _width(counts: _Counts, fusion: dict[str, Any], wanted: int) -> int:
             width = max(counts.width, round(exact / multiple) * multiple)
             if width not in reached:
                 reached[width] = counts.new(fusion, width)
-            if _near(reached[width], wanted, share):
+            if agrees(reached[width], wanted, share):
                 return width
     around = (int(exact), int(exact) + 1)
     found = [(counts.new(fusion, width), f"{WIDTH}={width}") for width in around]
@@ -216,7 +217,7 @@ def _options(counts: _Counts, fusion: dict[str, Any], wanted: int) -> dict[str, 
     :raises UserError: none do.
     """
     own = counts.new(fusion)
-    if _near(own, wanted, CLOSE):
+    if agrees(own, wanted, CLOSE):
         return {}
     found: list[tuple[int, dict[str, Any]]] = [(own, {})]
     wide: dict[int, float] = {}
@@ -230,12 +231,12 @@ def _options(counts: _Counts, fusion: dict[str, Any], wanted: int) -> dict[str, 
             found.append((new, {**options, FFN: width}))
 
     def distance(one: tuple[int, dict[str, Any]]) -> tuple[bool, float, int]:
-        close = _near(one[0], wanted, CLOSE)
+        close = agrees(one[0], wanted, CLOSE)
         ratio = wide[one[1][FFN]] if close and FFN in one[1] else 0.0
         return not close, ratio, abs(one[0] - wanted)
 
     new, options = min(found, key=distance)
-    if not _near(new, wanted):
+    if not agrees(new, wanted):
         words = [(new, _words(o) if o else "as it is") for new, o in found]
         raise _unreachable(counts.config, wanted, words)
     return options
@@ -278,7 +279,7 @@ def _own_width(counts: _Counts, fusion: dict[str, Any], wanted: int) -> tuple[in
     for multiple in MULTIPLES:
         width = min(MOST_COUNT, max(1, round(exact / multiple) * multiple))
         reached = counts.new({**fusion, FFN: width})
-        if _near(reached, wanted, CLOSE):
+        if agrees(reached, wanted, CLOSE):
             break
     return reached, width, abs(math.log(width / plain))
 

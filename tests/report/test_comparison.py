@@ -19,7 +19,7 @@ from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report.comparison import Comparison, compare, fill
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
-from casa_train.report.read_points import agrees, reference_parameters
+from casa_train.report.read_points import reference_parameters
 from casa_train.report.significance import holm, interval, paired
 from casa_train.report.sweep_page import Job
 from casa_train.report.training_costs import count_new_parameters
@@ -27,6 +27,7 @@ from casa_train.report.variants import MEAN, Reading, Trial, Variant, abilities_
 from casa_train.report.verdicts import verdict, what_a_claim_is
 from casa_train.run.directory import record_failure
 from casa_train.run.starts import StartLog
+from casa_train.setup.equal_parameters import agrees
 from casa_train.training.state import Progress
 from tests.helpers.once import once
 from tests.helpers.sweep_jobs import config_of, skilled, write_job, write_lines

@@ -22,7 +22,6 @@ from casa_train.data.sample import Sample
 from casa_train.data.schemas.rows import BadRow
 from casa_train.data.transfer import to_device
 from casa_train.distributed.ranks import Ranks
-from casa_train.errors import RankError, UserError
 from casa_train.evaluate.held_out import Forward, HeldOut
 from casa_train.evaluate.shares import spread
 from casa_train.modeling.image_attention import IMAGE_SHARE, ImageAttention
@@ -106,10 +105,7 @@ class WatchedSamples:
 
         :raises RankError: the data is gone.
         """
-        try:
-            batch = self.held_out.materializer[pack]
-        except UserError as error:
-            raise RankError(f"rank {ranks.rank}: {error}") from error
+        batch = self.held_out.batch(pack, ranks)
         rows = {} if watched is None or not batch.places else watched.rows
         asked = [row for name in CLASSES for row in rows.get(name, ())]
         listener = ImageAttention(torch.tensor(asked, dtype=torch.int64))

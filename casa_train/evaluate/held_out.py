@@ -75,6 +75,16 @@ class HeldOut:
     last: bool = False
     left_out: int = 0
 
+    def batch(self, pack: Pack, ranks: Ranks) -> PackedBatch:
+        """A pack, read by this rank alone.
+
+        :raises RankError: the data is gone.
+        """
+        try:
+            return self.materializer[pack]
+        except UserError as error:
+            raise RankError(f"rank {ranks.rank}: {error}") from error
+
 
 @dataclass
 class SourceScore:
@@ -185,10 +195,7 @@ def score(
     """
     local = []
     for pack in held_out.packs[ranks.rank :: ranks.world]:
-        try:
-            batch = held_out.materializer[pack]
-        except UserError as error:
-            raise RankError(f"rank {ranks.rank}: {error}") from error
+        batch = held_out.batch(pack, ranks)
         rows = batch.inputs.logits_index
         assert rows is not None
         places = rows.tolist()

@@ -27,6 +27,7 @@ from casa_train.setup.weights import find_weights, open_sources, start_weights
 from data_recipes.__main__ import main as recipes
 from tests.helpers import tiny
 from tests.helpers.commands import TEMPLATE, TINY, on_data
+from tests.helpers.told_ranks import Told
 from tests.helpers.variants import reference_of
 
 AROUND = "<|pad|>"  # a token that stands around images and nowhere else
@@ -144,19 +145,6 @@ def test_gates_are_those_of_every_token_and_other_mechanisms_tell_nothing(data: 
             assert means[1] == pytest.approx(math.tanh(0.5), abs=1e-7)
     config, processor, found = open_world(data, "fusion=cross_attention")
     assert WatchedSamples(found, 1).measure(build(config, processor), Ranks()) is None
-
-
-class Told(Ranks):
-    """A rank that notes what it gives, and is told what all gave."""
-
-    def __init__(self, rank: int, world: int, given: list[Any], told: list[Any] | None = None):
-        super().__init__(rank, world)
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "told", told)
-
-    def gather(self, value: Any) -> list[Any]:
-        self.given.append(value)  # type: ignore[attr-defined]
-        return self.told or [value]  # type: ignore[attr-defined]
 
 
 def test_any_number_of_ranks_measures_the_same_by_as_many_passes(data: Path) -> None:

@@ -33,6 +33,7 @@ from data_recipes.__main__ import main as recipes
 from tests.helpers.benchmark_copies import write_benchmark
 from tests.helpers.commands import TEMPLATE, TINY, on_data, run
 from tests.helpers.tiny import randomise
+from tests.helpers.told_ranks import Told
 from tests.helpers.validation_steps import CASES
 
 CPU = torch.device("cpu")
@@ -74,19 +75,6 @@ def overfit(model: CasaForConditionalGeneration, found: HeldOut, steps: int) -> 
             optimizer.step()
             optimizer.zero_grad()
     model.eval()
-
-
-class Told(Ranks):
-    """A rank that notes what it gives, and is told what all gave."""
-
-    def __init__(self, rank: int, world: int, given: list[Any], told: list[Any] | None = None):
-        super().__init__(rank, world)
-        object.__setattr__(self, "given", given)
-        object.__setattr__(self, "told", told)
-
-    def gather(self, value: Any) -> list[Any]:
-        self.given.append(value)  # type: ignore[attr-defined]
-        return self.told or [value]  # type: ignore[attr-defined]
 
 
 def generated_exactly(

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from casa_train.bench._streams import Turn
+from casa_train.bench._streams import TURN_ROWS, Turn
 from casa_train.errors import UserError
 from casa_train.io.numbers import MISSING, count
 from casa_train.io.tables import aligned
@@ -66,14 +66,7 @@ def at_marks(
     return found
 
 
-ROWS = (
-    ("time to first token, ms", "first_token", 1e3, ".1f"),
-    ("decoding, tokens/s", "tokens_per_second", 1.0, ".1f"),
-    ("KV cache, tokens", "cache_tokens", 1.0, ",.0f"),
-    ("KV cache, MiB", "cache_bytes", 2.0**-20, ",.2f"),
-    ("streaming state, MiB", "state_bytes", 2.0**-20, ",.2f"),
-    ("memory, MiB", "memory_bytes", 2.0**-20, ",.1f"),
-)
+ROWS = (*TURN_ROWS, ("memory, MiB", "memory_bytes", 2.0**-20, ",.1f"))
 
 
 def table(streams: Mapping[str, Mapping[str, Any]], marks: Sequence[int]) -> str:

@@ -34,6 +34,16 @@ class Turn:
     memory_bytes: int | None
 
 
+# Of what a turn took and held: title, field, unit, format.
+TURN_ROWS = (
+    ("time to first token, ms", "first_token", 1e3, ".1f"),
+    ("decoding, tokens/s", "tokens_per_second", 1.0, ".1f"),
+    ("KV cache, tokens", "cache_tokens", 1.0, ",.0f"),
+    ("KV cache, MiB", "cache_bytes", 2.0**-20, ",.2f"),
+    ("streaming state, MiB", "state_bytes", 2.0**-20, ",.2f"),
+)
+
+
 class Stream:
     """One stream of a model and its cache, or a batch of them that go on together.
 

@@ -21,7 +21,7 @@ from casa_train.bench._benchmark import (
     machine,
 )
 from casa_train.bench._streamed_models import SIZES, load_models, sources
-from casa_train.bench._streams import Script, Stream, Turn
+from casa_train.bench._streams import TURN_ROWS, Script, Stream, Turn
 from casa_train.bench._sweep_exports import LeftOut, SweepExport, sweep_exports
 from casa_train.bench._timing import tensor_bytes
 from casa_train.bench._turn_forms import LARGEST, TurnForm, frame_side, ordinary_ids
@@ -30,6 +30,7 @@ from casa_train.distributed.threads import use_threads
 from casa_train.errors import UserError
 from casa_train.io.tables import aligned
 from casa_train.modeling.image_processing_casa import SIDE
+from casa_train.run.layout import STREAMING_FILE
 
 METHOD = f"""\
 Each turn gives generate_from_image(reset_streaming=False) one frame, then a few text tokens, and
@@ -60,7 +61,6 @@ whole forward pass a token; and transformers' own generate on the plain backbone
 Medians over --turns turns.
 """
 
-STREAMING_FILE = "streaming.json"  # of a sweep
 TURNS = 48
 WARM_UP_TURNS = 2
 MEDIAN_OF = 8  # first and last turns, and at most a quarter of all
@@ -338,14 +338,7 @@ def summary(turns: Sequence[Turn], young: Sequence[Turn]) -> dict[str, dict[str,
     return found
 
 
-ROWS = (
-    ("time to first token, ms", "first_token", 1e3, ".1f"),
-    ("decoding, tokens/s", "tokens_per_second", 1.0, ".1f"),
-    ("KV cache, tokens", "cache_tokens", 1.0, ",.0f"),
-    ("KV cache, MiB", "cache_bytes", 2.0**-20, ",.2f"),
-    ("streaming state, MiB", "state_bytes", 2.0**-20, ",.2f"),
-    ("memory at the peak, GiB", "memory_bytes", 2.0**-30, ",.2f"),
-)
+ROWS = (*TURN_ROWS, ("memory at the peak, GiB", "memory_bytes", 2.0**-30, ",.2f"))
 
 
 def table(streams: dict[str, dict[str, Any]]) -> str:

@@ -13,9 +13,7 @@ from casa_train.io.numbers import MISSING, count, duration, memory
 from casa_train.report.comparison import Comparison
 from casa_train.report.jobs import BROKEN
 from casa_train.report.variants import Trial
-from casa_train.run.layout import EXPORT
-
-STREAMING_FILE = "streaming.json"
+from casa_train.run.layout import EXPORT, STREAMING_FILE
 
 
 @dataclass(frozen=True)

@@ -26,3 +26,5 @@ EXPORT = "export"
 EVALUATION_FILE = "evaluation.json"
 TEXT_FILE = "text_answers.json"
 REPORT_FILE = "report.html"
+# Beside the runs of a sweep: what streams of their exports cost.
+STREAMING_FILE = "streaming.json"

@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--validation is {validation} with --tasks text; text-only samples are never held "
             "out. Add a task with pictures, or set --validation 0."
         )
-    abilities = {*tasks} <= {*FAMILIES}
+    abilities = _are_abilities(tasks)
     if arguments.described and not abilities:
         raise UserError(
             "--described without abilities: pictures of other tasks have no description. Leave it "
@@ -207,6 +207,10 @@ def _tasks(names: str) -> list[str]:
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
 
 
+def _are_abilities(tasks: Sequence[str]) -> bool:
+    return {*tasks} <= {*FAMILIES}
+
+
 def _style(arguments: argparse.Namespace, tasks: Sequence[str]) -> Style:
     free = arguments.wording == "free"
     if arguments.hold_out_wordings and not free:
@@ -223,7 +227,7 @@ def _style(arguments: argparse.Namespace, tasks: Sequence[str]) -> Style:
     least, most = SCALES
     if not least <= arguments.scale <= most:
         raise UserError(f"--scale is {arguments.scale}; expected a number of {least} to {most}.")
-    if arguments.scale != 1 and {*tasks} <= {*FAMILIES}:
+    if arguments.scale != 1 and _are_abilities(tasks):
         raise UserError(
             f"--scale is {arguments.scale} with --tasks {','.join(tasks)}, whose pictures are made "
             "of cells of one image token each; expected 1. Leave it out, or name other tasks."
@@ -257,7 +261,7 @@ class DrawJob:
 
     def rows(self) -> Iterator[Row]:
         draw: Callable[..., Example]
-        if {*self.tasks} <= {*FAMILIES}:
+        if _are_abilities(self.tasks):
             ask = partial(ability_example, described=self.described)
             draw = partial(ask, self.seed, self.split, self.tasks)
         else:

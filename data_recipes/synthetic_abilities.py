@@ -58,7 +58,7 @@ MOST = 9  # shapes that are counted
 BARS = 3
 NOTHING = "nothing"  # what words say of an empty frame or cell
 MOST_DESCRIBED = 64  # frames: as words they take more room
-RECITED = 12  # colours that are told in one answer
+RECITED = 12  # colours that one answer tells
 ASKED = 5  # questions at the end of a conversation that trains
 ORDERS = ("tallest", "middle", "shortest")
 
@@ -165,7 +165,9 @@ def _after(name: str, pictures: Sequence[Seen], shown: str, asked: Sequence[Turn
 
 
 def _recite(rng: np.random.Generator, degree: Any) -> Drawn:
-    """Named pictures again, all asked about in one answer: what makes a text model look back."""
+    """Named pictures again, many asked about in one answer: what teaches to look back, if nothing
+    else comes between.
+    """
     pictures, shown, asked = _talk(rng, int(rng.integers(2, TALK + 1)))
     turns = [pick(rng, asked)[1] for _ in range(RECITED)]
     names = " ".join(turn.split()[0] for turn in turns)
@@ -220,15 +222,13 @@ def _spelling(rng: np.random.Generator, degree: Any) -> Drawn:
 
 
 def _relation(rng: np.random.Generator, degree: Any) -> Drawn:
-    """Two shapes in one row or one column of three by three cells."""
+    """Two shapes in one row or one column of two by two cells."""
     side = pick(rng, SIDES)
-    canvas = Canvas(rng, 3 * CELL, 3 * CELL)
-    cells = canvas.region.split(3, 3)
-    near, far = sorted(rng.permutation(3)[:2].tolist())
-    if side in ("right", "below"):
-        near, far = far, near
-    line = int(rng.integers(3))
-    places = [3 * line + i if side in SIDES[:2] else 3 * i + line for i in (near, far)]
+    canvas = Canvas(rng, 2 * CELL, 2 * CELL)
+    cells = canvas.region.split(2, 2)
+    near, far = (1, 0) if side in ("right", "below") else (0, 1)
+    line = int(rng.integers(2))
+    places = [2 * line + i if side in SIDES[:2] else 2 * i + line for i in (near, far)]
     kinds = shuffled(rng, KINDS)[:2]
     words = [NOTHING] * len(cells)
     for kind, place in zip(kinds, places, strict=True):
@@ -298,15 +298,14 @@ FAMILIES = {
     "compare": Family(_compare),
     "counting": Family(_counting),
     "spelling": Family(_spelling, share=2),
-    "relation": Family(_relation, share=2),
+    "relation": Family(_relation, share=3),
     "bars": Family(_bars, ("value", "order"), share=2),
     "text_between": Family(_text),
     "when": Family(_when, share=2),
     "stream": Family(_stream, STREAMS, share=2),
 }
 
-
-RECITE = Family(_recite)
+PRACTICE = {"recite": Family(_recite)}  # asks for no ability: what a text model begins with
 TOO_LONG = [length for length in STREAMS if length > MOST_DESCRIBED]
 
 
@@ -327,13 +326,12 @@ def ability_example(
     :param described: words in brackets take the place of the pictures.
     """
     rng = generator(seed, split, index, attempt, purpose=3)
+    known = FAMILIES | PRACTICE
     if split == "train":
-        turns = [name for name in families for _ in range(FAMILIES[name].share)]
-        family, degree = FAMILIES[turns[index % len(turns)]], None
-        if described and index // len(turns) % 2:  # every second round
-            family = RECITE
+        turns = [name for name in families for _ in range(known[name].share)]
+        family, degree = known[turns[index % len(turns)]], None
     else:
-        cases = [(FAMILIES[name], d) for name in families for d in FAMILIES[name].degrees]
+        cases = [(known[name], d) for name in families for d in known[name].degrees]
         if described:
             cases = [case for case in cases if case[1] not in TOO_LONG]
         family, degree = cases[index % len(cases)]

@@ -98,12 +98,8 @@ class Validator(Hook):
         Records of steps that come again are dropped.
         """
         held_out = self.measured.held_out
-        self.questions = self.watched = None
-        watched = self.config.evaluation.attention_while_training
-        if held_out is not None and watched:
-            self.watched = WatchedSamples(held_out, watched)
-        if held_out is not None:
-            self.questions = Questions(held_out, held_out.materializer.processor, self.config)
+        # A split that one rank cannot read ends all: none waits for it in the first validation.
+        self.questions, self.watched = self.ranks.agree(self._read_samples)
         for text in describe(self.measured, self.questions, self.config):
             self.sinks.log(text)
         if self.watched is not None:
@@ -138,6 +134,17 @@ class Validator(Hook):
         done = progress.step
         if done > 0 and self._due(done) and done not in [step for step, _, whole in known if whole]:
             self._validate(done)
+
+    def _read_samples(self) -> tuple[Questions | None, WatchedSamples | None]:
+        """What is asked and what is watched, of the held-out samples if there are any."""
+        held_out = self.measured.held_out
+        if held_out is None:
+            return None, None
+        watched = self.config.evaluation.attention_while_training
+        return (
+            Questions(held_out, held_out.materializer.processor, self.config),
+            WatchedSamples(held_out, watched) if watched else None,
+        )
 
     def after_step(self, record: Record) -> bool:
         """Validates if it is time to; the best so far is saved if it is to be exported."""

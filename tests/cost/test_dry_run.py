@@ -54,6 +54,7 @@ REPORTS: dict[str, list[str]] = {}  # behind the first line, which names the run
 # What a make target makes first, where there are no sizes before.
 MADE_FIRST = {
     "demo_smollm": "demo_smollm_data/SmolLM2-135M-Instruct",
+    "abilities_text": "runs/abilities_recited/export",
     "abilities": "runs/abilities_text/export",
 }
 FROM_NOTHING = ["model.backbone.pretrained=null", "model.vision.pretrained=null"]

@@ -19,6 +19,7 @@ from casa_train.data.processor import build_processor
 from casa_train.data.sample import Sample
 from casa_train.distributed.ranks import Ranks
 from casa_train.errors import UserError
+from casa_train.evaluate import validation
 from casa_train.evaluate.held_out import HeldOut, answer_spans, open_held_out, score
 from casa_train.evaluate.measured import Measured
 from casa_train.evaluate.questions import Questions
@@ -296,6 +297,34 @@ def test_a_run_that_goes_on_with_other_answers_says_so(data_dir: Path, tmp_path:
         assert best.step == (2 if ask == "every" else 0)
     assert "other held-out answers were measured before" in logged["last"]
     assert "of each the last answer" in logged["last"] and "before" not in logged["every"]
+
+
+def test_held_out_samples_that_one_rank_cannot_read_end_every_rank(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data_dir, "evaluation.attention_while_training=2")
+    _, found = held_out(config)
+    given: list[Any] = []
+    missing = "validation/shard-3.parquet cannot be read"
+
+    def begin(rank: int) -> None:
+        ranks = Told(rank, 2, given, [None, missing])
+        sinks: Any = SimpleNamespace(log=lambda line: None)
+        engine: Any = None
+        path = tmp_path / "validation.jsonl"
+        Validator(config, ranks, engine, Measured(found), path, sinks, Best()).begin(Progress())
+
+    with pytest.raises(UserError, match=f"rank 1: {missing}"):
+        begin(0)
+    assert given == [None]
+
+    def unreadable(*_: Any) -> None:
+        raise UserError(missing)
+
+    monkeypatch.setattr(validation, "WatchedSamples", unreadable)
+    with pytest.raises(UserError, match=missing):
+        begin(1)
+    assert given == [None, missing]
 
 
 def test_questions_over_a_pack_are_left_out(data_dir: Path) -> None:

@@ -161,9 +161,9 @@ def ending(sample: Example) -> tuple[str, str]:
 
 def test_each_ability_is_held_out_equally_often_and_trained_by_family() -> None:
     assert Counter(e.task for e in examples(48)) == dict.fromkeys(ABILITIES, 3)
-    trained = Counter(e.task for e in examples(170, "train"))
+    trained = Counter(e.task for e in examples(180, "train"))
     assert {t.split("_")[0] for t in trained} == {family.split("_")[0] for family in FAMILIES}
-    assert trained["earlier"] == 30 and trained["stream"] == trained["when"] == 20
+    assert trained["earlier"] == trained["relation"] == 30 and trained["stream"] == trained["when"] == 20
     assert trained["newest"] == trained["counting"] == 10
 
 
@@ -304,17 +304,31 @@ def test_words_say_what_pictures_would_show() -> None:
         elif told.task == "relation":
             places = words[0].split()
             asked = re.search(r"Where is the (\w+), seen from the (\w+)\?", question)
-            assert asked and len(places) == 9
+            assert asked and len(places) == 4
             at, other = places.index(asked[1]), places.index(asked[2])
-            if at // 3 == other // 3:
+            if at // 2 == other // 2:
                 assert answer == ("left" if at < other else "right")
             else:
-                assert at % 3 == other % 3 and answer == ("above" if at < other else "below")
+                assert at % 2 == other % 2 and answer == ("above" if at < other else "below")
         elif told.task == "bars_value":
             assert f"{question.split(' the ')[1].split()[0]} {answer}" in words[0]
     assert set(checked) == {*ABILITIES} - {"stream_128", "stream_256"}
     for i in range(200):
         assert len(str(ability_example(5, "train", ["stream"], i, described=True).texts)) < 1200
+
+
+def test_lists_are_recited_as_they_were_told(undrawn: None) -> None:
+    lengths = set()
+    for i in range(100):
+        sample = ability_example(5, "train", ["recite"], i, described=True)
+        ((question, answer),) = sample.texts
+        assert sample.task == "recite"
+        told = {name: c for c, name in re.findall(r"\[ (\w+) \w+ \] (\w+)", question)}
+        lengths.add(len(told))
+        asked = question.split("have ")[1].removesuffix("?").split()
+        assert len(asked) == 12
+        assert answer.split() == [word for name in asked for word in (name, told[name])]
+    assert lengths == {*range(2, 11)}
 
 
 # ----------------------------------------------------------------------------------- the dataset
@@ -366,6 +380,7 @@ def test_some_abilities_alone_and_none_beside_other_tasks(
         (["stream,when", "--wording", "free"], "no wordings for when, stream"),
         (["shape,word", "--described"], "--described without abilities"),
         (["newest,shape"], "--tasks names 'shape'; expected .*newest, .*or 'abilities' alone"),
+        (["recite,shape"], "--tasks names 'shape'; expected .*stream, recite, or 'abilities' alone"),
         (["abilities,newest"], "--tasks names 'abilities'; expected .*or 'abilities' alone"),
         (["colour,smell"], "--tasks names 'smell'; expected .*or 'all' alone"),
     ],

@@ -23,6 +23,7 @@ def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Tiny and two steps long; sizes apart, every command is that of conf/README.md."""
     data, runs = tmp_path / "data", tmp_path / "runs"
     for name, held_out, *tasks in (
+        ("recited", "10", "recite", "--described"),
         ("words", "28", "abilities", "--described"),
         ("pictures", "14", "newest,compare,counting,spelling,relation,bars"),
         ("conversations", "32", "abilities"),
@@ -41,9 +42,11 @@ def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ]
 
     python = [sys.executable, "-m"]
-    for name, part in (("words", "text"), ("pictures", "tower")):
+    begins = [f"model.backbone.pretrained={runs}/abilities_recited/export"]
+    parts = (("recited", "recited", []), ("words", "text", begins), ("pictures", "tower", []))
+    for name, part, more in parts:
         first = runs / f"abilities_{part}"
-        short = [f"run_dir={first}", "trainer.steps=2", "evaluation.every=2", *on(name)]
+        short = [f"run_dir={first}", "trainer.steps=2", "evaluation.every=2", *on(name), *more]
         run([*python, "casa_train", f"+experiment=abilities_{part}", *short])
         run([*python, "casa_train.export", str(first), "--out", str(first / "export")])
     sweep = [

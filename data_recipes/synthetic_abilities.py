@@ -262,7 +262,7 @@ def _bars(rng: np.random.Generator, degree: Any) -> Drawn:
 
 
 def _chart(rng: np.random.Generator, colours: Sequence[str], levels: Sequence[int]) -> Seen:
-    words = " ".join(f"{c} {level}" for c, level in zip(colours, levels, strict=True))
+    words = " ".join(f"{level} {c}" for c, level in zip(colours, levels, strict=True))
     return draw_bars(rng, colours, levels, (CHART[0] * CELL, CHART[1] * CELL)), words
 
 
@@ -270,12 +270,13 @@ def _chart(rng: np.random.Generator, colours: Sequence[str], levels: Sequence[in
 
 
 def _when(rng: np.random.Generator, degree: Any) -> Drawn:
-    """A clip of one shape that changes its colour from frame to frame."""
+    """A clip of one shape that changes its colour from frame to frame, each behind its time."""
     kind, colours = _any_kind(rng), shuffled(rng, COLOURS)[:FRAMES]
     frames = [_picture(rng, [(kind, colour)], side=1) for colour in colours]
     asked = [(f"When is it {c}?", f"{c} {at}") for c, at in zip(colours, NUMBERS, strict=False)]
     # One alone: what was answered cannot be the answer again.
-    return _after("when", frames, "<image>" * FRAMES, [pick(rng, asked)])
+    shown = "".join(f"{at} <image>" for at in NUMBERS[:FRAMES])
+    return _after("when", frames, shown, [pick(rng, asked)])
 
 
 def _stream(rng: np.random.Generator, degree: Any) -> Drawn:

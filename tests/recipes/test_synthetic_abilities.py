@@ -213,6 +213,7 @@ def test_the_answer_is_what_the_pixels_show(held_out: list[Example]) -> None:
             frames = [shapes_of(image)[0][1] for image in sample.images]
             colour = question.split()[-1].removesuffix("?")
             assert frames.count(colour) == 1 and len(frames) == 6
+            assert re.findall(r"(\w+) <image>", question) == [*NUMBERS[:6]]
             assert NUMBERS[frames.index(colour)] == answer
         elif sample.task.startswith("stream"):
             kind = question.split()[-1].removesuffix("?")
@@ -312,7 +313,7 @@ def test_words_say_what_pictures_would_show() -> None:
             else:
                 assert at % 2 == other % 2 and answer == ("above" if at < other else "below")
         elif told.task == "bars_value":
-            assert f"{question.split(' the ')[1].split()[0]} {answer}" in words[0]
+            assert f"{answer} {question.split(' the ')[1].split()[0]}" in words[0]
     assert set(checked) == {*ABILITIES} - {"stream_128", "stream_256"}
     for i in range(200):
         assert len(str(ability_example(5, "train", ["stream"], i, described=True).texts)) < 1200

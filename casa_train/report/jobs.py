@@ -109,7 +109,8 @@ def differing_fields(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]
 def job_labels(
     configs: Mapping[str, Config], differing: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
-    """A short name for each job: its mechanism, and what most other jobs do not have.
+    """A short name for each job: its mechanism, and what most other jobs do not have. Of a switch
+    that half of them turn on, those say so that do.
 
     Jobs that would share one are called by their directories.
     """
@@ -127,7 +128,9 @@ def job_labels(
         parts = [str(configs[job].fusion["mechanism"])]
         for field, value in fields.items():
             counts = usual[key(job, field)]
-            if field == "fusion.mechanism" or 2 * counts[json.dumps(value)] > counts.total():
+            same = 2 * counts[json.dumps(value)]
+            usually = same > counts.total() or (value is False and same == counts.total())
+            if field == "fusion.mechanism" or usually:
                 continue
             parts.append(f"{field.removeprefix('fusion.')}={_plain(value)}")
         labels[job] = ", ".join(parts)

@@ -106,10 +106,7 @@ def group(jobs: Sequence[Job], say: Callable[[str], None]) -> list[Variant]:
     :param say: takes a line of each job that is left out, or counts only in part.
     """
     configs = {job.directory: job.config for job in jobs if job.config is not None}
-    for job in jobs:
-        if job.config is None:
-            why = "; ".join(job.notes) or "its configuration is missing"
-            say(f"{job.directory} is left out: it is {job.state} ({why}).")
+    _say_which_have_none([job for job in jobs if job.config is None], say)
     fields = _apart(configs)
     grouped: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
@@ -129,6 +126,19 @@ def group(jobs: Sequence[Job], say: Callable[[str], None]) -> list[Variant]:
         if times[variant.label] > 1:
             variant.label = variant.trials[0].name
     return variants
+
+
+def _say_which_have_none(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+    """A line for all jobs that lack a configuration for the same reason."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for job in jobs:
+        why = "; ".join(job.notes) or "its configuration is missing"
+        alike[f"it is {job.state} ({why})"].append(job.directory)
+    for state, names in alike.items():
+        if len(names) == 1:
+            say(f"{names[0]} is left out: {state}.")
+        else:
+            say(f"{len(names)} jobs are left out, of each: {state}. They are {'; '.join(names)}.")
 
 
 def _apart(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:

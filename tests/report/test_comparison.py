@@ -339,6 +339,20 @@ def test_jobs_that_are_not_done_are_left_out(sweep: Path) -> None:
     assert labels(result.variants) == ["insertion", "gated_cross_attention"]
 
 
+def test_jobs_that_have_not_begun_share_a_line(sweep: Path) -> None:
+    for seed in (3, 4):
+        (sweep / f"s,fusion=casa,seed={seed}").mkdir()
+    (sweep / "s,fusion=hyper_attention,seed=3").mkdir()
+    (sweep / "s,fusion=casa,seed=2" / "config.yaml").write_text("fusion: [")
+    result = compared(sweep)
+    missing = [line for line in result.problems if "not started" in line]
+    assert missing == [
+        "3 jobs are left out, of each: it is not started (its configuration is missing). They are "
+        "s,fusion=casa,seed=3; s,fusion=casa,seed=4; s,fusion=hyper_attention,seed=3."
+    ]
+    assert said(result, "casa,seed=2 is left out", "unreadable", "config.yaml")
+
+
 def test_where_no_job_is_done_they_are_read_where_they_came(tmp_path: Path) -> None:
     job(tmp_path, "casa", 0, done=29)
     job(tmp_path, "insertion", 0, done=10)

@@ -48,6 +48,13 @@ def test_jobs_are_named_by_what_sets_them_apart() -> None:
         "casa, update_image_tokens=ffn",
         "casa, text_in_window=false",
     ]
+    # Of a switch that half have turned on, that it is off.
+    shared = [["fusion=cross_attention"], ["fusion=cross_attention_shared"]]
+    assert labels_of(["fusion=casa"], *shared) == [
+        "casa",
+        "cross_attention",
+        "cross_attention, share_parameters=true",
+    ]
     assert labels_of(["seed=0"], ["seed=1"], ["seed=1", "fusion=insertion"]) == [
         "casa, seed=0",
         "casa",

@@ -64,6 +64,7 @@ class Comparison:
     :param unlearned: abilities in which no variant is above chance.
     :param differences: by (variant, ability), from the baseline.
     :param problems: what a reader must know, a line each.
+    :param done: jobs that are read; :param begun_or_not: jobs of the sweep.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Comparison:
     unlearned: list[str] = field(default_factory=list)
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    done: int = 0
+    begun_or_not: int = 0
 
     @property
     def abilities(self) -> list[str]:
@@ -160,8 +163,11 @@ def compare(
     read.sort(key=lambda variant: variant is not reference)  # the others keep their order
     first = next(r for v in read for t in v.trials if (r := t.chosen) is not None)
     sources = abilities_of(list(first.hits))
-    result = Comparison(sweep.name, match, limit, reference, read, apart, sources)
+    names = {t.job.config.name for v in everything for t in v.trials if t.job.config is not None}
+    name = names.pop() if len(names) == 1 else sweep.name
+    result = Comparison(name, match, limit, reference, read, apart, sources)
     result.problems = problems
+    result.done, result.begun_or_not = len(result.chosen), len(jobs)
     result.chance, result.blind = read_chance(result, sweep)
     fill(result)
     return result
@@ -214,8 +220,10 @@ def _find_common(result: Comparison) -> None:
 
 
 def read_chance(result: Comparison, sweep: Path) -> tuple[dict[str, float], list[str]]:
-    """By ability what the best answer without an image would reach, by an evaluation of a job;
-    else the mean of the jobs that were asked with another sample's image.
+    """By ability what is reached without the right image, by evaluations of the jobs: the higher of
+    what the best answer without an image would reach, and of the mean of the jobs that were asked
+    with another sample's image. The former may know less than the jobs: it answers nothing where
+    each question is worded anew.
 
     Questions about text alone have none: who needs no image may know all of their answers.
 
@@ -234,8 +242,9 @@ def read_chance(result: Comparison, sweep: Path) -> tuple[dict[str, float], list
         except BROKEN:
             continue  # not evaluated: the page does without
     means = {name: float(np.mean(shares)) for name, shares in blind.items()}
-    chance = means | {name: max(shares) for name, shares in guesses.items()}
-    return chance, [name for name in result.sources if name in blind and name not in guesses]
+    best = {name: max(shares) for name, shares in guesses.items()}
+    chance = {name: max(d[name] for d in (means, best) if name in d) for name in {**means, **best}}
+    return chance, [n for n in result.sources if n in means and means[n] > best.get(n, -1.0)]
 
 
 def _unlearned(result: Comparison) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def write_comparison(
     sweep = sweep.resolve()
     result = compare(read_sweep(sweep, only), sweep, match, baseline)
     problems = list(result.problems)
-    page = render(result, sweep, problems)  # reads streaming.json, whose problems count, too
+    page = render(result, sweep, only, problems)  # reads streaming.json, whose problems count, too
     lines = markdown(result, problems)
     files = {
         ".md": "\n".join(lines) + "\n",
@@ -71,13 +72,16 @@ def write_comparison(
     return lines, path
 
 
-def render(result: Comparison, sweep: Path, problems: list[str]) -> str:
+def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> str:
     """The page.
 
+    :param only: which jobs of the sweep.
     :param problems: takes those of streaming.json.
     """
     look = looks(result)
-    streaming = read_streaming(result, sweep, problems.append)
+    measure = ["python", "-m", "casa_train.bench", "streaming", "--sweep", str(sweep)]
+    measure += ["--only", only] if only != "*" else []
+    streaming = read_streaming(result, sweep, shlex.join(measure), problems.append)
     attention = attention_over_time(result)
     told = [*result.variants, *result.apart]
     titles, costs = cost_rows(told)
@@ -105,9 +109,15 @@ def render(result: Comparison, sweep: Path, problems: list[str]) -> str:
         cost_titles=titles,
         costs=list(zip(told, costs, strict=True)),
         streaming=streaming,
+        measure=shlex.join(measure),
         streams=[]
         if streaming is None
         else draw_streaming(streaming.values, streaming.columns, streaming.images, look),
+        silent=[
+            variant.label
+            for variant in result.variants
+            if all(over.variant is not variant for over in attention)
+        ],
         attention=[(over, draw_attention(over, result.abilities)) for over in attention],
         gates=[(over.variant.label, said) for over in attention if (said := gate_said(over))],
         classes={kind: VARIABLES[colour] for kind, colour in CLASS_COLOURS.items()},
@@ -127,7 +137,13 @@ def facts(result: Comparison) -> Sequence[tuple[str, str, str]]:
             f"{len(result.variants)}",
             f"and {len(result.apart)} told apart" if result.apart else "",
         ),
-        ("seeds", f"{len(seeds)}", ", ".join(map(str, seeds))),
+        (
+            "jobs",
+            f"{result.done}",
+            f"of {result.begun_or_not}: not all is told yet"
+            if result.done < result.begun_or_not
+            else f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        ),
         ("abilities", f"{len(result.abilities)}", f"{questions:,} questions"),
         ("matched by", result.match, ""),
         ("baseline", result.baseline.label, ""),

@@ -63,16 +63,17 @@ class StreamCosts:
 
 
 def read_streaming(
-    result: Comparison, sweep: Path, say: Callable[[str], None]
+    result: Comparison, sweep: Path, command: str, say: Callable[[str], None]
 ) -> StreamCosts | None:
     """The inference costs of the variants that are compared; None where nothing can be told.
 
+    :param command: that measures them.
     :param say: takes what is broken, missing or of other exports.
     """
     path = sweep / STREAMING_FILE
     if not path.is_file():
         return None
-    again = f"Measure again: python -m casa_train.bench streaming --sweep {sweep}"
+    again = f"Measure again: {command}"
     measured: dict[str, list[dict[tuple[str, int], float]]] = {}
     kinds: set[str] = set()
     try:

@@ -121,6 +121,11 @@ def what_a_claim_is(result: Comparison) -> str:
         f"the {count(total, 'comparison')} of this page, and the {100 * LEVEL:g} % interval of the "
         "difference over seeds excludes 0."
     )
+    said += (
+        " Variants are compared with the baseline alone, not with each other: their order, by the "
+        "mean of all abilities, each ability counting once, claims nothing. Where no difference is "
+        "shown there may be one that so many questions and seeds cannot show."
+    )
     if any(d.over_seeds.seeds == 1 for d in result.differences.values()):
         said += " Of one seed there is no interval: nothing is claimed beyond these questions."
     if claimed:
@@ -148,7 +153,9 @@ def _of_variant(result: Comparison, variant: Variant) -> str | None:
         return None
     parts = []
     if MEAN in chosen:
-        parts.append(f"{_direction(chosen[MEAN])} over all abilities ({_said(chosen[MEAN])})")
+        parts.append(
+            f"{_direction(chosen[MEAN])} in the mean of all abilities ({_said(chosen[MEAN])})"
+        )
     for word in ("better", "worse"):
         found = [
             f"{ability} ({points(difference.over_seeds.mean)})"
@@ -200,7 +207,8 @@ def chance_said(result: Comparison) -> str:
         said = ["the best answer without an image"] if best else []
         if result.blind:
             said.append(f"what the jobs answer with another sample's image{of}")
-        return f"Chance: {'; '.join(said)}, by the evaluations of the jobs."
+        higher = "the higher of " if best and result.blind else ""
+        return f"Chance: {higher}{' and of '.join(said)}, by the evaluations of the jobs."
     return (
         "What chance reaches is not known: python -m casa_train.evaluate --sweep measures it. So "
         "nothing is said of abilities that nobody learned."

@@ -70,7 +70,12 @@ def test_what_chance_is_of_which_ability(tmp_path: Path) -> None:
     assert said(newest=guessed).startswith("Chance: the best answer without an image, by")
     assert said(newest=blind).startswith(f"Chance: {image}, by")
     both = said(newest=guessed, earlier=blind)
-    assert both.startswith(f"Chance: the best answer without an image; {image} (earlier), by")
+    higher = "Chance: the higher of the best answer without an image and of"
+    assert both.startswith(f"{higher} {image} (earlier), by")
+    # A guess that knows less than jobs that see another image is no chance.
+    fewer = said(newest=guessed, earlier={"guess": 0.0, "blind": 0.2})
+    assert fewer.startswith(f"{higher} {image} (earlier), by")
+    assert compared(tmp_path).chance == {"newest": 0.3, "earlier": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_inference_costs_stand_beside(sweep: Path) -> None:
     seeds = {f"casa,seed={seed}": stream(1, 16, 64, scale=s) for seed, s in ((0, 1.0), (1, 3.0))}
     write_streams(sweep, **seeds, **{"insertion,seed=2": stream(1, 16)})
     result = compared(sweep)
-    costs = read_streaming(result, sweep, pytest.fail)
+    costs = read_streaming(result, sweep, "python -m measure", pytest.fail)
     assert costs is not None and costs.images == [1, 16, 64]
     assert costs.machine == "a CPU, 1 thread, float32, torch 2"
     assert len(costs.columns) == 5 and costs.memory == "weights, cache and state"
@@ -249,14 +249,17 @@ def test_inference_costs_stand_beside(sweep: Path) -> None:
 def test_streams_that_do_not_belong_are_told(sweep: Path) -> None:
     result = compared(sweep)
     said: list[str] = []
-    assert read_streaming(result, sweep, said.append) is None and not said
+    assert read_streaming(result, sweep, "python -m measure", said.append) is None and not said
     (sweep / "streaming.json").write_text('{"machine": {}, "streams"')
-    assert read_streaming(result, sweep, said.append) is None
+    assert read_streaming(result, sweep, "python -m measure", said.append) is None
     assert "cannot be read" in said.pop() and not said
     write_streams(sweep, **{"casa,seed=0": {"marks": {"1": 3}}})
-    assert read_streaming(result, sweep, said.append) is None and "TypeError" in said.pop()
+    assert (
+        read_streaming(result, sweep, "python -m measure", said.append) is None
+        and "TypeError" in said.pop()
+    )
     write_streams(sweep, step=20, **{"casa,seed=0": stream(1)})
-    assert read_streaming(result, sweep, said.append) is None
+    assert read_streaming(result, sweep, "python -m measure", said.append) is None
     assert "its export was of step 20, the job came to step 30" in said[0]
     said.clear()
     write_streams(sweep, **{"casa,seed=0": stream(16), "casa,seed=1": stream(16, scale=9.0)})
@@ -265,7 +268,7 @@ def test_streams_that_do_not_belong_are_told(sweep: Path) -> None:
     (export / "model.safetensors").write_bytes(b"new")
     later = (sweep / "streaming.json").stat().st_mtime + 5
     os.utime(export / "model.safetensors", (later, later))
-    costs = read_streaming(result, sweep, said.append)
+    costs = read_streaming(result, sweep, "python -m measure", said.append)
     assert costs is not None
     assert costs.values["casa", "first_token", 16] == pytest.approx(0.026)  # seed 0 alone
     changed, missing = said
@@ -274,6 +277,17 @@ def test_streams_that_do_not_belong_are_told(sweep: Path) -> None:
     lines, path = write_comparison(sweep, "*", "flops")
     assert any("holds no stream of insertion" in line for line in lines)
     assert "holds no stream of insertion" in Page(path.read_text()).text
+
+
+def test_a_page_says_what_is_not_there_yet(sweep: Path) -> None:
+    done = len(list(sweep.glob("s,*")))
+    whole = Page(write_comparison(sweep, "s,*", "flops")[1].read_text()).text
+    assert "not all is told yet" not in whole
+    assert f"bench streaming --sweep {sweep.resolve()} --only 's,*'" in whole
+    assert "Nothing stands here of insertion" in whole  # no attention of it was recorded
+    (sweep / "s,fusion=casa,seed=7").mkdir()
+    page = Page(write_comparison(sweep, "s,*", "flops")[1].read_text()).text
+    assert f"jobs{done}of {done + 1}: not all is told yet" in page
 
 
 # --------------------------------------------------------------------------------------- attention

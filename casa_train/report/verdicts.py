@@ -121,22 +121,21 @@ def what_a_claim_is(result: Comparison) -> str:
         f"the {count(total, 'comparison')} of this page, and the {100 * LEVEL:g} % interval of the "
         "difference over seeds excludes 0."
     )
-    said += (
+    if claimed:
+        chance = (1 - LEVEL) * total
+        said += f" {claimed} of {total} are."
+        if chance >= 1:
+            said += (
+                " The interval is of each by itself: if seeds alone made all the differences, "
+                f"about {chance:.0f} of {total} would exclude 0."
+            )
+    if any(d.over_seeds.seeds == 1 for d in result.differences.values()):
+        said += " Of one seed there is no interval: nothing is claimed beyond these questions."
+    return said + (
         " Variants are compared with the baseline alone, not with each other: their order, by the "
         "mean of all abilities, each ability counting once, claims nothing. Where no difference is "
         "shown there may be one that so many questions and seeds cannot show."
     )
-    if any(d.over_seeds.seeds == 1 for d in result.differences.values()):
-        said += " Of one seed there is no interval: nothing is claimed beyond these questions."
-    if claimed:
-        chance = (1 - LEVEL) * total
-        said += (
-            f" {claimed} of {total} are. The interval is of each by itself: if seeds alone made "
-            f"all the differences, about {chance:.0f} of {total} would exclude 0."
-            if chance >= 1
-            else f" {claimed} of {total} are."
-        )
-    return said
 
 
 def _compared(result: Comparison, variant: Variant) -> bool:

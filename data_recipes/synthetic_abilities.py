@@ -141,8 +141,7 @@ def _talk(rng: np.random.Generator, images: int) -> tuple[list[Seen], str, list[
 
 
 def _newest(rng: np.random.Generator, degree: Any) -> Drawn:
-    # Trained with few pictures: which one is asked about is what the earlier ones teach.
-    images = TALK if degree is not None else int(rng.integers(1, 3))
+    images = TALK if degree is not None else int(rng.integers(1, TALK + 1))
     pictures, shown, colours = _talk(rng, images)
     return _after("newest", pictures, shown, colours[-1:])
 

@@ -92,7 +92,7 @@ runs/abilities_text/export/config.json: | runs/abilities_recited/export/config.j
 	$(BIN)/python -m casa_train +experiment=abilities_text
 	$(BIN)/python -m casa_train.export runs/abilities_text --out runs/abilities_text/export
 
-runs/abilities_tower/export/config.json: | setup
+runs/abilities_tower/export/config.json: | runs/abilities_text/export/config.json
 	$(BIN)/python -m data_recipes synthetic --out $(ABILITIES)/pictures --samples 60000 --validation 700 --seed 1 --tasks $(SEEN_ALONE)
 	$(BIN)/python -m casa_train +experiment=abilities_tower
 	$(BIN)/python -m casa_train.export runs/abilities_tower --out runs/abilities_tower/export

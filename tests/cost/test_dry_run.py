@@ -55,6 +55,7 @@ REPORTS: dict[str, list[str]] = {}  # behind the first line, which names the run
 MADE_FIRST = {
     "demo_smollm": "demo_smollm_data/SmolLM2-135M-Instruct",
     "abilities_text": "runs/abilities_recited/export",
+    "abilities_tower": "runs/abilities_text/export",
     "abilities": "runs/abilities_text/export",
 }
 FROM_NOTHING = ["model.backbone.pretrained=null", "model.vision.pretrained=null"]

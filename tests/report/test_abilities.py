@@ -42,11 +42,15 @@ def test_from_data_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ]
 
     python = [sys.executable, "-m"]
-    begins = [f"model.backbone.pretrained={runs}/abilities_recited/export"]
-    parts = (("recited", "recited", []), ("words", "text", begins), ("pictures", "tower", []))
-    for name, part, more in parts:
+    for name, part, before in (
+        ("recited", "recited", None),
+        ("words", "text", "recited"),
+        ("pictures", "tower", "text"),
+    ):
         first = runs / f"abilities_{part}"
-        short = [f"run_dir={first}", "trainer.steps=2", "evaluation.every=2", *on(name), *more]
+        short = [f"run_dir={first}", "trainer.steps=2", "evaluation.every=2", *on(name)]
+        if before:
+            short.append(f"model.backbone.pretrained={runs}/abilities_{before}/export")
         run([*python, "casa_train", f"+experiment=abilities_{part}", *short])
         run([*python, "casa_train.export", str(first), "--out", str(first / "export")])
     sweep = [

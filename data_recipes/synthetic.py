@@ -204,10 +204,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(names: str) -> list[str]:
-    if names.strip() == EVERY_ABILITY:
-        return list(FAMILIES)
     if {name.strip() for name in names.split(",")} & {*CONVERSATIONS, EVERY_ABILITY}:
-        return whole.chosen_tasks(names, CONVERSATIONS, EVERY_ABILITY)
+        return whole.chosen_tasks(names, list(FAMILIES), EVERY_ABILITY, list(PRACTICE))
     chosen = whole.chosen_tasks(names, TASK_NAMES)
     # "text" always takes part: with or without it the same samples come out.
     return [name for name in TASK_NAMES if name in chosen or name == "text"]

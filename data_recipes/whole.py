@@ -59,15 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser, working: str) -> None:
     )
 
 
-def chosen_tasks(names: str, known: Sequence[str], every: str = "all") -> list[str]:
+def chosen_tasks(
+    names: str, known: Sequence[str], every: str = "all", beside: Sequence[str] = ()
+) -> list[str]:
     """What --tasks names, in the order of `known`.
 
     :param every: the word for all of them.
+    :param beside: others that can be named, which that word leaves out.
     :raises UserError: nothing, or something unknown.
     """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if chosen == [every]:
         return list(known)
+    known = [*known, *beside]
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise UserError(

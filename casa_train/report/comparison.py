@@ -64,7 +64,7 @@ class Comparison:
     :param unlearned: abilities in which no variant is above chance.
     :param differences: by (variant, ability), from the baseline.
     :param problems: what a reader must know, a line each.
-    :param done: jobs that are read; :param begun_or_not: jobs of the sweep.
+    :param jobs: of the sweep, also those of which nothing can be read.
     """
 
     name: str
@@ -81,8 +81,7 @@ class Comparison:
     unlearned: list[str] = field(default_factory=list)
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    done: int = 0
-    begun_or_not: int = 0
+    jobs: Sequence[Job] = ()
 
     @property
     def abilities(self) -> list[str]:
@@ -163,11 +162,10 @@ def compare(
     read.sort(key=lambda variant: variant is not reference)  # the others keep their order
     first = next(r for v in read for t in v.trials if (r := t.chosen) is not None)
     sources = abilities_of(list(first.hits))
-    names = {t.job.config.name for v in everything for t in v.trials if t.job.config is not None}
+    names = {job.config.name for job in jobs if job.config is not None}
     name = names.pop() if len(names) == 1 else sweep.name
     result = Comparison(name, match, limit, reference, read, apart, sources)
-    result.problems = problems
-    result.done, result.begun_or_not = len(result.chosen), len(jobs)
+    result.problems, result.jobs = problems, jobs
     result.chance, result.blind = read_chance(result, sweep)
     fill(result)
     return result
@@ -243,8 +241,8 @@ def read_chance(result: Comparison, sweep: Path) -> tuple[dict[str, float], list
             continue  # not evaluated: the page does without
     means = {name: float(np.mean(shares)) for name, shares in blind.items()}
     best = {name: max(shares) for name, shares in guesses.items()}
-    chance = {name: max(d[name] for d in (means, best) if name in d) for name in {**means, **best}}
-    return chance, [n for n in result.sources if n in means and means[n] > best.get(n, -1.0)]
+    chance = {name: max(means.get(name, 0.0), best.get(name, 0.0)) for name in means | best}
+    return chance, [n for n in result.sources if n in chance and chance[n] != best.get(n)]
 
 
 def _unlearned(result: Comparison) -> list[str]:

@@ -79,9 +79,10 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
     :param problems: takes those of streaming.json.
     """
     look = looks(result)
-    measure = ["python", "-m", "casa_train.bench", "streaming", "--sweep", str(sweep)]
-    measure += ["--only", only] if only != "*" else []
-    streaming = read_streaming(result, sweep, shlex.join(measure), problems.append)
+    some = [] if only == "*" else ["--only", only]
+    command = ["python", "-m", "casa_train.bench", "streaming", "--sweep", str(sweep), *some]
+    measure = shlex.join(command)
+    streaming = read_streaming(result, sweep, measure, problems.append)
     attention = attention_over_time(result)
     told = [*result.variants, *result.apart]
     titles, costs = cost_rows(told)
@@ -109,7 +110,7 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
         cost_titles=titles,
         costs=list(zip(told, costs, strict=True)),
         streaming=streaming,
-        measure=shlex.join(measure),
+        measure=measure,
         streams=[]
         if streaming is None
         else draw_streaming(streaming.values, streaming.columns, streaming.images, look),
@@ -139,9 +140,9 @@ def facts(result: Comparison) -> Sequence[tuple[str, str, str]]:
         ),
         (
             "jobs",
-            f"{result.done}",
-            f"of {result.begun_or_not}: not all is told yet"
-            if result.done < result.begun_or_not
+            f"{len(result.chosen)}",
+            f"of {len(result.jobs)}: not all is told yet"
+            if any(job.state != "finished" for job in result.jobs)
             else f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
         ),
         ("abilities", f"{len(result.abilities)}", f"{questions:,} questions"),

@@ -344,6 +344,9 @@ def recipe(out: Path, *options: str) -> int:
 def test_a_dataset_of_abilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe(tmp_path / "a", "--tasks", "abilities") == 0
     assert "stream_256 2" in capsys.readouterr().out
+    # However the word for all is written, it leaves out what asks for no ability.
+    assert recipe(tmp_path / "a", "--tasks", "abilities,") == 0
+    assert "already holds this dataset" in capsys.readouterr().out
     train, validation = Split(tmp_path / "a/train"), Split(tmp_path / "a/validation")
     assert {validation.source(i) for i in range(32)} == {f"synthetic_{a}" for a in ABILITIES}
     digests = [

@@ -90,9 +90,15 @@ def test_a_video_plays_with_its_captions_and_is_paused_and_stopped(tab: Tab) -> 
     tab.wait("document.querySelectorAll('#stage polyline').length === 3")
     for name in ("lag", "cache", "memory"):
         assert tab.run(f"document.getElementById('now-{name}').textContent") != "–"
+    tab.run(  # what the clock says in the moment in which the page says that the stream is paused
+        "window.stood = new Promise((done) => new MutationObserver((_, watch) => {"
+        f" if ({STATUS} === 'ball.webm paused') {{ watch.disconnect(); done({times}[1]); }}"
+        " }).observe(document.getElementById('status'), { childList: true })), null"
+    )
     tab.click("#pause")
     tab.wait(f"{STATUS} === 'ball.webm paused' && document.getElementById('video').paused")
     shown, clock = tab.run(times)
+    assert tab.run("window.stood") == clock
     tab.run("new Promise((done) => setTimeout(done, 700))")
     assert tab.run(times) == [shown, clock]
     tab.click("#pause")

@@ -126,9 +126,27 @@ def _layers(quantity: Mapping[str, Any], source: str, kind: str, count: int) -> 
     return values if len(values) == count else np.full(count, np.nan)
 
 
-def gate_said(over: AttentionOverTime) -> str | None:
-    """What answers to questions about text alone give images at the end, beside all other answers;
-    None where there is no such ability.
+@dataclass(frozen=True)
+class Gate:
+    """What the answers of one variant give images at the end, means over layers and seeds.
+
+    :param text: to questions about text alone; :param others: to all others.
+    :param equal: of both, what equal attention to everything in sight would give; None: unknown.
+    :param gap: of the first two, over seeds.
+    :param finding: in words.
+    """
+
+    label: str
+    step: int
+    text: float
+    others: float
+    equal: tuple[float, float] | None
+    gap: Interval
+    finding: str
+
+
+def gate_of(over: AttentionOverTime) -> Gate | None:
+    """None where no ability is of text alone, or nothing was measured.
 
     That the gate closes is said only if the interval over seeds is below 0, and below what equal
     attention would make of fewer images in sight.
@@ -145,28 +163,59 @@ def gate_said(over: AttentionOverTime) -> str | None:
     if not np.isfinite([text, about_images]).all():
         return None
     gap = interval((text - about_images).tolist())
-    equal, beside = 0.0, ""
+    equal = None
     if all(ability in over.uniform for ability in answered):
         of_text, of_others = (
             float(np.mean([over.uniform[ability] for ability in group]))
             for group in (alone, others)
         )
-        equal = of_text - of_others
-        beside = f" (equal attention: {percent(of_text)} and {percent(of_others)})"
-    return (
-        f"At step {over.steps[-1]:,}, answers to questions about text alone give images "
-        f"{percent(text.mean())}, mean over layers, those of the other abilities "
-        f"{percent(about_images.mean())}{beside}: {points(gap.mean)} points{_carried(gap, equal)}"
+        equal = (of_text, of_others)
+    by_equal = 0.0 if equal is None else equal[0] - equal[1]
+    finding = _carried(gap, by_equal)
+    return Gate(
+        over.variant.label,
+        over.steps[-1],
+        float(text.mean()),
+        float(about_images.mean()),
+        equal,
+        gap,
+        finding,
     )
+
+
+def gates_of(result: Comparison) -> list[Gate]:
+    return [gate for over in attention_over_time(result) if (gate := gate_of(over)) is not None]
 
 
 def _carried(gap: Interval, equal: float) -> str:
     """:param equal: the gap that equal attention would show."""
     if gap.seeds == 1:
-        return " by one seed, of which nothing is claimed."
-    inside = f", {100 * LEVEL:g} % interval over {gap.seeds} seeds {span(gap)}"
+        return "one seed: nothing is claimed"
     if gap.high < min(0.0, equal):
-        return f"{inside}: the gate closes on text-only turns."
+        return "closes on text-only turns"
     if gap.low > max(0.0, equal):
-        return f"{inside}: the gate is further open on text-only turns."
-    return f"{inside}: that it closes on text-only turns is not shown."
+        return "further open on text-only turns"
+    return "not shown to close on text-only turns"
+
+
+GATE_TITLES = (
+    *("at step", "text-only answers", "equal attention", "other answers", "equal attention"),
+    *("difference", f"{100 * LEVEL:g} % over seeds", "the gate"),
+)
+
+
+def gate_rows(gates: Sequence[Gate]) -> list[list[str]]:
+    """By variant, what stands under `GATE_TITLES`."""
+    return [
+        [
+            f"{gate.step:,}",
+            percent(gate.text),
+            percent(gate.equal and gate.equal[0]),
+            percent(gate.others),
+            percent(gate.equal and gate.equal[1]),
+            points(gate.gap.mean),
+            span(gate.gap),
+            gate.finding,
+        ]
+        for gate in gates
+    ]

@@ -24,6 +24,7 @@ from casa_train.report.compared_jobs import (
     with_validations,
 )
 from casa_train.report.jobs import BROKEN
+from casa_train.report.made_by import made_by, say_whose_code_differs
 from casa_train.report.read_points import match_amount, match_parameters
 from casa_train.report.significance import (
     Difference,
@@ -65,6 +66,7 @@ class Comparison:
     :param differences: by (variant, ability), from the baseline.
     :param problems: what a reader must know, a line each.
     :param jobs: of the sweep, also those of which nothing can be read.
+    :param made_by: code, packages, machine and the like, as names and values.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Comparison:
     differences: dict[tuple[str, str], Difference] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     jobs: Sequence[Job] = ()
+    made_by: Sequence[tuple[str, str]] = ()
 
     @property
     def abilities(self) -> list[str]:
@@ -156,6 +159,7 @@ def compare(
     _refuse_nothing(read, reference, sweep, problems)
     assert limit is not None
     say_what_differs(read, match, sweep, say)
+    say_whose_code_differs(read, sweep, say)
     say_what_is_early(read, say)
     if match != "params":
         say_who_stands_apart(read, match, limit, say)
@@ -166,6 +170,7 @@ def compare(
     name = names.pop() if len(names) == 1 else sweep.name
     result = Comparison(name, match, limit, reference, read, apart, sources)
     result.problems, result.jobs = problems, jobs
+    result.made_by = made_by(read, sweep)
     result.chance, result.blind = read_chance(result, sweep)
     fill(result)
     return result

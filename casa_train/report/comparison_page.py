@@ -10,7 +10,12 @@ from pathlib import Path
 from casa_train.errors import UserError
 from casa_train.io.files import write_atomic
 from casa_train.pages import html
-from casa_train.report.ability_attention import attention_over_time, gate_said
+from casa_train.report.ability_attention import (
+    GATE_TITLES,
+    attention_over_time,
+    gate_of,
+    gate_rows,
+)
 from casa_train.report.comparison import Comparison, compare
 from casa_train.report.comparison_plots import (
     CLASS_COLOURS,
@@ -35,7 +40,13 @@ from casa_train.report.jobs import read_sweep
 from casa_train.report.streaming_costs import read_streaming
 from casa_train.report.training_costs import cost_rows
 from casa_train.report.variants import MEAN
-from casa_train.report.verdicts import chance_said, how_matched, verdict, what_a_claim_is
+from casa_train.report.verdicts import (
+    chance_said,
+    how_matched,
+    verdict,
+    what_a_claim_is,
+    who_still_rises,
+)
 
 STEM = "comparison"  # of comparison.html, .md, .csv and .json
 OPEN = 2  # variants whose attention is unfolded
@@ -86,6 +97,7 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
     attention = attention_over_time(result)
     told = [*result.variants, *result.apart]
     titles, costs = cost_rows(told)
+    gates = [gate for over in attention if (gate := gate_of(over)) is not None]
     return html.render(
         "comparison.html.j2",
         __package__,
@@ -105,6 +117,7 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
         read={variant.label: f"{seeds_of(variant)}, {steps_of(variant)}" for variant in told},
         differences=difference_rows(result),
         forest=[plot for plot in [draw_differences(result, look)] if plot is not None],
+        rising=who_still_rises(result),
         curves=draw_curves(result, look),
         panels=draw_abilities(result, look),
         cost_titles=titles,
@@ -120,7 +133,8 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
             if all(over.variant is not variant for over in attention)
         ],
         attention=[(over, draw_attention(over, result.abilities)) for over in attention],
-        gates=[(over.variant.label, said) for over in attention if (said := gate_said(over))],
+        gate_titles=GATE_TITLES,
+        gates=list(zip([gate.label for gate in gates], gate_rows(gates), strict=True)),
         classes={kind: VARIABLES[colour] for kind, colour in CLASS_COLOURS.items()},
         open=OPEN,
         facts=facts(result),

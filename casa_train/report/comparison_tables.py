@@ -11,6 +11,12 @@ from typing import Any
 
 from casa_train.io.numbers import count, percent
 from casa_train.io.tables import markdown_table
+from casa_train.report.ability_attention import (
+    GATE_TITLES,
+    Gate,
+    gate_rows,
+    gates_of,
+)
 from casa_train.report.comparison import Comparison
 from casa_train.report.significance import Difference
 from casa_train.report.training_costs import COLUMNS, cost_of, cost_rows
@@ -23,6 +29,7 @@ from casa_train.report.verdicts import (
     span,
     verdict,
     what_a_claim_is,
+    who_still_rises,
 )
 
 CLAIMED = {True: "▲", False: "▼"}  # better, worse
@@ -146,8 +153,24 @@ def markdown(result: Comparison, problems: Sequence[str]) -> list[str]:
         "",
         *markdown_table([head, *rows]),
         "",
+        *([rising, ""] if (rising := who_still_rises(result)) else []),
         *markdown_table([["variant", *titles], *costs]),
+        *_gates(result),
+        *(["", *(f"{name}: {value}" for name, value in result.made_by)] if result.made_by else []),
         *(["", "To know:", "", *(f"- {problem}" for problem in problems)] if problems else []),
+    ]
+
+
+def _gates(result: Comparison) -> list[str]:
+    gates = gates_of(result)
+    if not gates:
+        return []
+    rows = [[g.label, *row] for g, row in zip(gates, gate_rows(gates), strict=True)]
+    return [
+        "",
+        "Share of attention that goes to images where answers are predicted, mean over layers:",
+        "",
+        *markdown_table([["variant", *GATE_TITLES], *rows]),
     ]
 
 
@@ -199,10 +222,12 @@ def as_json(result: Comparison, problems: Sequence[str]) -> dict[str, Any]:
         "match": result.match,
         "limit": result.limit,
         "baseline": result.baseline.label,
+        "made_by": dict(result.made_by),
         "verdict": [str(finding) for finding in verdict(result)],
         "problems": list(problems),
         "chance": result.chance,
         "unlearned": result.unlearned,
+        "attention": [_gate_record(gate) for gate in gates_of(result)],
         "variants": [
             _variant_record(result, variant) for variant in [*result.variants, *result.apart]
         ],
@@ -221,6 +246,22 @@ def as_json(result: Comparison, problems: Sequence[str]) -> dict[str, Any]:
             }
             for (label, ability), found in result.differences.items()
         ],
+    }
+
+
+def _gate_record(gate: Gate) -> dict[str, Any]:
+    text, others = gate.equal or (None, None)
+    return {
+        "variant": gate.label,
+        "step": gate.step,
+        "text_answers": gate.text,
+        "text_answers_equal": text,
+        "other_answers": gate.others,
+        "other_answers_equal": others,
+        "difference": gate.gap.mean,
+        "low": _number(gate.gap.low),
+        "high": _number(gate.gap.high),
+        "finding": gate.finding,
     }
 
 

@@ -75,6 +75,14 @@ class Trial:
     def name(self) -> str:
         return self.job.directory
 
+    @property
+    def before(self) -> Reading | None:
+        """The validation before the chosen one."""
+        if self.chosen is None:
+            return None
+        earlier = [reading for reading in self.readings if reading.step < self.chosen.step]
+        return earlier[-1] if earlier else None
+
 
 @dataclass
 class Variant:

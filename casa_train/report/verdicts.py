@@ -15,6 +15,7 @@ from casa_train.report.variants import MEAN, Variant
 from casa_train.setup.equal_parameters import TOLERANCE
 
 NONE = "no difference shown"
+RISING = 0.02  # of right answers, between two validations: what is said to rise still
 
 
 def points(share: float) -> str:
@@ -196,6 +197,38 @@ def _said(difference: Difference) -> str:
     found = difference.over_seeds
     inside = "" if found.seeds == 1 else f", {span(found)}"
     return f"{points(found.mean)}{inside}"
+
+
+def who_still_rises(result: Comparison) -> str | None:
+    """Variants that gained since the validation before the one that is read, and most where: what
+    more training may change. None where nobody gained much.
+    """
+    gains: dict[str, tuple[float, str, float]] = {}
+    for variant in result.variants:
+        pairs = [(t.before, t.chosen) for t in variant.trials if t.before and t.chosen]
+        if not pairs:
+            continue
+        own = {
+            ability: sum(
+                result.share(now, ability) - result.share(before, ability) for before, now in pairs
+            )
+            / len(pairs)
+            for ability in result.columns
+        }
+        most = max(result.abilities, key=lambda ability: own[ability])
+        if own[result.columns[0]] >= RISING:
+            gains[variant.label] = (own[result.columns[0]], most, own[most])
+    if not gains:
+        return None
+    said = "; ".join(
+        f"{label} {points(gain)}"
+        + (f" ({most} {points(there)})" if len(result.abilities) > 1 else "")
+        for label, (gain, most, there) in sorted(gains.items(), key=lambda item: -item[1][0])
+    )
+    return (
+        f"Still rising where they are read, so that more training may change what stands here: in "
+        f"points of {result.columns[0]} since the validation before (and where most), {said}."
+    )
 
 
 def chance_said(result: Comparison) -> str:

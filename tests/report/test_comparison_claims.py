@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from casa_train.report.comparison import Comparison, compare
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.jobs import read_sweep
 from casa_train.report.variants import text_only
-from casa_train.report.verdicts import chance_said, how_matched, verdict
+from casa_train.report.verdicts import chance_said, how_matched, verdict, who_still_rises
 from tests.helpers.report_pages import Page
 from tests.helpers.sweep_jobs import config_of, skilled, write_job, write_lines
 
@@ -174,3 +175,81 @@ def test_an_ability_that_is_named_as_their_mean_is_not_the_mean(tmp_path: Path) 
     assert len(result.columns) == len(set(result.columns)) == 3
     cells = [result.cells["casa", column].mean for column in result.columns]
     assert cells[0] == pytest.approx((cells[1] + cells[2]) / 2) and cells[1] != cells[2]
+
+
+def made(sweep: Path, commit: str | None, torch: str = "2.9.1", only: str = "*") -> None:
+    for path in sweep.glob(only):
+        recorded = {
+            "casa_train": "0.7.3",
+            "git_commit": commit,
+            "python": "3.12.4",
+            "packages": {"torch": torch, "transformers": None},
+            "command": ["/x/__main__.py", "seed=4", "+sweep=s", "run_dir='/x/y'", "name=a b"],
+        }
+        (path / "environment.json").write_text(json.dumps(recorded))
+
+
+def test_the_page_says_what_made_it(tmp_path: Path) -> None:
+    for name in ("insertion", "casa"):
+        job(tmp_path, name, 0.3, 4)
+    assert [name for name, _ in compared(tmp_path).made_by] == ["steps", "seeds"]
+    made(tmp_path, "5f" * 20)
+    result = compared(tmp_path)
+    assert not result.problems
+    assert dict(result.made_by) == {
+        "code": "casa_train 0.7.3, commit 5f5f5f5f5f5f",
+        "packages": "Python 3.12.4, torch 2.9.1",
+        "steps": "30",
+        "seeds": "4",
+        "one job": "python -m casa_train seed=4 +sweep=s 'name=a b'",
+    }
+    lines, page = write_comparison(tmp_path, "*", "tokens")
+    assert "casa_train 0.7.3, commit 5f5f5f5f5f5f" in Page(page.read_text()).text
+    assert "packages: Python 3.12.4, torch 2.9.1" in lines
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["made_by"]["seeds"] == "4"
+
+
+def test_jobs_of_other_code_are_named(tmp_path: Path) -> None:
+    for name in ("insertion", "casa"):
+        job(tmp_path, name, 0.3, 4)
+    made(tmp_path, "5f" * 20)
+    made(tmp_path, "5f" * 20 + "+dirty", only="*casa*")
+    code, changed = compared(tmp_path).problems
+    assert "commit 5f5f5f5f5f5f with changes: s,fusion=casa,seed=4" in code
+    assert "commit 5f5f5f5f5f5f: s,fusion=insertion,seed=4" in code
+    assert "trained 1 job had changes that no commit holds" in changed
+    made(tmp_path, None, torch="2.8", only="*casa*")
+    code, packages = compared(tmp_path).problems
+    assert "casa_train 0.7.3: s,fusion=casa,seed=4" in code
+    assert "different packages" in packages and "torch 2.8: s,fusion=casa" in packages
+    for broken in ("[1]", "{", '{"packages": 3}'):
+        next(tmp_path.glob("*casa*/environment.json")).write_text(broken)
+        compared(tmp_path)
+
+
+def test_who_still_rises_is_said(tmp_path: Path) -> None:
+    def growing(last: float) -> Callable[[int], dict[str, list[int]]]:
+        def answers(step: int) -> dict[str, list[int]]:
+            right = round(100 * (last if step == 30 else 0.5))
+            return {
+                SOURCES[0]: [1] * 50 + [0] * 50,
+                SOURCES[1]: [1] * right + [0] * (100 - right),
+            }
+
+        return answers
+
+    for name, last in (("insertion", 0.51), ("casa", 0.7), ("cross_attention", 0.9)):
+        directory = tmp_path / f"s,fusion={name},seed=5"
+        write_job(directory, config_of(f"fusion={name}"), 5, growing(last))
+    said = str(who_still_rises(compared(tmp_path)))
+    assert said.endswith(
+        "in points of all abilities since the validation before (and where most), "
+        "cross_attention +20.0 (earlier +40.0); casa +10.0 (earlier +20.0)."
+    )
+    lines, page = write_comparison(tmp_path, "*", "tokens")
+    assert said in lines and said in " ".join(Page(page.read_text()).text.split())
+    # Nobody does where the first validation is the one that is read, or nobody gained.
+    for path in tmp_path.glob("*/validation.jsonl"):
+        write_lines(path, read_metrics(path)[:2])
+    assert who_still_rises(compared(tmp_path)) is None

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from casa_train.metrics.sinks.jsonl import read_metrics
 from casa_train.report import __main__ as report
-from casa_train.report.ability_attention import attention_over_time, gate_said
+from casa_train.report.ability_attention import attention_over_time, gate_of, gate_rows
 from casa_train.report.comparison import Comparison, compare
 from casa_train.report.comparison_page import write_comparison
 from casa_train.report.comparison_plots import apart, curve, looks
@@ -311,24 +311,47 @@ def test_attention_is_told_by_ability_class_and_layer(sweep: Path) -> None:
 
 def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
     (over,) = attention_over_time(compared(sweep))
-    said = gate_said(over)
-    assert said is not None
-    assert said.startswith("At step 30, answers to questions about text alone give images 21.0 %")
-    assert "those of the other abilities 56.0 % (equal attention: 42.0 % and 46.0 %)" in said
-    assert said.endswith("over 3 seeds −35.0 to −35.0: the gate closes on text-only turns.")
+
+    def finding() -> str:
+        gate = gate_of(over)
+        assert gate is not None
+        return gate.finding
+
+    gate = gate_of(over)
+    assert gate is not None and gate.equal == pytest.approx((0.42, 0.46))
+    assert (gate.step, gate.text, gate.others) == (30, pytest.approx(0.21), pytest.approx(0.56))
+    (row,) = gate_rows([gate])
+    assert row == [
+        *("30", "21.0 %", "42.0 %", "56.0 %", "46.0 %", "−35.0", "−35.0 to −35.0"),
+        "closes on text-only turns",
+    ]
     # No further down than equal attention would be.
     over.uniform["text_between"] = 0.05
-    assert str(gate_said(over)).endswith("that it closes on text-only turns is not shown.")
+    assert finding() == "not shown to close on text-only turns"
     over.uniform["text_between"] = 0.42
     over.values["text_between", "answer"][:, -1] = [[0.1], [0.5], [0.9]]
-    assert str(gate_said(over)).endswith("that it closes on text-only turns is not shown.")
+    assert finding() == "not shown to close on text-only turns"
     over.values["text_between", "answer"][:, -1] += 0.9
-    assert str(gate_said(over)).endswith("not shown.")
+    assert finding() == "not shown to close on text-only turns"
+    over.values["text_between", "answer"][:, -1] = [[0.9], [0.91], [0.92]]
+    assert finding() == "further open on text-only turns"
+    over.uniform.clear()
+    (row,) = gate_rows([g for g in [gate_of(over)] if g])
+    assert row[2] == row[4] == "–"
     for key, values in over.values.items():
         over.values[key] = values[:1]
-    assert str(gate_said(over)).endswith("by one seed, of which nothing is claimed.")
+    assert finding() == "one seed: nothing is claimed"
     del over.values["text_between", "answer"]
-    assert gate_said(over) is None
+    assert gate_of(over) is None
+
+
+def test_the_gates_stand_on_the_page_and_beside_it(sweep: Path) -> None:
+    lines, page = write_comparison(sweep, "*", "flops")
+    text = "".join(Page(page.read_text()).text.split())
+    assert "21.0%42.0%56.0%46.0%−35.0−35.0to−35.0closesontext-onlyturns" in text
+    assert any("|21.0%|42.0%|56.0%|46.0%|−35.0|" in "".join(line.split()) for line in lines)
+    (gate,) = json.loads((sweep / "comparison.json").read_text())["attention"]
+    assert gate["variant"] == "casa" and gate["text_answers"] == pytest.approx(0.21)
 
 
 @pytest.mark.parametrize(

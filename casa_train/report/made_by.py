@@ -23,7 +23,7 @@ HERE = ("run_dir=", "hydra.")  # overrides that say where a job ran, not what it
 
 def environments(trials: Iterable[Trial], sweep: Path) -> dict[str, Mapping[str, Any]]:
     """By job what was recorded at its first start; nothing of a job that recorded nothing."""
-    found = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for trial in trials:
         try:
             content = json.loads((sweep / trial.name / ENVIRONMENT_FILE).read_text())

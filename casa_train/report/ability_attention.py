@@ -192,15 +192,15 @@ def _carried(gap: Interval, equal: float) -> str:
     if gap.seeds == 1:
         return "one seed: nothing is claimed"
     if gap.high < min(0.0, equal):
-        return "closes on text-only turns"
+        return "closes"
     if gap.low > max(0.0, equal):
-        return "further open on text-only turns"
-    return "not shown to close on text-only turns"
+        return "further open"
+    return "not shown to close"
 
 
 GATE_TITLES = (
     *("at step", "text-only answers", "equal attention", "other answers", "equal attention"),
-    *("difference", f"{100 * LEVEL:g} % over seeds", "the gate"),
+    *("difference", f"{100 * LEVEL:g} % over seeds", "gate on text-only turns"),
 )
 
 

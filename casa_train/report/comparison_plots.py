@@ -260,7 +260,7 @@ def _signed(value: float) -> str:
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 34 else label[:33] + "…"
+    return label if len(label) <= 38 else label[:37] + "…"
 
 
 def draw_attention(over: AttentionOverTime, abilities: Sequence[str]) -> list[Plot]:

@@ -323,18 +323,18 @@ def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
     (row,) = gate_rows([gate])
     assert row == [
         *("30", "21.0 %", "42.0 %", "56.0 %", "46.0 %", "−35.0", "−35.0 to −35.0"),
-        "closes on text-only turns",
+        "closes",
     ]
     # No further down than equal attention would be.
     over.uniform["text_between"] = 0.05
-    assert finding() == "not shown to close on text-only turns"
+    assert finding() == "not shown to close"
     over.uniform["text_between"] = 0.42
     over.values["text_between", "answer"][:, -1] = [[0.1], [0.5], [0.9]]
-    assert finding() == "not shown to close on text-only turns"
+    assert finding() == "not shown to close"
     over.values["text_between", "answer"][:, -1] += 0.9
-    assert finding() == "not shown to close on text-only turns"
+    assert finding() == "not shown to close"
     over.values["text_between", "answer"][:, -1] = [[0.9], [0.91], [0.92]]
-    assert finding() == "further open on text-only turns"
+    assert finding() == "further open"
     over.uniform.clear()
     (row,) = gate_rows([g for g in [gate_of(over)] if g])
     assert row[2] == row[4] == "–"
@@ -348,7 +348,7 @@ def test_that_the_gate_closes_is_said_where_it_carries(sweep: Path) -> None:
 def test_the_gates_stand_on_the_page_and_beside_it(sweep: Path) -> None:
     lines, page = write_comparison(sweep, "*", "flops")
     text = "".join(Page(page.read_text()).text.split())
-    assert "21.0%42.0%56.0%46.0%−35.0−35.0to−35.0closesontext-onlyturns" in text
+    assert "21.0%42.0%56.0%46.0%−35.0−35.0to−35.0closes" in text
     assert any("|21.0%|42.0%|56.0%|46.0%|−35.0|" in "".join(line.split()) for line in lines)
     (gate,) = json.loads((sweep / "comparison.json").read_text())["attention"]
     assert gate["variant"] == "casa" and gate["text_answers"] == pytest.approx(0.21)

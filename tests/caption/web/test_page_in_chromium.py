@@ -72,8 +72,9 @@ def another_viewer(browser: Browser, tab: Tab, page: Page) -> Tab:
     viewer went.
     """
     other, stream = browser.tab(page.url), tab.run("location.hash")
-    other.wait(f"document.querySelector('#streams a[href=\"{stream}\"]') !== null")
-    other.click(f'#streams a[href="{stream}"]')
+    # In one go: the list is drawn anew every few seconds.
+    link = f"document.querySelector('#streams a[href=\"{stream}\"]')"
+    other.wait(f"(() => {{ const link = {link}; link?.click(); return link !== null; }})()")
     return other
 
 

@@ -168,7 +168,8 @@ def _gates(result: Comparison) -> list[str]:
     rows = [[g.label, *row] for g, row in zip(gates, gate_rows(gates), strict=True)]
     return [
         "",
-        "Share of attention that goes to images where answers are predicted, mean over layers:",
+        "What images are given where answers are predicted, mean over layers: a share of "
+        "attention, or what a mechanism's own gate lets through:",
         "",
         *markdown_table([["variant", *GATE_TITLES], *rows]),
     ]

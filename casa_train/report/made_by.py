@@ -17,6 +17,7 @@ from casa_train.report.variants import Trial, Variant
 from casa_train.run.layout import ENVIRONMENT_FILE
 
 CHANGED = "+dirty"  # as run/provenance.py writes it
+SHOWN = ("torch", "transformers", "deepspeed", "flash-attn")
 NAMED = 12  # characters of a commit
 HERE = ("run_dir=", "hydra.")  # overrides that say where a job ran, not what it is
 
@@ -71,9 +72,9 @@ def made_by(variants: Sequence[Variant], sweep: Path) -> list[tuple[str, str]]:
         ("steps", ", ".join(f"{number:,}" for number in steps)),
         ("seeds", ", ".join(map(str, seeds))),
     ]
-    commands = [(name, own["command"]) for name, own in found.items() if own.get("command")]
+    commands = [own["command"] for own in found.values() if isinstance(own.get("command"), list)]
     if commands:
-        rows.append(("one job", _command(commands[0][1])))
+        rows.append(("one job", _command(commands[0])))
     return [(name, value) for name, value in rows if value]
 
 
@@ -94,10 +95,7 @@ def _packages(environment: Mapping[str, Any]) -> str:
     own = environment.get("packages")
     own = own if isinstance(own, dict) else {}
     named = [("Python", environment.get("python")), *((n, own.get(n)) for n in SHOWN)]
-    return ", ".join(f"{name} {version}" for name, version in named if version)
-
-
-SHOWN = ("torch", "transformers", "deepspeed", "flash-attn")
+    return ", ".join(f"{name} {version}" for name, version in named if version) or "not recorded"
 
 
 def _grouped(values: Mapping[str, str]) -> dict[str, list[str]]:

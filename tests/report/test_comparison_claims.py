@@ -223,9 +223,10 @@ def test_jobs_of_other_code_are_named(tmp_path: Path) -> None:
     code, packages = compared(tmp_path).problems
     assert "casa_train 0.7.3: s,fusion=casa,seed=4" in code
     assert "different packages" in packages and "torch 2.8: s,fusion=casa" in packages
-    for broken in ("[1]", "{", '{"packages": 3}'):
+    for broken in ("[1]", "{", '{"packages": 3, "command": 7}'):
         next(tmp_path.glob("*casa*/environment.json")).write_text(broken)
-        compared(tmp_path)
+        found = "; ".join(compared(tmp_path).problems)
+        assert ("not recorded: s,fusion=casa,seed=4" in found) == ("packages" in broken)
 
 
 def test_who_still_rises_is_said(tmp_path: Path) -> None:

@@ -183,10 +183,6 @@ def gate_of(over: AttentionOverTime) -> Gate | None:
     )
 
 
-def gates_of(result: Comparison) -> list[Gate]:
-    return [gate for over in attention_over_time(result) if (gate := gate_of(over)) is not None]
-
-
 def _carried(gap: Interval, equal: float) -> str:
     """:param equal: the gap that equal attention would show."""
     if gap.seeds == 1:

@@ -113,13 +113,13 @@ def _asked(key: Key) -> str:
 def say_what_differs(variants: Sequence[Variant], match: str, sweep: Path, say: Say) -> None:
     """What stays in the tables all the same, but must be known: steps, data, seeds, machines."""
     trials = [trial for variant in variants for trial in variant.trials]
-    _say_groups("trainer.steps differ", {t.name: f"{t.job.steps:,}" for t in trials}, say)
+    say_groups("trainer.steps differ", {t.name: f"{t.job.steps:,}" for t in trials}, say)
     data = {
         v.label: json.dumps({k: x for k, x in v.fields.items() if k.startswith("data.")})
         for v in variants
     }
-    _say_groups("the training data differs", data, say)
-    _say_groups(
+    say_groups("the training data differs", data, say)
+    say_groups(
         "jobs of one seed saw other samples in step 1",
         {
             t.name: f"seed {t.seed}: {t.job.metrics[0].get('samples_digest')}"
@@ -191,7 +191,7 @@ def say_what_is_early(variants: Sequence[Variant], say: Say) -> None:
         )
 
 
-def _say_groups(title: str, values: Mapping[str, str], say: Say, by_seed: bool = False) -> None:
+def say_groups(title: str, values: Mapping[str, str], say: Say, by_seed: bool = False) -> None:
     """Names who has which value, if there is more than one (of a seed)."""
     groups: dict[str, list[str]] = {}
     for name, value in values.items():

@@ -24,7 +24,7 @@ from casa_train.report.compared_jobs import (
     with_validations,
 )
 from casa_train.report.jobs import BROKEN
-from casa_train.report.made_by import made_by, say_whose_code_differs
+from casa_train.report.made_by import environments, made_by, say_whose_code_differs
 from casa_train.report.read_points import match_amount, match_parameters
 from casa_train.report.significance import (
     Difference,
@@ -159,7 +159,8 @@ def compare(
     _refuse_nothing(read, reference, sweep, problems)
     assert limit is not None
     say_what_differs(read, match, sweep, say)
-    say_whose_code_differs(read, sweep, say)
+    recorded = environments((trial for variant in read for trial in variant.trials), sweep)
+    say_whose_code_differs(recorded, say)
     say_what_is_early(read, say)
     if match != "params":
         say_who_stands_apart(read, match, limit, say)
@@ -170,7 +171,7 @@ def compare(
     name = names.pop() if len(names) == 1 else sweep.name
     result = Comparison(name, match, limit, reference, read, apart, sources)
     result.problems, result.jobs = problems, jobs
-    result.made_by = made_by(read, sweep)
+    result.made_by = made_by([trial for trial, _ in result.chosen], recorded, sweep)
     result.chance, result.blind = read_chance(result, sweep)
     fill(result)
     return result

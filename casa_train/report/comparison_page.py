@@ -12,6 +12,8 @@ from casa_train.io.files import write_atomic
 from casa_train.pages import html
 from casa_train.report.ability_attention import (
     GATE_TITLES,
+    AttentionOverTime,
+    Gate,
     attention_over_time,
     gate_of,
     gate_rows,
@@ -63,12 +65,15 @@ def write_comparison(
     sweep = sweep.resolve()
     result = compare(read_sweep(sweep, only), sweep, match, baseline)
     problems = list(result.problems)
-    page = render(result, sweep, only, problems)  # reads streaming.json, whose problems count, too
-    lines = markdown(result, problems)
+    attention = attention_over_time(result)
+    gates = [gate for over in attention if (gate := gate_of(over)) is not None]
+    # Reads streaming.json, whose problems count, too.
+    page = render(result, sweep, only, problems, attention, gates)
+    lines = markdown(result, problems, gates)
     files = {
         ".md": "\n".join(lines) + "\n",
         ".csv": as_csv(result),
-        ".json": json.dumps(as_json(result, problems), indent=1) + "\n",
+        ".json": json.dumps(as_json(result, problems, gates), indent=1) + "\n",
     }
     for suffix, text in files.items():
         path = sweep / f"{STEM}{suffix}"
@@ -83,7 +88,14 @@ def write_comparison(
     return lines, path
 
 
-def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> str:
+def render(
+    result: Comparison,
+    sweep: Path,
+    only: str,
+    problems: list[str],
+    attention: Sequence[AttentionOverTime],
+    gates: Sequence[Gate],
+) -> str:
     """The page.
 
     :param only: which jobs of the sweep.
@@ -94,10 +106,8 @@ def render(result: Comparison, sweep: Path, only: str, problems: list[str]) -> s
     command = ["python", "-m", "casa_train.bench", "streaming", "--sweep", str(sweep), *some]
     measure = shlex.join(command)
     streaming = read_streaming(result, sweep, measure, problems.append)
-    attention = attention_over_time(result)
     told = [*result.variants, *result.apart]
     titles, costs = cost_rows(told)
-    gates = [gate for over in attention if (gate := gate_of(over)) is not None]
     return html.render(
         "comparison.html.j2",
         __package__,

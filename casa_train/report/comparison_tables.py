@@ -15,7 +15,6 @@ from casa_train.report.ability_attention import (
     GATE_TITLES,
     Gate,
     gate_rows,
-    gates_of,
 )
 from casa_train.report.comparison import Comparison
 from casa_train.report.significance import Difference
@@ -116,7 +115,7 @@ def difference_rows(result: Comparison) -> list[list[str]]:
     ]
 
 
-def markdown(result: Comparison, problems: Sequence[str]) -> list[str]:
+def markdown(result: Comparison, problems: Sequence[str], gates: Sequence[Gate]) -> list[str]:
     """The comparison as Markdown: findings, the table, costs and what must be known."""
     shown = [v for v in result.variants]
     head = ["ability", *(v.label for v in shown)]
@@ -155,14 +154,13 @@ def markdown(result: Comparison, problems: Sequence[str]) -> list[str]:
         "",
         *([rising, ""] if (rising := who_still_rises(result)) else []),
         *markdown_table([["variant", *titles], *costs]),
-        *_gates(result),
+        *_gates(gates),
         *(["", *(f"{name}: {value}" for name, value in result.made_by)] if result.made_by else []),
         *(["", "To know:", "", *(f"- {problem}" for problem in problems)] if problems else []),
     ]
 
 
-def _gates(result: Comparison) -> list[str]:
-    gates = gates_of(result)
+def _gates(gates: Sequence[Gate]) -> list[str]:
     if not gates:
         return []
     rows = [[g.label, *row] for g, row in zip(gates, gate_rows(gates), strict=True)]
@@ -217,7 +215,7 @@ def _number(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
-def as_json(result: Comparison, problems: Sequence[str]) -> dict[str, Any]:
+def as_json(result: Comparison, problems: Sequence[str], gates: Sequence[Gate]) -> dict[str, Any]:
     """Every number of the page by name."""
     return {
         "match": result.match,
@@ -228,7 +226,7 @@ def as_json(result: Comparison, problems: Sequence[str]) -> dict[str, Any]:
         "problems": list(problems),
         "chance": result.chance,
         "unlearned": result.unlearned,
-        "attention": [_gate_record(gate) for gate in gates_of(result)],
+        "attention": [_gate_record(gate) for gate in gates],
         "variants": [
             _variant_record(result, variant) for variant in [*result.variants, *result.apart]
         ],

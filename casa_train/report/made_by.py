@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from casa_train.io.numbers import count
+from casa_train.report.compared_jobs import Say, say_groups
 from casa_train.report.jobs import BROKEN
 from casa_train.report.training_costs import machines_of
-from casa_train.report.variants import Trial, Variant
+from casa_train.report.variants import Trial
 from casa_train.run.layout import ENVIRONMENT_FILE
+from casa_train.run.provenance import CHANGED
 
-CHANGED = "+dirty"  # as run/provenance.py writes it
 SHOWN = ("torch", "transformers", "deepspeed", "flash-attn")
 NAMED = 12  # characters of a commit
 HERE = ("run_dir=", "hydra.")  # overrides that say where a job ran, not what it is
@@ -35,22 +36,16 @@ def environments(trials: Iterable[Trial], sweep: Path) -> dict[str, Mapping[str,
     return found
 
 
-def say_whose_code_differs(
-    variants: Sequence[Variant], sweep: Path, say: Callable[[str], None]
-) -> None:
-    """What a difference between jobs may be due to, too: other code, or other packages."""
-    found = environments((t for v in variants for t in v.trials), sweep)
-    for what, values in (
-        ("code", {name: _commit(own) for name, own in found.items()}),
-        ("packages", {name: _packages(own) for name, own in found.items()}),
-    ):
-        groups = _grouped(values)
-        if len(groups) > 1:
-            said = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
-            say(
-                f"jobs were trained by different {what}, so that their differences may be due to "
-                f"that: {said}."
-            )
+def say_whose_code_differs(found: Mapping[str, Mapping[str, Any]], say: Say) -> None:
+    """What a difference between jobs may be due to, too: other code, or other packages.
+
+    :param found: by job, its environment.
+    """
+    for what, of in (("code", _commit), ("packages", _packages)):
+        title = (
+            f"jobs were trained by different {what}, so that their differences may be due to that"
+        )
+        say_groups(title, {name: of(own) for name, own in found.items()}, say)
     changed = [name for name, own in found.items() if CHANGED in str(own.get("git_commit"))]
     if changed:
         say(
@@ -59,20 +54,24 @@ def say_whose_code_differs(
         )
 
 
-def made_by(variants: Sequence[Variant], sweep: Path) -> list[tuple[str, str]]:
-    """Names and values for the page; nothing of what was not recorded."""
-    trials = [trial for variant in variants for trial in variant.trials]
-    found = environments(trials, sweep)
+def made_by(
+    trials: Sequence[Trial], found: Mapping[str, Mapping[str, Any]], sweep: Path
+) -> list[tuple[str, str]]:
+    """Names and values for the page; nothing of what was not recorded.
+
+    :param found: by job, its environment.
+    """
+    own = [found[trial.name] for trial in trials if trial.name in found]
     steps = sorted({trial.job.steps for trial in trials})
     seeds = sorted({trial.seed for trial in trials})
     rows = [
-        ("code", "; ".join(_grouped({name: _commit(own) for name, own in found.items()}))),
-        ("packages", "; ".join(_grouped({name: _packages(own) for name, own in found.items()}))),
+        ("code", "; ".join(dict.fromkeys(map(_commit, own)))),
+        ("packages", "; ".join(dict.fromkeys(map(_packages, own)))),
         ("machine", "; ".join(machines_of(trials, sweep))),
         ("steps", ", ".join(f"{number:,}" for number in steps)),
         ("seeds", ", ".join(map(str, seeds))),
     ]
-    commands = [own["command"] for own in found.values() if isinstance(own.get("command"), list)]
+    commands = [one["command"] for one in own if isinstance(one.get("command"), list)]
     if commands:
         rows.append(("one job", _command(commands[0])))
     return [(name, value) for name, value in rows if value]
@@ -84,7 +83,7 @@ def _command(argv: Sequence[Any]) -> str:
 
 
 def _commit(environment: Mapping[str, Any]) -> str:
-    commit, _, changed = str(environment.get("git_commit") or "").partition("+")
+    commit, changed, _ = str(environment.get("git_commit") or "").partition(CHANGED)
     version = str(environment.get("casa_train") or "of a version that was not recorded")
     if not commit:
         return f"casa_train {version}"
@@ -96,10 +95,3 @@ def _packages(environment: Mapping[str, Any]) -> str:
     own = own if isinstance(own, dict) else {}
     named = [("Python", environment.get("python")), *((n, own.get(n)) for n in SHOWN)]
     return ", ".join(f"{name} {version}" for name, version in named if version) or "not recorded"
-
-
-def _grouped(values: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, value in values.items():
-        groups.setdefault(value, []).append(name)
-    return groups

@@ -16,10 +16,11 @@ from casa_train import __version__
 # At the root of code that launch/submit.py froze: a snapshot has no git of its own, and one that
 # lies inside a checkout would be taken for that checkout's present state.
 SNAPSHOT_FILE = ".snapshot"
+CHANGED = "+dirty"  # behind a commit whose code was changed
 
 
 def code_commit(root: Path) -> str | None:
-    """The commit of the code at `root`, with "+dirty" if it was changed; None: nobody knows.
+    """The commit of the code at `root`, with `CHANGED` if it was changed; None: nobody knows.
 
     Installed code may lie in a checkout of something else, such as that of an environment's owner.
     """
@@ -34,7 +35,7 @@ def code_commit(root: Path) -> str | None:
             [*git, "rev-parse", "--verify", "HEAD"], capture_output=True, text=True
         )
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-        return head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "") or None
+        return head.stdout.strip() + (CHANGED if dirty.stdout.strip() else "") or None
     except OSError:
         return None  # no git on this machine
 
